@@ -1,0 +1,175 @@
+"""From options to a running Engine: load the checkpoint, build the model, divide the memory.
+
+EngineOptions is the part of the operator's settings that crosses to the engine's process, as plain data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from service import __version__
+from service.checkpoint import Checkpoint, load_checkpoint
+from service.engine.block_manager import BlockManager
+from service.engine.engine import Engine
+from service.engine.model_runner import ModelRunner
+from service.engine.request import EngineInfo
+from service.engine.scheduler import Scheduler
+from service.errors import SettingsError, StartupError
+from service.model.kv_cache import KVCache, KVLayout
+from service.model.xlora_model import XLoraModel, load_model
+
+_MIB = 1 << 20
+_CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+_CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine's process needs to know; each field is a flag of `xlora-serve serve`."""
+
+    model: str
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto, float32, bfloat16, float16; auto = float32 on a CPU, the base's own on CUDA
+    max_model_len: int | None = None  # None = max_position_embeddings
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    kv_memory_bytes: int | None = None  # None = measured
+    block_size: int = 16
+    threads: int | None = None  # None = torch's own choice
+    lookahead: bool = True
+    allow_outside: bool = False
+
+
+def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Engine:
+    """Loads everything and returns an idle engine.
+
+    Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
+    machine that is too small.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = resolve_device(options.device)
+    on_progress(f"reading {options.model}")
+    checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
+    model = load_model(checkpoint, device=device, dtype=resolve_dtype(options.dtype, checkpoint, device), on_progress=on_progress)
+    return build_engine(model, checkpoint, options)
+
+
+def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
+    """Divides the memory and puts the parts together around a loaded model."""
+    max_model_len = resolve_max_model_len(options.max_model_len, model)
+    layout = model.kv_layout(options.block_size)
+    num_blocks = plan_blocks(layout, model.device, max_model_len, options)
+    runner = ModelRunner(model, KVCache(layout, num_blocks, model.device))
+    scheduler = Scheduler(
+        BlockManager(num_blocks, options.block_size),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        lookahead=options.lookahead,
+    )
+    return Engine(runner, scheduler, _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises SettingsError for a device this machine has not."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="use --device cpu")
+    return device
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU (exact, and no slower there) and the base's own on CUDA."""
+    if name == "auto":
+        config = json.loads((checkpoint.base_path / "config.json").read_text())
+        own = config.get("dtype") or config.get("torch_dtype") or "float32"
+        name = "float32" if device.type == "cpu" else own
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise SettingsError(f"dtype {name!r} is not one of {', '.join(dtypes)}", hint="set --dtype")
+    return dtypes[name]
+
+
+def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
+    """The context in tokens. Raises SettingsError above what the base was made for."""
+    limit: int = model.config.get_text_config().max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise SettingsError(f"--max-model-len {wanted} is over the base model's max_position_embeddings {limit}")
+    return wanted or limit
+
+
+def plan_blocks(layout: KVLayout, device: torch.device, max_model_len: int, options: EngineOptions) -> int:
+    """How many KV blocks fit the budget, and never more than max_num_seqs requests of full length could use.
+
+    Raises StartupError when not even one request of max_model_len fits.
+    """
+    one = layout.blocks_for(max_model_len)
+    most = one * options.max_num_seqs
+    budget = options.kv_memory_bytes
+    if budget is None and device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+    if budget is None:
+        budget = max(_CPU_KV_BYTES, one * layout.block_bytes)
+    blocks = min(most, budget // layout.block_bytes)
+    if blocks < one:
+        raise StartupError(
+            f"one request of {max_model_len} tokens needs {one * layout.block_bytes / _MIB:.0f} MiB of KV memory "
+            f"(two streams), and there are {budget / _MIB:.0f} MiB",
+            hint="raise --kv-memory or lower --max-model-len",
+        )
+    return blocks
+
+
+def _engine_info(
+    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, layout: KVLayout, num_blocks: int, max_model_len: int
+) -> EngineInfo:
+    device = str(model.device)
+    if model.device.type == "cuda":
+        device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    return EngineInfo(
+        model=checkpoint.name,
+        architecture=type(model.causal_lm).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device,
+        experts=[{"name": expert.name, "description": expert.description} for expert in checkpoint.experts],
+        sites=model.sites,
+        xlora_config=checkpoint.xlora.to_dict(),
+        dummy_row=model.dummy_row.expand(len(model.sites), -1).tolist(),
+        vocab_size=model.config.get_text_config().vocab_size,
+        eos_token_ids=_eos_token_ids(checkpoint),
+        max_model_len=max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
+        kv_blocks_total=num_blocks,
+        kv_bytes=num_blocks * layout.block_bytes,
+        weights_sha256=checkpoint.weights_sha256,
+        versions={
+            "service": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        tokenizer_path=os.fspath(checkpoint.tokenizer_path),
+        gate_profile=checkpoint.gate_profile,
+    )
+
+
+def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
+    """generation_config.json overrides config.json, as in transformers' generate."""
+    for name in ("generation_config.json", "config.json"):
+        path = checkpoint.base_path / name
+        eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if eos is not None:
+            return [eos] if isinstance(eos, int) else list(eos)
+    return []

@@ -1,0 +1,155 @@
+"""What crosses the border of the engine: requests in, one StepOutput per step out. Plain data, no torch, no text.
+
+Every class here is a dataclass of numbers, strings and bytes, so that it crosses a process border without pickle.
+Arrays travel as raw little-endian float32 bytes; their shape is in the field's comment (S sites, E experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+ReturnScalings = Literal["none", "mean", "full"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
+
+    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, temperature,
+    top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows none.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in CTRL and transformers
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0  # 0 .. 2**63 - 1; the API draws one where the caller gave none
+    logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
+    n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens."""
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams | None
+    return_scalings: ReturnScalings = "none"
+    scalings_start: int | None = None  # first position whose row is returned; None = len(prompt) - 1
+
+
+@dataclass(slots=True)
+class GateRows:
+    """Scalings of `count` consecutive positions, after softmax and top-k: what really weighted the experts."""
+
+    start: int  # position of the first row
+    count: int
+    mean: bytes  # float32 [count, E], mean over sites
+    entropy: bytes  # float32 [count], nats, mean over sites; NaN where a row sums to 0
+    full: bytes | None = None  # float32 [count, S, E], only for return_scalings == "full"
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """One accepted token. Logprobs are natural logarithms of the raw distribution (before bias, penalties, temperature)."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)  # best first
+
+
+@dataclass(slots=True)
+class SequenceUsage:
+    """What one choice cost; sent with its last output."""
+
+    forward_passes: int = 0  # steps this sequence had a row in
+    scaling_rows: int = 0
+    real_rows: int = 0
+    draft_hits: int = 0
+    draft_misses: int = 0
+    cached_tokens: int = 0  # prompt positions not computed because another choice or request had
+    queue_seconds: float = 0.0  # submission to first scheduled step
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step brought one choice: tokens (usually one, none during prefill), gate rows, perhaps the end."""
+
+    request_id: str
+    index: int  # which of the n choices
+    tokens: list[TokenOutput] = field(default_factory=list)
+    gate: GateRows | None = None
+    finish_reason: FinishReason | None = None
+    usage: SequenceUsage | None = None  # with finish_reason
+    error: str | None = None  # with finish_reason "error"
+
+
+@dataclass(slots=True)
+class GateStats:
+    """What the gate did in one step over the positions whose real row ran (the metrics' input; each position once)."""
+
+    prompt_entropy: bytes = b""  # float32 [positions], nats; NaN where a row sums to 0
+    generated_entropy: bytes = b""  # float32 [positions]
+    weight: list[float] = field(default_factory=list)  # [E], sum over positions of the site mean of p = |g| / sum |g|
+    top1: list[int] = field(default_factory=list)  # [E], positions whose largest site-mean p is this expert's
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One step of the engine, for metrics."""
+
+    step_seconds: float = 0.0
+    scaling_rows: int = 0
+    real_rows: int = 0
+    draft_hits: int = 0
+    draft_misses: int = 0
+    preemptions: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    gate: GateStats = field(default_factory=GateStats)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """Everything one Engine.step() brought, in one message."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    stats: StepStats = field(default_factory=StepStats)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the loaded engine is; the API's /info and its limits come from here."""
+
+    model: str  # the bundle's name
+    architecture: str  # "LlamaForCausalLM"
+    dtype: str  # "float32"
+    device: str  # "cpu", "cuda:0 (NVIDIA H200)"
+    experts: list[dict[str, str]]  # [{"name", "description"}] in class order
+    sites: list[str]
+    xlora_config: dict[str, object]
+    dummy_row: list[list[float]]  # [S, E] gate of the scaling pass
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int  # tokens, prompt + output
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_blocks_total: int
+    kv_bytes: int
+    weights_sha256: str
+    versions: dict[str, str]
+    tokenizer_path: str  # tokenizer.json of the base
+    gate_profile: dict[str, object] | None = None

@@ -1,0 +1,157 @@
+"""From logits to tokens: processors, then Gumbel-max with noise that is a pure function of what is being sampled.
+
+The noise of (seed, choice, output position, vocabulary id) is a hash, not the next number of a generator. So a fixed
+seed gives the same text whatever else is in the batch, on every device, after a preemption, and a *draft* sampled from
+the scaling pass's logits meets the same noise as the real token, which is what makes them agree (DESIGN section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.engine.request import TokenOutput
+from service.engine.sequence import Sequence
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """A row of logits to sample from: the next token of `sequence` after `pending` (a draft not yet accepted, or none)."""
+
+    sequence: Sequence
+    pending: int | None = None
+
+    @property
+    def output_position(self) -> int:
+        """How many tokens of output come before the one to be sampled."""
+        return self.sequence.output_len + (self.pending is not None)
+
+
+def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
+    """Samples one token per row. logits [n, V] of any dtype, in the order of `rows`; rows with temperature 0 take the argmax."""
+    logits = logits.float()
+    if any(_needs_history(row.sequence) for row in rows):
+        logits = _process_history(logits.clone(), rows)
+    random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature > 0]
+    if not random:
+        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+    chosen = logits.argmax(-1)
+    index = torch.tensor(random, device=logits.device)
+    drawn = [rows[i] for i in random]
+    filtered = _filter(logits[index], drawn)
+    chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
+    return chosen.tolist()  # type: ignore[no-any-return]
+
+
+def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:
+    """Wraps sampled tokens with the logprobs their requests ask for: natural logs of the raw distribution."""
+    outputs = [TokenOutput(token) for token in tokens]
+    asked = [i for i, row in enumerate(rows) if row.sequence.sampling.logprobs is not None]
+    if not asked:
+        return outputs
+    logprobs = logits[asked].float().log_softmax(-1)
+    most = max(rows[i].sequence.sampling.logprobs or 0 for i in asked)
+    values, ids = logprobs.topk(most, dim=-1)
+    for line, i in enumerate(asked):
+        count = rows[i].sequence.sampling.logprobs or 0
+        outputs[i].logprob = float(logprobs[line, tokens[i]])
+        outputs[i].top_logprobs = list(zip(ids[line, :count].tolist(), values[line, :count].tolist(), strict=True))
+    return outputs
+
+
+def _needs_history(sequence: Sequence) -> bool:
+    params = sequence.sampling
+    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+    return penalised or bool(params.logit_bias)
+
+
+def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    """Applies logit_bias and the penalties in place, [n, V]: what depends on the tokens so far or on the vocabulary id."""
+    for line, row in zip(logits, rows, strict=True):
+        params = row.sequence.sampling
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            line[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        pending = [] if row.pending is None else [row.pending]
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*row.sequence.tokens, *pending}), device=logits.device)
+            scores = line[seen]
+            line[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = row.sequence.output_counts.copy()
+            counts.update(pending)
+            if counts:
+                ids = torch.tensor(list(counts), device=logits.device)
+                amounts = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+                line[ids] -= params.presence_penalty + params.frequency_penalty * amounts
+    return logits
+
+
+def _filter(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    """Temperature, then top_k, top_p, min_p: logits [n, V] with what must not be sampled at -inf."""
+    params = [row.sequence.sampling for row in rows]
+    logits = logits / _column([p.temperature for p in params], logits)
+    if all(p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0 for p in params):
+        return logits
+    ordered = logits.sort(-1, descending=True).values
+    vocabulary = logits.shape[-1]
+    rank = torch.arange(vocabulary, device=logits.device)
+    within = rank < _column([p.top_k or vocabulary for p in params], logits)
+    probabilities = ordered.masked_fill(~within, float("-inf")).softmax(-1)
+    # A token stays if the mass before it is below top_p: the first one always does.
+    within &= probabilities.cumsum(-1) - probabilities < _column([p.top_p for p in params], logits)
+    within &= probabilities >= _column([p.min_p for p in params], logits) * probabilities[:, :1]
+    within[:, 0] = True
+    cutoff = ordered.gather(-1, within.sum(-1, keepdim=True) - 1)
+    return logits.masked_fill(logits < cutoff, float("-inf"))
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+
+
+def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise, fp32 [n, vocabulary], keyed by (seed, choice, output position, vocabulary id)."""
+    keys = torch.tensor([_signed(_row_key(row)) for row in rows], device=device)[:, None]
+    counters = torch.arange(1, vocabulary + 1, device=device)[None] * _signed(_GOLDEN)
+    bits = _splitmix64_finalise(keys + counters)
+    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), never either end
+    return -torch.log(-torch.log(uniform)).float()
+
+
+def _row_key(row: SampleRow) -> int:
+    """One 64-bit key per (seed, choice, output position): each field goes through a full mix before the next is added."""
+    key = _mix(row.sequence.sampling.seed)
+    key = _mix(key + row.sequence.index)
+    return _mix(key + row.output_position)
+
+
+def _mix(value: int) -> int:
+    """splitmix64 (Steele, Lea, Flood 2014) of one Python integer."""
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _splitmix64_finalise(bits: Tensor) -> Tensor:
+    """The same finaliser on an int64 tensor; multiplication wraps as unsigned would."""
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(0x94D049BB133111EB)
+    return bits ^ _shift_right(bits, 31)
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """Logical shift: int64's own is arithmetic."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same bits as an unsigned 64-bit integer."""
+    return value - (1 << 64) if value >> 63 else value

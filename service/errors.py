@@ -1,0 +1,100 @@
+"""The exception tree. Every error a user can meet is one of these; it says what was given, what is allowed and what to do.
+
+XLoraError
+├── StartupError          the process cannot start: exit code 1, one line on stderr
+│   ├── SettingsError     a flag or an XLORA_* variable
+│   └── CheckpointError   a file of the bundle: names file, tensor, expected and found
+└── RequestError          one request fails, everybody else goes on
+    ├── InvalidRequestError    400  the request can never succeed as it is
+    ├── NotFoundError          404
+    ├── PayloadTooLargeError   413
+    ├── OverloadedError        429  try again later
+    ├── InternalError          500  our fault
+    └── UnavailableError       503  loading, draining, or the engine has died
+
+This file knows HTTP status codes and no framework. A leaf: it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+
+class XLoraError(Exception):
+    """Root of the tree: a message for the user and, where there is one, a hint what to do about it."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+class StartupError(XLoraError):
+    """The process cannot start."""
+
+
+class SettingsError(StartupError):
+    """A command-line flag or an environment variable is wrong."""
+
+
+class CheckpointError(StartupError):
+    """A bundle on disk is damaged, incomplete or not supported."""
+
+
+class RequestError(XLoraError):
+    """One request fails. `status` is the HTTP status, `type` and `code` follow OpenAI's error body."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, hint: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequestError(RequestError):
+    """The request can never succeed as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class NotFoundError(RequestError):
+    """No such path, model or expert."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class PayloadTooLargeError(RequestError):
+    """The body is over the limit; it was not read to its end."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "payload_too_large"
+
+
+class OverloadedError(RequestError):
+    """The server is full; the same request may succeed later."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class InternalError(RequestError):
+    """Our fault: the request was good."""
+
+
+class UnavailableError(RequestError):
+    """The engine is loading, draining or dead."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"

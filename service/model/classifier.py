@@ -1,0 +1,71 @@
+"""The X-LoRA classifier and what turns its logits into scalings. fp32 whatever the base's dtype is.
+
+Source of the formulas: X-LoRA paper (arXiv 2402.07148) section 2, PEFT `XLoraClassifier.forward` and
+`XLoraLayer.get_maybe_topk_scalings`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.checkpoint import ClassifierWeights, XLoraConfig
+
+
+def keep_top_k(scalings: Tensor, top_k: int | None, *, renormalise: bool) -> Tensor:
+    """Keeps the `top_k` largest of the last dimension [..., E] and zeroes the rest; optionally softmax over the non-zero.
+
+    An all-zero row stays zero, never NaN.
+    """
+    if top_k is not None and top_k < scalings.shape[-1]:
+        keep = torch.zeros_like(scalings).scatter_(-1, scalings.topk(top_k, dim=-1).indices, 1.0)
+        scalings = scalings * keep
+    if renormalise:
+        zero = scalings == 0
+        scalings = scalings.masked_fill(zero, float("-inf")).softmax(-1).masked_fill(zero, 0.0)
+    return scalings
+
+
+class Classifier(nn.Module):
+    """MLP from the scaling pass's last hidden state to scalings [n, S, E] (S = 1 without layerwise scalings)."""
+
+    def __init__(
+        self, weights: ClassifierWeights, config: XLoraConfig, num_experts: int, num_sites: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.stored_sites = num_sites if config.layerwise_scalings else 1
+        self.weights = [weight.to(device, torch.float32) for weight, _ in weights.layers]
+        self.biases = [None if bias is None else bias.to(device, torch.float32) for _, bias in weights.layers]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] of any dtype -> z [n, S, E] fp32."""
+        x = hidden.float()
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = F.linear(x, weight, bias)
+            if self.config.enable_relu_and_dropout:
+                x = x.relu_()
+        return F.linear(x, self.weights[-1], self.biases[-1]).view(-1, self.stored_sites, self.num_experts)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts in the real pass."""
+        return self.scalings(self.logits(hidden))
+
+    def scalings(self, logits: Tensor) -> Tensor:
+        """z [n, S, E] -> g [n, S, E]: temperature softmax, top-k, top-k softmax as the config asks."""
+        if self.config.enable_softmax:
+            if self.config.softmax_temperature != 1.0:
+                logits = logits / self.config.softmax_temperature
+            logits = logits.softmax(-1)
+        if self.config.top_k_lora is None and not self.config.enable_softmax_topk:
+            return logits
+        return keep_top_k(logits, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+
+    def dummy_row(self) -> Tensor:
+        """The gate row [S, E] of the scaling pass, on the CPU: `scaling_pass_value` after top-k (ties as CPU topk breaks them)."""
+        value = self.config.scaling_pass_value
+        value = 1.0 / self.num_experts if value is None else value
+        row = torch.full((self.stored_sites, self.num_experts), value)
+        return keep_top_k(row, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)

@@ -1,0 +1,34 @@
+"""The experts of one site as one stack: two matrix products whatever the number of experts is.
+
+    y = W x + B_cat((A_cat x) * g)        A_cat [R, in], B_cat [out, R], R = sum of the experts' ranks at this site
+
+The experts' own scales (lora_alpha / r) are folded into B_cat. An expert that does not target the site has rank 0 in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.checkpoint import Expert
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """A_cat, B_cat transposed, and the rank each expert holds in them."""
+
+    a: Tensor  # [R, in]
+    b_t: Tensor  # [R, out], B_cat transposed and contiguous: what addmm reads
+    ranks: list[int]  # [E]
+
+
+def stack_experts(experts: Sequence[Expert], site: str, dtype: torch.dtype, device: torch.device) -> ExpertStack:
+    """Stacks every expert's A and B at `site`; scales are folded into B in fp32 before the cast to `dtype`."""
+    present = [expert.weights[site] for expert in experts if site in expert.weights]
+    a = torch.cat([weights.a.float() for weights in present])
+    b_t = torch.cat([weights.b.float().T * weights.scale for weights in present])
+    ranks = [expert.weights[site].a.shape[0] if site in expert.weights else 0 for expert in experts]
+    return ExpertStack(a.to(device, dtype).contiguous(), b_t.to(device, dtype).contiguous(), ranks)

@@ -1,0 +1,38 @@
+"""XLoraLinear: an nn.Linear plus the gated experts of its site (DESIGN's real pass, two matrix products)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.model.experts import ExpertStack
+from service.model.gate import Gate
+
+
+class XLoraLinear(nn.Module):
+    """y = W x + b, and for the rows the gate is open for: + B_cat((A_cat x) * g). Inference only."""
+
+    weight: Tensor  # [out, in]
+    lora_a: Tensor  # [R, in]
+    lora_b_t: Tensor  # [R, out]
+
+    def __init__(self, base: nn.Linear, stack: ExpertStack, gate: Gate, site: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = base.weight
+        self.bias = base.bias
+        self.register_buffer("lora_a", stack.a, persistent=False)
+        self.register_buffer("lora_b_t", stack.b_t, persistent=False)
+        self.gate = gate
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
+        y = F.linear(x, self.weight, self.bias)
+        if not self.gate.active:
+            return y
+        rows = self.gate.first_row
+        narrow = torch.mm(x.view(-1, self.in_features)[rows:], self.lora_a.T).mul_(self.gate.at(self.site))
+        y.view(-1, self.out_features)[rows:].addmm_(narrow, self.lora_b_t)
+        return y

@@ -1,0 +1,184 @@
+"""XLoraModel: the decoder of transformers with its adapted linears swapped, its gate, its classifier, its KV cache.
+
+One forward runs any mixture of scaling rows and real rows of any requests:
+
+    scaling rows   gate = dummy row          -> last hidden state -> classifier -> scalings, stored for their real rows
+    real rows      gate = stored scalings    -> logits
+
+It knows rows and slots; which request they belong to, and what comes next, it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from service.checkpoint import Checkpoint
+from service.errors import CheckpointError
+from service.model.attention import ATTENTION
+from service.model.batch import Batch
+from service.model.classifier import Classifier
+from service.model.experts import ExpertStack, stack_experts
+from service.model.gate import Gate
+from service.model.kv_cache import KVCache, KVLayout
+from service.model.linear import XLoraLinear
+
+
+class _HiddenStateTap(nn.Module):
+    """Stands where the causal LM keeps its decoder, and remembers the last hidden state that went to the head."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.last_hidden_state: Tensor | None = None  # [1, T, H], after the final norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.decoder(*args, **kwargs)
+        self.last_hidden_state = outputs.last_hidden_state
+        return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What one forward brought."""
+
+    logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
+    new_scalings: Tensor  # [num_scaling_rows, S, E] fp32 (S = 1 without layerwise scalings)
+
+
+class XLoraModel:
+    """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
+
+    def __init__(self, checkpoint: Checkpoint, causal_lm: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.config: PretrainedConfig = causal_lm.config
+        self.xlora_config = checkpoint.xlora
+        self.expert_names = [expert.name for expert in checkpoint.experts]
+        self.sites = resolve_sites(checkpoint, causal_lm)
+        self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, len(self.expert_names), len(self.sites), device)
+        self.gate = self._swap_linears(checkpoint, causal_lm)
+        self.dummy_row = self.classifier.dummy_row().to(device)
+        self._scaling_pass_has_experts = bool(self.dummy_row.any())
+        prefix = causal_lm.base_model_prefix
+        self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
+        setattr(causal_lm, prefix, self._tap)
+        self.causal_lm = causal_lm
+
+    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: nn.Module) -> Gate:
+        stacks: list[ExpertStack] = [stack_experts(checkpoint.experts, site, self.dtype, self.device) for site in self.sites]
+        gate = Gate(
+            [stack.ranks for stack in stacks],
+            layerwise=checkpoint.xlora.layerwise_scalings,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
+        for number, (site, stack) in enumerate(zip(self.sites, stacks, strict=True)):
+            parent, _, name = site.rpartition(".")
+            linear = causal_lm.get_submodule(site)
+            assert isinstance(linear, nn.Linear)
+            setattr(causal_lm.get_submodule(parent), name, XLoraLinear(linear, stack, gate, number))
+        return gate
+
+    def kv_layout(self, block_size: int) -> KVLayout:
+        """The shape of one KV block of this model."""
+        config = self.config.get_text_config()
+        heads = config.num_attention_heads
+        return KVLayout(
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            block_size=block_size,
+            gate_sites=self.classifier.stored_sites,
+            experts=len(self.expert_names),
+            dtype=self.dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
+
+        Real rows must have their scalings stored by an earlier forward.
+        """
+        self._set_gate(batch, kv_cache)
+        logits = self.causal_lm(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            batch=batch,
+            kv_cache=kv_cache,
+        ).logits[0]
+        assert self._tap.last_hidden_state is not None
+        new_scalings = self.classifier(self._tap.last_hidden_state[0, : batch.num_scaling_rows])
+        self._tap.last_hidden_state = None
+        if batch.new_gate_slots.shape[0]:
+            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots, new_scalings.index_select(0, batch.new_gate_rows))
+        return ForwardOutput(logits, new_scalings)
+
+    def _set_gate(self, batch: Batch, kv_cache: KVCache) -> None:
+        real = kv_cache.gate_rows.index_select(0, batch.real_gate_slots) if batch.real_gate_slots.shape[0] else None
+        if not self._scaling_pass_has_experts:
+            self.gate.set(real, first_row=batch.num_scaling_rows)
+            return
+        dummy = self.dummy_row.expand(batch.num_scaling_rows, -1, -1)
+        self.gate.set(dummy if real is None else torch.cat([dummy, real]), first_row=0)
+
+
+def resolve_sites(checkpoint: Checkpoint, causal_lm: nn.Module) -> list[str]:
+    """The adapted modules in the order of the classifier's rows: as stored, else traversal order over the union of targets.
+
+    Raises CheckpointError for a target that is not a plain nn.Linear of this decoder.
+    """
+    targets = {site for expert in checkpoint.experts for site in expert.weights}
+    modules = dict(causal_lm.named_modules())
+    for site in targets:
+        if not isinstance(modules.get(site), nn.Linear):
+            kind = type(modules[site]).__name__ if site in modules else "no module"
+            raise CheckpointError(f"{checkpoint.path}: experts target {site}, which is {kind} in the base; only Linear is supported")
+    if checkpoint.sites is not None:
+        return list(checkpoint.sites)
+    return [name for name in modules if name in targets]
+
+
+def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Loads the base through transformers, in eval mode, with its attention routed to ours.
+
+    Raises CheckpointError where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
+    """
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint.base_path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    refuse_length_dependent_rope(causal_lm.config, str(checkpoint.base_path))
+    causal_lm.set_attn_implementation(ATTENTION)
+    return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
+    """Raises CheckpointError for RoPE whose angles depend on the longest row of the batch ("dynamic")."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in {"dynamic", "longrope"}:
+        raise CheckpointError(
+            f"{source}/config.json: rope_type {kind!r} makes a position's rotation depend on the longest row of its batch",
+            hint="supported: default, linear, yarn, llama3",
+        )
+
+
+def load_model(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, on_progress: Callable[[str], None] = lambda _: None
+) -> XLoraModel:
+    """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
+    on_progress(f"loading base model from {checkpoint.base_path}")
+    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype)
+    on_progress(f"stacking {len(checkpoint.experts)} experts: {', '.join(_names(checkpoint.experts))}")
+    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)
+
+
+def _names(experts: Sequence[Any]) -> list[str]:
+    return [expert.name for expert in experts]
