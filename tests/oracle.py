@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import XLoraConfig as PeftXLoraConfig
 from peft import get_peft_model
+from peft.tuners.xlora.classifier import XLoraClassifier
 from peft.tuners.xlora.layer import XLoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from service.checkpoint import XLoraConfig
 
 
 class PeftOracle:
@@ -43,6 +47,21 @@ class PeftOracle:
             if hasattr(module, "lora_A") and isinstance(getattr(module.forward, "__self__", None), XLoraLayer)
         ]
 
+    def reconfigure(self, config: XLoraConfig, layers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Same base and experts under another configuration and another classifier, without touching the disk."""
+        for name in PeftXLoraConfig.__dataclass_fields__:
+            if hasattr(config, name) and name not in _NOT_PEFTS:
+                setattr(self.xlora.xlora_config, name, getattr(config, name))
+        experts = len(self.xlora.xlora_config.adapters)
+        classifier = XLoraClassifier(self.model, self.xlora.xlora_config, experts, len(self.sites), torch.device("cpu"))
+        linears = [layer for layer in classifier.layers if isinstance(layer, torch.nn.Linear)]
+        with torch.no_grad():
+            for linear, (weight, bias) in zip(linears, layers, strict=True):
+                linear.weight.copy_(weight)
+                linear.bias.copy_(bias if bias is not None else torch.zeros_like(linear.bias))
+        self.classifier = self.xlora.internal_xlora_classifier = classifier.eval()
+        self.xlora.set_scaling_pass_value(config.scaling_pass_value)  # null becomes 1/E here, and only here
+
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
         """Returns [T, V]: the real pass over `tokens`."""
@@ -51,7 +70,12 @@ class PeftOracle:
     @torch.inference_mode()
     def scalings(self, tokens: list[int]) -> Tensor:
         """Returns [T, S, E] after softmax and top-k: `get_latest_scalings()` is before top-k, so PEFT's own layers finish it."""
-        self.logits(tokens)
+        return self.forward(tokens)[1]
+
+    @torch.inference_mode()
+    def forward(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Returns logits [T, V] and scalings [T, S, E] of one real pass."""
+        logits = self.logits(tokens)
         before = self.xlora.internal_xlora_scalings
         layers = [
             module.forward.__self__
@@ -59,7 +83,7 @@ class PeftOracle:
             if isinstance(getattr(module.forward, "__self__", None), XLoraLayer)
         ]
         layers.sort(key=lambda layer: layer.layer_number)
-        return torch.stack([layer.get_maybe_topk_scalings(before)[0] for layer in layers], dim=1)
+        return logits, torch.stack([layer.get_maybe_topk_scalings(before)[0] for layer in layers], dim=1)
 
     def greedy(self, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
         """Returns `steps` greedy tokens and, per step, the margin between the two best logits."""

@@ -64,5 +64,7 @@ class BlockManager:
         held = Counter(block for table in tables for block in table)
         if [held[block] for block in range(self.num_blocks)] != self._holders:
             raise RuntimeError("block holders do not match the block tables")
-        if set(self._free) != {block for block in range(self.num_blocks) if not held[block]} or len(set(self._free)) != len(self._free):
+        if set(self._free) != {block for block in range(self.num_blocks) if not held[block]} or len(
+            set(self._free)
+        ) != len(self._free):
             raise RuntimeError("the free list does not match the block tables")

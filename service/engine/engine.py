@@ -41,7 +41,7 @@ class Engine:
             self._scheduler.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drops a request, or one of its choices, and frees what it held. Unknown ids are ignored: it may just have ended."""
+        """Drops a request, or one of its choices, and frees what it held. Unknown ids are ignored: they may have ended."""
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._drop(sequence)
@@ -66,8 +66,8 @@ class Engine:
         total = len(request.prompt_token_ids) + output
         if total > self.info.max_model_len:
             raise InvalidRequestError(
-                f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the model's "
-                f"context of {self.info.max_model_len} tokens",
+                f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the context "
+                f"of {self.info.max_model_len} tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
                 hint="shorten the prompt or lower max_tokens",
@@ -94,14 +94,15 @@ class Engine:
         stats = StepStats(preemptions=plan.preemptions, gate=result.gate_stats)
         for share, token, draft, gate in zip(plan.scheduled, result.tokens, result.drafts, result.gate, strict=True):
             self._advance(share, token, draft, stats)
-            reason = self._finish_reason(share.sequence, token)
+            sequence = share.sequence
+            reason = self._finish_reason(sequence, token)
             if token is not None or gate is not None or reason is not None:
-                output = SequenceOutput(share.sequence.request.id, share.sequence.index, gate=gate, finish_reason=reason)
+                output = SequenceOutput(sequence.request.id, sequence.index, gate=gate, finish_reason=reason)
                 output.tokens = [] if token is None else [token]
+                output.usage = None if reason is None else sequence.usage
                 outputs.append(output)
             if reason is not None:
-                output.usage = share.sequence.usage
-                self._drop(share.sequence)
+                self._drop(sequence)
         stats.requests_running = len(self._scheduler.running)
         stats.requests_waiting = len(self._scheduler.waiting)
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
@@ -118,7 +119,8 @@ class Engine:
         miss = share.drafted and not hit
         sequence.scaling.computed += share.scaling_count - miss
         sequence.real.computed += share.real_count
-        sequence.reported = max(sequence.reported, sequence.real.computed if sequence.generates else sequence.scaling.computed)
+        final = sequence.real.computed if sequence.generates else sequence.scaling.computed
+        sequence.reported = max(sequence.reported, final)
         if token is not None:
             sequence.append(token.id)
         sequence.draft = None if miss else draft

@@ -1,7 +1,4 @@
-"""From options to a running Engine: load the checkpoint, build the model, divide the memory.
-
-EngineOptions is the part of the operator's settings that crosses to the engine's process, as plain data.
-"""
+"""From options to a running Engine: load the checkpoint, build the model, divide the memory."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +16,7 @@ from service.checkpoint import Checkpoint, load_checkpoint
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
+from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.errors import SettingsError, StartupError
@@ -29,23 +26,6 @@ from service.model.xlora_model import XLoraModel, load_model
 _MIB = 1 << 20
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What the engine's process needs to know; each field is a flag of `xlora-serve serve`."""
-
-    model: str
-    device: str = "auto"  # auto, cpu, cuda, cuda:N
-    dtype: str = "auto"  # auto, float32, bfloat16, float16; auto = float32 on a CPU, the base's own on CUDA
-    max_model_len: int | None = None  # None = max_position_embeddings
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
-    kv_memory_bytes: int | None = None  # None = measured
-    block_size: int = 16
-    threads: int | None = None  # None = torch's own choice
-    lookahead: bool = True
-    allow_outside: bool = False
 
 
 def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Engine:
@@ -59,7 +39,8 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
     device = resolve_device(options.device)
     on_progress(f"reading {options.model}")
     checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
-    model = load_model(checkpoint, device=device, dtype=resolve_dtype(options.dtype, checkpoint, device), on_progress=on_progress)
+    dtype = resolve_dtype(options.dtype, checkpoint, device)
+    model = load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
     return build_engine(model, checkpoint, options)
 
 
@@ -84,7 +65,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="use --device cpu")
+        raise SettingsError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="use --device cpu"
+        )
     return device
 
 
@@ -131,7 +114,12 @@ def plan_blocks(layout: KVLayout, device: torch.device, max_model_len: int, opti
 
 
 def _engine_info(
-    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, layout: KVLayout, num_blocks: int, max_model_len: int
+    model: XLoraModel,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    layout: KVLayout,
+    num_blocks: int,
+    max_model_len: int,
 ) -> EngineInfo:
     device = str(model.device)
     if model.device.type == "cuda":

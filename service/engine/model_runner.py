@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from service.engine.gate_report import gate_rows, gate_stats, report_spans
 from service.engine.request import GateRows, GateStats, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Stream
 from service.model.batch import AttentionGroup, Batch
-from service.model.gate_stats import GateSummary, summarise
+from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
@@ -54,16 +55,19 @@ class ModelRunner:
         offsets = _row_offsets(segments)
         draft_shares = [share for share in shares if share.predicts]
         token_shares = [share for share in shares if share.samples]
-        last_rows = {(id(s.share), s.is_scaling): offset + s.count - 1 for s, offset in zip(segments, offsets, strict=True)}
+        last_rows = {
+            (id(s.share), s.is_scaling): offset + s.count - 1 for s, offset in zip(segments, offsets, strict=True)
+        }
         logit_rows = [last_rows[id(share), True] for share in draft_shares]
         logit_rows += [last_rows[id(share), False] for share in token_shares]
         output = self.model.forward(self._batch(segments, offsets, logit_rows), self.kv_cache)
         tokens, drafts = self._sample(output, draft_shares, token_shares)
-        gate, stats = self._report(shares, output, {id(s.share): o for s, o in zip(segments, offsets, strict=True) if s.is_scaling})
+        scaling_offsets = {id(s.share): offset for s, offset in zip(segments, offsets, strict=True) if s.is_scaling}
+        gate, stats = self._report(shares, output, scaling_offsets)
         return RunResult(
             tokens=[tokens.get(id(share)) for share in shares],
             drafts=[drafts.get(id(share)) for share in shares],
-            gate=gate,
+            gate=[gate.get(id(share)) for share in shares],
             gate_stats=stats,
         )
 
@@ -72,7 +76,8 @@ class ModelRunner:
     def _batch(self, segments: list[_Segment], offsets: list[int], logit_rows: list[int]) -> Batch:
         positions = [position for s in segments for position in range(s.start, s.start + s.count)]
         scaling = [s for s in segments if s.is_scaling]
-        stored = [(offset, s) for s, offset in zip(segments, offsets, strict=True) if s.is_scaling and s.share.sequence.generates]
+        rows = zip(segments, offsets, strict=True)
+        stored = [(offset, s) for s, offset in rows if s.is_scaling and s.share.sequence.generates]
         return Batch(
             input_ids=self._tensor([token for s in segments for token in _tokens(s)]),
             positions=self._tensor(positions),
@@ -148,83 +153,32 @@ class ModelRunner:
 
     def _report(
         self, shares: list[Scheduled], output: ForwardOutput, scaling_offsets: dict[int, int]
-    ) -> tuple[list[GateRows | None], GateStats]:
-        """Gate rows of every position whose real row has now run (or scaling row, for a scaling pass alone), each once."""
+    ) -> tuple[dict[int, GateRows], GateStats]:
+        """Returns the gate rows asked for, by id of their share, and the step's statistics."""
+        spans = report_spans(shares)
+        if not spans:
+            return {}, GateStats()
+        stored: list[int] = []
         pieces: list[Tensor] = []
-        spans: list[tuple[int, int] | None] = []  # (first position, count)
-        stored_slots: list[int] = []
-        generating = [share for share in shares if share.sequence.generates]
-        for share in generating:
-            start, end = share.sequence.reported, share.real_start + share.real_count
-            stored_slots += self._slots(share.sequence.real, start, end - start) if end > start else []
-        if stored_slots:
-            pieces.append(self.kv_cache.gate_rows.index_select(0, self._tensor(stored_slots)))
-        for share in shares:
-            if not share.sequence.generates:
-                offset = scaling_offsets[id(share)]
-                pieces.append(output.new_scalings[offset : offset + share.scaling_count])
-        if not pieces:
-            return [None] * len(shares), GateStats()
+        for span in spans:
+            if span.share.sequence.generates:
+                stored += self._slots(span.share.sequence.real, span.start, span.count)
+            else:
+                offset = scaling_offsets[id(span.share)]
+                pieces.append(output.new_scalings[offset : offset + span.count])
+        if stored:
+            pieces.insert(0, self.kv_cache.gate_rows.index_select(0, self._tensor(stored)))
         scalings = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         summary = summarise(scalings)
-        spans = [_report_span(share) for share in shares]
-        order = [*generating, *(share for share in shares if not share.sequence.generates)]
-        offsets = _span_offsets(order)
-        gate = [
-            self._gate_rows(share, span, offsets[id(share)], scalings, summary) if span else None
-            for share, span in zip(shares, spans, strict=True)
-        ]
-        return gate, self._gate_stats(generating, offsets, summary)
-
-    def _gate_rows(
-        self, share: Scheduled, span: tuple[int, int], offset: int, scalings: Tensor, summary: GateSummary
-    ) -> GateRows | None:
-        """The rows the request asked for, of its positions start .. start + count at `offset` in the step's rows."""
-        request = share.sequence.request
-        if request.return_scalings == "none":
-            return None
-        wanted = request.scalings_start if request.scalings_start is not None else share.sequence.prompt_len - 1
-        start, count = span
-        skip = max(0, wanted - start)
-        if skip >= count:
-            return None
-        rows = slice(offset + skip, offset + count)
-        full = None
-        if request.return_scalings == "full":
-            sites = len(self.model.sites)
-            full = scalings[rows].expand(-1, sites, -1).cpu().contiguous().numpy().tobytes()
-        return GateRows(
-            start=start + skip,
-            count=count - skip,
-            mean=summary.mean[rows].contiguous().numpy().tobytes(),
-            entropy=summary.entropy[rows].contiguous().numpy().tobytes(),
-            full=full,
-        )
-
-    def _gate_stats(self, generating: list[Scheduled], offsets: dict[int, int], summary: GateSummary) -> GateStats:
-        """Each served position once; the last prompt position counts as generated. Scaling passes alone are not served."""
-        prompt: list[int] = []
-        generated: list[int] = []
-        for share in generating:
-            span = _report_span(share)
-            for position in range(span[0], span[0] + span[1]) if span else ():
-                row = offsets[id(share)] + position - share.sequence.reported
-                (prompt if position < share.sequence.prompt_len - 1 else generated).append(row)
-        rows = len(prompt) + len(generated)
-        if not rows:
-            return GateStats()
-        shares = summary.share[:rows]
-        return GateStats(
-            prompt_entropy=summary.entropy[prompt].numpy().tobytes(),
-            generated_entropy=summary.entropy[generated].numpy().tobytes(),
-            weight=shares.sum(0).tolist(),
-            top1=torch.bincount(shares[shares.any(-1)].argmax(-1), minlength=shares.shape[1]).tolist(),
-        )
+        num_sites = len(self.model.sites)
+        rows = {id(span.share): gate_rows(span, scalings, summary, num_sites) for span in spans}
+        return {share: asked for share, asked in rows.items() if asked is not None}, gate_stats(spans, summary)
 
 
 def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:
-    """Scaling rows first, then real rows; inside, single rows meet in the middle so that they form one attention group."""
-    scaling = [_Segment(s, s.sequence.scaling, s.scaling_start, s.scaling_count, True) for s in shares if s.scaling_count]
+    """Scaling rows first, then real rows; single rows meet in the middle, where they form one attention group."""
+    advancing = [share for share in shares if share.scaling_count]
+    scaling = [_Segment(s, s.sequence.scaling, s.scaling_start, s.scaling_count, True) for s in advancing]
     real = [_Segment(s, s.sequence.real, s.real_start, s.real_count, False) for s in shares if s.real_count]
     scaling.sort(key=lambda segment: segment.count == 1)
     real.sort(key=lambda segment: segment.count != 1)
@@ -247,20 +201,3 @@ def _tokens(segment: _Segment) -> list[int]:
         assert sequence.draft is not None
         tokens = [*tokens, sequence.draft]
     return tokens
-
-
-def _report_span(share: Scheduled) -> tuple[int, int] | None:
-    """(first position, count) of the gate rows that become final with this step."""
-    start = share.sequence.reported
-    end = share.real_start + share.real_count if share.sequence.generates else share.scaling_start + share.scaling_count
-    return (start, end - start) if end > start else None
-
-
-def _span_offsets(order: list[Scheduled]) -> dict[int, int]:
-    """Where each share's span begins among the step's reported rows."""
-    offsets, row = {}, 0
-    for share in order:
-        offsets[id(share)] = row
-        span = _report_span(share)
-        row += span[1] if span else 0
-    return offsets

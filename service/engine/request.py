@@ -61,7 +61,7 @@ class GateRows:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """One accepted token. Logprobs are natural logarithms of the raw distribution (before bias, penalties, temperature)."""
+    """One accepted token. Logprobs are natural logs of the raw distribution (before bias, penalties, temperature)."""
 
     id: int
     logprob: float | None = None

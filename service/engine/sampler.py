@@ -22,7 +22,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """A row of logits to sample from: the next token of `sequence` after `pending` (a draft not yet accepted, or none)."""
+    """A row of logits: the next token of `sequence` after `pending` (a draft not yet accepted, or none)."""
 
     sequence: Sequence
     pending: int | None = None
@@ -34,19 +34,19 @@ class SampleRow:
 
 
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
-    """Samples one token per row. logits [n, V] of any dtype, in the order of `rows`; rows with temperature 0 take the argmax."""
+    """Samples one token per row of logits [n, V] (any dtype); where the temperature is 0, the argmax."""
     logits = logits.float()
     if any(_needs_history(row.sequence) for row in rows):
         logits = _process_history(logits.clone(), rows)
     random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature > 0]
     if not random:
-        return logits.argmax(-1).tolist()  # type: ignore[no-any-return]
+        return logits.argmax(-1).tolist()
     chosen = logits.argmax(-1)
     index = torch.tensor(random, device=logits.device)
     drawn = [rows[i] for i in random]
     filtered = _filter(logits[index], drawn)
     chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
-    return chosen.tolist()  # type: ignore[no-any-return]
+    return chosen.tolist()
 
 
 def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:
@@ -72,7 +72,7 @@ def _needs_history(sequence: Sequence) -> bool:
 
 
 def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
-    """Applies logit_bias and the penalties in place, [n, V]: what depends on the tokens so far or on the vocabulary id."""
+    """Applies logit_bias and the penalties to logits [n, V], in place."""
     for line, row in zip(logits, rows, strict=True):
         params = row.sequence.sampling
         if params.logit_bias:
@@ -126,7 +126,7 @@ def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.dev
 
 
 def _row_key(row: SampleRow) -> int:
-    """One 64-bit key per (seed, choice, output position): each field goes through a full mix before the next is added."""
+    """One 64-bit key per (seed, choice, output position): each field is mixed before the next is added."""
     key = _mix(row.sequence.sampling.seed)
     key = _mix(key + row.sequence.index)
     return _mix(key + row.output_position)

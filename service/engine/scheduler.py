@@ -1,7 +1,8 @@
 """What runs in the next step. Pure Python, no torch: it moves numbers between sequences and the block manager.
 
-One rule covers prefill, chunked prefill and decode: in each step a sequence's real stream advances over every position
-whose scalings are known, and its scaling stream advances over the next positions: prompt chunk, sampled token, or draft.
+One rule covers prefill, chunked prefill and decode: in each step a sequence's real stream advances over every
+position whose scalings are known, and its scaling stream advances over the next ones: prompt chunk, sampled token, or
+draft.
 
     prompt of 3 chunks   scaling  a b c . d      d: the drafted next token, in the same step as the real row before it
                          real       a b c        (lookahead scaling pass, DECISIONS.md)
@@ -46,11 +47,13 @@ class Plan:
 class Scheduler:
     """First come, first served, decode before prefill, under a budget of rows per step and of blocks in all.
 
-    A sequence is admitted when both of its streams' blocks for all it has so far are free; when the pool runs dry
-    later, the latest arrival is preempted: its blocks are released and it is computed again when there is room.
+    A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
+    the latest arrival is preempted: its blocks are released and it is computed again when there is room.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, lookahead: bool) -> None:
+    def __init__(
+        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, lookahead: bool
+    ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -120,7 +123,7 @@ class Scheduler:
         return Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, drafted, samples, predicts)
 
     def _make_room(self, sequence: Sequence, positions: int, plan: Plan) -> bool:
-        """Gives both streams blocks for `positions` positions (gate rows live in the real stream's), preempting if need be."""
+        """Gives both streams blocks for `positions` (gate rows live in the real stream's), preempting if need be."""
         tables = self._tables(sequence)
         while sum(self.blocks.missing(table, positions) for table in tables) > self.blocks.free:
             planned = {id(share.sequence) for share in plan.scheduled}
@@ -185,5 +188,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every block is held by exactly the sequences that list it."""
         self.blocks.check_integrity(
-            table for sequence in (*self.running, *self.waiting) for table in (sequence.scaling.blocks, sequence.real.blocks)
+            table
+            for sequence in (*self.running, *self.waiting)
+            for table in (sequence.scaling.blocks, sequence.real.blocks)
         )

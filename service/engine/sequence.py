@@ -1,4 +1,4 @@
-"""One choice of one request while it is in the engine: its tokens, its two KV streams, how far each has come. No torch."""
+"""One choice of one request in the engine: its tokens, its two KV streams, how far each has come. No torch."""
 
 from __future__ import annotations
 

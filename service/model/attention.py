@@ -47,17 +47,17 @@ def paged_attention(
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
     if unknown or attention_mask is not None:
         raise CheckpointError(
-            f"the base model's attention uses {', '.join(unknown) or 'a mask of its own'}, which this server does not support",
+            f"the base model's attention uses {', '.join(unknown) or 'a mask of its own'}, which is not supported",
             hint="the decoder family cannot be served exactly yet",
         )
     layer = module.layer_idx
     assert isinstance(layer, int)
     kv_cache.write(layer, batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, heads, head_dim]
-    outputs = [
-        _attend(rows[group.start : group.start + group.segments * group.queries], group, layer, kv_cache, scaling, sliding_window, softcap)
-        for group in batch.groups
-    ]
+    outputs = []
+    for group in batch.groups:
+        own = rows[group.start : group.start + group.segments * group.queries]
+        outputs.append(_attend(own, group, layer, kv_cache, scaling, sliding_window, softcap))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 

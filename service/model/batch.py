@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """N segments of Q consecutive positions each, every segment in a KV stream of its own; rows start .. start + N * Q."""
+    """N segments of Q consecutive positions, each in a KV stream of its own; rows start .. start + N * Q."""
 
     start: int
     segments: int  # N

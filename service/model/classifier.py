@@ -14,7 +14,7 @@ from service.checkpoint import ClassifierWeights, XLoraConfig
 
 
 def keep_top_k(scalings: Tensor, top_k: int | None, *, renormalise: bool) -> Tensor:
-    """Keeps the `top_k` largest of the last dimension [..., E] and zeroes the rest; optionally softmax over the non-zero.
+    """Keeps the `top_k` largest of the last dimension [..., E], zeroes the rest; optionally softmax over the non-zero.
 
     An all-zero row stays zero, never NaN.
     """
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         return F.linear(x, self.weights[-1], self.biases[-1]).view(-1, self.stored_sites, self.num_experts)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts in the real pass."""
+        """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts."""
         return self.scalings(self.logits(hidden))
 
     def scalings(self, logits: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         return keep_top_k(logits, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
 
     def dummy_row(self) -> Tensor:
-        """The gate row [S, E] of the scaling pass, on the CPU: `scaling_pass_value` after top-k (ties as CPU topk breaks them)."""
+        """The gate row [S, E] of the scaling pass: `scaling_pass_value` after top-k, ties as CPU topk breaks them."""
         value = self.config.scaling_pass_value
         value = 1.0 / self.num_experts if value is None else value
         row = torch.full((self.stored_sites, self.num_experts), value)

@@ -2,7 +2,7 @@
 
     y = W x + B_cat((A_cat x) * g)        A_cat [R, in], B_cat [out, R], R = sum of the experts' ranks at this site
 
-The experts' own scales (lora_alpha / r) are folded into B_cat. An expert that does not target the site has rank 0 in it.
+The experts' own scales (lora_alpha / r) are folded into B_cat. An expert that does not target the site has rank 0.
 """
 
 from __future__ import annotations

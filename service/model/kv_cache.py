@@ -29,8 +29,9 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of every layer, plus a gate row per slot."""
-        slot = 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize + 4 * self.gate_sites * self.experts
-        return slot * self.block_size
+        keys_and_values = 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        gate_row = 4 * self.gate_sites * self.experts
+        return (keys_and_values + gate_row) * self.block_size
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks one request of `tokens` positions needs: two streams."""
@@ -55,7 +56,8 @@ class KVCache:
 
     def read(self, layer: int, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values [N, length, kv_heads, head_dim] of N streams with block_table [N, blocks]."""
-        return self._gather(self.keys[layer], block_table, length), self._gather(self.values[layer], block_table, length)
+        key = self._gather(self.keys[layer], block_table, length)
+        return key, self._gather(self.values[layer], block_table, length)
 
     def _gather(self, pool: Tensor, block_table: Tensor, length: int) -> Tensor:
         blocks = pool.index_select(0, block_table.flatten())

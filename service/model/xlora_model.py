@@ -10,20 +10,20 @@ It knows rows and slots; which request they belong to, and what comes next, it d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from service.checkpoint import Checkpoint
 from service.errors import CheckpointError
 from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
-from service.model.experts import ExpertStack, stack_experts
+from service.model.experts import stack_experts
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.linear import XLoraLinear
@@ -54,13 +54,16 @@ class ForwardOutput:
 class XLoraModel:
     """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
 
-    def __init__(self, checkpoint: Checkpoint, causal_lm: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
         self.expert_names = [expert.name for expert in checkpoint.experts]
         self.sites = resolve_sites(checkpoint, causal_lm)
-        self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, len(self.expert_names), len(self.sites), device)
+        experts, sites = len(self.expert_names), len(self.sites)
+        self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm)
         self.dummy_row = self.classifier.dummy_row().to(device)
         self._scaling_pass_has_experts = bool(self.dummy_row.any())
@@ -69,8 +72,8 @@ class XLoraModel:
         setattr(causal_lm, prefix, self._tap)
         self.causal_lm = causal_lm
 
-    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: nn.Module) -> Gate:
-        stacks: list[ExpertStack] = [stack_experts(checkpoint.experts, site, self.dtype, self.device) for site in self.sites]
+    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> Gate:
+        stacks = [stack_experts(checkpoint.experts, site, self.dtype, self.device) for site in self.sites]
         gate = Gate(
             [stack.ranks for stack in stacks],
             layerwise=checkpoint.xlora.layerwise_scalings,
@@ -130,8 +133,8 @@ class XLoraModel:
         self.gate.set(dummy if real is None else torch.cat([dummy, real]), first_row=0)
 
 
-def resolve_sites(checkpoint: Checkpoint, causal_lm: nn.Module) -> list[str]:
-    """The adapted modules in the order of the classifier's rows: as stored, else traversal order over the union of targets.
+def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[str]:
+    """The adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
 
     Raises CheckpointError for a target that is not a plain nn.Linear of this decoder.
     """
@@ -140,20 +143,33 @@ def resolve_sites(checkpoint: Checkpoint, causal_lm: nn.Module) -> list[str]:
     for site in targets:
         if not isinstance(modules.get(site), nn.Linear):
             kind = type(modules[site]).__name__ if site in modules else "no module"
-            raise CheckpointError(f"{checkpoint.path}: experts target {site}, which is {kind} in the base; only Linear is supported")
+            raise CheckpointError(
+                f"{checkpoint.path}: experts target {site}, which is {kind} in the base; only Linear is supported"
+            )
     if checkpoint.sites is not None:
         return list(checkpoint.sites)
     return [name for name in modules if name in targets]
 
 
-def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Loads the base through transformers, in eval mode, with its attention routed to ours.
 
-    Raises CheckpointError where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
+    Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
+    where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
     """
-    causal_lm: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.base_path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        checkpoint.base_path,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
     )
+    causal_lm, loading = loaded
+    for defect in ("missing_keys", "mismatched_keys"):
+        if loading[defect]:
+            names = ", ".join(sorted(map(str, loading[defect]))[:3])
+            raise CheckpointError(f"{checkpoint.base_path}: {defect.replace('_', ' ')} in the base's weights: {names}")
     refuse_length_dependent_rope(causal_lm.config, str(checkpoint.base_path))
     causal_lm.set_attn_implementation(ATTENTION)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -165,20 +181,20 @@ def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
     kind = rope.get("rope_type", "default")
     if kind in {"dynamic", "longrope"}:
         raise CheckpointError(
-            f"{source}/config.json: rope_type {kind!r} makes a position's rotation depend on the longest row of its batch",
+            f"{source}/config.json: rope_type {kind!r} makes rotations depend on the longest row of a batch",
             hint="supported: default, linear, yarn, llama3",
         )
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, on_progress: Callable[[str], None] = lambda _: None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
     on_progress(f"loading base model from {checkpoint.base_path}")
     causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype)
-    on_progress(f"stacking {len(checkpoint.experts)} experts: {', '.join(_names(checkpoint.experts))}")
+    on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
     return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)
-
-
-def _names(experts: Sequence[Any]) -> list[str]:
-    return [expert.name for expert in experts]

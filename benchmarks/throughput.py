@@ -1,0 +1,104 @@
+"""Concurrent requests through HTTP against the engine alone and against transformers' static batch of the plain base.
+
+    python -m benchmarks.throughput [--model DIR] [--concurrency 1 4 16 32] [--tokens 128] [--repeats 3]
+
+    scaling        aggregate tokens/s through HTTP at 16 over that at 1
+    http_cost      1 - tokens/s through HTTP and streaming / tokens/s of the engine in-process, per concurrency
+    vs_base_batch  tokens/s through HTTP at 16 over `generate` of the plain base on one static batch of 16
+
+The client runs on the same cores as the server. Time to first token and the gaps between tokens are the client's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import DEMO, emit, percentiles, print_row, prompt_tokens, run_engine
+from benchmarks.http_client import Streamed, server, stream_generate
+from service.engine.engine import Engine
+from service.engine.loader import load_engine
+from service.engine.options import EngineOptions
+
+
+async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, list[Streamed]]:
+    """All prompts at once. Returns seconds until the last answer ended, and the answers."""
+    bodies = [{"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} for prompt in prompts]
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(stream_generate(port, body) for body in bodies))
+    return time.perf_counter() - started, answers
+
+
+def measure(port: int, engine: Engine, concurrency: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """One row: HTTP and the bare engine take turns; the fastest of each counts."""
+    http, bare, answers = [], [], []
+    for repeat in range(repeats):
+        prompts = [prompt_tokens(engine.info.vocab_size, 64, seed=100 * repeat + n) for n in range(concurrency)]
+        seconds, streamed = asyncio.run(burst(port, prompts, tokens))
+        http.append(concurrency * tokens / seconds)
+        answers += streamed
+        bare.append(concurrency * tokens / run_engine(engine, prompts, tokens).seconds)
+    row = {
+        "concurrency": concurrency,
+        "http_tokens_per_second": max(http),
+        "engine_tokens_per_second": max(bare),
+        "http_cost": 1 - max(http) / max(bare),
+        "first_token_seconds": percentiles([answer.first_token_seconds for answer in answers]),
+        "inter_token_seconds": percentiles([gap for answer in answers for gap in answer.gaps_seconds]),
+    }
+    print_row(row)
+    return row
+
+
+def base_static_batch(model: Path, batch: int, tokens: int, repeats: int) -> float:
+    """Tokens per second of transformers' own generate on the plain base: one static batch, eager, KV cache."""
+    base = AutoModelForCausalLM.from_pretrained(model / "base", dtype=torch.float32).eval()
+    ids = torch.tensor([prompt_tokens(base.config.vocab_size, 64, seed=n) for n in range(batch)])
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            base.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        best = min(best, time.perf_counter() - started)
+    return batch * tokens / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--threads", type=int, default=None, help="torch threads on every side; default: the server's own"
+    )
+    args = parser.parse_args()
+    flags = ["--model", str(args.model), "--dtype", "float32"]
+    flags += ["--threads", str(args.threads)] if args.threads else []
+    engine = load_engine(EngineOptions(str(args.model), dtype="float32", threads=args.threads))
+    with server(*flags) as port:
+        measure(port, engine, max(args.concurrency), 16, 1)  # warm-up of both
+        rows = [measure(port, engine, concurrency, args.tokens, args.repeats) for concurrency in args.concurrency]
+    base = base_static_batch(args.model, 16, args.tokens, args.repeats)
+    by = {row["concurrency"]: row["http_tokens_per_second"] for row in rows}
+    result: dict[str, Any] = {"benchmark": "throughput", "base_batch_16_tokens_per_second": base, "rows": rows}
+    if 1 in by and 16 in by:
+        result |= {"scaling": by[16] / by[1], "vs_base_batch": by[16] / base}
+    emit(result)
+
+
+if __name__ == "__main__":
+    main()

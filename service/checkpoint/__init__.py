@@ -1,0 +1,18 @@
+"""Files on disk -> Checkpoint. Knows formats and validation, builds no modules; imports neither model nor engine."""
+
+from service.checkpoint.bundle import Checkpoint, ClassifierWeights, Expert, LoraWeights, load_checkpoint
+from service.checkpoint.config import XLoraConfig
+from service.checkpoint.report import describe, find_problems
+from service.checkpoint.writer import write_bundle
+
+__all__ = [
+    "Checkpoint",
+    "ClassifierWeights",
+    "Expert",
+    "LoraWeights",
+    "XLoraConfig",
+    "describe",
+    "find_problems",
+    "load_checkpoint",
+    "write_bundle",
+]

@@ -1,0 +1,240 @@
+"""One PEFT LoRA adapter on disk -> LoraWeights per site, checked against the base's shapes.
+
+Knows PEFT's adapter_config.json and tensor names. Everything in a LoraConfig that would change the result and that the
+engine does not compute is refused by name; a field this file has never heard of is refused too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from service.checkpoint.base import BaseModel
+from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
+from service.checkpoint.tensors import TensorFile, read_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+USED_FIELDS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"})
+# Training-time settings, bookkeeping, and what is already expressed by which tensors the file holds.
+HARMLESS_FIELDS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "velora_config",
+    }
+)
+# These change what the adapter or the base computes: only "not used" is accepted.
+REFUSED_FIELDS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "bias",
+        "ensure_weight_tying",
+        "fan_in_fan_out",
+        "kasa_config",
+        "layer_replication",
+        "lora_bias",
+        "lora_ga_config",
+        "megatron_config",
+        "modules_to_save",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+    }
+)
+KNOWN_FIELDS = USED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS | {"init_lora_weights"}
+# The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, MiCA, LoRA-GA) change the base's weights or the forward.
+KEPT_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+FOREIGN_TENSORS = {
+    "lora_embedding_": "adapters of embeddings",
+    "lora_magnitude_vector": "DoRA",
+    "lora_A.bias": "lora_bias",
+    "lora_B.bias": "lora_bias",
+    "modules_to_save": "modules_to_save",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """One expert at one site: its update of y is `scale * b @ (a @ x)`."""
+
+    a: torch.Tensor  # [R, in]
+    b: torch.Tensor  # [out, R]
+    scale: float  # lora_alpha / R, or lora_alpha / sqrt(R) with rsLoRA
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.a.shape[0]
+
+
+def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defects) -> None:
+    """Report every field that is unknown, of the wrong type, or asks for something the engine does not compute."""
+    if config.get("peft_type") != "LORA":
+        defects.add(defect(source, f"peft_type: expected 'LORA', found {config.get('peft_type')!r}"))
+    for name, value in config.items():
+        if name not in KNOWN_FIELDS:
+            hint = did_you_mean(name, KNOWN_FIELDS) or "written by a newer PEFT than 0.21?"
+            defects.add(defect(source, f"unknown config key {name!r}", hint))
+        elif name in REFUSED_FIELDS and value and value != "none":
+            problem = f"{name}: expected {_unused(name)}, found {value!r:.80}, which is not supported"
+            defects.add(defect(source, problem))
+    init = config.get("init_lora_weights")
+    if init not in KEPT_INITIALISATIONS:
+        problem = f"init_lora_weights: expected true, false, 'gaussian', 'eva' or 'orthogonal', found {init!r:.80}"
+        hint = "it changes the base's weights; save it with PEFT's path_initial_model_for_weight_conversion"
+        defects.add(defect(source, problem, hint))
+    _check_numbers(config, source, defects)
+
+
+def read_lora_weights(
+    file: TensorFile, config: Mapping[str, Any], source: Path, base: BaseModel | None, defects: Defects
+) -> dict[str, LoraWeights]:
+    """{site: LoraWeights}. Shapes are checked against the base's where `base` could be read."""
+    pairs = _pair_names(file, defects)
+    tensors = read_tensors(file)
+    weights: dict[str, LoraWeights] = {}
+    for site, names in pairs.items():
+        with defects.guard():
+            for side, other in ("AB", "BA"):
+                if side not in names:
+                    missing = names[other].replace(f".lora_{other}.", f".lora_{side}.")
+                    raise defect(file.path, f"missing tensor {missing!r}")
+            rank, scale = rank_and_scale(config, site, source)
+            shape = _base_shape(base, site, file, names["A"])
+            _check_shapes(file, names, rank, shape, source)
+            weights[site] = LoraWeights(tensors[names["A"]], tensors[names["B"]], scale)
+    if not pairs:
+        defects.add(defect(file.path, "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"))
+    elif base is not None:
+        _check_targets(set(pairs), config, file, base, defects)
+    return weights
+
+
+def rank_and_scale(config: Mapping[str, Any], site: str, source: Path) -> tuple[int, float]:
+    """Rank and scale of one site; a pattern matches the end of the module path (PEFT's `get_pattern_key`)."""
+    rank = _by_pattern(config.get("rank_pattern"), site, config.get("r", 8), source, "rank_pattern")
+    alpha = _by_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", 8), source, "alpha_pattern")
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any, source: Path, field: str) -> Any:
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", site):
+                return value
+        except re.error as error:
+            raise defect(source, f"{field}: {pattern!r} is not a regular expression: {error}") from error
+    return default
+
+
+def _unused(name: str) -> str:
+    return {"bias": "'none'"}.get(name, "false" if name.startswith(("use_", "fan_", "lora_b", "ensure_")) else "null")
+
+
+def _check_numbers(config: Mapping[str, Any], source: Path, defects: Defects) -> None:
+    """Ranks are positive integers, alphas finite numbers, patterns maps to them."""
+    if not isinstance(config.get("use_rslora", False), bool):
+        defects.add(defect(source, f"use_rslora: expected true or false, found {config['use_rslora']!r:.80}"))
+    for field, pattern_field, needs_integer in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
+        patterns = config.get(pattern_field) or {}
+        if not isinstance(patterns, dict):
+            defects.add(defect(source, f"{pattern_field}: expected an object, found {patterns!r:.80}"))
+            continue
+        values = {field: config.get(field, 8)} | {f"{pattern_field}[{k!r}]": v for k, v in patterns.items()}
+        for name, value in values.items():
+            kind = int if needs_integer else int | float
+            is_valid = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 1e9
+            if not is_valid or (needs_integer and value < 1):
+                expected = "an integer of at least 1" if needs_integer else "a number"
+                defects.add(defect(source, f"{name}: expected {expected}, found {value!r:.80}"))
+
+
+def _pair_names(file: TensorFile, defects: Defects) -> dict[str, dict[str, str]]:
+    """{site: {"A": tensor name, "B": tensor name}}; a tensor that is neither is a defect."""
+    pairs: dict[str, dict[str, str]] = {}
+    for name in file.tensors:
+        match = TENSOR_NAME.fullmatch(name)
+        foreign = next((what for part, what in FOREIGN_TENSORS.items() if part in name), None)
+        if foreign:
+            defects.add(defect(file.path, f"tensor {name!r}: {foreign} is not supported"))
+        elif match is None:
+            expected = "expected names like 'base_model.model.<module>.lora_A.weight'"
+            defects.add(defect(file.path, f"unexpected tensor {name!r}: {expected}"))
+        elif match["side"] in (sides := pairs.setdefault(match["site"], {})):
+            problem = f"tensors {sides[match['side']]!r} and {name!r}: expected one adapter, found several"
+            defects.add(defect(file.path, problem))
+        else:
+            sides[match["side"]] = name
+    return pairs
+
+
+def _base_shape(base: BaseModel | None, site: str, file: TensorFile, name: str) -> tuple[int, ...] | None:
+    """[out, in] of the base's module, None when the base could not be read."""
+    if base is None:
+        return None
+    shape = base.weight_shape(site)
+    if shape is None:
+        hint = did_you_mean(site, base.modules) or "the adapter was trained on another base"
+        raise defect(file.path, f"tensor {name!r}: the base has no module {site!r}", hint)
+    if len(shape) != 2:
+        raise defect(file.path, f"tensor {name!r}: expected a linear module, found {site!r} of shape {list(shape)}")
+    return shape
+
+
+def _check_shapes(
+    file: TensorFile, names: Mapping[str, str], rank: int, base_shape: tuple[int, ...] | None, source: Path
+) -> None:
+    """A is [R, in] and B is [out, R]; with an unknown base only R is checked."""
+    shapes = {side: file.tensors[names[side]].shape for side in "AB"}
+    for side, found in shapes.items():
+        rank_axis = 0 if side == "A" else 1
+        if len(found) == 2 and found[rank_axis] != rank:
+            problem = f"tensor {names[side]!r}: expected rank {rank} from {source.name}"
+            raise defect(file.path, f"{problem}, found {found[rank_axis]} (shape {list(found)})")
+        width = base_shape[1 - rank_axis] if base_shape else found[1 - rank_axis] if len(found) == 2 else "any"
+        expected = (rank, width) if side == "A" else (width, rank)
+        if found != expected:
+            problem = f"tensor {names[side]!r}: expected shape {list(expected)}, found {list(found)}"
+            raise defect(file.path, problem, "the adapter was trained on another base")
+
+
+def _check_targets(
+    found: set[str], config: Mapping[str, Any], file: TensorFile, base: BaseModel, defects: Defects
+) -> None:
+    """Modules that `target_modules` lists but the file has no tensors for; only where the list alone decides."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return
+    suffixes = tuple(f".{target}" for target in targets if isinstance(target, str))
+    missing = [module for module in base.modules if f".{module}".endswith(suffixes) and module not in found]
+    missing = [module for module in missing if not any(site.endswith(f".{module}") for site in found)]
+    if missing:
+        problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(map(str, targets))} names"
+        defects.add(defect(file.path, problem))

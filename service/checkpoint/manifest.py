@@ -1,0 +1,133 @@
+"""bundle.json -> Manifest. Knows the file's keys and types (DESIGN section 5), follows none of its paths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint.defects import Defects, defect, did_you_mean
+from service.checkpoint.files import BundleRoot
+from service.checkpoint.writer import FORMAT_VERSION
+
+FILE_NAME = "bundle.json"
+KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile")
+EXPERT_KEYS = ("name", "path", "description")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertEntry:
+    """One expert as bundle.json lists it."""
+
+    name: str
+    path: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """bundle.json, checked for types. Paths are as written."""
+
+    source: Path
+    name: str
+    base: str
+    experts: tuple[ExpertEntry, ...]  # class order; the readable ones
+    expert_count: int  # E, as listed
+    classifier: str
+    sites: tuple[str, ...] | None
+    sha256: dict[str, str]
+    gate_profile: dict[str, Any] | None
+
+
+def read_manifest(root: BundleRoot, defects: Defects) -> Manifest:
+    """Read and check bundle.json; what is wrong with its experts, sites or hashes is reported and left out."""
+    source = root.path / FILE_NAME
+    if not root.path.is_dir():
+        raise defect(root.path, "expected a bundle folder, found " + ("a file" if root.path.exists() else "nothing"))
+    data = root.json(source, "a bundle is a folder with bundle.json, base/, experts/ and classifier/")
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise defect(source, f"format_version: expected {FORMAT_VERSION}, found {version!r:.80}")
+    for key in data:
+        if key not in KEYS:
+            defects.add(defect(source, f"unknown config key {key!r}", did_you_mean(key, KEYS)))
+    profile = data.get("gate_profile")
+    if profile is not None and not isinstance(profile, dict):
+        defects.add(defect(source, f"gate_profile: expected an object or null, found {profile!r:.80}"))
+    return Manifest(
+        source=source,
+        name=_text(data, "name", source),
+        base=_text(data, "base", source),
+        experts=_experts(data.get("experts"), source, defects),
+        expert_count=len(data["experts"]),
+        classifier=_text({"classifier": "classifier", **data}, "classifier", source),
+        sites=_sites(data.get("sites"), source, defects),
+        sha256=_hashes(data.get("sha256"), source, defects),
+        gate_profile=profile if isinstance(profile, dict) else None,
+    )
+
+
+def _text(data: Mapping[str, Any], key: str, source: Path, where: str = "") -> str:
+    value = data.get(key)
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        found = f"found {value!r:.80}" if key in data else "it is missing"
+        raise defect(source, f"{where}{key}: expected a non-empty string, {found}")
+    return value
+
+
+def _experts(entries: Any, source: Path, defects: Defects) -> tuple[ExpertEntry, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise defect(source, f"experts: expected a list of at least one expert, found {entries!r:.80}")
+    experts: dict[str, ExpertEntry] = {}
+    for index, entry in enumerate(entries):
+        with defects.guard():
+            expert = _expert(entry, f"experts[{index}]", source)
+            if expert.name in experts:
+                raise defect(source, f"experts[{index}].name: {expert.name!r} is already taken; names must differ")
+            experts[expert.name] = expert
+    return tuple(experts.values())
+
+
+def _expert(entry: Any, where: str, source: Path) -> ExpertEntry:
+    if not isinstance(entry, dict):
+        raise defect(source, f"{where}: expected an object with name and path, found {entry!r:.80}")
+    for key in entry:
+        if key not in EXPERT_KEYS:
+            raise defect(source, f"{where}: unknown config key {key!r}", did_you_mean(key, EXPERT_KEYS))
+    description = entry.get("description", "")
+    if not isinstance(description, str):
+        raise defect(source, f"{where}.description: expected a string, found {description!r:.80}")
+    name, path = (_text(entry, key, source, f"{where}.") for key in ("name", "path"))
+    return ExpertEntry(name, path, description)
+
+
+def _sites(sites: Any, source: Path, defects: Defects) -> tuple[str, ...] | None:
+    if sites is None:
+        return None
+    if not isinstance(sites, list) or not sites or not all(isinstance(site, str) for site in sites):
+        defects.add(defect(source, f"sites: expected a list of module names, found {sites!r:.80}"))
+        return None
+    repeated = next((site for site in sites if sites.count(site) > 1), None) if len(set(sites)) < len(sites) else None
+    if repeated is not None:
+        defects.add(defect(source, f"sites: {repeated!r} is listed {sites.count(repeated)} times, expected once"))
+    return tuple(dict.fromkeys(sites))
+
+
+def _hashes(hashes: Any, source: Path, defects: Defects) -> dict[str, str]:
+    if hashes is None:
+        return {}
+    if not isinstance(hashes, dict):
+        defects.add(defect(source, f"sha256: expected an object, found {hashes!r:.80}"))
+        return {}
+    good: dict[str, str] = {}
+    for file, value in hashes.items():
+        if not file.isprintable() or not file.strip():
+            defects.add(defect(source, f"sha256: expected file names, found {file!r:.80}"))
+        elif isinstance(value, str) and SHA256.fullmatch(value.lower()):
+            good[file] = value.lower()
+        else:
+            defects.add(defect(source, f"sha256[{file!r}]: expected 64 hexadecimal digits, found {value!r:.80}"))
+    return good

@@ -1,0 +1,90 @@
+"""What `xlora-serve check DIR` prints: a readable summary of a good bundle, or every defect of a bad one.
+
+Knows wording only; reading and checking are bundle.py's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from service.checkpoint.base import read_base
+from service.checkpoint.bundle import Checkpoint, Expert, read_bundle
+from service.checkpoint.defects import Defects, one_line
+from service.checkpoint.files import BundleRoot
+from service.errors import CheckpointError
+
+
+def find_problems(path: Path, *, allow_outside: bool = False) -> list[CheckpointError]:
+    """Every independent defect of the bundle at `path`; empty when it loads."""
+    defects = Defects(keep_going=True)
+    with defects.guard():
+        read_bundle(BundleRoot(Path(path), allow_outside), defects)
+    unique = {str(error): error for error in defects.errors}
+    return list(unique.values())
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """A summary of several lines for people."""
+    sites = checkpoint.sites or sorted({site for expert in checkpoint.experts for site in expert.weights})
+    origin = "bundle.json" if checkpoint.sites else "the experts; the model decides their order"
+    lines = [
+        f"X-LoRA bundle {checkpoint.name!r} at {checkpoint.path}",
+        *_base_lines(checkpoint),
+        f"experts      E = {len(checkpoint.experts)}",
+        *(_expert_line(expert) for expert in checkpoint.experts),
+        f"sites        S = {len(sites)} ({_module_counts(sites)}), from {origin}",
+        *_classifier_lines(checkpoint),
+        f"gate profile {'present' if checkpoint.gate_profile else 'absent'}",
+        *_weight_lines(checkpoint),
+    ]
+    return "\n".join(lines)
+
+
+def _base_lines(checkpoint: Checkpoint) -> list[str]:
+    base = read_base(BundleRoot(checkpoint.path, allow_outside=True), checkpoint.base_path, Defects())
+    dtypes = Counter(info.dtype for file in base.files for info in file.tensors.values())
+    text = f"{one_line(base.architecture)}, {base.parameters:,} parameters, {' + '.join(dtypes)}"
+    return [f"base         {text}, hidden size {base.hidden_size}", f"             {checkpoint.base_path}"]
+
+
+def _expert_line(expert: Expert) -> str:
+    ranks = _range(weights.rank for weights in expert.weights.values())
+    scales = _range(round(weights.scale, 6) for weights in expert.weights.values())
+    alphas = _range([expert.config.get("lora_alpha", 8), *(expert.config.get("alpha_pattern") or {}).values()])
+    kind = " rsLoRA" if expert.config.get("use_rslora") else ""
+    parameters = sum(weights.a.numel() + weights.b.numel() for weights in expert.weights.values())
+    text = f"rank {ranks}, alpha {alphas}{kind}, scale {scales}, {len(expert.weights)} sites"
+    described = f" - {one_line(expert.description)}" if expert.description else ""
+    return f"  {expert.name:<10} {text} ({_module_counts(expert.weights)}), {parameters:,} parameters{described}"
+
+
+def _classifier_lines(checkpoint: Checkpoint) -> list[str]:
+    layers = checkpoint.classifier.layers
+    shapes = " -> ".join(str(list(weight.shape)) for weight, _ in layers)
+    parameters = sum(weight.numel() + (bias.numel() if bias is not None else 0) for weight, bias in layers)
+    fields = checkpoint.xlora.to_dict().items()
+    head = f"classifier   {len(layers)} linear layers {shapes}, {parameters:,} parameters"
+    return [head, *(f"  {name:<24} {'null' if value is None else value}" for name, value in fields)]
+
+
+def _weight_lines(checkpoint: Checkpoint) -> list[str]:
+    files = checkpoint.weight_files
+    verified = sum(file.verified for file in files)
+    total = sum(file.size_bytes for file in files)
+    states = {len(files): "all match bundle.json", 0: "bundle.json has none to compare with"}
+    hashes = states.get(verified, f"{verified} match bundle.json, {len(files) - verified} not compared")
+    lines = [f"weights      {len(files)} files, {total:,} bytes; sha256: {hashes}"]
+    return [*lines, f"             sha256 over all: {checkpoint.weights_sha256}"]
+
+
+def _module_counts(sites: Iterable[str]) -> str:
+    """`q_proj x 2, v_proj x 2`: sites by the last part of their name."""
+    counts = Counter(site.rpartition(".")[2] for site in sites)
+    return ", ".join(f"{name} x {count}" for name, count in counts.items())
+
+
+def _range(values: Iterable[float]) -> str:
+    distinct = sorted(set(values))
+    return f"{distinct[0]:g}" if len(distinct) == 1 else f"{distinct[0]:g}-{distinct[-1]:g}"

@@ -1,0 +1,26 @@
+"""EngineOptions: the part of the operator's settings that crosses to the engine's process, as plain data.
+
+It stands apart from the loader so that the API process can name it without importing torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine's process needs to know; each field is a flag of `xlora-serve serve`."""
+
+    model: str
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    dtype: str = "auto"  # auto, float32, bfloat16, float16; auto = float32 on a CPU, the base's own on CUDA
+    max_model_len: int | None = None  # None = max_position_embeddings
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    kv_memory_bytes: int | None = None  # None = measured
+    block_size: int = 16
+    threads: int | None = None  # None = torch's own choice
+    lookahead: bool = True
+    prefix_cache: bool = True
+    allow_outside: bool = False

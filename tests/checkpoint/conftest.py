@@ -1,0 +1,31 @@
+"""One good bundle per session; every test works on a copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.bundles import make_bundle
+from tests.checkpoint.damage import edit_json
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never modified. Depth 3 and layerwise, so that every kind of classifier tensor exists."""
+    path = tmp_path_factory.mktemp("pristine") / "tiny"
+    return make_bundle(path, xlora={"xlora_depth": 3, "layerwise_scalings": True}, gate_profile={"entropy": 0.5})
+
+
+@pytest.fixture
+def hashed(pristine: Path, tmp_path: Path) -> Path:
+    """A copy with the hashes that the writer recorded."""
+    return shutil.copytree(pristine, tmp_path / "tiny")
+
+
+@pytest.fixture
+def bundle(hashed: Path) -> Path:
+    """A copy without hashes, so that one damage is one defect."""
+    edit_json("bundle.json", lambda data: data.pop("sha256"))(hashed)
+    return hashed

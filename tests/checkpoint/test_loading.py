@@ -1,0 +1,252 @@
+"""Good bundles load, and what is loaded equals what PEFT itself makes of the same files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
+from service.errors import CheckpointError
+from tests.bundles import make_bundle
+from tests.checkpoint.damage import edit_json, edit_tensors, link_outside, poison
+
+
+def peft_layers(bundle: Path, expert: str) -> dict[str, LoraLayer]:
+    """{site: PEFT's layer} of the adapter loaded by PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(bundle / "base")
+    model = PeftModel.from_pretrained(base, bundle / "experts" / expert).get_base_model()
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_scales_and_sites_equal_pefts(pristine: Path) -> None:
+    """Mixed ranks, targets, rsLoRA, rank and alpha patterns."""
+    checkpoint = load_checkpoint(pristine)
+    assert [expert.name for expert in checkpoint.experts] == ["alpha", "beta", "gamma"]
+    for expert in checkpoint.experts:
+        theirs = peft_layers(pristine, expert.name)
+        assert set(expert.weights) == set(theirs)
+        for site, ours in expert.weights.items():
+            layer: Any = theirs[site]
+            assert ours.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
+            torch.testing.assert_close(ours.a, layer.lora_A["default"].weight.detach())
+            torch.testing.assert_close(ours.b, layer.lora_B["default"].weight.detach())
+    gamma = checkpoint.experts[2].weights
+    assert {gamma[f"model.layers.{layer}.self_attn.v_proj"].rank for layer in (0, 1)} == {
+        3,
+        5,
+    }  # the case is not vacuous
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sites_are_in_the_order_of_pefts_xlora_layers(pristine: Path) -> None:
+    """PEFT numbers its X-LoRA layers by walking `modules()` after all adapters are in: row s of the gate is site s."""
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(pristine / "base"), pristine / "experts/alpha", adapter_name="0"
+    )
+    for number, name in enumerate(("beta", "gamma"), 1):
+        model.load_adapter(pristine / "experts" / name, adapter_name=str(number))
+    theirs = [name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    assert load_checkpoint(pristine).sites == tuple(theirs)
+
+
+def test_the_rest_of_the_checkpoint(pristine: Path) -> None:
+    checkpoint = load_checkpoint(pristine)
+    assert checkpoint.name == "tiny"
+    assert checkpoint.base_path == pristine / "base"
+    assert checkpoint.tokenizer_path.is_file()
+    assert checkpoint.gate_profile == {"entropy": 0.5}
+    assert checkpoint.xlora == XLoraConfig(hidden_size=32, xlora_size=24, xlora_depth=3, layerwise_scalings=True)
+    assert checkpoint.sites is not None
+    shapes = [list(weight.shape) for weight, _ in checkpoint.classifier.layers]
+    assert shapes == [[24, 32], [24, 24], [len(checkpoint.sites) * 3, 24]]
+    assert all(weight.dtype == torch.float32 and bias is not None for weight, bias in checkpoint.classifier.layers)
+    assert all(file.verified for file in checkpoint.weight_files)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma2", "phi3"])
+def test_other_families(tmp_path: Path, architecture: str) -> None:
+    bundle = make_bundle(tmp_path / "b", architecture=architecture, experts=["x", "y"], targets="all-linear")
+    assert load_checkpoint(bundle).experts[1].name == "y"
+
+
+def test_tied_lm_head_can_be_adapted(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", experts=["x"], targets=["q_proj"], base_config={"tie_word_embeddings": True})
+    expert = bundle / "experts/x"
+    prefix = "base_model.model.lm_head.lora_"
+    head = {f"{prefix}A.weight": torch.ones(4, 32), f"{prefix}B.weight": torch.ones(320, 4)}
+    edit_tensors("adapter_model.safetensors", lambda tensors: tensors.update(head))(expert)
+    edit_json("bundle.json", lambda data: [data.pop("sha256"), data["sites"].append("lm_head")])(bundle)
+    assert "lm_head" in load_checkpoint(bundle).experts[0].weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    checkpoint = load_checkpoint(make_bundle(tmp_path / "b", dtype=dtype))
+    assert checkpoint.experts[0].weights["model.layers.0.self_attn.q_proj"].a.dtype == dtype
+    assert checkpoint.classifier.layers[0][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("infix", [".default", ".math"])
+def test_tensor_names_with_an_adapter_name(bundle: Path, infix: str) -> None:
+    def add_infix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".weight", f"{infix}.weight")] = tensors.pop(name)
+
+    before = load_checkpoint(bundle).experts[0].weights
+    edit_tensors("experts/alpha/adapter_model.safetensors", add_infix)(bundle)
+    after = load_checkpoint(bundle).experts[0].weights
+    assert set(before) == set(after)
+    assert all(torch.equal(before[site].b, after[site].b) for site in before)
+
+
+def shard_base(bundle: Path) -> None:
+    """Split base/model.safetensors into two shards and an index."""
+    base = bundle / "base"
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, base / shard)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_sharded_base(bundle: Path) -> None:
+    shard_base(bundle)
+    labels = [file.label for file in load_checkpoint(bundle).weight_files]
+    assert labels[:2] == ["base/model-00001-of-00002.safetensors", "base/model-00002-of-00002.safetensors"]
+
+
+def test_sharded_base_with_a_missing_shard_and_with_a_missing_tensor(bundle: Path) -> None:
+    shard_base(bundle)
+    shard = bundle / "base/model-00002-of-00002.safetensors"
+    edit_tensors(shard.name, lambda tensors: tensors.pop("model.norm.weight", None) or tensors.popitem())(shard.parent)
+    with pytest.raises(
+        CheckpointError, match=r"model-00002-of-00002.safetensors: missing tensor '.*index.json expects"
+    ):
+        load_checkpoint(bundle)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: expected a file, found nothing"):
+        load_checkpoint(bundle)
+
+
+def test_without_sites_the_order_is_left_open(tmp_path: Path) -> None:
+    assert load_checkpoint(make_bundle(tmp_path / "b", with_sites=False)).sites is None
+
+
+def test_no_bias_and_no_relu(tmp_path: Path) -> None:
+    xlora = {"use_bias": False, "enable_relu_and_dropout": False, "xlora_depth": 4}
+    bundle = make_bundle(tmp_path / "b", xlora=xlora)
+    names = set(load_file(bundle / "classifier/xlora_classifier.safetensors"))
+    assert names == {"inner.0.weight", "inner.1.weight", "inner.2.weight", "last.weight"}
+    assert [bias for _, bias in load_checkpoint(bundle).classifier.layers] == [None] * 4
+
+
+def test_inner_layers_are_ordered_as_numbers_not_as_text(tmp_path: Path) -> None:
+    """With ReLU and Dropout in between, depth 6 has inner.0, 3, 6, 9, 12: as text 12 would come before 3."""
+    bundle = make_bundle(tmp_path / "b", xlora={"xlora_depth": 6})
+    tensors = load_file(bundle / "classifier/xlora_classifier.safetensors")
+    layers = load_checkpoint(bundle).classifier.layers
+    for (weight, _), number in zip(layers, (0, 3, 6, 9, 12), strict=False):
+        torch.testing.assert_close(weight, tensors[f"inner.{number}.weight"])
+
+
+def test_combined_hash_depends_on_every_weight_file(pristine: Path, bundle: Path) -> None:
+    before = load_checkpoint(pristine).weights_sha256
+    assert load_checkpoint(bundle).weights_sha256 == before  # recorded or computed
+    edit_tensors("experts/beta/adapter_model.safetensors", lambda tensors: [t.mul_(2) for t in tensors.values()])(
+        bundle
+    )
+    assert load_checkpoint(bundle).weights_sha256 != before
+
+
+def test_hashes_are_those_of_the_files(pristine: Path) -> None:
+    for file in load_checkpoint(pristine).weight_files:
+        content = (pristine / file.label).read_bytes()
+        assert (file.sha256, file.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_verify_hashes_off_does_not_read_the_base(hashed: Path) -> None:
+    lines: list[str] = []
+    poison("base/model.safetensors", "model.norm.weight", float("nan"))(hashed)
+    checkpoint = load_checkpoint(hashed, verify_hashes=False, on_progress=lines.append)
+    assert not any(file.verified for file in checkpoint.weight_files)
+    assert [line.split()[1] for line in lines] == [
+        "experts/alpha/adapter_model.safetensors",
+        "experts/beta/adapter_model.safetensors",
+        "experts/gamma/adapter_model.safetensors",
+        "classifier/xlora_classifier.safetensors",
+    ]
+
+
+def test_allow_outside(bundle: Path) -> None:
+    link_outside("experts/alpha")(bundle)
+    shutil.move(bundle / "base", bundle.parent / "elsewhere")
+    edit_json("bundle.json", lambda data: data.update(base=str(bundle.parent / "elsewhere")))(bundle)
+    with pytest.raises(CheckpointError, match="outside the bundle"):
+        load_checkpoint(bundle)
+    assert load_checkpoint(bundle, allow_outside=True).base_path == bundle.parent / "elsewhere"
+
+
+def test_a_bundle_reached_through_a_symlink_is_inside_itself(bundle: Path) -> None:
+    (bundle.parent / "link").symlink_to(bundle)
+    assert load_checkpoint(bundle.parent / "link").name == "tiny"
+
+
+def test_two_experts_may_share_one_adapter(hashed: Path) -> None:
+    def same(data: dict[str, Any]) -> None:
+        data["experts"][2]["path"] = data["experts"][1]["path"]
+        data["sites"] = None
+
+    edit_json("bundle.json", same)(hashed)
+    edit_json("classifier/xlora_config.json", lambda data: data.update(layerwise_scalings=False))(hashed)
+    edit_tensors(
+        "classifier/xlora_classifier.safetensors",
+        lambda tensors: tensors.update({"last.weight": torch.ones(3, 24), "last.bias": torch.ones(3)}),
+    )(hashed)
+    edit_json("bundle.json", lambda data: data["sha256"].pop("classifier/xlora_classifier.safetensors"))(hashed)
+    checkpoint = load_checkpoint(hashed)
+    assert set(checkpoint.experts[1].weights) == set(checkpoint.experts[2].weights)
+    assert [file.verified for file in checkpoint.weight_files] == [True, True, True, True, False]
+
+
+def test_writer_is_idempotent(hashed: Path) -> None:
+    checkpoint = load_checkpoint(hashed)
+    before = (hashed / "bundle.json").read_bytes()
+    write_bundle(
+        hashed,
+        name=checkpoint.name,
+        experts=[(expert.name, expert.description, f"experts/{expert.name}") for expert in checkpoint.experts],
+        sites=checkpoint.sites or (),
+        xlora=checkpoint.xlora,
+        classifier=checkpoint.classifier.layers,
+        gate_profile=checkpoint.gate_profile,
+    )
+    assert (hashed / "bundle.json").read_bytes() == before
+
+
+def test_builder_is_seeded_and_its_tokenizer_is_complete(pristine: Path, tmp_path: Path) -> None:
+    again = make_bundle(tmp_path / "tiny", xlora={"xlora_depth": 3, "layerwise_scalings": True})
+    assert load_checkpoint(again).weights_sha256 == load_checkpoint(pristine).weights_sha256
+    tokenizer = AutoTokenizer.from_pretrained(again / "base")
+    text = "naïve 日本語 😀 zebra\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= json.loads((again / "base/config.json").read_text())["vocab_size"]
+
+
+def test_loading_is_quick(pristine: Path) -> None:
+    start = time.perf_counter()
+    load_checkpoint(pristine)
+    assert time.perf_counter() - start < 1

@@ -1,0 +1,22 @@
+"""What every test shares: an offline, hermetic environment, and the outside tools some tests need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+for variable in [name for name in os.environ if name.startswith("XLORA_")]:
+    del os.environ[variable]
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """Path of Prometheus's own checker; tests that need it are skipped where it is not installed."""
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    return path
