@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,32 +48,3 @@ async def stream_generate(port: int, body: dict[str, Any]) -> Streamed:
         raise RuntimeError("the stream ended without usage")
     answer.usage = json.loads(last[6:])["usage"]
     return answer
-
-
-@contextmanager
-def server(*flags: str, ready_seconds: float = 60.0) -> Iterator[int]:
-    """The real server as a process of its own on a free port; yields the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
-    process = subprocess.Popen(command)
-    try:
-        _wait_ready(port, process, ready_seconds)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_ready(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with exit code {process.returncode}")
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1).read()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready within {seconds} s")

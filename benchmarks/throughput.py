@@ -21,10 +21,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import DEMO, emit, percentiles, print_row, prompt_tokens, run_engine
-from benchmarks.http_client import Streamed, server, stream_generate
+from benchmarks.http_client import Streamed, stream_generate
 from service.engine.engine import Engine
 from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
+from tests.server_process import server
 
 
 async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, list[Streamed]]:
@@ -89,9 +90,9 @@ def main() -> None:
     flags = ["--model", str(args.model), "--dtype", "float32"]
     flags += ["--threads", str(args.threads)] if args.threads else []
     engine = load_engine(EngineOptions(str(args.model), dtype="float32", threads=args.threads))
-    with server(*flags) as port:
-        measure(port, engine, max(args.concurrency), 16, 1)  # warm-up of both
-        rows = [measure(port, engine, concurrency, args.tokens, args.repeats) for concurrency in args.concurrency]
+    with server(*flags) as running:
+        measure(running.port, engine, max(args.concurrency), 16, 1)  # warm-up of both
+        rows = [measure(running.port, engine, number, args.tokens, args.repeats) for number in args.concurrency]
     base = base_static_batch(args.model, 16, args.tokens, args.repeats)
     by = {row["concurrency"]: row["http_tokens_per_second"] for row in rows}
     result: dict[str, Any] = {"benchmark": "throughput", "base_batch_16_tokens_per_second": base, "rows": rows}

@@ -144,7 +144,7 @@ def _engine_info(
         weights_sha256=checkpoint.weights_sha256,
         versions={
             "service": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # TorchVersion is no plain str
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },

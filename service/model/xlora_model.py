@@ -157,7 +157,7 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
     where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
     """
-    loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.base_path,
         dtype=dtype,
         local_files_only=True,

@@ -1,0 +1,125 @@
+"""Many clients at once, most of them rude: every honest request gets the tokens it would have got alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from typing import Any
+
+from tests.server_process import Server
+
+GARBAGE = [
+    b"{",
+    b"\xff\xfe\x00",
+    b'{"prompt": ""}',
+    b'{"prompt": [999999]}',
+    b'{"prompt": "x", "temperature": NaN}',
+    b'{"prompt": "x", "max_tokens": 1e99}',
+    b'{"prompt": "x", "no_such_field": 1}',
+    b'{"prompt": "x", "n": "two"}',
+    b'{"prompt": {"a": 1}}',
+    b"[" * 50_000,
+    b'{"prompt": "x", "max_tokens": 100000}',
+]
+
+
+def honest_body(number: int) -> dict[str, Any]:
+    rng = random.Random(number)
+    body = {"prompt": [rng.randrange(2, 250) for _ in range(rng.randint(3, 90))], "max_tokens": rng.randint(5, 40)}
+    return body | {"seed": number, "temperature": rng.choice([0, 0.8, 1.3]), "ignore_eos": True}
+
+
+async def send(port: int, payload: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+    writer.write(f"{head}Connection: close\r\n\r\n".encode() + payload)
+    await writer.drain()
+    return reader, writer
+
+
+async def status_and_body(port: int, payload: bytes) -> tuple[int, Any]:
+    reader, writer = await send(port, payload)
+    answer = await reader.read()
+    writer.close()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+async def honest(port: int, number: int) -> list[int]:
+    status, answer = await status_and_body(port, json.dumps(honest_body(number)).encode())
+    assert status == 200, answer
+    tokens: list[int] = answer["outputs"][0]["token_ids"]
+    return tokens
+
+
+async def leaves_mid_stream(port: int, number: int) -> None:
+    body = {"prompt": [5 + number, 6, 7], "max_tokens": 900, "stream": True, "ignore_eos": True}
+    reader, writer = await send(port, json.dumps(body).encode())
+    for _ in range(number % 7):
+        await reader.readline()
+    writer.transport.abort()
+
+
+async def sends_garbage(port: int, number: int) -> None:
+    status, answer = await status_and_body(port, GARBAGE[number % len(GARBAGE)])
+    assert status == 400, answer
+    assert set(answer["error"]) >= {"message", "type", "param", "code"}
+
+
+async def crowd(port: int) -> list[list[int]]:
+    async with asyncio.TaskGroup() as group:
+        tasks = []
+        for number in range(22):
+            tasks.append(group.create_task(honest(port, number)))
+            group.create_task(leaves_mid_stream(port, number))
+            group.create_task(sends_garbage(port, number))
+    return [task.result() for task in tasks]
+
+
+def wait_idle(server: Server, seconds: float = 5.0) -> None:
+    """Nothing running, waiting or holding blocks."""
+    deadline = time.monotonic() + seconds
+    names = ("xlora_requests_running", "xlora_requests_waiting", "xlora_kv_blocks_used_ratio")
+    while any(server.metric(name) for name in names):
+        assert time.monotonic() < deadline, "requests of clients that went away still hold something"
+        time.sleep(0.05)
+
+
+def test_honest_requests_get_their_own_tokens_amid_rude_clients(tiny_server: Server) -> None:
+    """A disconnect or a bad body must not touch a neighbour; 66 clients, a third of each kind."""
+    alone = [asyncio.run(honest(tiny_server.port, number)) for number in range(22)]
+    assert asyncio.run(crowd(tiny_server.port)) == alone
+    wait_idle(tiny_server)
+
+
+def test_client_that_goes_away_stops_costing_compute(tiny_server: Server) -> None:
+    """Its 900 tokens would take seconds; the engine is idle at once."""
+    generated = tiny_server.metric("xlora_generated_tokens_total")
+    asyncio.run(leaves_mid_stream(tiny_server.port, 3))
+    wait_idle(tiny_server, seconds=1.0)
+    assert tiny_server.metric("xlora_generated_tokens_total") - generated < 450
+
+
+def test_hundred_megabytes_are_refused_and_the_others_go_on(tiny_server: Server) -> None:
+    """The body is refused while it streams in, not after it has been collected."""
+
+    async def scene() -> tuple[int, list[int]]:
+        neighbour = asyncio.create_task(honest(tiny_server.port, 1))
+        reader, writer = await asyncio.open_connection("127.0.0.1", tiny_server.port)
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        piece = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
+        try:
+            for _ in range(100):
+                writer.write(piece)
+                await writer.drain()
+        except ConnectionError:
+            pass  # it stopped listening: its answer may still be readable
+        status = int((await reader.readline()).split()[1])
+        writer.close()
+        return status, await neighbour
+
+    status, tokens = asyncio.run(scene())
+    assert status == 413
+    assert len(tokens) == honest_body(1)["max_tokens"]

@@ -1,0 +1,93 @@
+"""The real server as a process of its own, on a free port: for end-to-end tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body of a GET."""
+        return self._open(urllib.request.Request(self._url(path)))
+
+    def post(self, path: str, body: Any) -> tuple[int, Any]:
+        """Status and parsed body of a POST; bytes are sent as they are, anything else as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self._url(path), data, {"Content-Type": "application/json"})
+        status, answer = self._open(request)
+        return status, json.loads(answer)
+
+    def metric(self, name: str) -> float:
+        """One sample without labels from /metrics."""
+        lines = self.get("/metrics")[1].decode().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def _open(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def server(*flags: str, ready_seconds: float = 90.0, **popen: Any) -> Iterator[Server]:
+    """Starts `xlora-serve serve`, waits until it is ready, and ends it with SIGTERM."""
+    port = free_port()
+    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
+    running = Server(port, subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **popen))
+    try:
+        _wait_ready(running, ready_seconds)
+        yield running
+    finally:
+        running.process.terminate()
+        try:
+            running.process.wait(30)
+        except subprocess.TimeoutExpired:
+            running.process.kill()
+            running.process.wait()
+
+
+def _wait_ready(running: Server, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if running.process.poll() is not None:
+            raise RuntimeError(f"the server ended with exit code {running.process.returncode}")
+        try:
+            if running.get("/readyz")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"the server was not ready within {seconds} s")
