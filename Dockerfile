@@ -1,0 +1,53 @@
+# One file for CPU and CUDA: TORCH and PIP_ARGS choose the torch build, everything else is the same.
+#   docker build -t xlora-service .
+#   docker build -t xlora-service:cpu --build-arg PIP_ARGS="--extra-index-url <an index of CPU builds of torch>" .
+# The default index's torch brings the CUDA libraries with it; the host then needs only the NVIDIA driver and container toolkit.
+
+FROM python:3.11-slim AS builder
+ARG TORCH="torch==2.13.0"
+ARG PIP_ARGS=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+
+# torch first, the other dependencies next, the source last: the large layers change least often.
+# hadolint ignore=DL3042,SC2086
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -m venv /opt/venv && /opt/venv/bin/pip install -qq $PIP_ARGS "$TORCH"
+COPY pyproject.toml constraints.txt ./
+# hadolint ignore=DL3042,SC2086
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >requirements.txt \
+    && grep -v '^torch==' constraints.txt >pins.txt && echo "$TORCH" >>pins.txt \
+    && /opt/venv/bin/pip install -qq $PIP_ARGS -r requirements.txt -c pins.txt
+COPY service ./service
+# hadolint ignore=DL3042,SC2086
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip install -qq $PIP_ARGS --no-deps . && /opt/venv/bin/pip check
+COPY model_store/demo ./demo
+RUN chmod -R a+rX demo
+
+FROM python:3.11-slim
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin xlora
+COPY --from=builder /opt/venv /opt/venv
+COPY --from=builder /build/demo /models/demo
+# HOME is /tmp: with a read-only root (--read-only --tmpfs /tmp) nothing else is ever written.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/tmp \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    XLORA_HOST=0.0.0.0 \
+    XLORA_MODEL=/models/demo
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('XLORA_PORT', '8000') + '/readyz', timeout=4)"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="xlora-service" \
+      org.opencontainers.image.description="Inference service for X-LoRA bundles" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+ENTRYPOINT ["xlora-serve"]
+CMD ["serve"]

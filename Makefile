@@ -1,0 +1,82 @@
+# Everything a user or developer does here is one of these targets; `make help` lists them.
+# Variables: PYTHON, PIP_ARGS (extra arguments for pip, such as another index), HOST, PORT, MODEL, ARGS.
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+HOST     ?= 127.0.0.1
+PORT     ?= 8000
+MODEL    ?= model_store/demo
+ARGS     ?=
+BENCH    ?= vs_peft throughput
+IMAGE    ?= xlora-service:latest
+
+BIN := .venv/bin
+PIP := -m pip --disable-pip-version-check install -qq $(PIP_ARGS)
+SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; choose one with PYTHON=python3.12")
+
+.DEFAULT_GOAL := help
+.SUFFIXES:
+.PHONY: help install serve test test-slow test-min check format bench demo image verify-image clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+
+# Two stamps: serving needs the runtime dependencies only, testing and checking the rest as well.
+.venv/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c '$(SUPPORTED)'
+	@test -x $(BIN)/python || { echo "creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "installing the service into .venv (the first time downloads PyTorch and takes minutes)"
+	@$(BIN)/python $(PIP) -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	@echo "installing the test and development tools into .venv"
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot]'
+	@touch $@
+
+.venv-min/.test: pyproject.toml constraints-min.txt
+	@$(PYTHON) -c '$(SUPPORTED)'
+	@test -x .venv-min/bin/python || $(PYTHON) -m venv .venv-min
+	@echo "installing the oldest supported versions into .venv-min"
+	@.venv-min/bin/python $(PIP) -c constraints-min.txt -e '.[test]'
+	@touch $@
+
+install: .venv/.dev ## create .venv with the pinned versions, for serving, testing and checking
+	@echo ".venv is ready"
+
+serve: .venv/.runtime ## serve MODEL (the demo) on HOST:PORT (127.0.0.1:8000)
+	@exec $(BIN)/xlora-serve serve --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/.dev ## run the tests; ARGS="-k name" narrows them
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: .venv/.dev ## run the soak and full-product tests as well
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported versions
+	@.venv-min/bin/python -m pytest -m "not slow" tests/model tests/checkpoint $(ARGS)
+
+check: .venv/.dev ## lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.dev ## let ruff fix what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/.dev ## run the benchmarks named in BENCH; the last line of each is JSON
+	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+demo: .venv/.dev ## train the demo bundle again (40 minutes on 2 cores)
+	@$(BIN)/python -u model_store/build_demo.py $(ARGS)
+
+image: ## build the container image (docker, or buildah where there is no docker)
+	@IMAGE=$(IMAGE) docker/verify.sh build
+
+verify-image: ## build the image, run it locked down, and check that it serves
+	@IMAGE=$(IMAGE) docker/verify.sh
+
+clean: ## remove environments, caches and build outputs
+	rm -rf .venv .venv-min .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

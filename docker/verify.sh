@@ -1,0 +1,152 @@
+#!/bin/bash
+# Builds the image and checks what an operator relies on: it runs read-only, without capabilities and not as root, becomes
+# ready, generates tokens, passes its own HEALTHCHECK, and ends with exit code 0 on SIGTERM.
+#
+#   docker/verify.sh          build and check           docker/verify.sh build     build only
+#
+# Uses docker where a daemon answers, else buildah and podman (no daemon needed). Variables:
+#   IMAGE          tag to build (xlora-service:latest)
+#   BUILD_ARGS     more arguments for the build, such as --build-arg PIP_ARGS=...
+#   PORT           loopback port for the check (8000)
+#   BASE_ROOTFS    directory of a root file system that stands in for python:3.11-slim where images cannot be pulled
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+image=${IMAGE:-xlora-service:latest}
+port=${PORT:-8000}
+base=python:3.11-slim
+name=xlora-verify-$$
+work=$(mktemp -d)
+engine=
+
+say() { printf '%-28s %s\n' "$1" "$2"; }
+fail() { echo "FAILED: $*" >&2; exit 1; }
+
+cleanup() {
+    [ -z "$engine" ] || "$engine" rm -f "$name" >/dev/null 2>&1 || true
+    rm -rf "$work"
+}
+trap cleanup EXIT
+
+# Settings with which podman runs where there is neither systemd nor a journal.
+podman_settings() {
+    [ -n "${CONTAINERS_CONF:-}" ] && return
+    cat >"$work/containers.conf" <<CONF
+[containers]
+default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+CONF
+    command -v crun >/dev/null || sed -i '/^\[engine\]/a runtime = "runc"' "$work/containers.conf"
+    export CONTAINERS_CONF=$work/containers.conf
+}
+
+# This machine's pip configuration, certificates and local package folders, needed for the build and never in the image.
+pip_mounts() {
+    python3 - <<'PY'
+import os, re, ssl, subprocess
+
+def pip(*arguments):
+    return subprocess.run(["pip", "config", *arguments], capture_output=True, text=True).stdout
+
+paths = set(re.findall(r"^\s*(\S+), exists: True", pip("debug"), re.M))
+paths |= {re.sub(r"/simple/?$", "", path) for path in re.findall(r"(?:file://)?(/[^\s']+)", pip("list"))}
+paths.add(ssl.get_default_verify_paths().cafile or os.environ.get("SSL_CERT_FILE", ""))
+print(*sorted(path for path in paths if path and os.path.exists(path)), sep="\n")
+PY
+}
+
+import_base() {
+    podman image exists "localhost/$base" && return
+    echo "importing $BASE_ROOTFS as $base"
+    tar -C "$BASE_ROOTFS" -c . | podman import -q --change 'ENV PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin' \
+        --change 'ENV LANG=C.UTF-8' --change 'CMD ["python3"]' - "localhost/$base" >/dev/null
+}
+
+build() {
+    local more=() mounts=() path
+    read -ra more <<<"${BUILD_ARGS:-}"
+    if [ "$engine" = docker ]; then
+        docker build "${more[@]}" -t "$image" .
+        return
+    fi
+    if [ -n "${BASE_ROOTFS:-}" ]; then
+        import_base
+        more+=(--pull-never)
+    fi
+    while read -r path; do mounts+=(-v "$path:$path:ro"); done < <(pip_mounts)
+    # HEALTHCHECK exists only in the docker image format; chroot isolation needs no privileges of its own.
+    buildah bud --isolation chroot --network host --format docker --layers "${mounts[@]}" "${more[@]}" -t "$image" .
+}
+
+fetch() { python3 -c 'import sys, urllib.request as u; sys.stdout.write(u.urlopen(u.Request(sys.argv[1], sys.argv[2].encode() or None, {"Content-Type": "application/json"}), timeout=60).read().decode())' "$1" "${2:-}"; }
+
+wait_ready() {
+    local begin=$SECONDS
+    until fetch "http://127.0.0.1:$port/readyz" >/dev/null 2>&1; do
+        [ $((SECONDS - begin)) -lt 120 ] || { "$engine" logs "$name" 2>&1 | tail -n 40; fail "not ready after 120 s"; }
+        [ "$("$engine" inspect "$name" --format '{{.State.Running}}')" = true ] || { "$engine" logs "$name" 2>&1 | tail -n 40; fail "the container stopped"; }
+        sleep 0.5
+    done
+    say "answers /readyz" "after $((SECONDS - begin)) s"
+}
+
+check_generates() {
+    local reply tokens
+    reply=$(fetch "http://127.0.0.1:$port/generate" '{"prompt": "2 + 3 =", "max_tokens": 8, "ignore_eos": true}') || fail "/generate did not answer 200"
+    tokens=$(python3 -c 'import json, sys; print(len(json.load(sys.stdin)["outputs"][0]["token_ids"]))' <<<"$reply")
+    [ "$tokens" = 8 ] || fail "/generate gave $tokens tokens instead of 8: $reply"
+    say "POST /generate" "$tokens tokens"
+}
+
+check_health() {
+    local state begin=$SECONDS
+    if [ "$engine" = podman ]; then
+        podman healthcheck run "$name" >/dev/null || fail "HEALTHCHECK"
+    else
+        until state=$(docker inspect "$name" --format '{{.State.Health.Status}}'); [ "$state" = healthy ]; do
+            [ $((SECONDS - begin)) -lt 60 ] || fail "HEALTHCHECK is $state after 60 s"
+            sleep 1
+        done
+    fi
+    say "HEALTHCHECK" ok
+}
+
+check_user() {
+    local uid
+    uid=$("$engine" exec "$name" python -c 'import os; print(os.getuid())')
+    [ "$uid" != 0 ] || fail "runs as root"
+    say "user id" "$uid"
+}
+
+check_stops() {
+    local code begin=$SECONDS
+    "$engine" stop -t 30 "$name" >/dev/null 2>&1
+    code=$("$engine" inspect "$name" --format '{{.State.ExitCode}}')
+    [ "$code" = 0 ] || { "$engine" logs "$name" 2>&1 | tail -n 20; fail "exit code $code after SIGTERM"; }
+    say "exit code after SIGTERM" "$code ($((SECONDS - begin)) s)"
+}
+
+if docker info >/dev/null 2>&1; then
+    engine=docker
+elif command -v buildah >/dev/null && command -v podman >/dev/null; then
+    engine=podman
+    podman_settings
+else
+    fail "needs docker with a running daemon, or buildah and podman"
+fi
+
+build
+say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | awk '{printf "%.0f MB", $1 / 1e6}')"
+[ "${1:-}" != build ] || exit 0
+
+# Host networking also works where no bridge can be made; the service then listens on loopback only.
+"$engine" run -d --name "$name" --network host --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+    -e XLORA_HOST=127.0.0.1 -e "XLORA_PORT=$port" "$image" >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; fail "the container does not start"; }
+wait_ready
+check_generates
+check_health
+check_user
+check_stops
+echo "image verified"
