@@ -1,4 +1,4 @@
-"""The exception tree. Every error a user can meet is one of these; it says what was given, what is allowed and what to do.
+"""The exception tree. Every error a user can meet is one of these: what was given, what is allowed, what to do.
 
 XLoraError
 ├── StartupError          the process cannot start: exit code 1, one line on stderr
@@ -49,7 +49,9 @@ class RequestError(XLoraError):
     type = "server_error"
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, hint: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, hint: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, hint=hint)
         self.param = param
         if code is not None:

@@ -41,7 +41,7 @@ class Engine:
             self._scheduler.add(sequence)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drops a request, or one of its choices, and frees what it held. Unknown ids are ignored: they may have ended."""
+        """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._drop(sequence)
@@ -57,6 +57,10 @@ class Engine:
         result = self._runner.run(plan)
         return self._postprocess(plan, result, started)
 
+    def report(self) -> StepOutput:
+        """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
+        return StepOutput(stats=self._with_load(StepStats()))
+
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
         self._scheduler.check_integrity()
@@ -66,8 +70,8 @@ class Engine:
         total = len(request.prompt_token_ids) + output
         if total > self.info.max_model_len:
             raise InvalidRequestError(
-                f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the context "
-                f"of {self.info.max_model_len} tokens",
+                f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the "
+                f"context of {self.info.max_model_len} tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
                 hint="shorten the prompt or lower max_tokens",
@@ -99,15 +103,18 @@ class Engine:
             if token is not None or gate is not None or reason is not None:
                 output = SequenceOutput(sequence.request.id, sequence.index, gate=gate, finish_reason=reason)
                 output.tokens = [] if token is None else [token]
-                output.usage = None if reason is None else sequence.usage
+                output.usage = sequence.usage
                 outputs.append(output)
             if reason is not None:
                 self._drop(sequence)
+        stats.step_seconds = time.perf_counter() - started
+        return StepOutput(outputs, self._with_load(stats))
+
+    def _with_load(self, stats: StepStats) -> StepStats:
         stats.requests_running = len(self._scheduler.running)
         stats.requests_waiting = len(self._scheduler.waiting)
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
-        stats.step_seconds = time.perf_counter() - started
-        return StepOutput(outputs, stats)
+        return stats
 
     def _advance(self, share: Scheduled, token: TokenOutput | None, draft: int | None, stats: StepStats) -> None:
         """One sequence after its rows have run: stream positions, draft verdict, usage."""

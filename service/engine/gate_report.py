@@ -63,7 +63,7 @@ def gate_rows(span: ReportSpan, scalings: Tensor, summary: GateSummary, num_site
 
 
 def gate_stats(spans: SequenceOf[ReportSpan], summary: GateSummary) -> GateStats:
-    """Statistics of the served positions. The last of the prompt counts as generated; scaling passes alone do not count."""
+    """Statistics of the served positions (not of scaling passes alone). The last of the prompt counts as generated."""
     served = [span for span in spans if span.share.sequence.generates]
     if not served:
         return GateStats()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.utils.logging import disable_progress_bar
 
 from service import __version__
 from service.checkpoint import Checkpoint, load_checkpoint
@@ -34,6 +35,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
     Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
     machine that is too small.
     """
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.device)

@@ -22,5 +22,4 @@ class EngineOptions:
     block_size: int = 16
     threads: int | None = None  # None = torch's own choice
     lookahead: bool = True
-    prefix_cache: bool = True
     allow_outside: bool = False

@@ -70,7 +70,7 @@ class TokenOutput:
 
 @dataclass(slots=True)
 class SequenceUsage:
-    """What one choice cost; sent with its last output."""
+    """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it."""
 
     forward_passes: int = 0  # steps this sequence had a row in
     scaling_rows: int = 0
@@ -90,7 +90,7 @@ class SequenceOutput:
     tokens: list[TokenOutput] = field(default_factory=list)
     gate: GateRows | None = None
     finish_reason: FinishReason | None = None
-    usage: SequenceUsage | None = None  # with finish_reason
+    usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
 
 
@@ -106,7 +106,7 @@ class GateStats:
 
 @dataclass(slots=True)
 class StepStats:
-    """One step of the engine, for metrics."""
+    """One step of the engine, for metrics. Without rows it is only the load, as an abort has left it."""
 
     step_seconds: float = 0.0
     scaling_rows: int = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from service.engine.request import TokenOutput
 from service.engine.sequence import Sequence
 
+_GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -34,11 +35,11 @@ class SampleRow:
 
 
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
-    """Samples one token per row of logits [n, V] (any dtype); where the temperature is 0, the argmax."""
+    """Samples one token per row of logits [n, V] (any dtype); where the temperature is (next to) 0, the argmax."""
     logits = logits.float()
     if any(_needs_history(row.sequence) for row in rows):
         logits = _process_history(logits.clone(), rows)
-    random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature > 0]
+    random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature >= _GREEDY_BELOW]
     if not random:
         return logits.argmax(-1).tolist()
     chosen = logits.argmax(-1)

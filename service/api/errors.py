@@ -1,0 +1,160 @@
+"""Exceptions to HTTP answers: one shape for everything that goes wrong, and never a stack trace."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service.api.protocol import DetokenizeBody, ErrorAnswer, GenerateBody, ScalingsBody, TokenizeBody
+from service.errors import InternalError, InvalidRequestError, NotFoundError, PayloadTooLargeError, RequestError
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = sorted(
+    {name for body in (GenerateBody, ScalingsBody, TokenizeBody, DetokenizeBody) for name in body.model_fields}
+)
+_BODY_FIELDS = {
+    "/generate": sorted(GenerateBody.model_fields),
+    "/scalings": sorted(ScalingsBody.model_fields),
+    "/tokenize": sorted(TokenizeBody.model_fields),
+    "/detokenize": sorted(DetokenizeBody.model_fields),
+}
+_SHOWN_CHARACTERS = 60
+
+
+class MethodNotAllowedError(RequestError):
+    """The path exists, the method does not."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+def error_body(error: RequestError) -> bytes:
+    """The JSON of DESIGN §6."""
+    detail: dict[str, object] = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": error.code,
+    }
+    if error.hint is not None:
+        detail["hint"] = error.hint
+    try:
+        return orjson.dumps({"error": detail})
+    except TypeError:  # a lone surrogate in a name the caller sent
+        return json.dumps({"error": detail}).encode()
+
+
+def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    """One error as an answer."""
+    headers = dict(headers or {})
+    if error.status == 503:
+        headers.setdefault("Retry-After", "1")
+    return Response(error_body(error), status_code=error.status, media_type="application/json", headers=headers)
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of the errors a route can answer with."""
+    reasons = {
+        400: "The request can never succeed as it is",
+        413: "The body is too large",
+        500: "Our fault",
+        503: "Loading, or the engine has died",
+    }
+    return {status: {"model": ErrorAnswer, "description": reasons[status]} for status in statuses}
+
+
+def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
+    """The first of pydantic's errors as one of ours; an unknown field goes before all others."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    location = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(location) or None
+    if first["type"] == "json_invalid":
+        return InvalidRequestError(
+            f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json"
+        )
+    if first["type"] == "extra_forbidden":
+        return _unknown_field(param or "", path)
+    if first["type"] == "missing":
+        what = f"`{param}` is missing" if param else "the body is missing"
+        return InvalidRequestError(what, param=param, code="missing_field")
+    reason = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
+    if param is None and "model_attributes_type" in first["type"]:
+        return InvalidRequestError(
+            "the body must be a JSON object", hint="send it with the header Content-Type: application/json"
+        )
+    if param is None:
+        field = reason.split(" ", 1)[0]  # a rule about several fields names the offender first
+        return InvalidRequestError(
+            reason if field in _FIELDS else f"the body {reason}", param=field if field in _FIELDS else None
+        )
+    return InvalidRequestError(f"`{param}` {reason} (got {_shown(first['input'])})", param=param)
+
+
+def _unknown_field(name: str, path: str) -> InvalidRequestError:
+    known = _BODY_FIELDS.get(path, _FIELDS)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
+    return InvalidRequestError(
+        f"unknown field `{name[:_SHOWN_CHARACTERS]}`", param=name, code="unknown_field", hint=hint
+    )
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return error_response(explain(error.errors(), request.url.path))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    method, path = request.method, request.url.path
+    match error.status_code:
+        case 404:
+            return error_response(NotFoundError(f"no such path: {path}", hint="GET /docs lists them"), headers)
+        case 405:
+            allowed = headers.get("Allow", "another method")
+            return error_response(
+                MethodNotAllowedError(f"{method} is not allowed on {path}", hint=f"use {allowed}"), headers
+            )
+        case 413:
+            return error_response(PayloadTooLargeError(str(error.detail)), headers)
+        case status if 400 <= status < 500:
+            return error_response(
+                InvalidRequestError("the body could not be read as JSON", code="invalid_json"), headers
+            )
+    return error_response(InternalError("something went wrong on our side"), headers)
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
+    return error_response(InternalError("something went wrong on our side", hint="the server's log has the details"))

@@ -1,0 +1,75 @@
+"""Worked examples for the OpenAPI document, from the demo bundle's domains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SITES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
+_SCALINGS = {
+    "experts": ["math", "code"],
+    "sites": _SITES,
+    "start": 5,
+    "mean": [[0.93, 0.07], [0.95, 0.05]],
+    "entropy": [0.21, 0.17],
+}
+_USAGE = {
+    "prompt_tokens": 6,
+    "completion_tokens": 2,
+    "cached_tokens": 0,
+    "forward_passes": 3,
+    "scaling_rows": 8,
+    "real_rows": 7,
+    "lookahead": {"hits": 1, "misses": 0},
+}
+_HEAD = {"id": "gen-5f0c6c7e", "model": "demo", "seed": 7}
+
+GENERATE_BODIES: Any = {
+    "greedy": {"summary": "Greedy", "value": {"prompt": "12 + 30 =", "max_tokens": 8, "temperature": 0}},
+    "scalings": {
+        "summary": "With one row of scalings per generated token",
+        "value": {"prompt": "12 + 30 =", "max_tokens": 8, "return_scalings": "mean", "seed": 7},
+    },
+    "stream": {
+        "summary": "As server-sent events, ending before a line break",
+        "value": {"prompt": "def add(a, b):", "max_tokens": 32, "stop": "\n", "stream": True},
+    },
+}
+GENERATE_ANSWER: dict[str, Any] = {
+    **_HEAD,
+    "outputs": [
+        {
+            "index": 0,
+            "text": " 42",
+            "token_ids": [220, 87],
+            "tokens": [{"id": 220, "text": " "}, {"id": 87, "text": "42"}],
+            "finish_reason": "length",
+            "scalings": _SCALINGS,
+        }
+    ],
+    "usage": _USAGE,
+}
+GENERATE_EVENTS = (
+    'data: {"id":"gen-5f0c6c7e","index":0,"text":" 42","token_ids":[87],"tokens":[{"id":87,"text":" 42"}],'
+    '"finish_reason":"length"}\n\n'
+    'data: {"id":"gen-5f0c6c7e","model":"demo","seed":7,"usage":{"prompt_tokens":6,"completion_tokens":1,'
+    '"cached_tokens":0,"forward_passes":2,"scaling_rows":6,"real_rows":6,"lookahead":{"hits":0,"misses":0}}}\n\n'
+    "data: [DONE]\n\n"
+)
+SCALINGS_BODIES: Any = {
+    "mean": {"summary": "Mean over the sites", "value": {"prompt": "12 + 30"}},
+    "full": {
+        "summary": "Every site, as a float16 array",
+        "value": {"prompt": "12 + 30", "return_scalings": "full", "scalings_dtype": "float16"},
+    },
+}
+SCALINGS_ANSWER: dict[str, Any] = {
+    "id": "scal-0a1b2c3d",
+    "model": "demo",
+    "tokens": [{"id": 21, "text": "12"}, {"id": 300, "text": " +"}],
+    "scalings": {**_SCALINGS, "start": 0},
+    "totals": {"math": 0.94, "code": 0.06},
+    "top1": {"math": 1.0, "code": 0.0},
+    "usage": {"prompt_tokens": 2, "forward_passes": 1, "scaling_rows": 2},
+}
+TOKENIZE_BODIES: Any = {"text": {"summary": "A text", "value": {"text": "12 + 30 ="}}}
+DETOKENIZE_BODIES: Any = {"ids": {"summary": "Two tokens", "value": {"token_ids": [21, 300]}}}

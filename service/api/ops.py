@@ -1,0 +1,144 @@
+"""Routes for operators: probes, metrics, what is served, and the tokenizer."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Response
+from fastapi.responses import JSONResponse
+
+from service.api.errors import documented
+from service.api.examples import DETOKENIZE_BODIES, TOKENIZE_BODIES
+from service.api.protocol import (
+    DetokenizeAnswer,
+    DetokenizeBody,
+    Health,
+    Info,
+    Status,
+    TokenizeAnswer,
+    TokenizeBody,
+)
+from service.api.state import Service, service_of
+
+router = APIRouter()
+
+ServiceDependency = Annotated[Service, Depends(service_of)]
+_RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not so: `status` says why"}}
+
+
+@router.get("/livez", tags=["operation"], summary="Is the process fine?", response_model=Status, responses=_RED)
+async def livez(service: ServiceDependency) -> Response:
+    """200 while the process and the engine are fine, also while the model loads; 503 once the engine has died."""
+    alive = service.client.alive and service.startup_error is None
+    return _status("ok" if alive else "engine dead", 200 if alive else 503)
+
+
+@router.get("/readyz", tags=["operation"], summary="Can it serve?", response_model=Status, responses=_RED)
+async def readyz(service: ServiceDependency) -> Response:
+    """200 after the model has loaded and a warm-up generation has run."""
+    return _status(_state(service), 200 if service.ready else 503)
+
+
+@router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
+async def health(service: ServiceDependency) -> Response:
+    """Always 200; `status` is ok, loading or engine dead."""
+    content = {
+        "status": _state(service),
+        "model": service.info.model if service.ready else None,
+        "uptime_seconds": round(time.monotonic() - service.started_at, 3),
+        "requests_running": service.metrics.running,
+        "requests_waiting": service.metrics.waiting,
+    }
+    return JSONResponse(content)
+
+
+@router.get(
+    "/metrics",
+    tags=["operation"],
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(service: ServiceDependency) -> Response:
+    """Prometheus' text format."""
+    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/info", tags=["operation"], summary="What is served", response_model=Info, responses=documented(503))
+async def info(service: ServiceDependency) -> Response:
+    """Model, versions, the gate's configuration, experts, sites, limits and a hash over all weights."""
+    engine = service.info
+    content = {
+        "model": engine.model,
+        "architecture": engine.architecture,
+        "dtype": engine.dtype,
+        "device": engine.device,
+        "versions": engine.versions,
+        "experts": engine.experts,
+        "n_classes": len(engine.experts),
+        "sites": engine.sites,
+        "n_layers": len(engine.sites),
+        "xlora_config": engine.xlora_config,
+        "dummy_row": engine.dummy_row,
+        "limits": {
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": engine.max_num_seqs,
+            "max_num_batched_tokens": engine.max_num_batched_tokens,
+            "block_size": engine.block_size,
+            "kv_blocks": engine.kv_blocks_total,
+            "kv_bytes": engine.kv_bytes,
+            "vocab_size": engine.vocab_size,
+            "max_body_bytes": service.settings.max_body_bytes,
+        },
+        "weights_sha256": engine.weights_sha256,
+        "gate_profile": engine.gate_profile,
+    }
+    return JSONResponse(content)
+
+
+@router.post(
+    "/tokenize",
+    tags=["tokenizer"],
+    summary="Text to token ids",
+    response_model=TokenizeAnswer,
+    responses=documented(400, 413, 503),
+)
+async def tokenize(
+    body: Annotated[TokenizeBody, Body(openapi_examples=TOKENIZE_BODIES)], service: ServiceDependency
+) -> Response:
+    """As /generate sees a prompt."""
+    ids = await service.codec.encode(body.text, body.add_special_tokens is not False)
+    pieces = service.codec.pieces(ids)
+    content = {
+        "token_ids": ids,
+        "tokens": [{"id": id, "text": text} for id, text in zip(ids, pieces, strict=True)],
+        "count": len(ids),
+        "max_model_len": service.info.max_model_len,
+    }
+    return JSONResponse(content)
+
+
+@router.post(
+    "/detokenize",
+    tags=["tokenizer"],
+    summary="Token ids to text",
+    response_model=DetokenizeAnswer,
+    responses=documented(400, 413, 503),
+)
+async def detokenize(
+    body: Annotated[DetokenizeBody, Body(openapi_examples=DETOKENIZE_BODIES)], service: ServiceDependency
+) -> Response:
+    """The inverse of /tokenize."""
+    text = service.codec.decode(body.token_ids, body.skip_special_tokens is not False)
+    return JSONResponse({"text": text})
+
+
+def _state(service: Service) -> str:
+    if not service.client.alive or service.startup_error is not None:
+        return "engine dead"
+    return "ok" if service.ready else "loading"
+
+
+def _status(status: str, code: int) -> Response:
+    return JSONResponse({"status": status}, status_code=code)

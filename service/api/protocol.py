@@ -1,0 +1,333 @@
+"""The wire models: what a request body may be, and what an answer looks like in the OpenAPI document.
+
+Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
+file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in prompts.py.
+The answers' models document: the hot paths write JSON from plain dictionaries.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_SEED = 2**63 - 1
+DEFAULT_MAX_TOKENS = 128
+
+_INT32 = 2**31 - 1
+_TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+
+def _prompt(value: object) -> object:
+    """One message for a union of two types, where pydantic would give one per member."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return value
+    raise ValueError("must be a string or a list of token ids")
+
+
+def _stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if stops is None:
+        return None
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
+    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return stops
+
+
+def _logit_bias(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
+        raise ValueError('must be an object from token ids to numbers, as {"42": -100}')
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+    if not all(type(bias) in (int, float) and math.isfinite(bias) and abs(bias) <= 100 for bias in value.values()):
+        raise ValueError("values must be numbers from -100 to 100")
+    return {key: float(bias) for key, bias in value.items()}
+
+
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+    ]
+}
+_STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+        {
+            "type": "array",
+            "maxItems": MAX_STOPS,
+            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+        },
+        {"type": "null"},
+    ]
+}
+_BIAS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "object",
+            "maxProperties": MAX_LOGIT_BIAS,
+            "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+        {"type": "null"},
+    ]
+}
+
+Prompt = Annotated[str | list[int], BeforeValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+Stops = Annotated[list[str] | None, BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
+LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
+TokenId = Annotated[int, Field(ge=0, le=_INT32)]
+Float = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """Strict, closed, finite."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class SamplingFields(Body):
+    """The sampling schema that every generating route shares; names and meanings are OpenAI's."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
+        None, description=f"Most tokens to generate; {DEFAULT_MAX_TOKENS} when absent, or what still fits the context."
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; 1 when absent.")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Nucleus sampling; 1 (off) when absent."
+    )
+    top_k: Annotated[int, Field(ge=0, le=_INT32)] | None = Field(None, description="0 (off) when absent.")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 (off) when absent.")
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="Over prompt and output; 1 (off) when absent."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Over the output.")
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Over the output.")
+    logit_bias: LogitBias = Field(None, description="Added to the logits of these token ids.")
+    stop: Stops = Field(None, description="Generation ends before the first of these strings.")
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
+        None, description="Generation ends with the first of these tokens."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
+    stream: bool | None = Field(None, description="Server-sent events, one per token.")
+
+
+class GenerateBody(SamplingFields):
+    """POST /generate."""
+
+    prompt: Prompt = Field(description="Text, or token ids.")
+    return_scalings: Literal["none", "mean", "full"] | None = Field(
+        None, description="The gate's weights of the experts: none, mean over the sites, or of every site."
+    )
+    scalings_start: Annotated[int, Field(ge=0, le=_INT32)] | None = Field(
+        None,
+        description="First position whose row is returned. When absent, the position that produced the first "
+        "generated token (the prompt's last), so that there is one row per generated token; 0 adds the prompt's rows.",
+    )
+    scalings_dtype: Literal["float32", "float16"] | None = Field(
+        None, description='Type of the array that "full" returns; float32 when absent.'
+    )
+
+    @model_validator(mode="after")
+    def _scalings_fields_need_scalings(self) -> GenerateBody:
+        if self.scalings_start is not None and self.return_scalings in (None, "none"):
+            raise ValueError('scalings_start needs return_scalings "mean" or "full"')
+        if self.scalings_dtype is not None and self.return_scalings != "full":
+            raise ValueError('scalings_dtype needs return_scalings "full"')
+        return self
+
+
+class ScalingsBody(Body):
+    """POST /scalings."""
+
+    prompt: Prompt = Field(description="Text, or token ids.")
+    return_scalings: Literal["mean", "full"] | None = Field(None, description="mean when absent.")
+    scalings_dtype: Literal["float32", "float16"] | None = Field(
+        None, description='Type of the array that "full" returns; float32 when absent.'
+    )
+
+
+class TokenizeBody(Body):
+    """POST /tokenize."""
+
+    text: str = Field(description="Text to split into tokens.")
+    add_special_tokens: bool | None = Field(
+        None, description="As the model's tokenizer does for a prompt; true when absent."
+    )
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    token_ids: list[TokenId] = Field(description="Token ids.")
+    skip_special_tokens: bool | None = Field(None, description="true when absent.")
+
+
+class TokenText(BaseModel):
+    """A token and the text it adds; "" while a character is unfinished."""
+
+    id: int
+    text: str
+
+
+class Alternative(BaseModel):
+    """One of the most likely tokens of a position, alone."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+class Token(TokenText):
+    """A generated token."""
+
+    logprob: float | None = None
+    top_logprobs: list[Alternative] | None = None
+
+
+class Scalings(BaseModel):
+    """Rows of the gate. Row i is of position start + i, and position p produced the token at position p + 1."""
+
+    experts: list[str]
+    sites: list[str]
+    start: int
+    mean: list[list[float]] = Field(description="[E] per position: mean over the sites, after softmax and top-k.")
+    entropy: list[float | None] = Field(description="Nats per position, mean over the sites; null for an all-zero row.")
+    full: str | None = Field(None, description="base64 of a .npy array [positions, sites, experts].")
+
+
+class Lookahead(BaseModel):
+    """Drafted scaling rows that were kept, and dropped."""
+
+    hits: int
+    misses: int
+
+
+class Usage(BaseModel):
+    """What the request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    forward_passes: int
+    scaling_rows: int
+    real_rows: int
+    lookahead: Lookahead
+
+
+class Output(BaseModel):
+    """One choice."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    tokens: list[Token]
+    finish_reason: str | None
+    scalings: Scalings | None = None
+
+
+class GenerateAnswer(BaseModel):
+    """The answer of POST /generate without stream."""
+
+    id: str
+    model: str
+    seed: int
+    outputs: list[Output]
+    usage: Usage
+
+
+class ScalingsAnswer(BaseModel):
+    """The answer of POST /scalings."""
+
+    id: str
+    model: str
+    tokens: list[TokenText]
+    scalings: Scalings
+    totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
+    top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
+    usage: dict[str, int]
+
+
+class TokenizeAnswer(BaseModel):
+    """The answer of POST /tokenize."""
+
+    token_ids: list[int]
+    tokens: list[TokenText]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeAnswer(BaseModel):
+    """The answer of POST /detokenize."""
+
+    text: str
+
+
+class Status(BaseModel):
+    """The answer of the probes."""
+
+    status: str
+
+
+class Health(Status):
+    """The answer of GET /health."""
+
+    model: str | None
+    uptime_seconds: float
+    requests_running: int
+    requests_waiting: int
+
+
+class Info(BaseModel):
+    """The answer of GET /info."""
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    experts: list[dict[str, str]]
+    n_classes: int
+    sites: list[str]
+    n_layers: int
+    xlora_config: dict[str, Any]
+    dummy_row: list[list[float]]
+    limits: dict[str, int]
+    weights_sha256: str
+    gate_profile: dict[str, Any] | None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in OpenAI's shape, with a hint where there is one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    hint: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail

@@ -1,0 +1,116 @@
+"""What the routes share: the engine's client, the tokenizer, the metrics, and how far the start has come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from fastapi import Request as HttpRequest
+
+from service.api.text import TextCodec
+from service.engine.client import Client
+from service.engine.options import EngineOptions
+from service.engine.request import EngineInfo, Request, SamplingParams
+from service.errors import StartupError, UnavailableError
+from service.metrics import Metrics
+from service.settings import Settings
+
+logger = logging.getLogger("xlora")
+
+_WARM_UP_TOKENS = 4
+
+
+class Service:
+    """One per application. Loading begins with the server, so that the probes answer from the first moment."""
+
+    def __init__(self, client: Client, settings: Settings, metrics: Metrics) -> None:
+        self.client = client
+        self.settings = settings
+        self.metrics = metrics
+        self.started_at = time.monotonic()
+        self.startup_error: StartupError | None = None
+        self._codec: TextCodec | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, warmed up, and the engine lives."""
+        return self._codec is not None and self.client.alive
+
+    @property
+    def codec(self) -> TextCodec:
+        """The tokenizer; raises UnavailableError while the model loads and after the engine has died."""
+        if not self.client.alive:
+            raise UnavailableError("the engine has died", code="engine_dead", hint="restart the service")
+        if self._codec is None:
+            raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
+        return self._codec
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served; raises UnavailableError before it is."""
+        return self.client.info
+
+    async def start(self) -> None:
+        """Loads the model and runs one short generation. Raises StartupError."""
+        await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
+        codec = TextCodec(self.info)
+        self.metrics.describe_engine(self.info)
+        await self._warm_up()
+        self.client.on_step = self.metrics.observe_step
+        self._codec = codec
+        seconds = time.monotonic() - self.started_at
+        logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
+
+    async def _warm_up(self) -> None:
+        sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)
+        try:
+            async with self.client.submit(Request(new_id("warmup"), [0], sampling)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason == "error":
+                        raise StartupError(f"the warm-up generation failed: {output.error}")
+        except UnavailableError as error:
+            raise StartupError(f"the warm-up generation failed: {error.message}") from None
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """The part of the settings that the engine's process needs."""
+    return EngineOptions(
+        model=settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_memory_bytes=settings.kv_memory,
+        block_size=settings.block_size,
+        threads=settings.threads,
+        lookahead=settings.lookahead,
+        allow_outside=settings.allow_outside,
+    )
+
+
+def new_id(prefix: str) -> str:
+    """A request id."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def service_of(request: HttpRequest) -> Service:
+    """The dependency of every route."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def run_startup(service: Service, on_failure: asyncio.Event) -> None:
+    """Starts the service in the background; a failure is kept for whoever runs the server."""
+    try:
+        await service.start()
+    except StartupError as error:
+        service.startup_error = error
+        on_failure.set()
+    except Exception as error:
+        logger.exception("starting failed")
+        service.startup_error = StartupError(f"starting failed: {type(error).__name__}: {error}")
+        on_failure.set()

@@ -1,0 +1,116 @@
+"""The command line: flags, the command they name, and how errors look.
+
+Each command is a module of service.commands with a `run(arguments) -> int`, imported when it is chosen: `check` needs
+no web server and `serve` no plots. Exit codes: 0 well, 1 an error (a line on stderr, and perhaps a hint), 2 wrong
+usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from service import __version__
+from service.errors import XLoraError
+from service.settings import Settings
+
+_ENGINE_FLAGS = (
+    *("model", "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory"),
+    *("block_size", "threads", "lookahead", "allow_outside", "log_level"),
+)
+_SERVE_FLAGS = ("host", "port", "max_body_bytes")
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        run: Callable[[argparse.Namespace], int] = importlib.import_module(arguments.module).run
+        return run(arguments)
+    except XLoraError as error:
+        print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 1
+
+
+def print_error(error: XLoraError) -> None:
+    """One line, and a hint where there is one."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and flags. A flag that is not given is None: settings then come from XLORA_* or the default."""
+    parser = argparse.ArgumentParser(prog="xlora-serve", description="Serve, use and check X-LoRA bundles.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = _command(commands, "serve", "service.commands.serve", "serve a bundle over HTTP")
+    _add_settings(serve, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
+    generate = _command(commands, "generate", "service.commands.generate", "generate text in the terminal")
+    _add_prompt(generate)
+    _add_sampling(generate)
+    generate.add_argument("--scalings", action="store_true", help="colour each token by its leading expert")
+    _add_settings(generate, _ENGINE_FLAGS)
+    scalings = _command(commands, "scalings", "service.commands.scalings", "draw the gate's weights over a text")
+    _add_prompt(scalings)
+    scalings.add_argument("--png", metavar="FILE", help="also save a heat map (needs the extra `plot`)")
+    _add_settings(scalings, _ENGINE_FLAGS)
+    check = _command(commands, "check", "service.commands.check", "check a bundle on disk")
+    check.add_argument("directory", metavar="DIR", help="the bundle")
+    check.add_argument("--allow-outside", action="store_true", help="let it name files outside its directory")
+    return parser
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
+    """The flags that mirror a setting, None where not given."""
+    return {name: getattr(arguments, name, None) for name in Settings.model_fields}
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, module: str, summary: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(module=module)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    group = parser.add_argument_group("settings", "each is also a variable: --max-model-len is XLORA_MAX_MODEL_LEN")
+    for name in names:
+        field = Settings.model_fields[name]
+        flag = f"--{name.replace('_', '-')}"
+        text = (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            action = "store_false" if field.default else "store_true"
+            flag = f"--no-{name.replace('_', '-')}" if field.default else flag
+            text = f"do not {text}" if field.default else text
+            group.add_argument(flag, dest=name, action=action, default=None, help=text)
+        else:
+            choices = get_args(field.annotation) if name in ("dtype", "log_level") else None
+            default = "" if field.default is None else f" (default {field.default})"
+            group.add_argument(flag, dest=name, choices=choices, metavar=name.upper(), help=text + default)
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the text to begin with; - reads standard input"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling", "names and meanings as in POST /generate")
+    for name in ("max_tokens", "top_k", "seed"):
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        group.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
+    group.add_argument("--ignore-eos", action="store_true", default=None)

@@ -1,0 +1,59 @@
+"""xlora-serve generate: text as it comes, and with --scalings in the colours of the experts that wrote it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+from service.api.choice import Generation, Piece
+from service.api.errors import explain
+from service.api.protocol import GenerateBody
+from service.api.rows import RowFormat
+from service.api.state import new_id
+from service.commands.local import local_engine, read_prompt
+from service.engine.request import Request, ReturnScalings
+from service.terminal import expert_styles, legend
+
+_SAMPLING = ("max_tokens", "top_k", "seed", "temperature", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Streams one generation to the terminal."""
+    asyncio.run(_run(arguments, read_body(arguments)))
+    return 0
+
+
+def read_body(arguments: argparse.Namespace) -> GenerateBody:
+    """The flags as the body of POST /generate, checked the same way."""
+    fields = {name: getattr(arguments, name) for name in (*_SAMPLING, *_PENALTIES, "stop", "ignore_eos")}
+    try:
+        return GenerateBody(prompt=read_prompt(arguments), **fields)
+    except ValidationError as error:
+        raise explain(error.errors(), "/generate") from None
+
+
+async def _run(arguments: argparse.Namespace, body: GenerateBody) -> None:
+    async with local_engine(arguments) as (client, codec):
+        ids = await codec.prompt_ids(body.prompt)
+        scalings: ReturnScalings = "mean" if arguments.scalings else "none"
+        request = Request(new_id("cli"), ids, codec.sampling(body, len(ids)), scalings)
+        generation = Generation(client, codec, request, body.stop or [], RowFormat(client.info))
+        console = Console(highlight=False, soft_wrap=True)
+        styles = expert_styles(len(client.info.experts))
+        async for piece in generation.pieces():
+            if piece is not None:
+                console.print(Text(piece.text, style=_style(piece, styles)), end="")
+        console.print()
+        if arguments.scalings:
+            console.print(legend([expert["name"] for expert in client.info.experts], styles))
+
+
+def _style(piece: Piece, styles: list[str]) -> str:
+    if piece.rows is None or not len(piece.rows.mean):
+        return ""
+    return styles[int(piece.rows.mean[-1].argmax())]

@@ -1,0 +1,190 @@
+"""The engine's process: reads requests from a socket, steps the engine, writes what each step brought.
+
+    python -m service.engine.worker FD [MODULE:FUNCTION]
+
+FD is one end of a socket pair whose other end `client.py` holds. MODULE:FUNCTION names what loads the engine; it is
+imported only after the parent has been told that loading began, because importing torch takes seconds. When the parent
+dies the socket closes, and so does this process. Ctrl-C goes to the parent, which closes the socket.
+
+This file knows messages and the engine's surface, and neither torch nor asyncio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import logging
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+import msgspec
+
+from service.engine import wire
+from service.engine.options import EngineOptions
+from service.engine.request import EngineInfo, Request, StepOutput
+from service.errors import InternalError, RequestError, XLoraError
+
+DEFAULT_LOADER = "service.engine.loader:load_engine"
+
+_RECV_BYTES = 1 << 20
+_SOCKET_BUFFER_BYTES = 4 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class EngineSurface(Protocol):
+    """What the worker needs of an engine (service/engine/engine.py)."""
+
+    info: EngineInfo
+
+    def add(self, request: Request) -> None:
+        """Queues a request, or raises RequestError."""
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Frees everything a request, or one of its choices, holds."""
+
+    def has_work(self) -> bool:
+        """Whether step() has anything to do."""
+
+    def step(self) -> StepOutput:
+        """One forward pass."""
+
+    def report(self) -> StepOutput:
+        """The load without a step."""
+
+
+LoadEngine = Callable[[EngineOptions, Callable[[str], None]], EngineSurface]
+
+
+class _Disconnected(Exception):
+    """The parent has closed its end."""
+
+
+class Worker:
+    """One engine on one socket."""
+
+    def __init__(self, connection: socket.socket, load: LoadEngine) -> None:
+        self._socket = connection
+        self._load = load
+        self._reader = wire.FrameReader()
+        self._decoder = msgspec.msgpack.Decoder(wire.ToEngine)
+        self._encoder = wire.FrameEncoder()
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+
+    def run(self) -> int:
+        """Serves until the parent closes the socket (exit code 0) or the engine fails (1)."""
+        try:
+            return self._serve()
+        except (_Disconnected, ConnectionError):
+            return 0
+
+    def _serve(self) -> int:
+        try:
+            engine = self._start()
+        except XLoraError as error:
+            return self._fail(error.message, error.hint)
+        except Exception as error:
+            logger.exception("loading failed")
+            return self._fail(f"loading failed: {type(error).__name__}: {error}")
+        gc.collect()
+        gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
+        self._send(wire.Ready(engine.info))
+        try:
+            self._loop(engine)
+        except (_Disconnected, ConnectionError):
+            raise
+        except Exception as error:
+            logger.exception("the engine failed")
+            return self._fail(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _start(self) -> EngineSurface:
+        messages = self._receive(wait=True)
+        if not isinstance(messages[0], wire.Start):
+            raise TypeError(f"the first message must be Start, not {type(messages[0]).__name__}")
+        return self._load(messages[0].options, lambda text: self._send(wire.Progress(text)))
+
+    def _loop(self, engine: EngineSurface) -> NoReturn:
+        while True:
+            messages = self._receive(wait=not engine.has_work())
+            for message in messages:
+                self._apply(engine, message)
+            if engine.has_work():
+                self._send(wire.Step(engine.step()))
+            elif messages:
+                self._send(wire.Step(engine.report()))
+
+    def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
+        if isinstance(message, wire.Abort):
+            engine.abort(message.request_id, message.index)
+        elif isinstance(message, wire.Submit):
+            self._send(self._submit(engine, message.request))
+
+    def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
+        try:
+            engine.add(request)
+        except RequestError as error:
+            return wire.Rejected.of(request.id, error)
+        except Exception:
+            logger.exception("request %s could not be queued", request.id)
+            return wire.Rejected.of(request.id, InternalError("the engine could not take this request"))
+        return wire.Accepted(request.id)
+
+    def _receive(self, wait: bool) -> list[wire.ToEngine]:
+        """Every whole message that has arrived; with `wait`, at least one."""
+        messages: list[wire.ToEngine] = []
+        while not messages:
+            try:
+                data = self._socket.recv(_RECV_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            if not data:
+                raise _Disconnected
+            messages = [self._decoder.decode(frame) for frame in self._reader.feed(data)]
+        return messages
+
+    def _send(self, message: wire.FromEngine) -> None:
+        self._socket.sendall(self._encoder.encode(message))
+
+    def _fail(self, message: str, hint: str | None = None) -> int:
+        self._send(wire.Failed(message, hint))
+        return 1
+
+
+def import_loader(name: str, on_progress: Callable[[str], None]) -> LoadEngine:
+    """The function that MODULE:FUNCTION names."""
+    module, _, function = name.partition(":")
+    on_progress("importing the model's libraries")
+    loader: LoadEngine = getattr(importlib.import_module(module), function)
+    return loader
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
+    loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
+
+    def load(options: EngineOptions, on_progress: Callable[[str], None]) -> EngineSurface:
+        return import_loader(loader, on_progress)(options, on_progress)
+
+    with socket.socket(fileno=int(argv[1])) as connection:
+        status = Worker(connection, load).run()
+        _linger(connection)
+    return status
+
+
+def _linger(connection: socket.socket) -> None:
+    """Lets the parent read the last message: closing with unread input would throw it away."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        select.select([connection], [], [], 1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,100 @@
+"""Settings: the operator's wishes, from flags and XLORA_* variables. The only reader of the environment.
+
+A flag wins over its variable. A variable that names no setting is an error, because a typing mistake that is silently
+ignored costs an operator an afternoon. This file knows no engine: the engine's own limits are checked where it loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import SettingsError
+
+ENV_PREFIX = "XLORA_"
+
+_BYTE_UNITS = {"": 1, "b": 1} | {
+    unit.lower(): factor
+    for power, (binary, decimal) in enumerate([("KiB", "KB"), ("MiB", "MB"), ("GiB", "GB"), ("TiB", "TB")], start=1)
+    for unit, factor in ((binary, 1024**power), (decimal, 1000**power))
+}
+_BYTE_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(value: object) -> object:
+    """A size such as 512MiB, 2GiB, 1.5GB or a number of bytes, in bytes. Raises ValueError with the units allowed."""
+    if not isinstance(value, str):
+        return value
+    match = _BYTE_SIZE.fullmatch(value)
+    unit = match[2].lower() if match else None
+    if match is None or unit not in _BYTE_UNITS:
+        raise ValueError(
+            f"{value!r} is not a size; write bytes or a number with KiB, MiB, GiB, KB, MB or GB, as in 512MiB"
+        )
+    return int(float(match[1]) * _BYTE_UNITS[unit])
+
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """What the operator can say. Every field is a flag (--max-model-len) and a variable (XLORA_MAX_MODEL_LEN)."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str = Field("model_store/demo", description="directory of the bundle to serve", min_length=1)
+    host: str = Field("127.0.0.1", description="address to listen on", min_length=1)
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16"
+    )
+    max_model_len: PositiveInt | None = Field(
+        None, description="longest prompt + output in tokens; default: the model's"
+    )
+    max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
+    max_num_batched_tokens: int = Field(1024, ge=1, description="most rows in one step")
+    kv_memory: ByteSize | None = Field(
+        None, gt=0, description="memory for keys and values, as 512MiB; default: measured"
+    )
+    block_size: int = Field(16, ge=1, description="positions in one KV block")
+    threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: torch's choice")
+    lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
+    max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
+    allow_outside: bool = Field(False, description="let the bundle name files outside its directory")
+
+
+def load_settings(flags: dict[str, object] | None = None) -> Settings:
+    """The settings from flags over the environment over defaults. Raises SettingsError naming the flag or variable."""
+    _refuse_unknown_variables()
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise _explain(error, given) from None
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+            raise SettingsError(f"unknown environment variable {name}", hint=hint)
+
+
+def _explain(error: ValidationError, flags: dict[str, object]) -> SettingsError:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    source = f"--{name.replace('_', '-')}" if name in flags else f"{ENV_PREFIX}{name.upper()}"
+    reason = first["msg"].removeprefix("Value error, ")
+    described = f" {first['input']!r}" if repr(first["input"]) not in reason else ""
+    field = Settings.model_fields.get(name)
+    return SettingsError(f"{source}{described}: {reason}", hint=field.description if field else None)

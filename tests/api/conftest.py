@@ -1,0 +1,70 @@
+"""The application over a fake engine: the real client and worker, the worker in a thread."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
+
+from service.api.app import create_app
+from service.engine.client import EngineClient
+from service.engine.options import EngineOptions
+from service.engine.worker import Worker
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.fake_engine import FakeEngine, fake_info, write_bundle
+
+
+class ThreadClient(EngineClient):
+    """EngineClient whose worker is a thread of this process: tests can look at its engine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.release = threading.Event()  # clear it to hold the loading
+        self.release.set()
+
+    async def start(self, options: EngineOptions, on_progress: object) -> None:
+        ours, theirs = socket.socketpair()
+
+        def work() -> None:
+            with theirs:
+                Worker(theirs, self._load).run()
+
+        threading.Thread(target=work, daemon=True).start()
+        await self.connect(ours, options, on_progress)  # type: ignore[arg-type]
+
+    def _load(self, options: EngineOptions, on_progress: object) -> FakeEngine:
+        self.release.wait()
+        return self.engine
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> FakeEngine:
+    return FakeEngine(fake_info(write_bundle(tmp_path)))
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> ThreadClient:
+    return ThreadClient(engine)
+
+
+@pytest.fixture
+def http(client: ThreadClient) -> Iterator[TestClient]:
+    app = create_app(client, Settings(max_body_bytes=64 * 1024), Metrics(CollectorRegistry()))
+    with TestClient(app, raise_server_exceptions=False) as http:
+        wait_until_ready(http)
+        yield http
+
+
+def wait_until_ready(http: TestClient) -> None:
+    for _ in range(500):
+        if http.get("/readyz").status_code == 200:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("never ready")

@@ -1,0 +1,121 @@
+"""A real server on a real socket: clients that go away, giant bodies, many streams at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from service.api.app import create_app
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.api.conftest import ThreadClient
+
+
+@pytest.fixture
+def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
+    client.engine.step_seconds = 0.005
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app(client, Settings(), Metrics(CollectorRegistry()))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="httptools"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
+    thread.start()
+    host, port = listener.getsockname()
+    try:
+        while httpx.get(f"http://{host}:{port}/readyz").status_code != 200:
+            time.sleep(0.01)
+        yield host, port
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def send(address: tuple[str, int], body: bytes) -> socket.socket:
+    connection = socket.create_connection(address)
+    head = (
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def wait_for(condition: object, seconds: float = 3.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.002)
+    return False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_costs_no_further_step(
+    address: tuple[str, int], client: ThreadClient, stream: bool
+) -> None:
+    connection = send(address, json.dumps({"prompt": "a", "max_tokens": 90, "stream": stream}).encode())
+    assert wait_for(lambda: client.engine.choices)
+    if stream:
+        connection.recv(1000)
+    connection.close()
+    assert wait_for(lambda: not client.engine.choices, 0.2), "still generating (90 steps take 0.45 s)"
+    assert len(client.engine.aborted) == 1
+    outcome = 'xlora_requests_total{endpoint="/generate",outcome="cancelled"} 1.0'
+    url = f"http://{address[0]}:{address[1]}/metrics"
+    assert wait_for(lambda: outcome in httpx.get(url).text)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_hundred_megabytes_are_refused_unread(address: tuple[str, int], chunked: bool) -> None:
+    sent = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 1 << 20
+            yield b"a" * (1 << 20)
+
+    headers = {"Content-Type": "application/json"} | ({} if chunked else {"Content-Length": str(100 << 20)})
+    try:
+        response = httpx.post(f"http://{address[0]}:{address[1]}/generate", content=body(), headers=headers)
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "payload_too_large"
+    except httpx.WriteError:  # the server closed before all was sent: httpx cannot read the answer then
+        assert sent < 60 << 20
+
+
+def test_the_refusal_reaches_a_client_that_reads_it(address: tuple[str, int]) -> None:
+    connection = socket.create_connection(address)
+    connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n" + b"a" * 100_000)
+    answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 413")
+    connection.close()
+
+
+def test_streams_do_not_mix(address: tuple[str, int]) -> None:
+    async def one(http: httpx.AsyncClient, length: int) -> str:
+        text = ""
+        body = {"prompt": "a", "max_tokens": length, "stream": True}
+        async with http.stream("POST", "/generate", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:]).get("text", "")
+        return text
+
+    async def run() -> list[str]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=f"http://{address[0]}:{address[1]}", limits=limits, timeout=30) as http:
+            return await asyncio.gather(*(one(http, 1 + index) for index in range(40)))
+
+    texts = asyncio.run(run())
+    longest = texts[-1]
+    assert all(longest.startswith(text.rstrip("\ufffd")) for text in texts)
+    assert len({len(text) for text in texts}) > 30

@@ -1,0 +1,189 @@
+"""EngineClient and worker.py across a real process border, with a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+from service.engine import wire
+from service.engine.client import EngineClient
+from service.engine.options import EngineOptions
+from service.engine.request import Request, SamplingParams, StepStats
+from service.errors import InternalError, InvalidRequestError, StartupError, UnavailableError
+from tests.fake_engine import POISON, UNFIT, build_tokenizer, write_bundle
+
+FAST, SLOW = "tests.fake_engine:load_engine", "tests.fake_engine:load_slow_engine"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path)
+
+
+def request(id: str, max_tokens: int = 8, prompt: list[int] | None = None, n: int = 1) -> Request:
+    return Request(id, prompt or [40, 41, 42], SamplingParams(max_tokens=max_tokens, n=n))
+
+
+def with_engine(
+    bundle: Path, test: Callable[[EngineClient], Coroutine[None, None, None]], loader: str = FAST
+) -> list[str]:
+    progress: list[str] = []
+
+    async def run() -> None:
+        client = EngineClient(loader)
+        try:
+            await client.start(EngineOptions(str(bundle)), progress.append)
+            async with asyncio.timeout(20):
+                await test(client)
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+    return progress
+
+
+async def collect(client: EngineClient, wanted: Request) -> list[int]:
+    async with client.submit(wanted) as outputs:
+        return [token.id async for output in outputs for token in output.tokens]
+
+
+def test_tokens_arrive_in_order_for_many_requests_at_once(bundle: Path) -> None:
+    reply = build_tokenizer().encode("The answer is 42").ids
+    steps: list[StepStats] = []
+
+    async def test(client: EngineClient) -> None:
+        client.on_step = steps.append
+        answers = await asyncio.gather(*(collect(client, request(str(i), 1 + i % 12)) for i in range(60)))
+        assert [answer == reply[: 1 + i % 12] for i, answer in enumerate(answers)] == [True] * 60
+        assert client.open_requests == 0
+        assert client.last_step_at is not None
+
+    progress = with_engine(bundle, test)
+    assert progress[-1] == "reading the fake bundle"
+    assert sum(step.real_rows for step in steps) > 0
+
+
+def test_choices_are_interleaved_and_all_end(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        ended = set()
+        async with client.submit(request("n", n=4)) as outputs:
+            async for output in outputs:
+                if output.finish_reason:
+                    ended.add(output.index)
+        assert ended == {0, 1, 2, 3}
+
+    with_engine(bundle, test)
+
+
+def test_leaving_early_aborts_and_costs_no_further_step(bundle: Path) -> None:
+    rows = [0]
+
+    async def test(client: EngineClient) -> None:
+        def count(stats: StepStats) -> None:
+            rows[0] += 1
+
+        client.on_step = count
+        async with client.submit(request("gone", max_tokens=10_000)) as outputs:
+            await anext(outputs)
+        seen = rows[0]
+        await asyncio.sleep(0.3)  # 60 steps, were it still running
+        assert rows[0] - seen <= 2
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_aborting_one_choice_leaves_the_others(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        seen: dict[int, int] = {0: 0, 1: 0}
+        async with client.submit(request("half", max_tokens=20, n=2)) as outputs:
+            async for output in outputs:
+                seen[output.index] += len(output.tokens)
+                if seen[0] == 3 and output.index == 0:
+                    client.abort("half", 0)
+        assert seen == {0: 3, 1: 20}
+
+    with_engine(bundle, test)
+
+
+def test_a_refusal_is_the_exception_it_was(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        with pytest.raises(InvalidRequestError) as caught:
+            await collect(client, request("never", prompt=[UNFIT]))
+        assert (caught.value.code, caught.value.param, caught.value.hint) == (
+            "context_length_exceeded",
+            "prompt",
+            "cut it",
+        )
+        assert len(await collect(client, request("next"))) == 8
+
+    with_engine(bundle, test)
+
+
+@pytest.mark.parametrize("how", ["step raises", "killed"])
+def test_when_the_engine_dies_everybody_hears_of_it(bundle: Path, how: str) -> None:
+    async def test(client: EngineClient) -> None:
+        waiting = asyncio.create_task(collect(client, request("waiting", max_tokens=100_000)))
+        await asyncio.sleep(0.05)
+        if how == "killed":
+            assert client._process is not None
+            os.kill(client._process.pid, signal.SIGKILL)
+        else:
+            with pytest.raises(UnavailableError, match="poisoned"):
+                await collect(client, request("bad", prompt=[POISON]))
+        with pytest.raises(UnavailableError):
+            await waiting
+        assert not client.alive
+        with pytest.raises(UnavailableError):
+            await collect(client, request("late"))
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        raise AssertionError("it should not have started")
+
+    with pytest.raises(StartupError, match=r"tokenizer\.json is missing") as caught:
+        with_engine(tmp_path / "absent", test)
+    assert caught.value.hint == "write_bundle() makes it"
+    with pytest.raises(StartupError, match="No module named"):
+        with_engine(tmp_path, test, "tests.no_such_module:load")
+
+
+def test_closing_while_loading_does_not_hang(bundle: Path) -> None:
+    async def run() -> None:
+        client = EngineClient("time:sleep")  # never mind what it does: it is not an engine
+        starting = asyncio.create_task(client.start(EngineOptions(str(bundle)), lambda _: None))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(3):
+            await client.close()
+        with pytest.raises(StartupError):
+            await starting
+
+    asyncio.run(run())
+
+
+def test_frames_survive_any_cutting() -> None:
+    encoder, reader = wire.FrameEncoder(), wire.FrameReader()
+    messages = [wire.Abort("a" * size, size) for size in (0, 1, 300, 70_000)]
+    data = b"".join(encoder.encode(message) for message in messages)
+    for size in (1, 3, 7, 4096, len(data)):
+        frames = [frame for start in range(0, len(data), size) for frame in reader.feed(data[start : start + size])]
+        assert [wire.msgspec.msgpack.decode(frame, type=wire.ToEngine) for frame in frames] == messages
+
+
+def test_an_unknown_kind_of_refusal_is_our_fault() -> None:
+    assert isinstance(wire.Rejected("id", "NoSuchError", "what").to_error(), InternalError)
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = (
+        "import sys, service.engine.client; sys.exit('torch' in sys.modules or 'service.engine.loader' in sys.modules)"
+    )
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0

@@ -1,0 +1,210 @@
+"""An engine without a model: the surface of service.engine.engine.Engine, deterministic tokens and gate rows.
+
+Choice i of any request says REPLY from its i-th token on, over and over. The gate row of a position depends on the
+position alone, so tests can recompute it with `gate_row`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from service.engine.options import EngineOptions
+from service.engine.request import (
+    EngineInfo,
+    FinishReason,
+    GateRows,
+    GateStats,
+    Request,
+    SequenceOutput,
+    SequenceUsage,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+)
+from service.errors import CheckpointError, InvalidRequestError
+
+REPLY = "The answer is 42, naïve 🙂. END of it.\n"
+EXPERTS = ["math", "code", "tales"]
+SITES = ["layers.0.q_proj", "layers.1.q_proj"]
+MAX_MODEL_LEN = 96
+CHUNK = 8  # prompt positions per step
+POISON = 2  # a prompt with this token id makes step() raise
+UNFIT = 3  # a prompt with this token id is refused by add()
+
+
+def build_tokenizer() -> Tokenizer:
+    """Every byte a token, two merges, and <|end|>, which has no text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "a"), ("T", "h")]
+    tokens = [*alphabet, *(left + right for left, right in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    return tokenizer
+
+
+def write_bundle(directory: Path) -> Path:
+    """What load_engine needs: a tokenizer.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    build_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def gate_row(position: int) -> np.ndarray:
+    """[S, E]; every 11th position has an all-zero row."""
+    if position % 11 == 10:
+        return np.zeros((len(SITES), len(EXPERTS)), np.float32)
+    raw = np.array([[1 + (position * (site + 1) + expert) % 5 for expert in range(3)] for site in range(2)], np.float32)
+    return raw / raw.sum(axis=1, keepdims=True)
+
+
+def entropy_of(row: np.ndarray) -> float:
+    if not row.any():
+        return math.nan
+    return float(-(row * np.log(row)).sum(axis=1).mean())
+
+
+@dataclass
+class _Choice:
+    request: Request
+    index: int
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    usage: SequenceUsage = field(default_factory=SequenceUsage)
+
+
+class FakeEngine:
+    """See the module's docstring. `step_seconds` slows it down, so that tests can leave in the middle."""
+
+    def __init__(self, info: EngineInfo, step_seconds: float = 0.0) -> None:
+        self.info = info
+        self.step_seconds = step_seconds
+        self.aborted: list[tuple[str, int | None]] = []
+        self.choices: list[_Choice] = []
+        self.steps = 0
+        self._reply: list[int] = Tokenizer.from_file(info.tokenizer_path).encode(REPLY).ids
+
+    def add(self, request: Request) -> None:
+        if UNFIT in request.prompt_token_ids:
+            raise InvalidRequestError("it can never fit", param="prompt", code="context_length_exceeded", hint="cut it")
+        n = 1 if request.sampling is None else request.sampling.n
+        self.choices += [_Choice(request, index) for index in range(n)]
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        self.aborted.append((request_id, index))
+        self.choices = [c for c in self.choices if c.request.id != request_id or index not in (None, c.index)]
+
+    def has_work(self) -> bool:
+        return bool(self.choices)
+
+    def step(self) -> StepOutput:
+        self.steps += 1
+        time.sleep(self.step_seconds)
+        outputs = []
+        for choice in list(self.choices):
+            if POISON in choice.request.prompt_token_ids:
+                raise RuntimeError("poisoned")
+            output = self._advance(choice)
+            outputs.append(output)
+            if output.finish_reason is not None:
+                output.usage = choice.usage
+                self.choices.remove(choice)
+        return StepOutput(outputs, self._stats(outputs))
+
+    def report(self) -> StepOutput:
+        return StepOutput(stats=StepStats(requests_running=len(self.choices), kv_blocks_total=4))
+
+    def _advance(self, choice: _Choice) -> SequenceOutput:
+        request, prompt = choice.request, len(choice.request.prompt_token_ids)
+        first = choice.computed
+        choice.computed = min(first + CHUNK, prompt) if first < prompt else first + 1
+        choice.usage.forward_passes += 1
+        choice.usage.scaling_rows += choice.computed - first
+        choice.usage.real_rows += choice.computed - first
+        output = SequenceOutput(request.id, choice.index, gate=self._rows(request, first, choice.computed))
+        if choice.computed < prompt:
+            return output
+        if request.sampling is None:
+            output.finish_reason = "length"
+            return output
+        token = self._reply[(len(choice.output) + choice.index) % len(self._reply)]
+        choice.output.append(token)
+        output.tokens = [self._token(token, request.sampling.logprobs)]
+        output.finish_reason = self._finish(choice, token)
+        return output
+
+    def _token(self, token: int, logprobs: int | None) -> TokenOutput:
+        if logprobs is None:
+            return TokenOutput(token)
+        return TokenOutput(token, -0.5, [(token + offset, -0.5 - offset) for offset in range(logprobs)])
+
+    def _finish(self, choice: _Choice, token: int) -> FinishReason | None:
+        sampling = choice.request.sampling
+        assert sampling is not None
+        if token in sampling.stop_token_ids:
+            return "stop"
+        return "length" if len(choice.output) >= sampling.max_tokens else None
+
+    def _rows(self, request: Request, first: int, end: int) -> GateRows | None:
+        start = request.scalings_start
+        first = max(first, len(request.prompt_token_ids) - 1 if start is None else start)
+        if request.return_scalings == "none" or first >= end:
+            return None
+        full = np.stack([gate_row(position) for position in range(first, end)])
+        entropy = np.array([entropy_of(row) for row in full], np.float32)
+        wants_full = request.return_scalings == "full"
+        mean = full.mean(axis=1).astype(np.float32)
+        return GateRows(first, end - first, mean.tobytes(), entropy.tobytes(), full.tobytes() if wants_full else None)
+
+    def _stats(self, outputs: list[SequenceOutput]) -> StepStats:
+        entropy = np.array([0.4, math.nan], np.float32).tobytes()
+        gate = GateStats(generated_entropy=entropy, weight=[0.5, 0.3, 0.2], top1=[1, 0, 0])
+        return StepStats(
+            0.001, 3, 2, 1, 0, 0, requests_running=len(self.choices), kv_blocks_used=len(self.choices), kv_blocks_total=4, gate=gate
+        )
+
+
+def fake_info(directory: Path) -> EngineInfo:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing", hint="write_bundle() makes it")
+    return EngineInfo(
+        model="fake",
+        architecture="FakeForCausalLM",
+        dtype="float32",
+        device="cpu",
+        experts=[{"name": name, "description": f"{name} expert"} for name in EXPERTS],
+        sites=SITES,
+        xlora_config={"xlora_depth": 1},
+        dummy_row=gate_row(0).tolist(),
+        vocab_size=259,
+        eos_token_ids=[258],
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=64,
+        max_num_batched_tokens=1024,
+        block_size=16,
+        kv_blocks_total=4,
+        kv_bytes=4096,
+        weights_sha256="0" * 64,
+        versions={"service": "test"},
+        tokenizer_path=str(path),
+    )
+
+
+def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+    """The loader that tests name instead of service.engine.loader:load_engine."""
+    on_progress("reading the fake bundle")
+    return FakeEngine(fake_info(Path(options.model)))
+
+
+def load_slow_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+    """The same at 5 ms a step."""
+    return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)

@@ -1,0 +1,219 @@
+"""The command line: flags, exit codes, errors of one line, and the serve command as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from service import cli
+from service.commands import generate, local, scalings, serve
+from service.engine.client import EngineClient
+from service.settings import Settings
+from service.terminal import bar, expert_styles, legend, scalings_table
+from tests.fake_engine import REPLY, write_bundle
+
+ROOT = Path(__file__).parent.parent
+FAKE = "tests.fake_engine:load_engine"
+SERVE = f"""
+import sys
+from service import cli
+from service.commands import serve
+from service.engine.client import EngineClient
+serve.EngineClient = lambda: EngineClient({FAKE!r})
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(local, "EngineClient", lambda: EngineClient(FAKE))
+    return write_bundle(tmp_path / "bundle")
+
+
+def start_server(*flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SERVE, "serve", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until_ready(port: int) -> None:
+    for _ in range(400):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as response:
+                assert response.status == 200
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.05)
+    raise AssertionError("never ready")
+
+
+def test_every_setting_is_a_flag_of_serve_and_none_is_given_by_default() -> None:
+    arguments = cli.build_parser().parse_args(["serve"])
+    assert set(vars(arguments)) >= set(Settings.model_fields)
+    assert set(cli.given_settings(arguments).values()) == {None}
+    given = cli.given_settings(cli.build_parser().parse_args(["serve", "--no-lookahead", "--kv-memory", "1GiB"]))
+    assert (given["lookahead"], given["kv_memory"]) == (False, "1GiB")
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["serve", "--speed", "9"], ["generate"], ["serve", "--dtype", "int4"]])
+def test_wrong_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_setting_out_of_range_is_one_line_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--kv-memory", "lots"]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in error] == ["error", "hint"]
+    assert "--kv-memory" in error[0]
+
+
+def test_generate_prints_the_text(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-tokens", "60", "--stop", "END", "--temperature", "0"]
+    assert cli.main(["generate", "--model", str(bundle), "--prompt", "hi", *flags]) == 0
+    assert capfd.readouterr().out == REPLY[: REPLY.index("END")] + "\n"
+
+
+def test_generate_with_scalings_ends_with_a_legend(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", str(bundle), "--prompt", "hi", "--max-tokens", "4", "--scalings"]) == 0
+    assert capfd.readouterr().out.splitlines() == ["The an", "■ math  ■ code  ■ tales"]
+
+
+def test_generate_refuses_what_the_api_refuses(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", str(bundle), "--prompt", "hi", "--temperature", "9"]) == 1
+    assert "temperature" in capfd.readouterr().err
+
+
+def test_scalings_draws_a_table_and_saves_a_map(
+    bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    png = tmp_path / "gate.png"
+    assert cli.main(["scalings", "--model", str(bundle), "--prompt", "hi!", "--png", str(png)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].split() == ["token", "math", "code", "tales", "entropy"]
+    assert [line.split()[0] for line in lines[1:]] == ["h", "i", "!"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_scalings_without_matplotlib_says_what_to_install(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["scalings", "--model", str(bundle), "--prompt", "hi", "--png", "a.png"]) == 1
+    assert "[plot]" in capfd.readouterr().err
+
+
+def test_a_missing_bundle_is_one_line(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model", str(bundle / "nothing"), "--prompt", "hi"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1].startswith("hint:")
+
+
+def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
+    port = free_port()
+    process = start_server("--model", str(bundle), "--port", str(port))
+    try:
+        wait_until_ready(port)
+        body = json.dumps({"prompt": "hi", "max_tokens": 3}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/generate", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            assert json.load(response)["outputs"][0]["text"] == "The a"
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
+    assert "reading the fake bundle" in log
+
+
+def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:
+    port = free_port()
+    process = start_server("--model", str(bundle), "--port", str(port))
+    try:
+        wait_until_ready(port)
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 130, log
+    assert "Traceback" not in log
+
+
+def test_a_bundle_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
+    process = start_server("--model", str(tmp_path / "none"), "--port", "0")
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert [line.split(":")[0] for line in log.splitlines()[-2:]] == ["error", "hint"]
+    assert "Traceback" not in log
+
+
+def test_a_taken_port_is_one_line(bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start_server("--model", str(bundle), "--port", str(taken.getsockname()[1]))
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert log.splitlines()[0].startswith("error: cannot listen on 127.0.0.1:")
+
+
+def test_no_engine_outlives_the_server(bundle: Path) -> None:
+    port = free_port()
+    process = start_server("--model", str(bundle), "--port", str(port))
+    try:
+        wait_until_ready(port)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 5
+    while any(_running(int(child)) for child in children):
+        assert time.monotonic() < deadline, "the engine's process is still there"
+        time.sleep(0.05)
+
+
+def _running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z" and os.path.exists(f"/proc/{pid}")
+
+
+def test_terminal_pieces() -> None:
+    assert (bar(0.0).strip(), bar(1.0), len(bar(0.3))) == ("", "█" * 8, 8)
+    styles = expert_styles(12)
+    assert len(set(styles)) == 12
+    assert legend(["a", "b"], styles[:2]).plain == "■ a  ■ b"
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    mean = np.array([[0.75, 0.25], [0.0, 0.0]], np.float32)
+    console.print(scalings_table(["[bold]", "\n"], ["a", "b"], mean, np.array([0.56, np.nan], np.float32)))
+    console.file.close()
+    text = console.export_text()
+    assert "[bold]" in text
+    assert "0.75" in text
+    assert "nan" not in text
+
+
+def test_modules_of_commands_have_a_run() -> None:
+    assert all(callable(module.run) for module in (generate, scalings, serve))

@@ -1,0 +1,58 @@
+"""The files around the code agree with each other: pins, image, Prometheus."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import service
+
+ROOT = Path(__file__).parent.parent
+
+
+def _pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {_normalised(package): version for package, version in pairs}
+
+
+def _normalised(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _requirements(*extras: str) -> set[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    return {_normalised(re.match(r"[\w.-]+", one)[0]) for one in wanted}
+
+
+@pytest.mark.parametrize(
+    ("constraints", "extras"), [("constraints.txt", ("test", "dev", "plot")), ("constraints-min.txt", ("test",))]
+)
+def test_every_dependency_is_pinned(constraints, extras):
+    assert _requirements(*extras) <= set(_pins(constraints))
+
+
+def test_oldest_versions_are_the_stated_minimum():
+    """`make test-min` tests what pyproject.toml promises for the libraries the model code leans on."""
+    text = (ROOT / "pyproject.toml").read_text()
+    pins = _pins("constraints-min.txt")
+    for package in ("transformers", "huggingface_hub"):
+        stated = re.search(rf'"{package}>=([\d.]+)', text)[1]
+        assert pins[_normalised(package)].startswith(stated + ".")
+
+
+def test_image_has_the_pinned_torch_and_the_version():
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f'ARG TORCH="torch=={_pins("constraints.txt")["torch"]}"' in dockerfile
+    assert f"ARG VERSION={service.__version__}\n" in dockerfile
+
+
+def test_prometheus_configuration(promtool):
+    path = ROOT / "docker/prometheus/prometheus.yml"
+    done = subprocess.run([promtool, "check", "config", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,53 @@
+"""Settings from flags and XLORA_* variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import SettingsError
+from service.settings import Settings, load_settings, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("2 GiB", 2 << 30), ("1.5GB", 1_500_000_000), ("4096", 4096), ("1kib", 1024)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "12 parsecs", "-1MiB", "1e3"])
+def test_bad_sizes_name_the_units(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"--kv-memory.*MiB"):
+        load_settings({"kv_memory": text})
+
+
+def test_a_flag_wins_over_its_variable_and_none_is_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLORA_PORT", "9001")
+    monkeypatch.setenv("XLORA_LOOKAHEAD", "false")
+    assert load_settings({"port": None}).port == 9001
+    assert load_settings({"port": "9002"}).port == 9002
+    assert load_settings({}).lookahead is False
+
+
+def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLORA_MAX_NUM_SEQ", "3")
+    with pytest.raises(SettingsError, match="XLORA_MAX_NUM_SEQ") as caught:
+        load_settings()
+    assert caught.value.hint == "did you mean XLORA_MAX_NUM_SEQS?"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", "70000"), ("device", "tpu"), ("dtype", "int8"), ("max_num_seqs", "0"), ("threads", "two")],
+)
+def test_a_bad_value_names_its_source(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')}"):
+        load_settings({name: value})
+    monkeypatch.setenv(f"XLORA_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=f"XLORA_{name.upper()}"):
+        load_settings()
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -1,0 +1,273 @@
+"""The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
+
+    cli -> api -> engine -> model -> checkpoint;  errors, metrics, settings are leaves (and may import errors)
+
+Knows the layers and the few named exceptions below; knows nothing about what the modules do. Every rule is also run on
+a synthetic tree that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Bottom to top.
+LAYERS = ("errors metrics settings", "checkpoint", "model", "engine", "api", "terminal commands cli __main__")
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+
+WEB_FREE = ("service.engine", "service.model", "service.checkpoint")
+WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"}
+
+TORCH_FREE = (
+    "service.api",
+    "service.engine.block_manager",
+    "service.engine.client",
+    "service.engine.detokenizer",
+    "service.engine.request",
+    "service.engine.scheduler",
+    "service.engine.sequence",
+    "service.errors",
+    "service.metrics",
+    "service.settings",
+)
+TORCH = {"torch", "accelerate", "peft", "safetensors.torch", "transformers.AutoTokenizer", "transformers.AutoConfig"}
+
+# Modules that may import a first-party module inside a function, and why.
+DEFERRED: dict[str, str] = {}
+# Imports against the direction that are never executed (`if TYPE_CHECKING:`), and why.
+TYPES_ONLY = {("service.metrics", "service.engine.request"): "the records it observes, which are plain data"}
+# Modules that may touch the environment, and why.
+ENVIRONMENT = {"service.settings": "the only reader of the environment"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name, as far as it is a module."""
+
+    source: str
+    target: str
+    line: int
+    deferred: bool  # inside a function
+    typing: bool  # under `if TYPE_CHECKING:`, never executed
+
+
+class Tree:
+    """The modules of one package and what they import."""
+
+    def __init__(self, root: Path) -> None:
+        self.sources = {_module_name(root, path): path for path in sorted((root / "service").rglob("*.py"))}
+        self.trees = {name: ast.parse(path.read_text("utf-8"), path.name) for name, path in self.sources.items()}
+        self.imports = [found for name in self.trees for found in self._imports(name)]
+
+    def _imports(self, name: str) -> Iterator[Import]:
+        pending: deque[tuple[ast.AST, bool, bool]] = deque([(self.trees[name], False, False)])
+        while pending:
+            node, deferred, typing = pending.popleft()
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for target in self._targets(name, node):
+                    yield Import(name, target, node.lineno, deferred, typing)
+            deferred = deferred or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+            skipped = set(map(id, node.body)) if guarded and isinstance(node, ast.If) else set()
+            pending.extend((child, deferred, typing or id(child) in skipped) for child in ast.iter_child_nodes(node))
+
+    def _targets(self, name: str, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+            return
+        base = node.module or ""
+        if node.level:
+            package = name if self.sources[name].name == "__init__.py" else name.rpartition(".")[0]
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parents, base]).rstrip(".")
+        for alias in node.names:
+            full = f"{base}.{alias.name}"
+            yield full if full in self.sources or full in TORCH else base
+
+    def reached(self, start: str) -> dict[str, list[str]]:
+        """What importing `start` executes, each with the chain that leads there; a module's packages come too."""
+        edges: dict[str, list[str]] = {}
+        for found in self.imports:
+            if not found.typing and not found.deferred:
+                edges.setdefault(found.source, []).append(found.target)
+        chains, pending = {start: [start]}, deque([start])
+        while pending:
+            name = pending.popleft()
+            parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+            for target in [*edges.get(name, []), *parents]:
+                if target not in chains:
+                    chains[target] = [*chains[name], target]
+                    pending.append(target)
+        return chains
+
+
+def _module_name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _rank(module: str) -> int | None:
+    """The layer of a first-party module; the bare package (its version) is below all; None: no layer claims it."""
+    parts = module.split(".")
+    return -1 if len(parts) == 1 else RANK.get(parts[1])
+
+
+def _within(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _first_party(tree: Tree) -> Iterator[Import]:
+    return (found for found in tree.imports if found.target.split(".")[0] == "service")
+
+
+def direction(tree: Tree) -> list[str]:
+    """Imports that go up a layer or from leaf to leaf (errors excepted), and modules that no layer claims."""
+    problems = [f"{name} belongs to no layer" for name in tree.sources if _rank(name) is None]
+    for found in _first_party(tree):
+        source, target = _rank(found.source), _rank(found.target)
+        if source is None or target is None or (found.typing and (found.source, found.target) in TYPES_ONLY):
+            continue
+        sideways = source == target == 0 and found.target != "service.errors"
+        if target > source or sideways:
+            problems.append(f"{found.source}:{found.line} imports {found.target}")
+    return problems
+
+
+def _reaching(tree: Tree, starts: tuple[str, ...], forbidden: set[str]) -> list[str]:
+    problems = []
+    for name in filter(lambda name: _within(name, starts), tree.sources):
+        chains = tree.reached(name)
+        hits = [target for target in chains if _within(target, tuple(forbidden))]
+        problems += [" -> ".join(chains[hit]) for hit in hits[:1]]
+    return problems
+
+
+def web(tree: Tree) -> list[str]:
+    """Chains from the engine side to fastapi or pydantic: it also runs where those are not installed."""
+    return _reaching(tree, WEB_FREE, WEB)
+
+
+def torch(tree: Tree) -> list[str]:
+    """Chains from the API side or the scheduling code to torch: the API process stays light."""
+    return _reaching(tree, TORCH_FREE, TORCH)
+
+
+def deferred(tree: Tree) -> list[str]:
+    """First-party imports inside functions, which hide cycles."""
+    return [
+        f"{found.source}:{found.line} imports {found.target} inside a function"
+        for found in _first_party(tree)
+        if found.deferred and found.source not in DEFERRED
+    ]
+
+
+def environment(tree: Tree) -> list[str]:
+    """Uses of the environment outside settings."""
+    names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
+    problems = []
+    for module, source in tree.trees.items():
+        for node in ast.walk(source):
+            attribute = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os" and node.attr in names
+            imported = isinstance(node, ast.ImportFrom) and node.module == "os" and names & {a.name for a in node.names}
+            if (attribute or imported) and module not in ENVIRONMENT:
+                problems.append(f"{module}:{getattr(node, 'lineno', 0)} touches the environment")
+    return problems
+
+
+RULES = (direction, web, torch, deferred, environment)
+
+
+@pytest.fixture(scope="module")
+def service() -> Tree:
+    return Tree(ROOT)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_service_keeps(rule, service):
+    assert rule(service) == []
+
+
+def test_exceptions_are_still_needed(service):
+    """A module that stopped needing its exception gives it back."""
+    assert set(DEFERRED) <= {found.source for found in _first_party(service) if found.deferred}
+    assert set(TYPES_ONLY) <= {(found.source, found.target) for found in service.imports if found.typing}
+
+
+TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+CLEAN = {
+    "__init__.py": '__version__ = "1"\n',
+    "errors.py": "",
+    "metrics.py": "from service import __version__\n",
+    "settings.py": "import os\nimport pydantic\nfrom service.errors import E\nos.environ\n",
+    "cli.py": "from service.api import app\nfrom service.settings import S\n",
+    "api/__init__.py": "",
+    "api/app.py": "import fastapi\nfrom service.engine.client import C\nfrom service import errors\n",
+    "engine/__init__.py": "",
+    "engine/client.py": TYPING + "import torch\n",
+    "engine/request.py": "",
+    "engine/engine.py": "from service.model.gate import G\nfrom .client import C\n",
+    "model/__init__.py": "",
+    "model/gate.py": "import torch\nimport service.checkpoint\n",
+    "checkpoint/__init__.py": "from safetensors.torch import load_file\n",
+}
+VIOLATIONS = {
+    "up": (direction, "model/gate.py", "from service.engine.engine import E"),
+    "up, relative": (direction, "checkpoint/__init__.py", "from ..model import gate"),
+    "up, from the package": (direction, "engine/engine.py", "from service import api"),
+    "up, typing only": (direction, "model/gate.py", TYPING + "import service.cli"),
+    "api to cli": (direction, "api/app.py", "import service.cli"),
+    "leaf to leaf": (direction, "metrics.py", "from service.settings import S"),
+    "errors to leaf": (direction, "errors.py", "import service.metrics"),
+    "types only, executed": (direction, "metrics.py", "from service.engine.request import R"),
+    "leaf to layer": (direction, "errors.py", "import service.checkpoint"),
+    "unclaimed module": (direction, "utils.py", ""),
+    "web": (web, "engine/engine.py", "from fastapi import FastAPI"),
+    "web through settings": (web, "model/gate.py", "from service.settings import S"),
+    "torch": (torch, "api/app.py", "import torch.nn"),
+    "torch by safetensors": (torch, "engine/client.py", "from safetensors import torch"),
+    "torch by AutoTokenizer": (torch, "api/app.py", "from transformers import AutoTokenizer"),
+    "torch through a chain": (torch, "api/app.py", "from service.engine.engine import E"),
+    "torch through a package": (torch, "engine/__init__.py", "from service.engine.engine import E"),
+    "torch on try": (torch, "api/app.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+    "deferred": (deferred, "cli.py", "def f():\n    from service.engine import engine"),
+    "deferred in a method": (deferred, "api/app.py", "class A:\n    async def f(self):\n        import service.errors"),
+    "os.environ": (environment, "cli.py", "import os\nos.environ['A']"),
+    "os.getenv": (environment, "engine/engine.py", "import os\ndef f():\n    return os.getenv('A')"),
+    "from os": (environment, "model/gate.py", "from os import environ as e"),
+}
+
+
+def _synthetic(root: Path, files: dict[str, str]) -> Tree:
+    for name, text in files.items():
+        path = root / "service" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return Tree(root)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_accepts_a_clean_tree(rule, tmp_path):
+    assert rule(_synthetic(tmp_path, CLEAN)) == []
+
+
+@pytest.mark.parametrize(("rule", "path", "line"), VIOLATIONS.values(), ids=VIOLATIONS)
+def test_rule_finds(rule, path, line, tmp_path):
+    """Negative control: one line that breaks the rule is found; without it nothing is (the test above)."""
+    assert rule(_synthetic(tmp_path, CLEAN | {path: CLEAN.get(path, "") + line + "\n"})) != []
+
+
+def test_api_process_runs_without_torch():
+    """The source rule cannot see what third-party packages load; the interpreter can."""
+    program = (
+        "import sys, service.api.app, service.commands.serve; print({'torch', 'peft'} & set(sys.modules) or 'light')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "light\n"), done.stderr
