@@ -1,0 +1,1 @@
+"""The parts of `build_demo.py`: synthetic text, training, measuring and writing of the demo bundle."""
