@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         None, gt=0, description="memory for keys and values, as 512MiB; default: measured"
     )
     block_size: int = Field(16, ge=1, description="positions in one KV block")
-    threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: torch's choice")
+    threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")

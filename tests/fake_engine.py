@@ -168,7 +168,16 @@ class FakeEngine:
         entropy = np.array([0.4, math.nan], np.float32).tobytes()
         gate = GateStats(generated_entropy=entropy, weight=[0.5, 0.3, 0.2], top1=[1, 0, 0])
         return StepStats(
-            0.001, 3, 2, 1, 0, 0, requests_running=len(self.choices), kv_blocks_used=len(self.choices), kv_blocks_total=4, gate=gate
+            0.001,
+            3,
+            2,
+            1,
+            0,
+            0,
+            requests_running=len(self.choices),
+            kv_blocks_used=len(self.choices),
+            kv_blocks_total=4,
+            gate=gate,
         )
 
 

@@ -28,10 +28,16 @@ class PeftOracle:
     def __init__(self, bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())
         config = json.loads((bundle / manifest["classifier"] / "xlora_config.json").read_text())
-        base = AutoModelForCausalLM.from_pretrained(bundle / manifest["base"], dtype=torch.float32, attn_implementation="eager")
+        base = AutoModelForCausalLM.from_pretrained(
+            bundle / manifest["base"], dtype=torch.float32, attn_implementation="eager"
+        )
         base.config.use_cache = False
         adapters = {str(i): str(bundle / expert["path"]) for i, expert in enumerate(manifest["experts"])}
-        fields = {name: config[name] for name in PeftXLoraConfig.__dataclass_fields__ if name in config and name not in _NOT_PEFTS}
+        fields = {
+            name: config[name]
+            for name in PeftXLoraConfig.__dataclass_fields__
+            if name in config and name not in _NOT_PEFTS
+        }
         if fields.get("scaling_pass_value", 0.0) is None:
             fields["scaling_pass_value"] = 1.0 / len(adapters)
         with warnings.catch_warnings():
@@ -69,7 +75,9 @@ class PeftOracle:
 
     @torch.inference_mode()
     def scalings(self, tokens: list[int]) -> Tensor:
-        """Returns [T, S, E] after softmax and top-k: `get_latest_scalings()` is before top-k, so PEFT's own layers finish it."""
+        """Returns [T, S, E] after softmax and top-k: `get_latest_scalings()` is before top-k, so PEFT's own layers
+        finish it.
+        """
         return self.forward(tokens)[1]
 
     @torch.inference_mode()

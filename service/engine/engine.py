@@ -31,9 +31,12 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request.
 
-        Raises InvalidRequestError when it can never fit: longer than the model's context or than the whole KV pool.
+        Raises InvalidRequestError when it can never be served: empty, an id that is in use, longer than the model's
+        context or than the whole KV pool.
         """
         self._check_fits(request)
+        if request.id in self._sequences:
+            raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
         now = time.monotonic()
         choices = 1 if request.sampling is None else request.sampling.n
         self._sequences[request.id] = [Sequence.of(request, index, now) for index in range(choices)]
@@ -68,6 +71,10 @@ class Engine:
     def _check_fits(self, request: Request) -> None:
         output = 0 if request.sampling is None else request.sampling.max_tokens
         total = len(request.prompt_token_ids) + output
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
+        if request.sampling is not None and output < 1:
+            raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
         if total > self.info.max_model_len:
             raise InvalidRequestError(
                 f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the "
@@ -130,7 +137,9 @@ class Engine:
         sequence.reported = max(sequence.reported, final)
         if token is not None:
             sequence.append(token.id)
-        sequence.draft = None if miss else draft
+            sequence.draft = None  # it was for the position this token now holds
+        if share.scaling_count:
+            sequence.draft = None if miss else draft
         usage.forward_passes += 1
         usage.scaling_rows += share.scaling_count
         usage.real_rows += share.real_count

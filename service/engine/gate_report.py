@@ -70,7 +70,8 @@ def gate_stats(spans: SequenceOf[ReportSpan], summary: GateSummary) -> GateStats
     rows = sum(span.count for span in served)
     in_prompt = torch.zeros(rows, dtype=torch.bool)
     for span in served:
-        in_prompt[span.offset : span.offset + max(0, span.share.sequence.prompt_len - 1 - span.start)] = True
+        before_last = span.share.sequence.prompt_len - 1 - span.start
+        in_prompt[span.offset : span.offset + min(span.count, max(0, before_last))] = True
     share, entropy = summary.share[:rows], summary.entropy[:rows]
     leaders = share[share.any(-1)].argmax(-1)  # positions where no expert acts have no leader
     return GateStats(

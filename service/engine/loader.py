@@ -36,8 +36,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
     machine that is too small.
     """
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or default_threads())
     device = resolve_device(options.device)
     on_progress(f"reading {options.model}")
     checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
@@ -59,6 +58,11 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         lookahead=options.lookahead,
     )
     return Engine(runner, scheduler, _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len))
+
+
+def default_threads() -> int:
+    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md)."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def resolve_device(name: str) -> torch.device:

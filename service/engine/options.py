@@ -20,6 +20,6 @@ class EngineOptions:
     max_num_batched_tokens: int = 1024
     kv_memory_bytes: int | None = None  # None = measured
     block_size: int = 16
-    threads: int | None = None  # None = torch's own choice
+    threads: int | None = None  # None = all cores but one
     lookahead: bool = True
     allow_outside: bool = False

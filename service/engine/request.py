@@ -70,7 +70,9 @@ class TokenOutput:
 
 @dataclass(slots=True)
 class SequenceUsage:
-    """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it."""
+    """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it: one
+    live object in the engine's process, a snapshot across the border.
+    """
 
     forward_passes: int = 0  # steps this sequence had a row in
     scaling_rows: int = 0

@@ -125,6 +125,8 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, positions: int, plan: Plan) -> bool:
         """Gives both streams blocks for `positions` (gate rows live in the real stream's), preempting if need be."""
         tables = self._tables(sequence)
+        if all(positions <= len(table) * self.blocks.block_size for table in tables):
+            return True
         while sum(self.blocks.missing(table, positions) for table in tables) > self.blocks.free:
             planned = {id(share.sequence) for share in plan.scheduled}
             victim = next(other for other in reversed(self.running) if id(other) not in planned)

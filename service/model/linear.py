@@ -26,13 +26,16 @@ class XLoraLinear(nn.Module):
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
         self.gate = gate
         self.site = site
+        # The same tensors as plain attributes: nn.Module finds parameters and buffers through a slow __getattr__.
+        self._base = (base.weight, base.bias)
+        self._experts = (stack.a.T, stack.b_t)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
-        y = F.linear(x, self.weight, self.bias)
-        if not self.gate.active:
-            return y
-        rows = self.gate.first_row
-        narrow = torch.mm(x.view(-1, self.in_features)[rows:], self.lora_a.T).mul_(self.gate.at(self.site))
-        y.view(-1, self.out_features)[rows:].addmm_(narrow, self.lora_b_t)
+        y = F.linear(x, *self._base)
+        gate = self.gate
+        if gate.active:
+            a_t, b_t = self._experts
+            narrow = torch.mm(x.view(-1, self.in_features)[gate.first_row :], a_t).mul_(gate.at(self.site))
+            y.view(-1, self.out_features)[gate.first_row :].addmm_(narrow, b_t)
         return y

@@ -178,10 +178,11 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
 def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
     """Raises CheckpointError for RoPE whose angles depend on the longest row of the batch ("dynamic")."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind in {"dynamic", "longrope"}:
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]  # as Gemma 3 has it
+    kinds = {one.get("rope_type", "default") for one in (rope, *per_layer_type)}
+    if refused := kinds & {"dynamic", "longrope"}:
         raise CheckpointError(
-            f"{source}/config.json: rope_type {kind!r} makes rotations depend on the longest row of a batch",
+            f"{source}/config.json: rope_type {'/'.join(refused)!r}: rotations depend on the longest row of a batch",
             hint="supported: default, linear, yarn, llama3",
         )
 

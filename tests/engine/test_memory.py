@@ -51,10 +51,11 @@ def soak(bundle: str) -> None:
 
 
 def weight_bytes(bundle: str) -> None:
-    """Prints the bytes of all tensors alive after loading, and the bytes that base, stacks, classifier and cache need."""
+    """Prints the bytes of all tensors alive after loading, and of base, stacks, classifier and cache."""
     engine = load_engine(EngineOptions(bundle, kv_memory_bytes=8 << 20))
     gc.collect()
-    alive = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_tensor(t)}
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if _is_tensor(tensor)]
+    alive = {storage.data_ptr(): storage.nbytes() for storage in storages}
     model, cache = engine._runner.model, engine._runner.kv_cache
     needed = [*model.causal_lm.parameters(), *model.causal_lm.buffers(), *model.classifier.weights]
     needed += [*cache.keys, *cache.values, cache.gate_rows]

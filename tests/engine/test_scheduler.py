@@ -1,0 +1,397 @@
+"""The scheduler and the engine's bookkeeping without a model: a fake runner whose "KV memory" holds token ids.
+
+The fake computes nothing; it checks. Every row must find, in the slots its stream's block table names, exactly the
+tokens of the positions before it, as a real model must find their keys. The next token is a hash of all tokens before
+it, so a wrong history shows as another token.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.engine.block_manager import BlockManager
+from service.engine.engine import Engine
+from service.engine.model_runner import RunResult
+from service.engine.request import GateStats, Request, SamplingParams, TokenOutput
+from service.engine.scheduler import Plan, Scheduled, Scheduler
+from service.engine.sequence import Sequence, Stream
+
+VOCABULARY = 50
+
+
+def next_token(request: Request, index: int, tokens: list[int]) -> int:
+    """What the model would sample: a function of the whole history."""
+    return zlib.crc32(repr((request.id, index, tokens)).encode()) % VOCABULARY
+
+
+@dataclass
+class FakeRunner:
+    """Stands for model_runner.ModelRunner; `right` of 4 drafts are right."""
+
+    block_size: int
+    budget: int
+    right: int = 2
+    slots: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (stream, token)
+    plans: list[Plan] = field(default_factory=list)
+
+    def run(self, plan: Plan) -> RunResult:
+        assert plan.scheduled, "a step without rows"
+        assert 0 < sum(share.rows for share in plan.scheduled) <= self.budget
+        assert len({id(share.sequence) for share in plan.scheduled}) == len(plan.scheduled)
+        self.plans.append(Plan([replace(share) for share in plan.scheduled], plan.preemptions))
+        for share in plan.scheduled:
+            self._write(share)
+        tokens = [self._token(share) if share.samples else None for share in plan.scheduled]
+        drafts = [self._draft(share) if share.predicts else None for share in plan.scheduled]
+        return RunResult(tokens, drafts, [None] * len(tokens), GateStats())
+
+    def _slot(self, stream: Stream, position: int) -> int:
+        return stream.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _write(self, share: Scheduled) -> None:
+        """Writes the share's rows, then reads each stream back from the start."""
+        sequence = share.sequence
+        text = [*sequence.tokens, *([sequence.draft] if share.drafted else [])]
+        assert share.rows > 0
+        assert (share.scaling_start, share.real_start) == (sequence.scaling.computed, sequence.real.computed)
+        scaling_end, real_end = share.scaling_start + share.scaling_count, share.real_start + share.real_count
+        assert scaling_end == len(text) if share.drafted else scaling_end <= len(text)
+        assert real_end <= share.scaling_start, "a real row whose scalings are not known yet"
+        for name, stream, start, end in (
+            ("scaling", sequence.scaling, share.scaling_start, scaling_end),
+            ("real", sequence.real, share.real_start, real_end),
+        ):
+            self.slots.update({self._slot(stream, p): (name, text[p]) for p in range(start, end)})
+        self._read("scaling", sequence.scaling, text[:scaling_end])
+        if sequence.generates:
+            self._read("real", sequence.real, text[:real_end])
+            assert len(sequence.real.blocks) * self.block_size >= scaling_end, "no room for the gate rows"
+            last = sequence.prompt_len + sequence.sampling.max_tokens - 1
+            assert scaling_end <= last, "scalings of a position that nothing will follow"
+        else:
+            assert not share.real_count
+            assert not sequence.real.blocks
+
+    def _read(self, name: str, stream: Stream, text: list[int]) -> None:
+        found = [self.slots.get(self._slot(stream, p)) for p in range(len(text))]
+        assert found == [(name, token) for token in text], "the stream's slots do not hold the stream's tokens"
+
+    def _token(self, share: Scheduled) -> TokenOutput:
+        sequence = share.sequence
+        assert share.real_start + share.real_count == len(sequence.tokens)
+        return TokenOutput(next_token(sequence.request, sequence.index, sequence.tokens))
+
+    def _draft(self, share: Scheduled) -> int:
+        sequence = share.sequence
+        text = [*sequence.tokens, *([sequence.draft] if share.drafted else [])]
+        assert share.scaling_start + share.scaling_count == len(text)
+        token = next_token(sequence.request, sequence.index, text)
+        return token if zlib.crc32(repr(text).encode()) % 4 < self.right else (token + 1) % VOCABULARY
+
+
+def build(
+    *,
+    blocks: int = 64,
+    block_size: int = 4,
+    budget: int = 32,
+    seats: int = 8,
+    lookahead: bool = True,
+    right: int = 2,
+    length: int = 256,
+) -> tuple[Engine, FakeRunner, Scheduler]:
+    """A real engine and scheduler around the fake runner."""
+    runner: Any = FakeRunner(block_size, budget, right)
+    scheduler = Scheduler(
+        BlockManager(blocks, block_size), max_num_seqs=seats, max_num_batched_tokens=budget, lookahead=lookahead
+    )
+    info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length)
+    return Engine(runner, scheduler, info), runner, scheduler
+
+
+def request(name: str, prompt: int, max_tokens: int = 8, **sampling: Any) -> Request:
+    """A request with a prompt of `prompt` tokens that no other request has."""
+    tokens = [zlib.crc32(f"{name} {i}".encode()) % VOCABULARY for i in range(prompt)]
+    return Request(name, tokens, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling))
+
+
+def expected(request: Request, index: int = 0) -> list[int]:
+    """The tokens the request must get, whatever happens around it."""
+    assert request.sampling is not None
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.sampling.max_tokens):
+        tokens.append(next_token(request, index, tokens))
+    return tokens[len(request.prompt_token_ids) :]
+
+
+def finish(engine: Engine, limit: int = 3000) -> dict[tuple[str, int], list[int]]:
+    """Steps until idle; returns the tokens of every choice."""
+    tokens: dict[tuple[str, int], list[int]] = {}
+    for _ in range(limit):
+        if not engine.has_work():
+            assert engine.blocks.used == 0
+            return tokens
+        for output in engine.step().outputs:
+            tokens.setdefault((output.request_id, output.index), []).extend(token.id for token in output.tokens)
+        engine.check_integrity()
+    raise AssertionError("the engine does not come to an end")
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> dict[str, Any]:
+    """Any pool that can hold the largest request, any budget, any mixture of requests and arrival times."""
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    shapes = draw(
+        st.lists(
+            st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(0, 12)),
+            min_size=1,
+            max_size=7,
+        )
+    )
+    largest = max(2 * -(-(prompt + output) // block_size) for prompt, output, *_ in shapes)
+    return {
+        "shapes": shapes,
+        "block_size": block_size,
+        "blocks": largest + draw(st.integers(0, 2 * largest)),
+        "budget": draw(st.integers(1, 40)),
+        "seats": draw(st.integers(1, 8)),
+        "lookahead": draw(st.booleans()),
+        "right": draw(st.integers(0, 4)),
+        "aborts": draw(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 6)), max_size=3)),
+    }
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(workloads())
+def test_any_workload(load: dict[str, Any]) -> None:
+    """Everyone gets the tokens of a request alone, in a bounded number of steps, and every block comes back."""
+    options = {name: load[name] for name in ("block_size", "blocks", "budget", "seats", "lookahead", "right")}
+    engine, _runner, scheduler = build(**options)
+    requests, arrivals = [], {}
+    for number, (prompt, output, n, generates, arrival) in enumerate(load["shapes"]):
+        made = request(str(number), prompt, output, n=n)
+        requests.append(made if generates else replace(made, sampling=None))
+        arrivals.setdefault(arrival, []).append(requests[-1])
+    tokens: dict[tuple[str, int], list[int]] = {}
+    finished, aborted = set(), set()
+    for step in range(5000):
+        for made in arrivals.pop(step, ()):
+            engine.add(made)
+        for when, number in load["aborts"]:
+            if when == step:
+                engine.abort(str(number))
+                aborted.add(str(number))
+        engine.check_integrity()
+        if not engine.has_work():
+            if not arrivals:
+                break
+            continue
+        for output in engine.step().outputs:
+            key = (output.request_id, output.index)
+            assert key not in finished
+            tokens.setdefault(key, []).extend(token.id for token in output.tokens)
+            if output.finish_reason:
+                finished.add(key)
+        engine.check_integrity()
+        assert len(scheduler.running) <= load["seats"]
+    else:
+        raise AssertionError("the engine does not come to an end")
+    assert engine.blocks.used == 0
+    for made in requests:
+        for index in range(made.sampling.n if made.sampling else 1):
+            if (made.id, index) in finished:
+                assert tokens.get((made.id, index), []) == (expected(made, index) if made.sampling else [])
+            else:
+                assert made.id in aborted
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("right", [0, 2, 4])
+def test_forward_passes(lookahead: bool, right: int) -> None:
+    """Two passes per token less one for every draft that was right; rows and verdicts add up."""
+    engine, runner, _ = build(lookahead=lookahead, right=right)
+    engine.add(request("a", 10, 20))
+    usage = None
+    while engine.has_work():
+        for output in engine.step().outputs:
+            usage = output.usage or usage
+    assert usage is not None
+    assert usage.forward_passes == len(runner.plans)
+    drafts = 19 if lookahead else 0  # every token but the last may be drafted
+    assert usage.draft_hits + usage.draft_misses == drafts
+    assert usage.forward_passes == 2 * 20 - usage.draft_hits
+    assert usage.real_rows == 10 + 19
+    assert usage.scaling_rows == 10 + 19 + usage.draft_misses
+    assert usage.draft_hits == {0: 0, 4: drafts}.get(right, usage.draft_hits)
+
+
+def test_chunked_prefill_respects_the_budget() -> None:
+    """A prompt longer than the budget takes several steps, its real rows follow its scaling rows, none is computed
+    twice.
+    """
+    engine, runner, _ = build(budget=8, lookahead=False)
+    engine.add(request("a", 30, 1))
+    finish(engine)
+    [shares] = zip(*(plan.scheduled for plan in runner.plans), strict=True)
+    assert [p for s in shares for p in range(s.scaling_start, s.scaling_start + s.scaling_count)] == list(range(30))
+    assert [p for s in shares for p in range(s.real_start, s.real_start + s.real_count)] == list(range(30))
+    assert [share.rows for share in shares] == [8] * 6 + [6, 6]
+
+
+def test_decode_goes_before_prefill() -> None:
+    """A long prompt must not hold up those who are already generating."""
+    engine, runner, _ = build(budget=6, lookahead=True, right=4)
+    engine.add(request("decoding", 4, 30))
+    for _ in range(4):
+        engine.step()
+    engine.add(request("prefilling", 60, 4))
+    before = len(runner.plans)
+    for _ in range(8):
+        engine.step()
+    for plan in runner.plans[before:]:
+        first, *rest = plan.scheduled
+        assert first.sequence.request.id == "decoding"
+        assert first.samples
+        assert [share.sequence.request.id for share in rest] == ["prefilling"]
+        assert sum(share.rows for share in plan.scheduled) == 6
+
+
+def test_first_come_first_served() -> None:
+    """A small late request must not pass a large one that waits for blocks: it would wait for ever under load."""
+    engine, _, scheduler = build(blocks=16, block_size=4)
+    engine.add(request("first", 20, 8))
+    engine.step()
+    engine.add(request("large", 24, 8))
+    engine.add(request("small", 1, 1))
+    engine.step()
+    assert [sequence.request.id for sequence in scheduler.running] == ["first"]
+    assert [sequence.request.id for sequence in scheduler.waiting] == ["large", "small"]
+    assert finish(engine).keys() == {("first", 0), ("large", 0), ("small", 0)}
+
+
+def test_seats() -> None:
+    """No more sequences at once than asked for; choices of one request count each."""
+    engine, _, scheduler = build(seats=3, blocks=200)
+    for number in range(4):
+        engine.add(request(str(number), 5, 6, n=2))
+    most = 0
+    while engine.has_work():
+        engine.step()
+        most = max(most, len(scheduler.running))
+    assert most == 3
+
+
+def test_the_latest_is_preempted() -> None:
+    """The earliest keeps its blocks; the victim starts again with the tokens it has and gets the same ones."""
+    engine, _runner, scheduler = build(blocks=20, block_size=2, lookahead=False)
+    early, late = request("early", 8, 12), request("late", 8, 12)
+    for made in (early, late):
+        engine.add(made)
+    preempted = []
+    tokens: dict[str, list[int]] = {"early": [], "late": []}
+    while engine.has_work():
+        output = engine.step()
+        for piece in output.outputs:
+            tokens[piece.request_id] += [token.id for token in piece.tokens]
+        if output.stats.preemptions:
+            preempted += [sequence.request.id for sequence in scheduler.waiting]
+            assert all(not s.scaling.blocks and not s.real.blocks and s.draft is None for s in scheduler.waiting)
+        engine.check_integrity()
+    assert preempted
+    assert set(preempted) == {"late"}
+    assert tokens == {"early": expected(early), "late": expected(late)}
+
+
+def test_followers_wait_for_the_prompt_and_share_it() -> None:
+    """n choices compute their prompt once: the full blocks of both streams are shared, the last position is each
+    one's own.
+    """
+    engine, _runner, scheduler = build(block_size=4, budget=16, blocks=100)
+    made = request("n", 14, 6, n=3)
+    engine.add(made)
+    while scheduler.running == [] or scheduler.running[0].real.computed < 14:
+        assert len(scheduler.running) <= 1, "a follower does not compute the prompt on its own"
+        engine.step()
+    engine.step()
+    leader, *followers = scheduler.running
+    assert len(followers) == 2
+    for follower in followers:
+        assert follower.usage.cached_tokens == 12
+        for own, first in ((follower.scaling, leader.scaling), (follower.real, leader.real)):
+            assert own.blocks[:3] == first.blocks[:3]
+            assert not set(own.blocks[3:]) & set(first.blocks[3:])
+    assert finish(engine).keys() == {("n", 0), ("n", 1), ("n", 2)}
+
+
+def test_others_pass_followers_that_wait() -> None:
+    """A request behind n choices that wait for their leader starts at once."""
+    engine, runner, _ = build(budget=40, blocks=200)
+    engine.add(request("n", 30, 4, n=3))
+    engine.add(request("behind", 3, 4))
+    engine.step()
+    assert [(s.sequence.request.id, s.sequence.index) for s in runner.plans[0].scheduled] == [("n", 0), ("behind", 0)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_no_draft_past_max_tokens(max_tokens: int) -> None:
+    """The last token needs no scalings: a draft for it would cost a row, and a block that was never reserved."""
+    engine, runner, _ = build(right=4, block_size=1, blocks=2 * (5 + max_tokens))
+    engine.add(request("a", 5, max_tokens))
+    finish(engine)
+    assert sum(share.drafted for plan in runner.plans for share in plan.scheduled) == max_tokens - 1
+    assert max(s.scaling_start + s.scaling_count for plan in runner.plans for s in plan.scheduled) == 5 + max_tokens - 1
+
+
+def test_scaling_pass_alone_holds_one_stream() -> None:
+    """It needs no real rows and no real blocks: a text as long as the pool can be looked at."""
+    engine, runner, _ = build(blocks=10, block_size=4, budget=16)
+    engine.add(replace(request("look", 40), sampling=None))
+    finish(engine)
+    assert [share.scaling_count for plan in runner.plans for share in plan.scheduled] == [16, 16, 8]
+    assert not any(share.predicts or share.samples for plan in runner.plans for share in plan.scheduled)
+
+
+def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a draft that is kept although it was wrong, or a block taken from another, does not go
+    unseen.
+    """
+    advance = Engine._advance
+
+    def keep_wrong_drafts(self: Engine, share: Scheduled, token: Any, draft: Any, stats: Any) -> None:
+        wrong = share.drafted and token.id != share.sequence.draft
+        advance(self, share, token, draft, stats)
+        share.sequence.scaling.computed += wrong
+
+    engine, _, _ = build(right=0)
+    engine.add(request("a", 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_advance", keep_wrong_drafts)
+        with pytest.raises(AssertionError):
+            finish(engine)
+    engine, _runner, scheduler = build()
+    engine.add(request("a", 5))
+    engine.add(request("b", 5))
+    for _ in range(3):
+        engine.step()
+    first, second = scheduler.running
+    second.real.blocks[0] = first.real.blocks[0]
+    with pytest.raises((AssertionError, RuntimeError)):
+        finish(engine)
+
+
+def test_sequence_keeps_its_tokens_when_rewound() -> None:
+    """Preemption forgets what was computed, never what was said."""
+    sequence = Sequence.of(request("a", 3), 0, 0.0)
+    sequence.append(7)
+    sequence.scaling.computed, sequence.real.computed, sequence.draft = 4, 3, 9
+    sequence.rewind()
+    assert (sequence.scaling.computed, sequence.real.computed, sequence.draft) == (0, 0, None)
+    assert sequence.tokens[-1] == 7
+    assert sequence.output_len == 1
+    assert sequence.output_counts == {7: 1}

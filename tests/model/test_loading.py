@@ -1,0 +1,120 @@
+"""What the model decides at load: the order of sites, which bases cannot be served, what is held in memory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from service.checkpoint import Expert, LoraWeights
+from service.errors import CheckpointError
+from service.model.linear import XLoraLinear
+from service.model.xlora_model import load_causal_lm, load_model, refuse_length_dependent_rope, resolve_sites
+from tests.model.tiny import CPU, Tiny, run_once
+
+
+def test_sites_without_a_stored_order(tiny: Tiny) -> None:
+    """Traversal order over the union of the targets: the order in which PEFT numbers its layers, and so the
+    classifier's rows.
+    """
+    absent = replace(tiny.checkpoint, sites=None)
+    assert resolve_sites(absent, tiny.base(torch.float32)) == tiny.oracle.sites
+    union = {site for expert in tiny.checkpoint.experts for site in expert.weights}
+    assert set(tiny.oracle.sites) == union
+    assert len(tiny.oracle.sites) == len(union)
+
+
+def test_the_stored_order_wins(tiny: Tiny) -> None:
+    """A checkpoint trained under another numbering says so in its manifest."""
+    stored = tuple(reversed(tiny.oracle.sites))
+    assert resolve_sites(replace(tiny.checkpoint, sites=stored), tiny.base(torch.float32)) == list(stored)
+
+
+@pytest.mark.parametrize("site", ["model.embed_tokens", "model.norm", "model.layers.7.self_attn.q_proj"])
+def test_targets_that_are_no_linear(tiny: Tiny, site: str) -> None:
+    """Swapping an embedding for a linear, or a site that does not exist, must not pass in silence."""
+    lora = LoraWeights(torch.zeros(1, 32), torch.zeros(32, 1), 1.0)
+    experts = (*tiny.checkpoint.experts, Expert("bad", "", {site: lora}))
+    with pytest.raises(CheckpointError, match=site.replace(".", r"\.")):
+        resolve_sites(replace(tiny.checkpoint, experts=experts), tiny.base(torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
+def test_rope_that_does_not_depend_on_the_batch(kind: str) -> None:
+    """These fix their angles at load."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    refuse_length_dependent_rope(AutoConfig.for_model("llama", rope_parameters=rope), "here")
+
+
+def test_dynamic_rope_is_refused(tmp_path: Path) -> None:
+    """With dynamic RoPE a stranger's long prompt would change everybody's tokens."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    tiny = Tiny(tmp_path / "dynamic", base_config={"rope_parameters": rope})
+    with pytest.raises(CheckpointError, match="dynamic"):
+        load_causal_lm(tiny.checkpoint, device=CPU, dtype=torch.float32)
+
+
+def test_dynamic_rope_of_one_layer_type_is_refused() -> None:
+    """Gemma 3 and others keep RoPE parameters per layer type, one level deeper."""
+    rope = {
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    config: Any = AutoConfig.for_model("gemma3_text", rope_parameters=rope)
+    with pytest.raises(CheckpointError, match="dynamic"):
+        refuse_length_dependent_rope(config, "here")
+
+
+def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
+    """A site left as it was would run without experts; a copied base would double the memory."""
+    base = copy.deepcopy(tiny.base(torch.float32))
+    before = {site: base.get_submodule(site).weight.data_ptr() for site in tiny.oracle.sites}
+    model = type(tiny.as_stored().model())(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
+    swapped = {
+        name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, XLoraLinear)
+    }
+    assert set(swapped) == set(tiny.oracle.sites)
+    assert {site: module.weight.data_ptr() for site, module in swapped.items()} == before
+    stacked = sum(m.lora_a.numel() + m.lora_b_t.numel() for m in swapped.values())
+    assert stacked == sum(w.a.numel() + w.b.numel() for e in tiny.checkpoint.experts for w in e.weights.values())
+
+
+def test_load_model_reports_progress_and_needs_no_grad(tiny: Tiny) -> None:
+    """Loading is shown, and the loaded model equals the one the other tests build."""
+    lines: list[str] = []
+    model = load_model(tiny.checkpoint, device=CPU, dtype=torch.float32, on_progress=lines.append)
+    assert any("alpha, beta, gamma" in line for line in lines)
+    assert not any(parameter.requires_grad for parameter in model.causal_lm.parameters())
+    ours, theirs = run_once(model, [5, 6, 7]), run_once(tiny.as_stored().model(), [5, 6, 7])
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
+def test_global_weight_can_change_at_run_time(tiny: Tiny) -> None:
+    """It stays outside B: PEFT's set_global_scaling_weight works on a loaded model."""
+    variant = tiny.variant(layerwise_scalings=True, xlora_depth=2)
+    model, oracle = variant.model(), variant.oracle()
+    for weight in (0.0, 2.5, 1.0):
+        model.gate.global_scaling_weight = weight
+        oracle.xlora.set_global_scaling_weight(weight)
+        torch.testing.assert_close(run_once(model, [9, 8, 7, 6])[0], oracle.logits([9, 8, 7, 6]), atol=1e-4, rtol=0)
+
+
+def test_bf16_model_is_close(tiny: Tiny) -> None:
+    """A cast in the wrong place costs far more than bf16's own rounding; scalings stay fp32."""
+    tokens = list(range(30, 54))
+    exact, rounded = (
+        run_once(tiny.as_stored().model(), tokens),
+        run_once(tiny.as_stored().model(torch.bfloat16), tokens),
+    )
+    assert rounded[0].dtype == torch.bfloat16
+    assert rounded[1].dtype == torch.float32
+    assert (rounded[1] - exact[1]).abs().mean() < 0.02
+    error = (rounded[0].float() - exact[0]).norm() / exact[0].norm()
+    assert error < 0.1
