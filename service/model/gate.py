@@ -40,7 +40,7 @@ class Gate:
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
         spread = scalings.to(self._dtype).flatten(1).index_select(1, self._index)
-        self._spread = list(spread.split(self._widths, dim=1))
+        self._spread = list(spread.split_with_sizes(self._widths, 1))
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""
