@@ -37,6 +37,10 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
+    generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+
+    def __post_init__(self) -> None:
+        self.generates = self.request.sampling is not None
 
     @classmethod
     def of(cls, request: Request, index: int, arrival_time: float) -> Sequence:
@@ -49,11 +53,6 @@ class Sequence:
         """The sampling parameters; only sequences that generate have them."""
         assert self.request.sampling is not None, "a scaling-pass-only sequence does not sample"
         return self.request.sampling
-
-    @property
-    def generates(self) -> bool:
-        """False for a scaling pass alone (POST /scalings): it has no real stream."""
-        return self.request.sampling is not None
 
     @property
     def output_len(self) -> int:
