@@ -19,10 +19,8 @@ from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
 
 
-def compare(engine: Engine, dtype: str, temperature: float, requests: int, tokens: int) -> dict[str, Any]:
+def compare(engine: Engine, prompts: list[list[int]], dtype: str, temperature: float, tokens: int) -> dict[str, Any]:
     """One row: every request alone, then all at once."""
-    lengths = [8 + 5 * number for number in range(requests)]
-    prompts = [prompt_tokens(engine.info.vocab_size, length, seed=length) for length in lengths]
     sampling = {"temperature": temperature, "seed": 7}
     alone = [run_engine(engine, [prompt], tokens, **sampling).tokens["0"] for prompt in prompts]
     together = run_engine(engine, prompts, tokens, **sampling).tokens
@@ -30,9 +28,9 @@ def compare(engine: Engine, dtype: str, temperature: float, requests: int, token
     row = {
         "dtype": dtype,
         "temperature": temperature,
-        "requests": requests,
+        "requests": len(prompts),
         "same": sum(length == tokens for length in agreeing),
-        "prefix": sum(agreeing) / (requests * tokens),
+        "prefix": sum(agreeing) / (len(prompts) * tokens),
     }
     print_row(row)
     return row
@@ -49,10 +47,11 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     args = parser.parse_args()
+    prompts = [prompt_tokens(args.model, 8 + 5 * number, seed=number) for number in range(args.requests)]
     rows = []
     for dtype in ("float32", "bfloat16"):
         engine = load_engine(EngineOptions(str(args.model), dtype=dtype))
-        rows += [compare(engine, dtype, temperature, args.requests, args.tokens) for temperature in (0.0, 1.0)]
+        rows += [compare(engine, prompts, dtype, temperature, args.tokens) for temperature in (0.0, 1.0)]
     emit({"benchmark": "batch_invariance", "rows": rows})
 
 

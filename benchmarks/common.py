@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer
 
 from service.engine.engine import Engine
 from service.engine.request import Request, SamplingParams
@@ -34,10 +36,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def prompt_tokens(vocab_size: int, length: int, seed: int = 0) -> list[int]:
-    """Random token ids above the special ones: cost does not depend on what they say."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(16, vocab_size, (length,), generator=generator).tolist()
+def prompt_tokens(model: Path, length: int, seed: int = 0) -> list[int]:
+    """Token ids to start from: questions and answers of the bundle's examples.json in a seeded order, cut to `length`.
+
+    What a prompt says decides how often drafts hit. A bundle without examples gets random ids.
+    """
+    tokenizer = Tokenizer.from_file(str(model / "base" / "tokenizer.json"))
+    generator = random.Random(seed)
+    examples = model / "examples.json"
+    if not examples.exists():
+        return [generator.randrange(16, tokenizer.get_vocab_size()) for _ in range(length)]
+    texts = [example["prompt"] + example["answer"] + "\n" for example in json.loads(examples.read_text())]
+    tokens: list[int] = []
+    while len(tokens) < length:
+        tokens += tokenizer.encode(generator.choice(texts), add_special_tokens=not tokens).ids
+    return tokens[:length]
 
 
 @dataclass

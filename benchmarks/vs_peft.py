@@ -73,7 +73,7 @@ def main() -> None:
     lookahead = not args.no_lookahead
     engine = load_engine(EngineOptions(str(args.model), dtype="float32", threads=args.threads, lookahead=lookahead))
     oracle = PeftOracle(args.model)
-    prompt = prompt_tokens(engine.info.vocab_size, args.prompt_tokens)
+    prompt = prompt_tokens(args.model, args.prompt_tokens)
     run_engine(engine, [prompt], 16)
     peft_generate(oracle, prompt, 4)
     rows = [compare(engine, oracle, prompt, length, args.repeats) for length in args.lengths]

@@ -73,7 +73,7 @@ def _attend(
     """Attention of one group's rows over their streams. Returns [N * Q, heads, head_dim]."""
     key, value = kv_cache.read(layer, group.block_table, group.keys)
     key, value = key.transpose(1, 2), value.transpose(1, 2)  # [N, kv_heads, L, head_dim]
-    mask = group.mask(window)
+    mask = group.mask(window, rows.dtype)
     heads, head_dim = rows.shape[1:]
     if group.queries == 1 and softcap is None:
         # The query heads of one KV head are the queries of one attention: no repeated keys, no transposes.
@@ -96,7 +96,7 @@ def _softcapped_attention(
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores + mask
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
 
 

@@ -25,8 +25,12 @@ class AttentionGroup:
     needs_mask: bool  # False where every key in 0 .. L-1 is visible to every query
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Returns bool [N, 1, Q, L], True where the key is visible, or None; `window` is a sliding window in tokens."""
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Returns [N, 1, Q, L], 0 where the key is visible and -inf elsewhere, or None where every key is.
+
+        `window` is a sliding window in tokens. Additive, and made once for all layers: SDPA would turn a bool mask into
+        this in every layer.
+        """
         if not self.needs_mask and (window is None or window >= self.keys):
             return None
         if window not in self._masks:
@@ -35,7 +39,8 @@ class AttentionGroup:
             visible = key <= query
             if window is not None:
                 visible &= key > query - window
-            self._masks[window] = visible
+            hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self._masks[window] = hidden.masked_fill_(~visible, float("-inf"))
         return self._masks[window]
 
 

@@ -296,9 +296,10 @@ def test_negative_control_of_rows(tiny: Tiny, defect: str) -> None:
 def test_negative_control_of_the_mask(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """A causal mask that is off by one in either direction."""
 
-    def mask(group: AttentionGroup, window: int | None) -> Tensor:
+    def mask(group: AttentionGroup, window: int | None, dtype: torch.dtype) -> Tensor:
         key, query = torch.arange(group.keys), group.positions[:, None, :, None]
-        return key <= (query + shift).clamp_min(0)
+        visible = key <= (query + shift).clamp_min(0)
+        return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
 
     variant = tiny.variant(**BASELINE)
     expected, model = theirs(variant, TOKENS), variant.model()
