@@ -7,7 +7,7 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= model_store/demo
 ARGS     ?=
-BENCH    ?= vs_peft throughput
+BENCH    ?= vs_peft throughput batch_invariance
 IMAGE    ?= xlora-service:latest
 
 BIN := .venv/bin

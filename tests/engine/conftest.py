@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.engine.driver import Engines
 from tests.model.tiny import Tiny
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads, and one thread is deterministic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test draws the same numbers whichever tests ran before it."""
-    torch.manual_seed(0)
+from tests.torch_fixtures import one_thread, seeded  # noqa: F401
 
 
 @pytest.fixture(scope="session")
