@@ -12,7 +12,6 @@ import logging
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, cast
@@ -92,10 +91,6 @@ class Client(Protocol):
     def alive(self) -> bool:
         """Whether the engine may still answer: it is loading or running."""
 
-    @property
-    def open_requests(self) -> int:
-        """Requests submitted and not yet ended."""
-
     async def start(self, options: EngineOptions, on_progress: Callable[[str], None]) -> None:
         """Loads the engine; raises StartupError."""
 
@@ -114,7 +109,6 @@ class EngineClient:
 
     def __init__(self, loader: str = DEFAULT_LOADER) -> None:
         self.on_step: Callable[[StepStats], None] | None = None
-        self.last_step_at: float | None = None  # time.monotonic() when the last step arrived
         self._loader = loader
         self._info: EngineInfo | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -134,11 +128,6 @@ class EngineClient:
     def alive(self) -> bool:
         """Whether the engine may still answer: it is loading or running."""
         return self._dead is None
-
-    @property
-    def open_requests(self) -> int:
-        """Requests submitted and not yet ended."""
-        return len(self._streams)
 
     async def start(self, options: EngineOptions, on_progress: Callable[[str], None]) -> None:
         """Starts the process and waits until the model is loaded. Raises StartupError when it cannot be."""
@@ -200,7 +189,6 @@ class EngineClient:
             await asyncio.to_thread(_end, self._process)
 
     def _on_step(self, output: StepOutput) -> None:
-        self.last_step_at = time.monotonic()
         for one in output.outputs:
             stream = self._streams.get(one.request_id)
             if stream is not None:

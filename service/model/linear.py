@@ -13,10 +13,6 @@ from service.model.gate import Gate
 class XLoraLinear(nn.Module):
     """y = W x + b, and for the rows the gate is open for: + B_cat((A_cat x) * g). Inference only."""
 
-    weight: Tensor  # [out, in]
-    lora_a: Tensor  # [R, in]
-    lora_b_t: Tensor  # [R, out]
-
     def __init__(self, base: nn.Linear, stack: ExpertStack, gate: Gate, site: int) -> None:
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features

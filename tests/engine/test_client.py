@@ -61,8 +61,7 @@ def test_tokens_arrive_in_order_for_many_requests_at_once(bundle: Path) -> None:
         client.on_step = steps.append
         answers = await asyncio.gather(*(collect(client, request(str(i), 1 + i % 12)) for i in range(60)))
         assert [answer == reply[: 1 + i % 12] for i, answer in enumerate(answers)] == [True] * 60
-        assert client.open_requests == 0
-        assert client.last_step_at is not None
+        assert not client._streams  # nothing is kept of an ended request
 
     progress = with_engine(bundle, test)
     assert progress[-1] == "reading the fake bundle"
