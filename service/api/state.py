@@ -87,6 +87,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         block_size=settings.block_size,
         threads=settings.threads,
         lookahead=settings.lookahead,
+        compile=settings.compile,
+        compile_cache=settings.compile_cache,
         allow_outside=settings.allow_outside,
     )
 

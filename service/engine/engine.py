@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection
 
 from service.engine.block_manager import BlockManager
+from service.engine.compilation import Compilation
 from service.engine.model_runner import ModelRunner, RunResult
 from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
 from service.engine.scheduler import Plan, Scheduled, Scheduler
@@ -16,8 +17,11 @@ from service.errors import InvalidRequestError
 class Engine:
     """Serves any number of requests over one model. Single-threaded: call add, abort and step from one place."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, info: EngineInfo) -> None:
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, info: EngineInfo, compilation: Compilation | None = None
+    ) -> None:
         self.info = info
+        self.compilation = compilation  # of the decode step, with --compile
         self._runner = runner
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)

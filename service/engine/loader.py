@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 from service import __version__
 from service.checkpoint import Checkpoint, load_checkpoint
 from service.engine.block_manager import BlockManager
+from service.engine.compilation import Compilation
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.errors import SettingsError, StartupError
+from service.model.compiled import CompiledStep
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.xlora_model import XLoraModel, load_model
 
@@ -35,14 +38,21 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
     Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
     machine that is too small.
     """
+    model, checkpoint = load_checkpoint_and_model(options, on_progress)
+    return build_engine(model, checkpoint, options)
+
+
+def load_checkpoint_and_model(
+    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None
+) -> tuple[XLoraModel, Checkpoint]:
+    """The model on its device, and the checkpoint it came from. Sets torch's number of threads."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
     torch.set_num_threads(options.threads or default_threads())
     device = resolve_device(options.device)
     on_progress(f"reading {options.model}")
     checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
-    return build_engine(model, checkpoint, options)
+    return load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress), checkpoint
 
 
 def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
@@ -50,14 +60,30 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, model.device, max_model_len, options)
-    runner = ModelRunner(model, KVCache(layout, num_blocks, model.device))
+    runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         lookahead=options.lookahead,
     )
-    return Engine(runner, scheduler, _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len))
+    info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
+    return Engine(runner, scheduler, info, start_compilation(runner, options))
+
+
+def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilation | None:
+    """With --compile, on a CPU. Raises SettingsError where it cannot work."""
+    if not options.compile:
+        return None
+    if runner.model.device.type != "cpu":
+        raise SettingsError("--compile is for the CPU")
+    if shutil.which("g++") is None:
+        raise SettingsError("--compile needs a C++ compiler, and g++ was not found", hint="install g++")
+
+    def use(step: CompiledStep) -> None:
+        runner.compiled = step
+
+    return Compilation(runner.model, options, use)
 
 
 def default_threads() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from service.engine.sampler import SampleRow, sample, token_outputs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Stream
 from service.model.batch import AttentionGroup, Batch
+from service.model.compiled import CompiledStep
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import ForwardOutput, XLoraModel
@@ -46,7 +46,8 @@ class ModelRunner:
     def __init__(self, model: XLoraModel, kv_cache: KVCache) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.block_size = kv_cache.layout.block_size
+        self.block_size = kv_cache.block_size
+        self.compiled: CompiledStep | None = None  # once it is there
 
     def run(self, plan: Plan) -> RunResult:
         """One forward over everything scheduled, then sampling of drafts and tokens in one go."""
@@ -60,7 +61,9 @@ class ModelRunner:
         }
         logit_rows = [last_rows[id(share), True] for share in draft_shares]
         logit_rows += [last_rows[id(share), False] for share in token_shares]
-        output = self.model.forward(self._batch(segments, offsets, logit_rows), self.kv_cache)
+        batch = self._batch(segments, offsets, logit_rows)
+        step = self.compiled if self.compiled is not None and batch.is_decode else self.model
+        output = step.forward(batch, self.kv_cache)
         tokens, drafts = self._sample(output, draft_shares, token_shares)
         scaling_offsets = {id(s.share): offset for s, offset in zip(segments, offsets, strict=True) if s.is_scaling}
         gate, stats = self._report(shares, output, scaling_offsets)
@@ -74,22 +77,28 @@ class ModelRunner:
     # -- the flat batch ------------------------------------------------------------------------------------------
 
     def _batch(self, segments: list[_Segment], offsets: list[int], logit_rows: list[int]) -> Batch:
-        positions = [position for s in segments for position in range(s.start, s.start + s.count)]
-        scaling = [s for s in segments if s.is_scaling]
-        rows = zip(segments, offsets, strict=True)
-        stored = [(offset, s) for s, offset in rows if s.is_scaling and s.share.sequence.generates]
+        cache = self.kv_cache
+        tokens: list[int] = []
+        positions: list[int] = []
+        kv_slots: list[int] = []
+        gate_slots: list[int] = []
+        new_gate_slots: list[int] = []
+        for s in segments:
+            own = self._slots(s.stream, s.start, s.count)
+            tokens += _tokens(s)
+            positions += range(s.start, s.start + s.count)
+            kv_slots += own
+            if not s.is_scaling:
+                gate_slots += own
+                new_gate_slots += [cache.scratch_slot] * s.count
+            else:
+                gate_slots += [cache.dummy_slot] * s.count
+                sequence = s.share.sequence
+                kept = self._slots(sequence.real, s.start, s.count) if sequence.generates else None
+                new_gate_slots += kept or [cache.scratch_slot] * s.count
         return Batch(
-            input_ids=self._tensor([token for s in segments for token in _tokens(s)]),
-            positions=self._tensor(positions),
-            kv_slots=self._tensor([slot for s in segments for slot in self._slots(s.stream, s.start, s.count)]),
-            num_scaling_rows=sum(s.count for s in scaling),
-            real_gate_slots=self._tensor(
-                [slot for s in segments if not s.is_scaling for slot in self._slots(s.stream, s.start, s.count)]
-            ),
-            new_gate_rows=self._tensor([row for offset, s in stored for row in range(offset, offset + s.count)]),
-            new_gate_slots=self._tensor(
-                [slot for _, s in stored for slot in self._slots(s.share.sequence.real, s.start, s.count)]
-            ),
+            rows=self._tensor([tokens, positions, kv_slots, gate_slots, new_gate_slots]),
+            num_scaling_rows=sum(s.count for s in segments if s.is_scaling),
             logit_rows=self._tensor(logit_rows),
             groups=self._groups(segments, offsets),
         )
@@ -123,11 +132,11 @@ class ModelRunner:
             needs_mask=count > 1 or min(lengths) != keys,
         )
 
-    def _slots(self, stream: Stream, start: int, count: int) -> Iterable[int]:
+    def _slots(self, stream: Stream, start: int, count: int) -> list[int]:
         """Slots of positions start .. start + count of a stream."""
         size, blocks = self.block_size, stream.blocks
         if count == 1:
-            return (blocks[start // size] * size + start % size,)
+            return [blocks[start // size] * size + start % size]
         return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:

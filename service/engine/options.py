@@ -23,3 +23,5 @@ class EngineOptions:
     threads: int | None = None  # None = all cores but one
     lookahead: bool = True
     allow_outside: bool = False
+    compile: bool = False  # the decode step, in the background
+    compile_cache: str = "~/.cache/xlora-serve"

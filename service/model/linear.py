@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,21 +19,22 @@ class XLoraLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
-        self.bias = base.bias
-        self.register_buffer("lora_a", stack.a, persistent=False)
+        self.register_parameter("bias", base.bias)
+        self.register_buffer("lora_a_t", stack.a.T, persistent=False)
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
-        self.gate = gate
+        self.gate: Gate
+        self.__dict__["gate"] = gate  # not a submodule: it belongs to the model, once
         self.site = site
-        # The same tensors as plain attributes: nn.Module finds parameters and buffers through a slow __getattr__.
-        self._base = (base.weight, base.bias)
-        self._experts = (stack.a.T, stack.b_t)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
-        y = F.linear(x, *self._base)
+        # Read from their dictionaries: as attributes they are found through nn.Module's slow __getattr__.
+        own: dict[str, Any] = self._parameters
+        experts: dict[str, Any] = self._buffers
+        y = F.linear(x, own["weight"], own["bias"])
         gate = self.gate
         if gate.active:
-            a_t, b_t = self._experts
-            narrow = torch.mm(x.view(-1, self.in_features)[gate.first_row :], a_t).mul_(gate.at(self.site))
-            y.view(-1, self.out_features)[gate.first_row :].addmm_(narrow, b_t)
+            first = gate.first_row
+            narrow = torch.mm(x.view(-1, self.in_features)[first:], experts["lora_a_t"]).mul_(gate.at(self.site))
+            y.view(-1, self.out_features)[first:].addmm_(narrow, experts["lora_b_t"])
         return y

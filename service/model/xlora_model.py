@@ -108,29 +108,28 @@ class XLoraModel:
 
         Real rows must have their scalings stored by an earlier forward.
         """
-        self._set_gate(batch, kv_cache)
+        scaling_rows = batch.num_scaling_rows
+        first = 0 if self._scaling_pass_has_experts else scaling_rows
+        self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
+        logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
+        new_scalings = self.classifier(hidden[:scaling_rows])
+        kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:scaling_rows], new_scalings)
+        return ForwardOutput(logits, new_scalings)
+
+    def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
+        """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
-            logits_to_keep=batch.logit_rows,
+            logits_to_keep=logit_rows,
             batch=batch,
             kv_cache=kv_cache,
         ).logits[0]
         assert self._tap.last_hidden_state is not None
-        new_scalings = self.classifier(self._tap.last_hidden_state[0, : batch.num_scaling_rows])
+        hidden = self._tap.last_hidden_state[0]
         self._tap.last_hidden_state = None
-        if batch.new_gate_slots.shape[0]:
-            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots, new_scalings.index_select(0, batch.new_gate_rows))
-        return ForwardOutput(logits, new_scalings)
-
-    def _set_gate(self, batch: Batch, kv_cache: KVCache) -> None:
-        real = kv_cache.gate_rows.index_select(0, batch.real_gate_slots) if batch.real_gate_slots.shape[0] else None
-        if not self._scaling_pass_has_experts:
-            self.gate.set(real, first_row=batch.num_scaling_rows)
-            return
-        dummy = self.dummy_row.expand(batch.num_scaling_rows, -1, -1)
-        self.gate.set(dummy if real is None else torch.cat([dummy, real]), first_row=0)
+        return logits, hidden
 
 
 def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[str]:
