@@ -66,6 +66,10 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, description="positions in one KV block")
     threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
+    speculative_tokens: int = Field(
+        8, ge=0, description="most tokens drafted per step where a text repeats itself (exact, and faster); 0: none"
+    )
+    prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     allow_outside: bool = Field(False, description="let the bundle name files outside its directory")

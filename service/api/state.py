@@ -87,6 +87,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         block_size=settings.block_size,
         threads=settings.threads,
         lookahead=settings.lookahead,
+        speculative_tokens=settings.speculative_tokens,
+        prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,
     )
 
