@@ -20,7 +20,7 @@ from service.engine.request import Request, SamplingParams, SequenceUsage
 
 # What is expected of drafts before any has been judged.
 _LOOKAHEAD_RATE = 0.8
-_COPY_RATE = 0.5
+_COPY_RATE = 0.7
 
 
 @dataclass(slots=True)
