@@ -199,7 +199,10 @@ def test_drafts_are_never_published(
     if published_too_early:
         monkeypatch.setattr(Scheduler, "commit", commit_the_hypothesis)
     engine = engines.build(block_size=1, adaptive=False)
-    run(engine, [greedy("a", [5, 6, 7, 8] * 4, 40), sampled("b", [5, 6, 7, 8] * 4, 40)])
+    prompt = [5, 6, 7, 8] * 4
+    result = run(engine, [greedy("a", prompt, 40), sampled("b", prompt, 40)])
+    said = [prompt + choice.tokens for choice in result.choices.values()]
+    wrong = [text for text in wrong if all(text != one[: len(text)] for one in said)]  # some were right after all
     assert len(wrong) > 20, "hardly a draft was wrong: the test shows little"
     found = [longest_found(engine._scheduler, text) >= len(text) for text in wrong]
     assert any(found) == published_too_early
