@@ -61,9 +61,9 @@ def mixed_requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(engines: Engines) -> Run:
-    """Every mixed request run alone, without lookahead, its prompt in one piece: the reference for all that follows."""
+    """Every mixed request run alone, without drafts and cache, its prompt in one piece: the reference for what follows."""
     result = Run()
-    engine = engines.build(lookahead=False)
+    engine = engines.build(lookahead=False, speculative_tokens=0, prefix_cache=False)
     for request in mixed_requests():
         result.choices |= run(engine, [request]).choices
     return result
@@ -87,6 +87,9 @@ def test_the_reference_is_varied(alone: Run) -> None:
         {"block_size": 1},
         {"block_size": 64},
         {"max_num_seqs": 2},
+        {"adaptive": False},
+        {"speculative_tokens": 0},
+        {"prefix_cache": False},
     ],
     ids=str,
 )
