@@ -89,6 +89,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         lookahead=settings.lookahead,
         compile=settings.compile,
         compile_cache=settings.compile_cache,
+        speculative_tokens=settings.speculative_tokens,
+        prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,
     )
 

@@ -29,6 +29,8 @@ from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+# Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
+_ROW_COST = {"cpu": 0.065, "cuda": 0.007}
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -66,6 +68,10 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         lookahead=options.lookahead,
+        speculative_tokens=options.speculative_tokens,
+        prefix_cache=options.prefix_cache,
+        row_cost=_ROW_COST[model.device.type],
+        dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
     return Engine(runner, scheduler, info, start_compilation(runner, options))

@@ -23,15 +23,15 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """A row of logits: the next token of `sequence` after `pending` (a draft not yet accepted, or none)."""
+    """A row of logits: the next token of `sequence` after `pending`, drafts that are not accepted yet."""
 
     sequence: Sequence
-    pending: int | None = None
+    pending: SequenceOf[int] = ()
 
     @property
     def output_position(self) -> int:
         """How many tokens of output come before the one to be sampled."""
-        return self.sequence.output_len + (self.pending is not None)
+        return self.sequence.output_len + len(self.pending)
 
 
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
@@ -79,14 +79,13 @@ def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
             line[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        pending = [] if row.pending is None else [row.pending]
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*row.sequence.tokens, *pending}), device=logits.device)
+            seen = torch.tensor(sorted({*row.sequence.tokens, *row.pending}), device=logits.device)
             scores = line[seen]
             line[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
             counts = row.sequence.output_counts.copy()
-            counts.update(pending)
+            counts.update(row.pending)
             if counts:
                 ids = torch.tensor(list(counts), device=logits.device)
                 amounts = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
