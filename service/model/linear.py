@@ -39,7 +39,7 @@ class XLoraLinear(nn.Module):
         experts: dict[str, Any] = self._buffers
         rows = x.shape[-2]
         # Where torch.export traces, the number of rows is no int, and the choice is not ours.
-        linear = _onednn_linear if self._prefers_onednn and isinstance(rows, int) and rows >= _MANY_ROWS else F.linear
+        linear = _onednn_linear if self._prefers_onednn and type(rows) is int and rows >= _MANY_ROWS else F.linear
         y = linear(x, own["weight"], own["bias"])
         gate = self.gate
         if gate.active:
@@ -61,7 +61,7 @@ def onednn_is_faster() -> bool:
 
     On a Zen 5 core it is 2.2 times as fast, on others slower (DECISIONS.md).
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     x, weight = torch.ones(256, 256), torch.ones(256, 256)
 
