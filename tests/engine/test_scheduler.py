@@ -321,6 +321,37 @@ def test_decode_goes_before_prefill() -> None:
         assert sum(share.rows for share in plan.scheduled) == 6
 
 
+def test_drafts_of_one_leave_rows_for_the_others() -> None:
+    """Everyone decodes in every step, however many drafts the first would like to try."""
+    engine, runner, scheduler = build(budget=14, blocks=400, speculative=8, right=4)
+    for i in range(4):
+        engine.add(request(f"loop{i}", 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 4:
+        engine.step()
+    before = len(runner.plans)
+    while len(scheduler.running) == 4:
+        engine.step()
+    steps = runner.plans[before:-1]
+    assert all(len(plan.scheduled) == 4 for plan in steps)
+    assert max(share.rows for plan in steps for share in plan.scheduled) > 4, "no one drafted: the test shows little"
+
+
+def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
+    """A new prompt within the budget takes two steps, whoever decodes: equal parts of the budget would take many."""
+    engine, runner, scheduler = build(budget=40, blocks=400)
+    for i in range(3):
+        engine.add(request(str(i), 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 3:
+        engine.step()
+    engine.add(request("long", 30, 2))
+    before = len(runner.plans)
+    engine.step()
+    engine.step()
+    counts = [[(s.scaling_count, s.real_count) for s in plan.scheduled][-1] for plan in runner.plans[before:]]
+    assert counts[0] == (30, 0)
+    assert counts[1][1] == 30
+
+
 def test_first_come_first_served() -> None:
     """A small late request must not pass a large one that waits for blocks: it would wait for ever under load."""
     engine, _, scheduler = build(blocks=16, block_size=4)
