@@ -32,7 +32,7 @@ _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
-_ROW_COST = {"cpu": 0.065, "cuda": 0.007}
+_ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 

@@ -119,8 +119,8 @@ class Scheduler:
         streams = max(1, len(self.running))
         self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
         for number, sequence in enumerate(decoding):
-            part = max(1, budget // (len(decoding) - number))  # drafts of one must not take the others' rows
-            budget -= self._schedule_running(sequence, min(part, budget), plan)
+            others = 2 * (len(decoding) - number - 1)  # rows: one of each stream for everyone before drafts for anyone
+            budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
         for sequence in prefilling:
             budget -= self._schedule_running(sequence, budget, plan)
         if not plan.preemptions:

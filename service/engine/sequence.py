@@ -115,10 +115,6 @@ class Sequence:
         tokens = self.tokens[start:end]
         return tokens if end <= known else tokens + self.drafts[max(0, start - known) : end - known]
 
-    def gate_position(self, position: int) -> int:
-        """The position whose gate row serves `position`."""
-        return min(position, self.gate_end - 1)
-
     def rewind(self) -> None:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
         self.scaling.rewind()

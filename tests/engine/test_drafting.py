@@ -120,3 +120,14 @@ def test_predictions_check_copied_drafts() -> None:
     sequence = hypothesis_of(4, 5, 6, computed=6)
     sequence.predict(4, [5, 6])
     assert sequence.drafts == [4, 5, 6]
+
+
+def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:
+    """The rows of drafts behind a stop token were right, but nothing they said was accepted: they are not reported."""
+    sequence = hypothesis_of(4, 5, 6, computed=6)
+    sequence.real.computed = 6
+    assert sequence.accept(4)
+    sequence.give_up_drafts()
+    assert sequence.final == 3
+    assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (4, 4, [])
+    assert sequence.copying.dropped == 2

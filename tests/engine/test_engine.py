@@ -61,7 +61,7 @@ def mixed_requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(engines: Engines) -> Run:
-    """Every mixed request run alone, without drafts and cache, its prompt in one piece: the reference."""
+    """Every mixed request run alone, without drafts and cache, its prompt in one piece: the reference for the rest."""
     result = Run()
     engine = engines.build(lookahead=False, speculative_tokens=0, prefix_cache=False)
     for request in mixed_requests():

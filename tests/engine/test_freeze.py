@@ -127,6 +127,8 @@ def test_frozen_positions_are_not_published(engines: Engines) -> None:
     same(free, run(fresh, [longer])["b"])
     assert free.usage is not None
     assert free.usage.cached_tokens == len(PROMPT) + 3
+    # Now the scaling stream's blocks of the whole text are there; had the frozen real ones been, they would be found.
+    same(run(engine, [longer])["b"], free)
 
 
 @pytest.mark.parametrize(("after", "sampling"), [(0, SamplingParams()), (-1, SamplingParams()), (2, None)])

@@ -8,6 +8,7 @@ it, so a wrong history shows as another token.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -320,6 +321,37 @@ def test_decode_goes_before_prefill() -> None:
         assert sum(share.rows for share in plan.scheduled) == 6
 
 
+def test_drafts_of_one_leave_rows_for_the_others() -> None:
+    """Everyone decodes in every step, however many drafts the first would like to try."""
+    engine, runner, scheduler = build(budget=14, blocks=400, speculative=8, right=4)
+    for i in range(4):
+        engine.add(request(f"loop{i}", 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 4:
+        engine.step()
+    before = len(runner.plans)
+    while len(scheduler.running) == 4:
+        engine.step()
+    steps = runner.plans[before:-1]
+    assert all(len(plan.scheduled) == 4 for plan in steps)
+    assert max(share.rows for plan in steps for share in plan.scheduled) > 4, "no one drafted: the test shows little"
+
+
+def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
+    """A new prompt within the budget takes two steps, whoever decodes: equal parts of the budget would take many."""
+    engine, runner, scheduler = build(budget=40, blocks=400)
+    for i in range(3):
+        engine.add(request(str(i), 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 3:
+        engine.step()
+    engine.add(request("long", 30, 2))
+    before = len(runner.plans)
+    engine.step()
+    engine.step()
+    counts = [[(s.scaling_count, s.real_count) for s in plan.scheduled][-1] for plan in runner.plans[before:]]
+    assert counts[0] == (30, 0)
+    assert counts[1][1] == 30
+
+
 def test_first_come_first_served() -> None:
     """A small late request must not pass a large one that waits for blocks: it would wait for ever under load."""
     engine, _, scheduler = build(blocks=16, block_size=4)
@@ -454,3 +486,32 @@ def test_sequence_keeps_its_tokens_when_rewound() -> None:
     assert sequence.tokens[-1] == 7
     assert sequence.output_len == 1
     assert sequence.output_counts == {7: 1}
+
+
+def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards test_any_workload: such loads do hit the cache, evict, preempt, keep and drop drafts of both kinds."""
+    seen: Counter[str] = Counter()
+    evict = BlockManager._evict
+
+    def count_evictions(self: BlockManager) -> int:
+        seen["evicted"] += 1
+        return evict(self)
+
+    monkeypatch.setattr(BlockManager, "_evict", count_evictions)
+    for number in range(6):
+        engine, runner, _ = build(blocks=40 + 30 * (number % 2), block_size=2, budget=24, speculative=8, row_cost=0.05)
+        for i in range(6):
+            made = request(f"{'loop' * (i % 2)}{i}", 6 + i, 12, n=1 + i % 2)
+            engine.add(replace(made, freeze_after=4 if i == number else None))
+        while engine.has_work():
+            for output in engine.step().outputs:
+                if output.finish_reason and output.usage:
+                    seen["cached"] += output.usage.cached_tokens
+                    seen["hits"] += output.usage.draft_hits
+                    seen["misses"] += output.usage.draft_misses
+                    seen["accepted"] += output.usage.accepted_tokens
+                    seen["rejected"] += output.usage.speculated_tokens - output.usage.accepted_tokens
+        seen["preemptions"] += sum(plan.preemptions for plan in runner.plans)
+        seen["several tokens"] += sum(share.samples > 2 for plan in runner.plans for share in plan.scheduled)
+    assert all(seen[what] > 0 for what in ("cached", "hits", "misses", "accepted", "rejected")), seen
+    assert all(seen[what] > 0 for what in ("preemptions", "several tokens", "evicted")), seen
