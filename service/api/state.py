@@ -88,6 +88,9 @@ def engine_options(settings: Settings) -> EngineOptions:
         threads=settings.threads,
         lookahead=settings.lookahead,
         allow_outside=settings.allow_outside,
+        base=settings.base,
+        experts=tuple(settings.expert),
+        ordering=settings.ordering,
     )
 
 

@@ -3,6 +3,7 @@
 from service.checkpoint.bundle import Checkpoint, ClassifierWeights, Expert, LoraWeights, load_checkpoint
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.report import describe, find_problems
+from service.checkpoint.sources import Overrides
 from service.checkpoint.writer import write_bundle
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ClassifierWeights",
     "Expert",
     "LoraWeights",
+    "Overrides",
     "XLoraConfig",
     "describe",
     "find_problems",

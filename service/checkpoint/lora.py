@@ -71,6 +71,11 @@ KNOWN_FIELDS = USED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS | {"init_lora_weig
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, MiCA, LoRA-GA) change the base's weights or the forward.
 KEPT_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# PEFT's save of an X-LoRA model writes each expert's folder under these names, among tensors of others and of the base.
+XLORA_TENSOR_NAME = re.compile(r"base_model\.lora_model\.model\.(?P<site>.+)\.lora_(?P<side>[AB])\.weight")
+XLORA_PREFIX = "base_model.lora_model."
+CLASSIFIER_PREFIX = "internal_xlora_classifier."  # the original library leaves the classifier's biases with each expert
+LOSS = "PEFT 0.20 and later drop tensors when they save an X-LoRA model"
 FOREIGN_TENSORS = {
     "lora_embedding_": "adapters of embeddings",
     "lora_magnitude_vector": "DoRA",
@@ -114,10 +119,18 @@ def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defec
 
 
 def read_lora_weights(
-    file: TensorFile, config: Mapping[str, Any], source: Path, base: BaseModel | None, defects: Defects
+    file: TensorFile,
+    config: Mapping[str, Any],
+    source: Path,
+    base: BaseModel | None,
+    defects: Defects,
+    *,
+    expert: str = "NAME",
 ) -> dict[str, LoraWeights]:
     """{site: LoraWeights}. Shapes are checked against the base's where `base` could be read."""
-    pairs = _pair_names(file, defects)
+    from_xlora = any(name.startswith(XLORA_PREFIX) for name in file.tensors)
+    pairs = _pair_xlora_names(file) if from_xlora else _pair_names(file, defects)
+    loss_hint = f"{LOSS}; give the expert's own folder with --expert {expert}=PATH" if from_xlora else None
     tensors = read_tensors(file)
     weights: dict[str, LoraWeights] = {}
     for site, names in pairs.items():
@@ -131,9 +144,10 @@ def read_lora_weights(
             _check_shapes(file, names, rank, shape, source)
             weights[site] = LoraWeights(tensors[names["A"]], tensors[names["B"]], scale)
     if not pairs:
-        defects.add(defect(file.path, "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"))
+        problem = "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"
+        defects.add(defect(file.path, problem, loss_hint))
     elif base is not None:
-        _check_targets(set(pairs), config, file, base, defects)
+        _check_targets(set(pairs), config, file, base, defects, loss_hint)
     return weights
 
 
@@ -180,6 +194,8 @@ def _pair_names(file: TensorFile, defects: Defects) -> dict[str, dict[str, str]]
     """{site: {"A": tensor name, "B": tensor name}}; a tensor that is neither is a defect."""
     pairs: dict[str, dict[str, str]] = {}
     for name in file.tensors:
+        if name.startswith(CLASSIFIER_PREFIX):
+            continue
         match = TENSOR_NAME.fullmatch(name)
         foreign = next((what for part, what in FOREIGN_TENSORS.items() if part in name), None)
         if foreign:
@@ -192,6 +208,15 @@ def _pair_names(file: TensorFile, defects: Defects) -> dict[str, dict[str, str]]
             defects.add(defect(file.path, problem))
         else:
             sides[match["side"]] = name
+    return pairs
+
+
+def _pair_xlora_names(file: TensorFile) -> dict[str, dict[str, str]]:
+    """The same for an expert's folder in PEFT's save of an X-LoRA model; tensors that are not the expert's are left."""
+    pairs: dict[str, dict[str, str]] = {}
+    for name in file.tensors:
+        if match := XLORA_TENSOR_NAME.fullmatch(name):
+            pairs.setdefault(match["site"], {})[match["side"]] = name
     return pairs
 
 
@@ -226,7 +251,12 @@ def _check_shapes(
 
 
 def _check_targets(
-    found: set[str], config: Mapping[str, Any], file: TensorFile, base: BaseModel, defects: Defects
+    found: set[str],
+    config: Mapping[str, Any],
+    file: TensorFile,
+    base: BaseModel,
+    defects: Defects,
+    loss_hint: str | None,
 ) -> None:
     """Modules that `target_modules` lists but the file has no tensors for; only where the list alone decides."""
     targets = config.get("target_modules")
@@ -237,4 +267,4 @@ def _check_targets(
     missing = [module for module in missing if not any(site.endswith(f".{module}") for site in found)]
     if missing:
         problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(map(str, targets))} names"
-        defects.add(defect(file.path, problem))
+        defects.add(defect(file.path, problem, loss_hint))

@@ -23,3 +23,6 @@ class EngineOptions:
     threads: int | None = None  # None = all cores but one
     lookahead: bool = True
     allow_outside: bool = False
+    base: str | None = None  # a folder or a hub id instead of what the checkpoint says
+    experts: tuple[str, ...] = ()  # "name=path": the same for experts
+    ordering: str | None = None  # a file with the order of experts and sites

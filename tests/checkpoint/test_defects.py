@@ -139,7 +139,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "base above": (set_json(BUNDLE, base="../base"), ["base: ", "outside the bundle"]),
     "base hub id": (
         set_json(BUNDLE, base="org/model-7b"),
-        ["base: no folder 'org/model-7b'", "hub ids are not supp"],
+        ["base: no folder 'org/model-7b' here", "not in the local cache", "--base"],
     ),
     "base missing": (
         set_json(BUNDLE, base="bsae"),
