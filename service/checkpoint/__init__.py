@@ -2,6 +2,7 @@
 
 from service.checkpoint.bundle import Checkpoint, ClassifierWeights, Expert, LoraWeights, load_checkpoint
 from service.checkpoint.config import XLoraConfig
+from service.checkpoint.live import export
 from service.checkpoint.report import describe, find_problems
 from service.checkpoint.sources import Overrides
 from service.checkpoint.writer import write_bundle
@@ -14,6 +15,7 @@ __all__ = [
     "Overrides",
     "XLoraConfig",
     "describe",
+    "export",
     "find_problems",
     "load_checkpoint",
     "write_bundle",

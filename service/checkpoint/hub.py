@@ -38,14 +38,14 @@ def same_repository(first: str, second: str) -> bool:
     return first.partition("@")[0].lower() == second.partition("@")[0].lower()
 
 
-def snapshot(hub_id: str, source: Path | str, field: str, hint: str, on_progress: Callable[[str], None]) -> Path:
+def snapshot(hub_id: str, where: str, hint: str, on_progress: Callable[[str], None]) -> Path:
     """The folder in huggingface_hub's cache that holds `hub_id`, downloaded where it is not there yet.
 
-    Raises CheckpointError naming `field` of `source` when the repository cannot be had.
+    `where` is the file and field, or the flag, that named it. Raises CheckpointError when it cannot be had.
     """
     match = HUB_ID.fullmatch(hub_id)
     assert match is not None
-    problem = f"{field}: no folder {hub_id!r} here, and as a hub id"
+    problem = f"no folder {hub_id!r} here, and as a hub id"
     try:
         folder = snapshot_download(
             match["repository"],
@@ -55,16 +55,16 @@ def snapshot(hub_id: str, source: Path | str, field: str, hint: str, on_progress
             tqdm_class=_reporter(hub_id, on_progress),
         )
     except GatedRepoError as error:
-        raise defect(source, f"{problem} it is gated", LOG_IN) from error
+        raise defect(where, f"{problem} it is gated", LOG_IN) from error
     except RevisionNotFoundError as error:
-        raise defect(source, f"{problem} it has no such revision", hint) from error
+        raise defect(where, f"{problem} it has no such revision", hint) from error
     except RepositoryNotFoundError as error:
-        raise defect(source, f"{problem} it does not exist, or not for your token", f"{hint}; {LOG_IN}") from error
+        raise defect(where, f"{problem} it does not exist, or not for your token", f"{hint}; {LOG_IN}") from error
     except LocalEntryNotFoundError as error:
         unreachable = "it is not in the local cache, and the hub cannot be reached or is switched off"
-        raise defect(source, f"{problem} {unreachable}", hint) from error
+        raise defect(where, f"{problem} {unreachable}", hint) from error
     except Exception as error:  # huggingface_hub passes on whatever its HTTP library of the day raises
-        raise defect(source, f"{problem} it could not be downloaded: {error}", hint) from error
+        raise defect(where, f"{problem} it could not be downloaded: {error}", hint) from error
     return Path(folder)
 
 

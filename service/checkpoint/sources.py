@@ -76,14 +76,14 @@ class Locator:
         if not folder.is_dir():
             if not is_hub_id(text):
                 raise defect(flag, f"expected a folder or a hub id, found {text!r}")
-            folder = snapshot(text, flag, text, "give a folder", self.on_progress)
+            folder = snapshot(text, flag, "give a folder", self.on_progress)
         self.root.trust(folder)
         return folder
 
     def _stated(self, text: str, source: Path, field_name: str, hint: str) -> Path:
         """A place that a file names: inside the checkpoint, or a hub id, or anywhere where that is allowed."""
         if not (self.root.path / text).is_dir() and is_hub_id(text):
-            folder = snapshot(text, source, field_name, hint, self.on_progress)
+            folder = snapshot(text, f"{source}: {field_name}", hint, self.on_progress)
             self.root.trust(folder)
             return folder
         return self.root.folder(text, source, field_name, hint)
@@ -92,5 +92,5 @@ class Locator:
 def locate_model(model: str | Path, on_progress: Callable[[str], None]) -> Path:
     """The folder of the whole checkpoint: `model` itself, or a hub repository."""
     if not Path(model).exists() and is_hub_id(str(model)):
-        return snapshot(str(model), "--model", str(model), "give a folder or owner/name[@revision]", on_progress)
+        return snapshot(str(model), "--model", "give a folder or owner/name[@revision]", on_progress)
     return Path(model)
