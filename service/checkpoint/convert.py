@@ -102,8 +102,9 @@ def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | N
     config = {**expert.config, "base_model_name_or_path": base}
     tensors: dict[str, torch.Tensor] = {}
     for site, weights in expert.weights.items():
+        pattern = "lora_embedding_{}" if weights.embedding else "lora_{}.weight"
         for side, tensor in (("A", weights.a), ("B", weights.b)):
-            tensors[f"base_model.model.{site}.lora_{side}.weight"] = tensor
+            tensors[f"base_model.model.{site}.{pattern.format(side)}"] = tensor
     write_adapter(folder, config, tensors, dtype)
 
 

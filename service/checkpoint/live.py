@@ -133,11 +133,18 @@ def _write_live_expert(
     check_adapter_config(config, SOURCE, Defects())
     tensors: dict[str, Tensor] = {}
     for site, module in layers.items():
+        prefix = f"base_model.model.{site}"
         if adapter in module.lora_A:
             _check_layer(site, module, adapter)
-            _fit_scale(config, site, module.scaling[adapter], module.lora_A[adapter].weight.shape[0])
-            tensors[f"base_model.model.{site}.lora_A.weight"] = module.lora_A[adapter].weight
-            tensors[f"base_model.model.{site}.lora_B.weight"] = module.lora_B[adapter].weight
+            tensors[f"{prefix}.lora_A.weight"] = a = module.lora_A[adapter].weight
+            tensors[f"{prefix}.lora_B.weight"] = module.lora_B[adapter].weight
+        elif adapter in module.lora_embedding_A:
+            _check_layer(site, module, adapter)
+            tensors[f"{prefix}.lora_embedding_A"] = a = module.lora_embedding_A[adapter]
+            tensors[f"{prefix}.lora_embedding_B"] = module.lora_embedding_B[adapter]
+        else:
+            continue
+        _fit_scale(config, site, module.scaling[adapter], a.shape[0])
     write_adapter(folder, config, tensors)
 
 
@@ -147,7 +154,8 @@ def _check_layer(site: str, module: Any, adapter: str) -> None:
         raise defect(SOURCE, f"{site}: expected adapters that are not merged", "call unmerge_adapter() first")
     if module.use_dora.get(adapter):
         raise defect(SOURCE, f"{site}: adapter {adapter!r} uses DoRA, which is not supported")
-    if module.lora_A[adapter].bias is not None or module.lora_B[adapter].bias is not None:
+    sides = [side[adapter] for side in (module.lora_A, module.lora_B) if adapter in side]
+    if any(side.bias is not None for side in sides):
         raise defect(SOURCE, f"{site}: adapter {adapter!r} has biases, which are not supported")
 
 

@@ -22,7 +22,10 @@ ATTENTION = "xlora_paged"
 
 # Arguments that decoders pass through and that do not change the result here: positions are already in the keys
 # (RoPE), and the KV cache is ours.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
+_HARMLESS = {
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"),
+    "output_router_logits",
+}
 
 
 def paged_attention(

@@ -28,6 +28,7 @@ class Gate:
         self._widths = [sum(site_ranks) for site_ranks in ranks]
         self._index = torch.tensor(index, device=device)  # int64 [sum of all ranks], into a flattened [S, E] row
         self._spread: list[Tensor] = []
+        self.logit_rows = torch.empty(0, dtype=torch.int64, device=device)  # int64 [L]: the rows that the head sees
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor | None, first_row: int) -> None:

@@ -26,7 +26,7 @@ from service.model.classifier import Classifier
 from service.model.experts import stack_experts
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.linear import XLoraLinear
+from service.model.targets import adapt, refusal
 
 
 class _HiddenStateTap(nn.Module):
@@ -81,11 +81,12 @@ class XLoraModel:
             device=self.device,
         )
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
+        head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
         for number, (site, stack) in enumerate(zip(self.sites, stacks, strict=True)):
             parent, _, name = site.rpartition(".")
-            linear = causal_lm.get_submodule(site)
-            assert isinstance(linear, nn.Linear)
-            setattr(causal_lm.get_submodule(parent), name, XLoraLinear(linear, stack, gate, number))
+            module = causal_lm.get_submodule(site)
+            adapted = adapt(module, stack, gate, number, is_head=module is head)
+            setattr(causal_lm.get_submodule(parent), name, adapted)
         return gate
 
     def kv_layout(self, block_size: int) -> KVLayout:
@@ -109,6 +110,7 @@ class XLoraModel:
         Real rows must have their scalings stored by an earlier forward.
         """
         self._set_gate(batch, kv_cache)
+        self.gate.logit_rows = batch.logit_rows
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
@@ -136,16 +138,17 @@ class XLoraModel:
 def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[str]:
     """The adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
 
-    Raises CheckpointError for a target that is not a plain nn.Linear of this decoder.
+    Raises CheckpointError for a target that experts cannot adapt in this decoder.
     """
-    targets = {site for expert in checkpoint.experts for site in expert.weights}
     modules = dict(causal_lm.named_modules())
-    for site in targets:
-        if not isinstance(modules.get(site), nn.Linear):
-            kind = type(modules[site]).__name__ if site in modules else "no module"
-            raise CheckpointError(
-                f"{checkpoint.path}: experts target {site}, which is {kind} in the base; only Linear is supported"
-            )
+    for expert in checkpoint.experts:
+        for site, weights in expert.weights.items():
+            if reason := refusal(modules.get(site), weights):
+                raise CheckpointError(
+                    f"{expert.folder}: the expert {expert.name!r} targets {site}, which is {reason} in the base",
+                    hint="supported: Linear, Conv1D and Embedding of the base that the expert was trained on",
+                )
+    targets = {site for expert in checkpoint.experts for site in expert.weights}
     if checkpoint.sites is not None:
         return list(checkpoint.sites)
     return [name for name in modules if name in targets]
