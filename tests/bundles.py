@@ -140,7 +140,7 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return fast
 
 
-_ALL_KV_HEADS = ("gpt2", "gpt_neox")  # one KV head per head
+_OWN_KV_HEADS = ("gpt2", "gpt_neox", "gpt_bigcode", "opt", "persimmon", "ctrl")  # say otherwise how many they have
 
 
 def make_base(
@@ -162,7 +162,7 @@ def make_base(
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        **({"num_key_value_heads": 2} if architecture not in _ALL_KV_HEADS else {}),
+        **({"num_key_value_heads": 2} if architecture not in _OWN_KV_HEADS else {}),
         "head_dim": hidden // 4,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": False,

@@ -24,6 +24,7 @@ from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.experts import stack_experts
+from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.targets import adapt, refusal
@@ -158,8 +159,11 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
     """Loads the base through transformers, in eval mode, with its attention routed to ours.
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
-    where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
+    where the family cannot be served exactly (family.py), or its RoPE depends on the longest row of a batch.
     """
+    skeleton = build_skeleton(checkpoint.base_path)
+    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
+    refuse_unsupported(skeleton, checkpoint.base_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.base_path,
         dtype=dtype,
@@ -173,7 +177,6 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
         if loading[defect]:
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
             raise CheckpointError(f"{checkpoint.base_path}: {defect.replace('_', ' ')} in the base's weights: {names}")
-    refuse_length_dependent_rope(causal_lm.config, str(checkpoint.base_path))
     causal_lm.set_attn_implementation(ATTENTION)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 

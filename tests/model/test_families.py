@@ -6,14 +6,19 @@ weights, multipliers) is in transformers' modules, and this is where we would no
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
+from service.errors import CheckpointError
+from service.model.family import build_skeleton, refuse_unsupported
 from service.model.two_pass import TwoPassModel
+from service.model.xlora_model import XLoraModel, load_model
 from tests.bundles import make_bundle
 from tests.engine.driver import Engines, greedy, run, words
 from tests.model.tiny import CPU, Tiny, assert_same
@@ -100,3 +105,54 @@ def test_greedy_tokens_and_scalings(tmp_path: Path, variant: str) -> None:
     assert spread.mean() > 0.1  # a gate that says the same everywhere would prove nothing
     plain = TwoPassModel(tiny.checkpoint, device=CPU, dtype=torch.float32)
     assert_same(plain.forward(text), (logits, scalings))  # what check --verify compares with
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "reason"),
+    [
+        ("bloom", {}, "its attention does not go through transformers' attention interface"),
+        ("mamba", {}, "its attention does not go through|layer 0 does not attend"),
+        ("gpt_oss", {"num_local_experts": 4}, "its attention uses s_aux"),
+        ("diffllama", {}, "layer 0 attends 2 times"),
+        ("nemotron", {"num_key_value_heads": 4}, "it does not pass keyword arguments on to its attention"),
+        ("deepseek_v3", {}, "layer 0 caches 4 heads with keys of 192 and values of 128"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "it has layers of the type conv"),
+        ("bert", {"is_decoder": False}, "looks ahead"),
+        ("opt", {"word_embed_proj_dim": 32}, "its head does not read the last hidden state of the whole decoder"),
+        ("t5", {}, "transformers knows no causal language model for it"),
+    ],
+)
+def test_families_that_cannot_be_served_exactly_are_refused_before_loading(
+    tmp_path: Path, architecture: str, config: dict[str, Any], reason: str
+) -> None:
+    """Only config.json is there: no weight has been read when the reason is given."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 64}
+    AutoConfig.for_model(architecture, **sizes, **config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=reason):
+        refuse_unsupported(build_skeleton(tmp_path), tmp_path)
+
+
+def test_refusal_ends_loading(tmp_path: Path) -> None:
+    checkpoint = Tiny(build(tmp_path / "bundle", "diffllama", targets=["q_proj"])).checkpoint
+    with pytest.raises(CheckpointError, match=r"config.json: this decoder family cannot be served exactly: layer 0"):
+        load_model(checkpoint, device=CPU, dtype=torch.float32)
+
+
+def test_targets_that_are_not_plain_modules_are_refused(tmp_path: Path) -> None:
+    """A subclass of Linear with a forward of its own, and an adapter of other sizes than the module."""
+    tiny = Tiny(build(tmp_path / "bundle", "llama", targets=["q_proj"]))
+
+    class Odd(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    base = copy.deepcopy(tiny.base(torch.float32))
+    base.model.layers[1].self_attn.q_proj = Odd(32, 32)
+    with pytest.raises(CheckpointError, match=r"'math' targets model.layers.1.self_attn.q_proj, which is Odd"):
+        XLoraModel(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
+    base.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)
+    with pytest.raises(CheckpointError, match=r"which is Linear of 32 x 64, not 32 x 32"):
+        XLoraModel(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
+    base.model.layers[1].self_attn.q_proj = torch.nn.Embedding(32, 32)
+    with pytest.raises(CheckpointError, match=r"which is Embedding, not what the adapter was made for"):
+        XLoraModel(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
