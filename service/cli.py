@@ -18,7 +18,7 @@ from service.errors import XLoraError
 from service.settings import Settings
 
 _ENGINE_FLAGS = (
-    *("model", "base", "expert", "ordering", "device", "dtype", "max_model_len", "max_num_seqs"),
+    *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
     *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "lookahead", "allow_outside", "log_level"),
 )
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")

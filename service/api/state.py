@@ -88,6 +88,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         threads=settings.threads,
         lookahead=settings.lookahead,
         allow_outside=settings.allow_outside,
+        quantization=settings.quantization,
         base=settings.base,
         experts=tuple(settings.expert),
         ordering=settings.ordering,

@@ -43,7 +43,9 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
         options.model, overrides=overrides, allow_outside=options.allow_outside, on_progress=on_progress
     )
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
+    model = load_model(
+        checkpoint, device=device, dtype=dtype, quantization=options.quantization, on_progress=on_progress
+    )
     return build_engine(model, checkpoint, options)
 
 

@@ -41,6 +41,28 @@ class XLoraEmbedding(nn.Module):
         return y
 
 
+class XLoraQuantised(nn.Module):
+    """The same as XLoraLinear over a module that computes W x + b itself, from weights of its own kind."""
+
+    def __init__(self, base: nn.Module, stack: ExpertStack, gate: Gate, site: int) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("lora_a", stack.a, persistent=False)  # [R, in]
+        self.register_buffer("lora_b_t", stack.b_t, persistent=False)  # [R, out]
+        self.gate = gate
+        self.site = site
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, T, in] -> [1, T, out]."""
+        y: Tensor = self.base(x)
+        gate = self.gate
+        if gate.active:
+            rows = x.view(-1, x.shape[-1])[gate.first_row :]
+            narrow = F.linear(rows, self.get_buffer("lora_a")) * gate.at(self.site)
+            y.view(-1, y.shape[-1])[gate.first_row :].addmm_(narrow, self.get_buffer("lora_b_t"))
+        return y
+
+
 class XLoraHead(nn.Module):
     """The same as XLoraLinear for the language model's head, which sees only the rows whose logits are wanted."""
 
@@ -70,10 +92,10 @@ def refusal(module: nn.Module | None, weights: LoraWeights) -> str | None:
         return "no module"
     if isinstance(module, nn.Embedding):
         shape = (module.num_embeddings, module.embedding_dim)
-    elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        shape = (module.in_features, module.out_features)
     elif isinstance(module, Conv1D):
         shape = (module.nx, module.nf)
+    elif is_plain_linear(module) or is_quantised(module):
+        shape = (module.in_features, module.out_features)  # type: ignore[assignment]
     else:
         return type(module).__name__
     if weights.embedding != isinstance(module, nn.Embedding):
@@ -88,9 +110,21 @@ def adapt(module: nn.Module, stack: ExpertStack, gate: Gate, site: int, *, is_he
     """The adapted module that takes the place of `module`; `is_head`: of the causal LM's output embedding."""
     if isinstance(module, nn.Embedding):
         return XLoraEmbedding(module, stack, gate, site)
+    if is_quantised(module):
+        return XLoraQuantised(module, stack, gate, site)
     if is_head:
         return XLoraHead(as_linear(module), stack, gate, site)
     return XLoraLinear(as_linear(module), stack, gate, site)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """A Linear whose forward is Linear's own, or a Conv1D."""
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """A linear that quantised.py has made."""
+    return hasattr(module, "packed") and hasattr(module, "in_features")
 
 
 def as_linear(module: nn.Module) -> nn.Linear:

@@ -27,6 +27,7 @@ from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.quantised import Quantization, quantise
 from service.model.targets import adapt, refusal
 
 
@@ -155,7 +156,9 @@ def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[st
     return [name for name in modules if name in targets]
 
 
-def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """Loads the base through transformers, in eval mode, with its attention routed to ours.
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
@@ -178,6 +181,8 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
             raise CheckpointError(f"{checkpoint.base_path}: {defect.replace('_', ' ')} in the base's weights: {names}")
     causal_lm.set_attn_implementation(ATTENTION)
+    if quantization is not None:
+        quantise(causal_lm, quantization, device)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -198,10 +203,11 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantization: Quantization | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
     on_progress(f"loading base model from {checkpoint.base_path}")
-    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype)
+    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype, quantization=quantization)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
     return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)
