@@ -91,11 +91,16 @@ LIVE: dict[str, dict[str, Any]] = {
     "depth 1": {"xlora": {"xlora_depth": 1}},
     "layerwise": {"xlora": {"xlora_depth": 3, "layerwise_scalings": True, "xlora_dropout_p": 0.0, "top_k_lora": 2}},
     "tied head": {"base_config": {"tie_word_embeddings": True}, "xlora": {"softmax_temperature": 0.5}},
+    "embeddings": {
+        "experts": ["a", "b", "c"],
+        "targets": ["embed_tokens", "q_proj"],
+        "xlora": {"layerwise_scalings": True},
+    },
     "qwen3": {"architecture": "qwen3", "xlora": {"enable_softmax": False, "global_scaling_weight": 0.4}},
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("case", LIVE)
 def test_export_is_exact(tmp_path: Path, case: str) -> None:
     """Through our model, the exported bundle has the logits and scalings of the model in memory."""
@@ -109,6 +114,8 @@ def test_export_is_exact(tmp_path: Path, case: str) -> None:
     assert list(checkpoint.sites or ()) == live.sites
     model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     assert_same(run_once(model, TOKENS), before)
+    assert main(["convert", str(target), str(tmp_path / "again")]) == 0
+    assert load_checkpoint(tmp_path / "again").weights_sha256 == checkpoint.weights_sha256
     assert_same(live.forward(TOKENS), before, tolerance=0)  # the live model stays as it was
 
 
