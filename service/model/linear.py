@@ -18,19 +18,27 @@ _MANY_ROWS = 64
 _LARGE_WEIGHT = 1 << 19
 
 
-class XLoraLinear(nn.Module):
+class AdaptedModule(nn.Module):
+    """A module of the base with the experts of one site. The gate is read, not owned: it belongs to the model, once."""
+
+    gate: Gate
+
+    def __init__(self, gate: Gate, site: int) -> None:
+        super().__init__()
+        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
+        self.site = site
+
+
+class XLoraLinear(AdaptedModule):
     """y = W x + b, and for the rows the gate is open for: + B_cat((A_cat x) * g). Inference only."""
 
     def __init__(self, base: nn.Linear, stack: ExpertStack, gate: Gate, site: int) -> None:
-        super().__init__()
+        super().__init__(gate, site)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         self.register_buffer("lora_a", stack.a, persistent=False)
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
-        self.gate: Gate
-        self.__dict__["gate"] = gate  # not a submodule: it belongs to the model, once
-        self.site = site
         on_cpu = base.weight.device.type == "cpu" and base.weight.dtype == torch.float32
         self._may_use_onednn = on_cpu and onednn_is_faster()
         self._always_uses_onednn = self._may_use_onednn and base.weight.numel() >= _LARGE_WEIGHT
