@@ -1,4 +1,4 @@
-"""GET / and /web/*: the inspector page, plain files of service/web. Knows headers; the page itself uses the public API only."""
+"""GET / and /web/*: the inspector page, plain files of service/web. Knows headers, and nothing about the page."""
 
 from __future__ import annotations
 

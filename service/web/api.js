@@ -45,10 +45,11 @@ export class Api {
    * One answer as JSON; a 401 asks the user for a key and tries again.
    * @param {string} path
    * @param {object} [body]  sent by POST where given
+   * @param {AbortSignal} [signal]
    * @returns {Promise<any>}
    */
-  async json(path, body) {
-    return (await this.#authorized(path, body ? post(body) : {})).json();
+  async json(path, body, signal) {
+    return (await this.#authorized(path, body ? { ...post(body), signal } : {})).json();
   }
 
   /**
@@ -66,7 +67,9 @@ export class Api {
     for await (const bytes of chunksOf(response.body)) {
       const parts = (pending + decoder.decode(bytes, { stream: true })).split("\n\n");
       pending = parts.pop() ?? "";
-      const events = parts.filter((part) => part !== "data: [DONE]").map((part) => JSON.parse(part.slice("data: ".length)));
+      const events = parts
+        .filter((part) => part !== "data: [DONE]")
+        .map((part) => JSON.parse(part.slice("data: ".length)));
       const failed = events.findIndex((event) => event.error);
       if (failed < 0) {
         yield events;

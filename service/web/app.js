@@ -17,7 +17,9 @@ const LOADING_MS = 1000;
 const byId = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const button = (/** @type {string} */ id) => /** @type {HTMLButtonElement} */ (byId(id));
 
-const api = new Api((refused) => askForKey(refused ? "The server did not accept this key." : "The server asks for a key."));
+const api = new Api((refused) =>
+  askForKey(refused ? "The server did not accept this key." : "The server asks for a key."),
+);
 const formElement = /** @type {HTMLFormElement} */ (byId("form"));
 const form = new RequestForm(formElement);
 /** @type {AbortController|null} */
@@ -39,7 +41,9 @@ async function describeModel() {
       return info.model;
     } catch (error) {
       const loading = error instanceof ApiError && [0, 503].includes(error.status);
-      say(loading ? `Waiting for the server: ${error.message}.` : `The model cannot be described: ${messageOf(error)}.`);
+      say(
+        loading ? `Waiting for the server: ${error.message}.` : `The model cannot be described: ${messageOf(error)}.`,
+      );
       if (!loading) return null;
       await new Promise((resolve) => setTimeout(resolve, LOADING_MS));
     }
@@ -56,10 +60,14 @@ async function run() {
   const views = requests.map(({ path, body, setting }, index) => {
     const name = setting ? describe(setting.read()) : "Scalings";
     const asked = path === "generate" ? { seed, ...body } : body;
-    return { setting, path, body: asked, view: new ResultView(requests.length > 1 ? `${"AB"[index]}: ${name}` : name, asked) };
+    return {
+      setting,
+      path,
+      body: asked,
+      view: new ResultView(requests.length > 1 ? `${"AB"[index]}: ${name}` : name, asked),
+    };
   });
-  byId("results").replaceChildren(...views.map(({ view }) => view.root));
-  byId("results").classList.toggle("comparing", views.length > 1);
+  showViews(views.map(({ view }) => view));
   form.mark(null, "");
   button("stop").disabled = false;
   button("run").disabled = true;
@@ -72,6 +80,14 @@ async function run() {
   say([...ends, views.length > 1 ? compare(views[0].view, views[1].view) : ""].filter(Boolean).join(" "));
 }
 
+/** @param {ResultView[]} views */
+function showViews(views) {
+  const results = byId("results");
+  results.replaceChildren(...views.map((view) => view.root));
+  results.classList.toggle("comparing", views.length > 1);
+  if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView(); // below the form on a narrow screen
+}
+
 /**
  * @param {{path: string, body: Record<string, any>, setting: Request["setting"], view: ResultView}} one
  * @param {AbortSignal} signal
@@ -79,7 +95,7 @@ async function run() {
  */
 async function runOne({ path, body, setting, view }, signal) {
   try {
-    if (path === "scalings") await showScalings(body, view);
+    if (path === "scalings") await showScalings(body, view, signal);
     else await stream(body, view, signal);
     return `${view.title}: ${view.text.rows.length} tokens.`;
   } catch (error) {
@@ -103,11 +119,13 @@ async function runOne({ path, body, setting, view }, signal) {
 async function stream(body, view, signal) {
   const started = performance.now();
   let reason = "";
+  let complete = false;
   for await (const events of api.events("generate", { ...body, stream: true }, signal)) {
     for (const { tokens, scalings, finish_reason, usage } of events) {
       if (tokens) view.push(tokens, scalings);
       reason = finish_reason ?? reason;
       if (!usage) continue;
+      complete = true;
       view.answer = { seed: body.seed, finish_reason: reason, usage };
       const seconds = (performance.now() - started) / 1000;
       const { hits, misses } = usage.lookahead;
@@ -118,14 +136,16 @@ async function stream(body, view, signal) {
       );
     }
   }
+  if (!complete) throw new ApiError(0, { message: "the answer broke off before its end" });
 }
 
 /**
  * @param {Record<string, any>} body
  * @param {ResultView} view
+ * @param {AbortSignal} signal
  */
-async function showScalings(body, view) {
-  const answer = await api.json("scalings", body);
+async function showScalings(body, view, signal) {
+  const answer = await api.json("scalings", body, signal);
   view.answer = { usage: answer.usage };
   view.push(answer.tokens, answer.scalings);
   view.summarize(`${answer.tokens.length} tokens, nothing generated`);
@@ -144,7 +164,7 @@ function compare(first, second) {
   const at = parts.findIndex((_, index) => ours[index] !== theirs[index]);
   if (at < 0) return "Both wrote the same.";
   for (const view of [first, second]) view.markDivergence(at);
-  return at ? `The same for ${at} tokens, then they part (outlined).` : "They differ from the first token on.";
+  return at ? `The same for ${at} tokens, then they part (marked).` : "They differ from the first token on.";
 }
 
 /** @param {unknown} error */
@@ -157,7 +177,9 @@ function messageOf(error) {
  * @param {typeof asCurl} write
  */
 function snippet(title, write) {
-  const calls = form.requests().map(({ path, body }) => ({ url: new URL(path, document.baseURI).href, body, withKey: api.key !== "" }));
+  const calls = form
+    .requests()
+    .map(({ path, body }) => ({ url: new URL(path, document.baseURI).href, body, withKey: api.key !== "" }));
   return showSnippet(title, calls.map(write).join("\n"));
 }
 

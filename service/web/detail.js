@@ -11,7 +11,9 @@ import { colourOf } from "./palette.js";
  */
 export function showDetail(host, row, { index, experts, maxEntropy, scale }) {
   if (!row) {
-    host.replaceChildren(paragraph("hint", "Point at a token, or move to one with the arrow keys. Click or Enter shows its sites."));
+    host.replaceChildren(
+      paragraph("hint", "Point at a token, or move to one with the arrow keys. Click or Enter shows its sites."),
+    );
     return;
   }
   const heading = document.createElement("h3");
@@ -51,7 +53,12 @@ function facts({ token, entropy }, maxEntropy) {
     [term.textContent, definition.textContent] = [name, value];
     list.append(term, definition);
   };
-  add("entropy", entropy === null ? "none: no expert acts" : `${entropy.toFixed(3)} nats, ${percent(entropy / maxEntropy)} of the most`);
+  add(
+    "entropy",
+    entropy === null
+      ? "none: no expert acts"
+      : `${entropy.toFixed(3)} nats, ${percent(entropy / maxEntropy)} of the most`,
+  );
   if (token.logprob !== undefined) add("logprob", `${token.logprob.toFixed(3)}, ${percent(Math.exp(token.logprob))}`);
   add("id", String(token.id));
   return list;
@@ -66,7 +73,9 @@ function bars(label, entries) {
   list.className = "bars";
   list.setAttribute("aria-label", label);
   for (const { name, value, share, colour } of entries) {
-    const [item, title, track, fill, number] = ["li", "span", "span", "span", "span"].map((tag) => document.createElement(tag));
+    const [item, title, track, fill, number] = ["li", "span", "span", "span", "span"].map((tag) =>
+      document.createElement(tag),
+    );
     [title.className, track.className, fill.className, number.className] = ["name", "track", "fill", "number"];
     [title.textContent, title.title, number.textContent] = [name, name, value];
     fill.style.width = `${Math.min(share, 1) * 100}%`;

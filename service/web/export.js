@@ -19,13 +19,16 @@ const MARGIN = 16;
  */
 export function asJson(text, about) {
   const { experts, sites, rows } = text;
-  const full = rows.map((row) => row.full && sites.map((_, site) => [...row.full.subarray(site * experts.length, (site + 1) * experts.length)]));
+  const size = experts.length;
+  const full = rows.map(
+    ({ full }) => full && sites.map((_, site) => [...full.subarray(site * size, (site + 1) * size)]),
+  );
   const scalings = {
     experts,
     sites,
     mean: rows.map((row) => row.weights),
     entropy: rows.map((row) => row.entropy),
-    ...(rows.every((row) => row.full) ? { full } : {}),
+    ...(full.every(Boolean) ? { full } : {}),
   };
   const document = { ...about, tokens: rows.map((row) => row.token), scalings };
   return new Blob([JSON.stringify(document)], { type: "application/json" });

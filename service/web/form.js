@@ -117,7 +117,9 @@ export class RequestForm {
     for (const control of this.#controls()) control.removeAttribute("aria-invalid");
     if (!param) return;
     const own = `${prefix}.${param.startsWith("experts") ? "experts" : param}`;
-    const refused = this.#controls().find((control) => [param, own].includes(control.name) && !control.closest("[hidden]"));
+    const refused = this.#controls().find(
+      (control) => [param, own].includes(control.name) && !control.closest("[hidden]"),
+    );
     if (!refused) return;
     refused.setAttribute("aria-invalid", "true");
     reveal(refused);
@@ -128,7 +130,8 @@ export class RequestForm {
     const parts = new URLSearchParams();
     if (this.tab !== "generate") parts.append("tab", this.tab);
     for (const control of this.#controls()) {
-      if (isBox(control) ? control.checked : control.value !== defaultOf(control)) parts.append(control.name, control.value);
+      if (isBox(control) ? control.checked : control.value !== defaultOf(control))
+        parts.append(control.name, control.value);
     }
     return parts.toString();
   }

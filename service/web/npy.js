@@ -15,7 +15,10 @@ export function decodeNpy(base64) {
   }
   const shape = /'shape': \(([^)]*)\)/.exec(header)?.[1] ?? "";
   return {
-    shape: shape.split(",").filter((part) => part.trim()).map(Number),
+    shape: shape
+      .split(",")
+      .filter((part) => part.trim())
+      .map(Number),
     data: new Float32Array(bytes.buffer.slice(start + length)),
   };
 }

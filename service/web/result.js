@@ -36,7 +36,12 @@ export class ResultView {
     this.picked = null;
     this.#part("h2").textContent = title;
     this.root.setAttribute("aria-label", title);
-    this.#build();
+    this.tokens = this.#makeTokens();
+    this.map = this.#makeMap();
+    this.sites = this.#makeSites();
+    for (const button of this.root.querySelectorAll("[data-export]")) {
+      button.addEventListener("click", () => this.#export(/** @type {HTMLElement} */ (button).dataset.export ?? ""));
+    }
     this.#activate(null);
   }
 
@@ -56,7 +61,10 @@ export class ResultView {
     this.tokens.append(this.text.rows.slice(this.shown), this.text.experts);
     this.shown = this.text.rows.length;
     this.#showLegend();
-    if (this.shown) this.map.show(this.#tokenMap());
+    if (!this.shown) return;
+    this.map.show(this.#tokenMap());
+    this.#part(".map .hint").textContent =
+      `above, the entropy from 0 to ${this.text.maxEntropy.toFixed(2)} nats; below, the weight of each expert`;
   }
 
   /** @param {string} summary  in the header, beside the title */
@@ -80,28 +88,34 @@ export class ResultView {
     this.tokens.markDivergence(index);
   }
 
-  #build() {
-    this.tokens = new TokenList(this.#part(".text"), {
+  #makeTokens() {
+    return new TokenList(this.#part(".text"), {
       onHover: (index) => this.#activate(index),
       onFocus: (index) => this.#activate(index),
       onPick: (index) => this.#pick(index),
     });
-    this.map = new HeatMap(this.#part(".map .chart"), "Tokens by experts", {
+  }
+
+  #makeMap() {
+    return new HeatMap(this.#part(".map .chart"), "Tokens by experts", {
       onHover: (index) => this.#activate(index),
       onPick: (index) => this.#pick(index),
       onMove: (by) => this.#move(by),
     });
-    this.sites = new HeatMap(this.#part(".sites .chart"), "Sites by experts", {
-      onHover: (site) => this.#readSite(site),
-      onPick: (site) => this.#readSite(site),
-      onMove: (by) => this.#readSite(Math.min(Math.max((this.sites.marked[0] ?? -by) + by, 0), this.text.sites.length - 1)),
-    });
-    this.#part(".sites").addEventListener("keydown", (event) => {
+  }
+
+  #makeSites() {
+    const figure = this.#part(".sites");
+    figure.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.picked !== null) this.tokens.move(this.picked, { focus: true });
     });
-    for (const button of this.root.querySelectorAll("[data-export]")) {
-      button.addEventListener("click", () => this.#export(/** @type {HTMLElement} */ (button).dataset.export ?? ""));
-    }
+    /** @type {HeatMap} */
+    const map = new HeatMap(this.#part(".sites .chart"), "Sites by experts", {
+      onHover: (site) => this.#readSite(site),
+      onPick: (site) => this.#readSite(site),
+      onMove: (by) => this.#readSite(Math.min(Math.max((map.marked[0] ?? 0) + by, 0), this.text.sites.length - 1)),
+    });
+    return map;
   }
 
   /** @param {number|null} index  null shows the picked token again */
@@ -111,7 +125,7 @@ export class ResultView {
     const { experts, maxEntropy, maxWeight, rows } = this.text;
     const row = shown === null ? null : rows[shown];
     showDetail(this.#part(".detail"), row, { index: shown ?? 0, experts, maxEntropy, scale: maxWeight });
-    this.map?.mark(index, this.picked);
+    this.map.mark(index, this.picked);
   }
 
   /** @param {number} by */
@@ -204,7 +218,12 @@ export class ResultView {
     const map = /** @type {HTMLElement} */ (this.map.canvas);
     const look = { title: this.title, inks: inksOf(map), background: getComputedStyle(this.root).backgroundColor };
     const { text, request, answer } = this;
-    const blob = format === "json" ? asJson(text, { request, answer }) : format === "csv" ? asCsv(text) : await asPng(this.#tokenMap(), look);
+    const blob =
+      format === "json"
+        ? asJson(text, { request, answer })
+        : format === "csv"
+          ? asCsv(text)
+          : await asPng(this.#tokenMap(), look);
     save(blob, `xlora-${this.title.toLowerCase().replace(/[^a-z0-9]+/g, "-")}.${format}`);
   }
 

@@ -29,7 +29,9 @@ export class Setting {
    */
   setExperts(experts) {
     const [boxes, weights] = this.#dependent();
-    boxes.replaceChildren(...experts.map((expert) => this.#labelled(expert, "checkbox", `${this.prefix}.chosen`, expert.name)));
+    boxes.replaceChildren(
+      ...experts.map((expert) => this.#labelled(expert, "checkbox", `${this.prefix}.chosen`, expert.name)),
+    );
     weights.replaceChildren(
       ...experts.map((expert) => this.#labelled(expert, "number", `${this.prefix}.weight.${expert.name}`, "")),
     );

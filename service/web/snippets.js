@@ -53,6 +53,8 @@ function python(value, indent) {
   if (value === null) return "None";
   if (Array.isArray(value)) return `[${value.map((item) => python(item, inner)).join(", ")}]`;
   if (typeof value !== "object") return JSON.stringify(value);
-  const entries = Object.entries(value ?? {}).map(([key, item]) => `${inner}${JSON.stringify(key)}: ${python(item, inner)},\n`);
+  const entries = Object.entries(value ?? {}).map(
+    ([key, item]) => `${inner}${JSON.stringify(key)}: ${python(item, inner)},\n`,
+  );
   return entries.length ? `{\n${entries.join("")}${indent}}` : "{}";
 }

@@ -155,7 +155,9 @@ export class TokenList {
       if (offsetTop === from.offsetTop) continue;
       line ??= offsetTop;
       if (offsetTop !== line) break;
-      const better = best === this.current || Math.abs(offsetLeft - from.offsetLeft) < Math.abs(this.items[best].offsetLeft - from.offsetLeft);
+      const better =
+        best === this.current ||
+        Math.abs(offsetLeft - from.offsetLeft) < Math.abs(this.items[best].offsetLeft - from.offsetLeft);
       if (better) best = index;
     }
     return best;
@@ -167,7 +169,7 @@ export class TokenList {
  * @returns {string} what a screen reader can say
  */
 function spoken(text) {
-  if (text === "") return "part of a character";
+  if (text === "") return "no text";
   if (/^\n+$/.test(text)) return "line break";
   return text.trim() || "space";
 }
