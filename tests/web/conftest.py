@@ -22,7 +22,11 @@ ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
+SECONDS = 20
 SWITCHING_PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n"
+
+
+expect.set_options(timeout=SECONDS * 1000)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +50,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, demo_server: Server) -> Iterator[Page]:
     """An empty tab. The test fails on an error of a script or of the content security policy."""
     context = browser.new_context(viewport={"width": 1440, "height": 900}, color_scheme="light")
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(SECONDS * 1000)
     page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -60,6 +64,15 @@ def page(browser: Browser, demo_server: Server) -> Iterator[Page]:
 def inspector(page: Page, demo_server: Server) -> Page:
     """The page, ready for input."""
     return open_inspector(page, demo_server)
+
+
+def copied(page: Page, button: str) -> str:
+    """What a copy button shows; closes the dialog."""
+    page.get_by_role("button", name=button).click()
+    text = page.locator("#snippet-text").input_value()
+    page.keyboard.press("Escape")
+    expect(page.locator("#snippet-dialog")).to_be_hidden()
+    return text
 
 
 def open_inspector(page: Page, running: Server, fragment: str = "") -> Page:

@@ -8,7 +8,7 @@ import time
 from playwright.sync_api import Page, Route, expect
 
 from tests.server_process import Server
-from tests.web.conftest import open_inspector, run
+from tests.web.conftest import copied, open_inspector, run
 
 REFUSED = {"message": "a valid key is needed", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
 
@@ -28,6 +28,7 @@ def test_stop_stops_the_server(inspector: Page, demo_server: Server) -> None:
     shown = inspector.locator(".token").count()
     expect(inspector.locator(".summary")).to_have_text(f"stopped after {shown} tokens")
     assert 5 < shown < 4000
+    inspector.fill("[name=max_tokens]", "5")
     run(inspector)  # and it can go on
     expect(inspector.locator(".summary")).to_contain_text("ended by")
 
@@ -120,14 +121,13 @@ def test_key_is_asked_for_and_sent(page: Page, demo_server: Server) -> None:
     expect(page.locator("#model")).to_have_text("demo")
     run(page)
     assert page.locator(".token").count() > 0
-    page.get_by_role("button", name="Copy as curl").click()
-    snippet = page.locator("#snippet-text").input_value()
+    snippet = copied(page, "Copy as curl")
     assert "Bearer $XLORA_API_KEY" in snippet
     assert "correct horse" not in snippet
-    open_inspector(page, demo_server, page.url[page.url.index("#") :])
     assert "correct" not in page.url
-    run(page)
-    assert page.locator(".token").count() > 0
+    page.reload()
+    expect(page.locator("#model")).to_have_text("demo")
+    expect(dialog).to_be_hidden()
 
 
 def test_without_a_key_the_error_is_shown(page: Page, demo_server: Server) -> None:
@@ -146,7 +146,12 @@ def test_loading_is_waited_for(page: Page, demo_server: Server) -> None:
 
     def load(route: Route) -> None:
         if answers:
-            error = {"message": "the model is still loading", "type": "server_error", "param": None, "code": "unavailable"}
+            error = {
+                "message": "the model is still loading",
+                "type": "server_error",
+                "param": None,
+                "code": "unavailable",
+            }
             route.fulfill(status=answers.pop(), json={"error": error})
         else:
             route.continue_()

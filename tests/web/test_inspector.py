@@ -15,12 +15,18 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from tests.server_process import Server
-from tests.web.conftest import SWITCHING_PROMPT, exported, exported_json, leaders, open_inspector, run
+from tests.web.conftest import SWITCHING_PROMPT, copied, exported, exported_json, leaders, open_inspector, run
 
 SWITCHING = {"prompt": SWITCHING_PROMPT, "temperature": 0, "logprobs": 5, "return_scalings": "full"}
 LEGEND_COLOURS = """items => Object.fromEntries(items.map(item => [
     item.firstChild.nextSibling.textContent.trim(), item.firstChild.style.getPropertyValue('--colour')]))"""
 TOKEN_COLOURS = "tokens => tokens.map(token => token.style.getPropertyValue('--colour'))"
+
+
+def shares_of(page: Page) -> dict[str, int]:
+    """The legend: percent of the tokens that each expert leads."""
+    entries = [entry.split() for entry in page.locator(".legend li").all_inner_texts()]
+    return {name: int(percent) for name, percent, *_ in entries}
 
 
 @pytest.fixture
@@ -56,11 +62,9 @@ def test_colours_change_where_the_domain_does(written: Page) -> None:
 
 def test_legend_has_the_shares(written: Page) -> None:
     led = leaders(exported_json(written))
-    shares = dict(zip(*[iter(written.locator(".legend").inner_text().split())] * 5, strict=False))
-    entries = [entry.split() for entry in written.locator(".legend li").all_inner_texts()]
-    assert shares.keys() <= {"math", "code", "bio", "tales"}
-    for name, percent, *_ in entries:
-        assert abs(int(percent) - 100 * led.count(name) / len(led)) <= 0.5
+    shares = shares_of(written)
+    assert list(shares) == ["math", "code", "bio", "tales"]
+    assert all(abs(share - 100 * led.count(name) / len(led)) <= 0.5 for name, share in shares.items())
 
 
 def test_pointing_at_a_token_shows_its_weights(written: Page) -> None:
@@ -91,7 +95,9 @@ def test_keyboard_alone(inspector: Page) -> None:
     inspector.keyboard.press("ArrowDown")
     first_line = tokens.nth(0).bounding_box()
     second_line = inspector.locator(".token:focus").bounding_box()
-    assert first_line and second_line and second_line["y"] > first_line["y"]
+    assert first_line
+    assert second_line
+    assert second_line["y"] > first_line["y"]
     inspector.keyboard.press("End")
     last = tokens.count() - 1
     expect(tokens.nth(last)).to_be_focused()
@@ -116,24 +122,19 @@ def test_click_shows_the_sites(written: Page) -> None:
     assert shown == {name: f"{weight:.3f}" for name, weight in expected.items()}
 
 
-def _colour_at(page: Page, selector: str, x: float, y: float) -> tuple[int, ...]:
-    """The colour of a canvas at a point, in CSS pixels from its corner."""
-    script = "(canvas, [x, y]) => [...canvas.getContext('2d').getImageData(x, y, 1, 1).data]"
-    return tuple(page.locator(selector).evaluate(script, [x * 1.0, y * 1.0]))
-
-
 def test_heat_map_has_the_weights(written: Page) -> None:
     """The row of the leader is opaque in its colour, and the column under the pointer is the token it stands for."""
     document = exported_json(written)
-    canvas = ".map:not(.sites) canvas"
-    box = written.locator(canvas).bounding_box()
+    canvas = written.locator(".map:not(.sites) canvas")
+    drawn = canvas.evaluate("canvas => canvas.toDataURL('image/png').split(',')[1]")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn))).convert("RGBA")).astype(int)
+    box = canvas.bounding_box()
     assert box is not None
     cell = min(18, box["width"] / len(document["tokens"]))
     for token, row in ((5, 0), (40, 2)):  # math, bio
-        red, green, blue, alpha = _colour_at(written, canvas, (token + 0.4) * cell, 54 + 20 * row + 8)
-        weight = document["scalings"]["mean"][token][row]
-        assert abs(alpha / 255 - weight) < 0.02
-        assert (red, green, blue) == {0: (0x00, 0x72, 0xB2), 2: (0x00, 0x9E, 0x73)}[row]
+        *colour, alpha = pixels[54 + 20 * row + 8, int((token + 0.4) * cell)]
+        assert abs(alpha / 255 - document["scalings"]["mean"][token][row]) < 0.02
+        assert np.allclose(colour, {0: (0x00, 0x72, 0xB2), 2: (0x00, 0x9E, 0x73)}[row], atol=2)
     written.mouse.move(box["x"] + 40.4 * cell, box["y"] + 70)
     expect(written.locator(".detail h3")).to_contain_text("Token 40 ")
 
@@ -167,8 +168,7 @@ def test_a_link_carries_the_settings(inspector: Page, demo_server: Server) -> No
     inspector.check("[name=compare]")
     inspector.select_option("[name='b.experts']", "exclude")
     inspector.check("[name='b.chosen'][value=bio]")
-    inspector.get_by_role("button", name="Copy link").click()
-    link = inspector.locator("#snippet-text").input_value()
+    link = copied(inspector, "Copy link")
     values = "form => [...new FormData(form)]"
     before = inspector.locator("#form").evaluate(values)
     inspector.goto("about:blank")
@@ -187,8 +187,7 @@ def test_copied_request_gives_the_same_text(written: Page, name: str) -> None:
     written.fill("[name=stop]", "'")
     written.check("[name=ignore_eos]")
     run(written)
-    written.get_by_role("button", name=f"Copy as {name}").click()
-    snippet = written.locator("#snippet-text").input_value()
+    snippet = copied(written, f"Copy as {name}")
     command = ["bash", "-c", snippet] if name == "curl" else [sys.executable, "-c", snippet]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     output = answer["outputs"][0]
@@ -198,7 +197,7 @@ def test_copied_request_gives_the_same_text(written: Page, name: str) -> None:
 
 def test_scalings_of_a_text(inspector: Page, demo_server: Server) -> None:
     """Nothing is generated; the colours follow the text's own domains."""
-    text = "Compute 48 + 87.\nOnes: 8+7=15, carry 1.\n    result = lines[-17:]\n    return result"
+    text = "Compute 48 + 87.\nOnes: 8+7=15, carry 1.\ndef last_17(lines: list) -> list:\n    result = lines[-17:]\n"
     inspector.get_by_role("tab", name="Scalings").click()
     inspector.fill("[name=text]", text)
     run(inspector, "Show scalings")
@@ -206,7 +205,7 @@ def test_scalings_of_a_text(inspector: Page, demo_server: Server) -> None:
     document = exported_json(inspector)
     assert document["tokens"] == answer["tokens"]
     assert np.allclose(document["scalings"]["mean"], answer["scalings"]["mean"], atol=1e-4)
-    shares = {entry.split()[0]: int(entry.split()[1]) for entry in inspector.locator(".legend li").all_inner_texts()}
+    shares = shares_of(inspector)
     assert all(abs(shares[name] - 100 * share) <= 0.5 for name, share in answer["top1"].items())
     assert shares["math"] > 20 < shares["code"]
 

@@ -75,7 +75,10 @@ def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
     marked = inspector.locator(".diverges").evaluate_all("tokens => tokens.map(token => Number(token.dataset.index))")
     assert marked == [parted, parted]
     left, right = (inspector.locator(".result").nth(index).bounding_box() for index in (0, 1))
-    assert left and right and left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+    assert left
+    assert right
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] <= right["x"]
 
 
 def test_rows_without_experts_are_neutral(inspector: Page) -> None:
@@ -86,7 +89,7 @@ def test_rows_without_experts_are_neutral(inspector: Page) -> None:
     }
     event["scalings"] |= {"mean": [[0, 0]], "entropy": [None]}
     usage = {"completion_tokens": 1, "forward_passes": 1, "lookahead": {"hits": 0, "misses": 0}}
-    body = f'data: {json.dumps(event)}\n\ndata: {json.dumps({"id": "gen-1", "usage": usage})}\n\ndata: [DONE]\n\n'
+    body = f"data: {json.dumps(event)}\n\ndata: {json.dumps({'id': 'gen-1', 'usage': usage})}\n\ndata: [DONE]\n\n"
     inspector.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     run(inspector)
     expect(inspector.locator(".legend li").last).to_contain_text("no expert 100 %")
