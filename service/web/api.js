@@ -53,7 +53,7 @@ export class Api {
   }
 
   /**
-   * The events of a streamed answer, in batches as they arrive. Aborting the signal stops the computation on the server.
+   * The events of a streamed answer, in batches as they arrive. Aborting the signal stops the server's work as well.
    * @param {string} path
    * @param {object} body
    * @param {AbortSignal} signal

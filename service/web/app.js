@@ -85,7 +85,7 @@ function showViews(views) {
   const results = byId("results");
   results.replaceChildren(...views.map((view) => view.root));
   results.classList.toggle("comparing", views.length > 1);
-  if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView(); // below the form on a narrow screen
+  if (results.getBoundingClientRect().top > innerHeight / 2) results.scrollIntoView(); // narrow screen
 }
 
 /**

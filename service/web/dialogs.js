@@ -26,7 +26,7 @@ export function askForKey(reason) {
 }
 
 /**
- * Copies a text, and shows it: where the page may not write to the clipboard (plain http), it is selected for the user to copy.
+ * Copies a text, and shows it: where the page may not write to the clipboard (plain http), the user copies it.
  * @param {string} title
  * @param {string} text
  */

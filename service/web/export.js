@@ -9,8 +9,9 @@ import { colourOf } from "./palette.js";
  * @typedef {import("./heatmap.js").Inks} Inks
  */
 
-const WIDEST_PICTURE = 16000; // pixels; browsers refuse larger canvases
-const MARGIN = 16;
+// Of the picture, in CSS pixels; RATIO real ones each. Browsers refuse canvases with sides over LARGEST real pixels.
+const [RATIO, LARGEST] = [2, 16000];
+const [CELL, COLUMNS, MARGIN, HEAD, LINE_GAP, LEAST_WIDTH] = [12, 100, 16, 48, 14, 480];
 
 /**
  * @param {GatedText} text
@@ -60,29 +61,34 @@ function quote(cell) {
 }
 
 /**
- * The whole map, whatever part of it the page shows.
+ * The whole map, whatever part of it the page shows, in lines like a text.
  * @param {MapData} data
  * @param {{title: string, inks: Inks, background: string}} look
  * @returns {Promise<Blob>}
  */
 export async function asPng(data, { title, inks, background }) {
-  const ratio = 2;
-  const cell = Math.min(12, WIDEST_PICTURE / ratio / Math.max(data.columns, 1));
-  const head = 48;
+  const line = heightOf(data) + LINE_GAP;
+  const mostLines = Math.floor((LARGEST / RATIO - HEAD - 2 * MARGIN) / line);
+  const perLine = Math.max(COLUMNS, Math.ceil(data.columns / mostLines));
+  const lines = Math.ceil(data.columns / perLine);
+  const width = Math.max(Math.min(perLine, data.columns) * CELL, LEAST_WIDTH);
   const canvas = document.createElement("canvas");
-  canvas.width = (Math.max(data.columns * cell, 480) + 2 * MARGIN) * ratio;
-  canvas.height = (head + heightOf(data) + 2 * MARGIN) * ratio;
+  canvas.width = (width + 2 * MARGIN) * RATIO;
+  canvas.height = (HEAD + lines * line + 2 * MARGIN) * RATIO;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
-  context.scale(ratio, ratio);
   context.fillStyle = background;
   context.fillRect(0, 0, canvas.width, canvas.height);
+  context.scale(RATIO, RATIO);
   context.translate(MARGIN, MARGIN);
   context.fillStyle = inks.ink;
   context.font = "600 14px system-ui, sans-serif";
   context.fillText(title, 0, 12);
   drawLegend(context, data.experts, inks);
-  context.translate(0, head);
-  drawMap(context, data, { first: 0, last: data.columns, cell, inks });
+  context.translate(0, HEAD);
+  for (let first = 0; first < data.columns; first += perLine) {
+    drawMap(context, data, { first, last: Math.min(first + perLine, data.columns), cell: CELL, inks });
+    context.translate(0, line);
+  }
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   if (!blob) throw new Error("the browser could not make the picture");
   return blob;

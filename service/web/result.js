@@ -1,4 +1,4 @@
-/** One result: the coloured text, its legend, details and maps. What arrives is shown with the next frame, in one go. */
+/** One result: the coloured text, its legend, details and maps. What arrives is shown with the next frame. */
 
 import { showDetail } from "./detail.js";
 import { asCsv, asJson, asPng, save } from "./export.js";
