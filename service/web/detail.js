@@ -5,17 +5,12 @@ import { colourOf } from "./palette.js";
 /** @typedef {import("./gate.js").Row} Row */
 
 /**
+ * Every token of a text takes the same height, so that what is below stays where it is under a moving pointer.
  * @param {HTMLElement} host
- * @param {Row|null} row
+ * @param {Row} row
  * @param {{index: number, experts: string[], maxEntropy: number, scale: number}} context
  */
 export function showDetail(host, row, { index, experts, maxEntropy, scale }) {
-  if (!row) {
-    host.replaceChildren(
-      paragraph("hint", "Point at a token, or move to one with the arrow keys. Click or Enter shows its sites."),
-    );
-    return;
-  }
   const heading = document.createElement("h3");
   const code = document.createElement("code");
   code.textContent = JSON.stringify(row.token.text);
@@ -39,6 +34,10 @@ export function showDetail(host, row, { index, experts, maxEntropy, scale }) {
     }));
     host.append(title, bars("Most likely tokens", list));
   }
+  const hint = document.createElement("p");
+  hint.className = "hint";
+  hint.textContent = "Point at a token, or use the arrow keys. Click or Enter shows its sites.";
+  host.append(hint);
 }
 
 /**
@@ -55,11 +54,9 @@ function facts({ token, entropy }, maxEntropy) {
   };
   add(
     "entropy",
-    entropy === null
-      ? "none: no expert acts"
-      : `${entropy.toFixed(3)} nats, ${percent(entropy / maxEntropy)} of the most`,
+    entropy === null ? "none: no expert acts" : `${entropy.toFixed(3)} nats (${percent(entropy / maxEntropy)})`,
   );
-  if (token.logprob !== undefined) add("logprob", `${token.logprob.toFixed(3)}, ${percent(Math.exp(token.logprob))}`);
+  if (token.logprob !== undefined) add("logprob", `${token.logprob.toFixed(3)} (${percent(Math.exp(token.logprob))})`);
   add("id", String(token.id));
   return list;
 }
@@ -90,15 +87,4 @@ function bars(label, entries) {
 /** @param {number} share */
 function percent(share) {
   return `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
-}
-
-/**
- * @param {string} className
- * @param {string} text
- */
-function paragraph(className, text) {
-  const element = document.createElement("p");
-  element.className = className;
-  element.textContent = text;
-  return element;
 }

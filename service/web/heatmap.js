@@ -186,7 +186,7 @@ export class HeatMap {
     this.marked.forEach((column, index) => {
       if (column === null) return;
       context.lineWidth = index + 1;
-      context.strokeRect((column - first) * cell - 0.5, 0.5, cell, height - AXIS);
+      context.strokeRect((column - first) * cell + 0.5, 0.5, cell - 1, height - AXIS);
     });
   }
 

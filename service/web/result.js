@@ -34,6 +34,7 @@ export class ResultView {
     this.active = null;
     /** @type {number|null} */
     this.picked = null;
+    this.detailed = 0; // the token whose details are in the page
     this.#part("h2").textContent = title;
     this.root.setAttribute("aria-label", title);
     this.tokens = this.#makeTokens();
@@ -42,7 +43,6 @@ export class ResultView {
     for (const button of this.root.querySelectorAll("[data-export]")) {
       button.addEventListener("click", () => this.#export(/** @type {HTMLElement} */ (button).dataset.export ?? ""));
     }
-    this.#activate(null);
   }
 
   /**
@@ -59,9 +59,11 @@ export class ResultView {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     this.tokens.append(this.text.rows.slice(this.shown), this.text.experts);
+    const first = this.shown === 0;
     this.shown = this.text.rows.length;
     this.#showLegend();
     if (!this.shown) return;
+    if (first) this.#activate(null);
     this.map.show(this.#tokenMap());
     this.#part(".map .hint").textContent =
       `above, the entropy from 0 to ${this.text.maxEntropy.toFixed(2)} nats; below, the weight of each expert`;
@@ -118,13 +120,13 @@ export class ResultView {
     return map;
   }
 
-  /** @param {number|null} index  null shows the picked token again */
+  /** @param {number|null} index  null shows the picked token again, or else the last one */
   #activate(index) {
     this.active = index;
-    const shown = index ?? this.picked;
+    this.detailed = index ?? this.picked ?? this.detailed;
     const { experts, maxEntropy, maxWeight, rows } = this.text;
-    const row = shown === null ? null : rows[shown];
-    showDetail(this.#part(".detail"), row, { index: shown ?? 0, experts, maxEntropy, scale: maxWeight });
+    const context = { index: this.detailed, experts, maxEntropy, scale: maxWeight };
+    if (this.shown) showDetail(this.#part(".detail"), rows[this.detailed], context);
     this.map.mark(index, this.picked);
   }
 
