@@ -83,6 +83,8 @@ class Engine:
                 code="context_length_exceeded",
                 hint="shorten the prompt or lower max_tokens",
             )
+        if request.sampling is not None and request.sampling.prompt_logprobs is not None:
+            raise InvalidRequestError("logprobs of the prompt's tokens are not computed yet", code="unsupported")
         streams = 1 if request.sampling is None else 2
         needed = streams * self.blocks.blocks_for(total)
         if needed > self.blocks.num_blocks:

@@ -34,6 +34,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0  # 0 .. 2**63 - 1; the API draws one where the caller gave none
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
 
 
@@ -46,6 +47,8 @@ class Request:
     sampling: SamplingParams | None
     return_scalings: ReturnScalings = "none"
     scalings_start: int | None = None  # first position whose row is returned; None = len(prompt) - 1
+    cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
+    freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
 
 
 @dataclass(slots=True)
@@ -77,8 +80,10 @@ class SequenceUsage:
     forward_passes: int = 0  # steps this sequence had a row in
     scaling_rows: int = 0
     real_rows: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
+    draft_hits: int = 0  # tokens drafted by the scaling pass, computed, and kept
+    draft_misses: int = 0  # ... and dropped
+    speculated_tokens: int = 0  # tokens copied from earlier text as a draft, computed, and kept or dropped
+    accepted_tokens: int = 0  # ... and kept
     cached_tokens: int = 0  # prompt positions not computed because another choice or request had
     queue_seconds: float = 0.0  # submission to first scheduled step
 
@@ -91,6 +96,8 @@ class SequenceOutput:
     index: int  # which of the n choices
     tokens: list[TokenOutput] = field(default_factory=list)
     gate: GateRows | None = None
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
+    # order of position from 1 on, complete with the choice's first token
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"

@@ -116,7 +116,7 @@ class Worker:
                 self._apply(engine, message)
             if engine.has_work():
                 self._send(wire.Step(engine.step()))
-            elif messages:
+            elif any(not isinstance(message, wire.Ping) for message in messages):
                 self._send(wire.Step(engine.report()))
 
     def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
@@ -124,6 +124,8 @@ class Worker:
             engine.abort(message.request_id, message.index)
         elif isinstance(message, wire.Submit):
             self._send(self._submit(engine, message.request))
+        elif isinstance(message, wire.Ping):
+            self._send(wire.Pong())
 
     def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
         try:
