@@ -13,6 +13,7 @@ XLoraError
     ├── SlowBodyError          408  the body did not arrive in time
     ├── PayloadTooLargeError   413
     ├── OverloadedError        429  try again later
+    ├── HeadersTooLargeError   431
     ├── InternalError          500  our fault
     ├── UnavailableError       503  loading, draining, or the engine has died
     └── TimedOutError          504  the deadline passed before the first token
@@ -121,6 +122,14 @@ class PayloadTooLargeError(RequestError):
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class HeadersTooLargeError(RequestError):
+    """The request line and headers are over the limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "headers_too_large"
 
 
 class OverloadedError(RequestError):

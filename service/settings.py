@@ -89,7 +89,8 @@ class Settings(BaseSettings):
     api_key_file: str | None = Field(None, description="file of API keys, one a line; requests then need one of them")
     api_keys: SecretStr | None = Field(None, description="API keys, separated by commas")
     admin_key_file: str | None = Field(
-        None, description="file of keys for /metrics, /health and /info, which then take no other; good for all else too"
+        None,
+        description="file of keys for /metrics, /health and /info, which then take no other; good for all else too",
     )
     admin_keys: SecretStr | None = Field(None, description="admin keys, separated by commas")
     cors_origins: str | None = Field(
@@ -97,7 +98,9 @@ class Settings(BaseSettings):
     )
     ssl_certfile: str | None = Field(None, description="certificate chain (PEM); serves HTTPS")
     ssl_keyfile: str | None = Field(None, description="the certificate's private key (PEM)")
-    ssl_ca_certs: str | None = Field(None, description="certificates of authorities (PEM); clients then need one of theirs")
+    ssl_ca_certs: str | None = Field(
+        None, description="certificates of authorities (PEM); clients then need one of theirs"
+    )
     log_format: Literal["text", "json"] = Field("text", description="text or json, one line per request")
     otlp_endpoint: str | None = Field(
         None, description="URL that takes OpenTelemetry traces over HTTP (needs the extra `otel`)"

@@ -1,8 +1,9 @@
 """The API's side of the engine: starts its process, sends requests, hands out what each step brought.
 
 One EngineClient lives on one event loop. It decodes each frame once and wakes exactly the requests the frame has news
-for. Leaving `submit`'s block early (a client that went away, an error, a stop string) aborts its requests in the engine.
-It also listens to the engine's heart: one that has ended, or has not answered for too long, is lost for good. This file knows neither HTTP nor text.
+for. Leaving `submit`'s block early (a client that went away, an error, a stop string) aborts its requests in the
+engine. It also listens to the engine's heart: one that has ended, or has not answered for too long, is lost for good.
+This file knows neither HTTP nor text.
 """
 
 from __future__ import annotations
@@ -225,12 +226,11 @@ class EngineClient:
         if self._dead is not None:
             return
         loop = asyncio.get_running_loop()
-        silence = loop.time() - connection.asked_at
         if connection.asked_at <= connection.heard_at:
             connection.asked_at = loop.time()
             connection.send(wire.Ping())
-        elif loop.time() - max(connection.heard_at, connection.asked_at) > self._timeout_seconds:
-            self._lose(f"the engine has given no sign of life for {silence:.0f} s")
+        elif loop.time() - connection.asked_at > self._timeout_seconds:
+            self._lose(f"the engine has given no sign of life for {self._timeout_seconds:g} s")
             if self._process is not None:
                 self._process.kill()
             connection.close()
