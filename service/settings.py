@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         131_072, ge=1, description="most prompt tokens of requests waiting for their first token; more are refused"
     )
     request_timeout: float = Field(
-        600.0, gt=0, le=86_400, description="seconds a request may take; its own `timeout` may be shorter"
+        600.0, ge=1, le=86_400, description="seconds a request may take; its own `timeout` may be shorter"
     )
     drain_seconds: float = Field(
         8.0, ge=0, le=3600, description="how long SIGTERM lets running requests go on, in seconds"

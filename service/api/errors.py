@@ -38,6 +38,13 @@ _STEERING = frozenset({"experts", "gate.temperature", "gate.top_k"})  # designed
 _SHOWN_CHARACTERS = 60
 
 
+def answered(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of a good answer, with examples. The schema of a stream is that of one event."""
+    one = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    stream = {"schema": one, "example": events}
+    return {200: {"content": {"application/json": {"example": answer}, "text/event-stream": stream}}}
+
+
 _REASONS = {
     400: "The request can never succeed as it is",
     401: "No key, or not one of ours",

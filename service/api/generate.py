@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 
 from service.api.answers import GenerateAnswer
 from service.api.choice import Piece
-from service.api.errors import GENERATION_ERRORS, documented
+from service.api.errors import GENERATION_ERRORS, answered, documented
 from service.api.examples import GENERATE_ANSWER, GENERATE_BODIES, GENERATE_EVENTS
 from service.api.protocol import GenerateBody
 from service.api.run import RowEvents, Run, respond, scalings_of
@@ -25,15 +25,7 @@ router = APIRouter(tags=["generation"])
     "/generate",
     summary="Generate text, and see which experts wrote it",
     response_model=GenerateAnswer,
-    responses={
-        200: {
-            "content": {
-                "application/json": {"example": GENERATE_ANSWER},
-                "text/event-stream": {"schema": {"type": "string"}, "example": GENERATE_EVENTS},
-            }
-        },
-        **documented(*GENERATION_ERRORS),
-    },
+    responses=answered(GENERATE_ANSWER, GENERATE_EVENTS) | documented(*GENERATION_ERRORS),
 )
 async def generate(
     http_request: HttpRequest,

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 
 from service.api import models
 from service.api.choice import Piece
-from service.api.errors import GENERATION_ERRORS, documented
+from service.api.errors import GENERATION_ERRORS, answered, documented
 from service.api.examples import (
     CHAT_ANSWER,
     CHAT_BODIES,
@@ -44,16 +44,11 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 ServiceDependency = Annotated[Service, Depends(service_of)]
 
 
-def _ok(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
-    stream = {"schema": {"type": "string"}, "example": events}
-    return {200: {"content": {"application/json": {"example": answer}, "text/event-stream": stream}}}
-
-
 @router.post(
     "/completions",
     summary="OpenAI's text completion",
     response_model=CompletionAnswer,
-    responses=_ok(COMPLETION_ANSWER, COMPLETION_EVENTS) | documented(404, *GENERATION_ERRORS),
+    responses=answered(COMPLETION_ANSWER, COMPLETION_EVENTS) | documented(404, *GENERATION_ERRORS),
 )
 async def completions(
     http_request: HttpRequest,
@@ -79,7 +74,7 @@ async def completions(
     "/chat/completions",
     summary="OpenAI's chat completion",
     response_model=ChatAnswer,
-    responses=_ok(CHAT_ANSWER, CHAT_EVENTS) | documented(404, *GENERATION_ERRORS),
+    responses=answered(CHAT_ANSWER, CHAT_EVENTS) | documented(404, *GENERATION_ERRORS),
 )
 async def chat_completions(
     http_request: HttpRequest,

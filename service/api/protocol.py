@@ -126,7 +126,7 @@ class SamplingFields(Body):
     )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
-    timeout: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+    timeout: Annotated[float, Field(ge=1, le=86_400)] | None = Field(
         None,
         description='Seconds from arrival; what is unfinished then ends with finish_reason "timeout", or with 504 if '
         "there is no token yet. The server's --request-timeout when absent, and at most.",

@@ -77,8 +77,8 @@ def test_more_than_may_wait_is_429(client: ThreadClient, path: str) -> None:
 def test_a_deadline_after_some_tokens_ends_the_choices(
     http: TestClient, client: ThreadClient, path: str, stream: bool
 ) -> None:
-    client.engine.step_seconds = 0.05
-    body = {"prompt": "a", "max_tokens": 90, "timeout": 0.3, "n": 2, "stream": stream}
+    client.engine.step_seconds = 0.1
+    body = {"prompt": "a", "max_tokens": 90, "timeout": 1, "n": 2, "stream": stream}
     response = http.post(path, json=body)
     assert response.status_code == 200
     assert response.text.count('"finish_reason":"timeout"') == 2
@@ -89,8 +89,8 @@ def test_a_deadline_after_some_tokens_ends_the_choices(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_before_the_first_token_is_504(http: TestClient, client: ThreadClient, stream: bool) -> None:
-    client.engine.step_seconds = 0.3
-    body = {"prompt": PROMPT, "timeout": 0.1, "stream": stream}
+    client.engine.step_seconds = 0.6
+    body = {"prompt": PROMPT, "timeout": 1, "stream": stream}
     assert error_of(http.post("/generate", json=body), 504)["code"] == "timeout"
     assert wait_for(lambda: not client.engine.choices)
 
