@@ -24,7 +24,7 @@ from service.commands import generate, local, scalings, serve
 from service.engine.client import EngineClient
 from service.settings import Settings
 from service.terminal import bar, expert_styles, legend, scalings_table
-from tests.fake_engine import REPLY, write_bundle
+from tests.fake_engine import POISON, REPLY, write_bundle
 
 ROOT = Path(__file__).parent.parent
 FAKE = "tests.fake_engine:load_engine"
@@ -149,6 +149,25 @@ def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
     assert process.returncode == 0, log
     assert "Traceback" not in log
     assert "reading the fake bundle" in log
+
+
+def test_an_engine_that_raises_ends_the_server_with_3(bundle: Path) -> None:
+    port = free_port()
+    process = start_server("--model", str(bundle), "--port", str(port))
+    try:
+        wait_until_ready(port)
+        body = json.dumps({"prompt": [POISON], "max_tokens": 3}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/generate", body, {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        assert json.load(caught.value)["error"]["code"] == "engine_dead"
+        _, log = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 3, log
+    assert log.splitlines()[-2].startswith("error: the engine is lost: the engine failed: RuntimeError")
 
 
 def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:
