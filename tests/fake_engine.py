@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -239,3 +241,9 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> F
 def load_slow_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
     """The same at 5 ms a step."""
     return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)
+
+
+def load_killed_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+    """A machine that is too small: the kernel ends the process while it loads."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still here")
