@@ -62,9 +62,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(*flags: str, port: int | None = None, ready_seconds: float = 90.0, **popen: Any) -> Iterator[Server]:
+def server(*flags: str, ready_seconds: float = 90.0, **popen: Any) -> Iterator[Server]:
     """Starts `xlora-serve serve`, waits until it is ready, and ends it with SIGTERM."""
-    port = port or free_port()
+    port = free_port()
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
     running = Server(port, subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **popen))
     try:

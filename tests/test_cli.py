@@ -151,6 +151,19 @@ def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
     assert "reading the fake bundle" in log
 
 
+def test_after_sigkill_the_same_command_serves_again(bundle: Path) -> None:
+    port = free_port()
+    for _ in range(2):
+        process = start_server("--model", str(bundle), "--port", str(port))
+        try:
+            wait_until_ready(port)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as response:
+                assert json.load(response)["data"][0]["id"] == "fake"
+        finally:
+            process.kill()
+            process.communicate()
+
+
 def test_an_engine_that_raises_ends_the_server_with_3(bundle: Path) -> None:
     port = free_port()
     process = start_server("--model", str(bundle), "--port", str(port))

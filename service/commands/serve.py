@@ -76,7 +76,7 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     app = create_app(client, settings, Metrics(registry), failed, spans)
     service: Service = app.state.service
     server = Server(configuration(app, settings), service)
-    watchers = [asyncio.create_task(_stop_when(failed, server)), asyncio.create_task(_drain(server, service))]
+    watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
     try:
         await server.serve([listener])
     finally:
@@ -156,7 +156,8 @@ async def _drain(server: Server, service: Service) -> None:
     server.stop()
 
 
-async def _stop_when(failed: asyncio.Event, server: uvicorn.Server) -> None:
+async def _stop_when(failed: asyncio.Event, server: uvicorn.Server, service: Service) -> None:
     await failed.wait()
-    await asyncio.sleep(_RED_SECONDS)
+    if isinstance(service.error, EngineLostError):
+        await asyncio.sleep(_RED_SECONDS)
     server.should_exit = True

@@ -218,7 +218,7 @@ class EngineClient:
             self._connection.close()
         if self._process is not None:
             if self._info is None:
-                self._process.terminate()  # it is loading, and would not look at its socket for a while
+                self._process.kill()  # it is loading, and would not look at its socket for a while
             await asyncio.to_thread(_end, self._process)
 
     def _beat(self, connection: _Connection) -> None:
