@@ -24,6 +24,7 @@ from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, Rows, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
 from service.api.state import Service
+from service.api.text import draw_seed
 from service.engine.request import Request, SamplingParams
 from service.errors import InvalidRequestError
 
@@ -45,6 +46,7 @@ class Run:
         logprobs: int | None,
         prompt_logprobs: int | None = None,
     ) -> None:
+        """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
         self.id = id
         self.codec = service.codec
         self.info = service.info
@@ -231,8 +233,7 @@ def _sampling(
             f"at most {MAX_CALL_CHOICES} are allowed",
             param="n",
         )
-    first = service.codec.sampling(body, len(prompts[0]), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-    seeded = body.model_copy(update={"seed": first.seed})
+    seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
     return [
         service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
         for prompt in prompts

@@ -116,7 +116,7 @@ class TextCodec:
             max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
             logit_bias=bias,
             stop_token_ids=tuple(body.stop_token_ids or ()),
-            seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
+            seed=draw_seed() if body.seed is None else body.seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             **given,
@@ -155,3 +155,8 @@ class TextCodec:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+
+def draw_seed() -> int:
+    """A seed for who gave none."""
+    return secrets.randbelow(MAX_SEED + 1)
