@@ -223,5 +223,6 @@ def test_sigterm_under_load_answers_everybody(tiny_bundle: Path) -> None:
         assert running.process.wait(20) == 0
     kinds = Counter(answer if isinstance(answer, int) else 200 for answer in answers)
     assert set(kinds) <= {200, 503, 0}, kinds
-    assert all(answer == alone[number % 10] for number, answer in enumerate(answers[:20]))
-    assert kinds[200] < 60, kinds
+    served = [(answer, alone[number % 10]) for number, answer in enumerate(answers) if isinstance(answer, list)]
+    assert all(ours == theirs for ours, theirs in served)
+    assert 0 < len(served) < 60, kinds
