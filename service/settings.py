@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
 
@@ -39,7 +39,13 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _BYTE_UNITS[unit])
 
 
+def split_list(value: object) -> object:
+    """A variable's text as a list: `a,b` is two. Flags that may be given several times come as lists."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+TextList = Annotated[list[str], NoDecode, BeforeValidator(split_list)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -51,12 +57,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
-    model: str = Field("model_store/demo", description="directory of the bundle to serve", min_length=1)
+    model: str = Field("model_store/demo", description="directory or hub id of the model to serve", min_length=1)
+    base: str | None = Field(None, min_length=1, description="directory or hub id of the base; default: the model says")
+    expert: TextList = Field([], description="NAME=PATH, where an expert lies: directory or hub id; may be repeated")
+    ordering: str | None = Field(None, min_length=1, description="JSON file with the order of experts and sites")
     host: str = Field("127.0.0.1", description="address to listen on", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16"
+    )
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="int8 or int4: the base's weights in 8 or 4 bit (needs bitsandbytes); default: as --dtype"
     )
     max_model_len: PositiveInt | None = Field(
         None, description="longest prompt + output in tokens; default: the model's"
@@ -69,6 +81,14 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, description="positions in one KV block")
     threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
+    compile: bool = Field(
+        False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
+    )
+    compile_cache: str = Field("~/.cache/xlora-serve", description="directory for compiled steps", min_length=1)
+    speculative_tokens: int = Field(
+        8, ge=0, description="most tokens drafted per step where a text repeats itself (exact, and faster); 0: none"
+    )
+    prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     max_header_bytes: ByteSize = Field(32 << 10, ge=1024, description="largest request line and headers, as 32KiB")
     max_queued_requests: int = Field(

@@ -202,8 +202,8 @@ class RowEvents:
         self._named: set[int] = set()
 
     def of(self, piece: Piece) -> dict[str, Any] | None:
-        """What this piece adds; None when nothing, or when nobody asked."""
-        if not self._run.wants_rows or piece.rows is None:
+        """What this piece adds; None when nothing, as when nobody asked."""
+        if piece.rows is None:
             return None
         document = self._run.row_format.document(piece.rows, piece.rows.start, names=piece.index not in self._named)
         self._named.add(piece.index)
@@ -251,13 +251,12 @@ def _check_rows_start(xlora: XLoraFields, prompts: Sequence[list[int]]) -> None:
 
 
 def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields) -> Request:
-    """The engine's view of one prompt. Rows always come, as means at least: the log has the gate of every request."""
-    wanted = xlora.return_scalings
+    """The engine's view of one prompt."""
     return Request(
         id=id,
         prompt_token_ids=prompt,
         sampling=sampling,
-        return_scalings="full" if wanted == "full" else "mean",
+        return_scalings=xlora.return_scalings or "none",
         scalings_start=xlora.scalings_start,
         cache_salt=xlora.cache_salt or "",
         freeze_after=xlora.gate.freeze_after if xlora.gate is not None else None,

@@ -103,7 +103,15 @@ def engine_options(settings: Settings) -> EngineOptions:
         block_size=settings.block_size,
         threads=settings.threads,
         lookahead=settings.lookahead,
+        compile=settings.compile,
+        compile_cache=settings.compile_cache,
+        speculative_tokens=settings.speculative_tokens,
+        prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,
+        quantization=settings.quantization,
+        base=settings.base,
+        experts=tuple(settings.expert),
+        ordering=settings.ordering,
     )
 
 

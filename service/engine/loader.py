@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils.logging import disable_progress_bar
 
 from service import __version__
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.engine.block_manager import BlockManager
+from service.engine.compilation import Compilation
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.errors import SettingsError, StartupError
+from service.model.compiled import CompiledStep
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+# Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
+_ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -35,34 +41,80 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lam
     Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
     machine that is too small.
     """
+    model, checkpoint = load_checkpoint_and_model(options, on_progress)
+    return build_engine(model, checkpoint, options)
+
+
+def load_checkpoint_and_model(
+    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None
+) -> tuple[XLoraModel, Checkpoint]:
+    """The model on its device, and the checkpoint it came from. Sets torch's number of threads."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
     torch.set_num_threads(options.threads or default_threads())
     device = resolve_device(options.device)
     on_progress(f"reading {options.model}")
-    checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
+    overrides = Overrides.parse(options.base, options.experts, options.ordering)
+    checkpoint = load_checkpoint(
+        options.model, overrides=overrides, allow_outside=options.allow_outside, on_progress=on_progress
+    )
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
-    return build_engine(model, checkpoint, options)
+    model = load_model(
+        checkpoint, device=device, dtype=dtype, quantization=options.quantization, on_progress=on_progress
+    )
+    return model, checkpoint
 
 
 def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     """Divides the memory and puts the parts together around a loaded model."""
     max_model_len = resolve_max_model_len(options.max_model_len, model)
+    keep_freed_memory()
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, model.device, max_model_len, options)
-    runner = ModelRunner(model, KVCache(layout, num_blocks, model.device))
+    runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         lookahead=options.lookahead,
+        speculative_tokens=options.speculative_tokens,
+        prefix_cache=options.prefix_cache,
+        row_cost=_ROW_COST[model.device.type],
+        dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
-    return Engine(runner, scheduler, _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len))
+    info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
+    return Engine(runner, scheduler, info, start_compilation(runner, options))
+
+
+def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilation | None:
+    """With --compile, on a CPU. Raises SettingsError where it cannot work."""
+    if not options.compile:
+        return None
+    if runner.model.device.type != "cpu":
+        raise SettingsError("--compile is for the CPU")
+    if shutil.which("g++") is None:
+        raise SettingsError("--compile needs a C++ compiler, and g++ was not found", hint="install g++")
+
+    def use(step: CompiledStep) -> None:
+        runner.compiled = step
+
+    return Compilation(runner.model, options, use)
 
 
 def default_threads() -> int:
     """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md)."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed, where the C library is glibc.
+
+    A step frees and takes the same megabytes of activations again; handed back to the kernel in between they cost a
+    page fault per 4 KiB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the largest there is
+        mallopt(_M_TRIM_THRESHOLD, 1024 * _MIB)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -50,6 +50,14 @@ class Request:
     cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
     freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
 
+    @property
+    def gate_key(self) -> tuple[object, ...]:
+        """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
+
+        Freezing is not part of it, because frozen positions are never cached.
+        """
+        return ()
+
 
 @dataclass(slots=True)
 class GateRows:
@@ -90,22 +98,27 @@ class SequenceUsage:
 
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step brought one choice: tokens (usually one, none during prefill), gate rows, perhaps the end."""
+    """What one step brought one choice: tokens (none during prefill, several where drafts were right), gate rows,
+    perhaps the end.
+    """
 
     request_id: str
     index: int  # which of the n choices
     tokens: list[TokenOutput] = field(default_factory=list)
     gate: GateRows | None = None
-    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
-    # order of position from 1 on, complete with the choice's first token
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
+    # order of position from 1 on, complete with the choice's first token
 
 
 @dataclass(slots=True)
 class GateStats:
-    """What the gate did in one step over the positions whose real row ran (the metrics' input; each position once)."""
+    """What the gate did over positions whose real row ran and was kept, each once (the metrics' input).
+
+    A step may leave its positions to a later one; the step that ends a choice has reported all of that choice's.
+    """
 
     prompt_entropy: bytes = b""  # float32 [positions], nats; NaN where a row sums to 0
     generated_entropy: bytes = b""  # float32 [positions]
@@ -122,6 +135,8 @@ class StepStats:
     real_rows: int = 0
     draft_hits: int = 0
     draft_misses: int = 0
+    speculated_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     requests_running: int = 0
     requests_waiting: int = 0

@@ -46,14 +46,26 @@ class AttentionGroup:
 
 @dataclass(slots=True)
 class Batch:
-    """T rows, S sites (1 where the gate is the same at every site), E experts."""
+    """T rows. `rows` is one int64 tensor [5, T], so that a step costs one copy to the device; its lines by name below.
 
-    input_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T]
-    kv_slots: Tensor  # int64 [T], where each row's key and value are written
+    Scaling rows read the dummy row's gate slot; rows that bring no scalings of their own to keep write to the scratch
+    slot (kv_cache.py has both). So the rows of every step look alike, and a captured step needs no cases.
+    """
+
+    rows: Tensor
     num_scaling_rows: int
-    real_gate_slots: Tensor  # int64 [T - num_scaling_rows], where each real row's scalings are read
-    new_gate_rows: Tensor  # int64 [K], scaling rows whose scalings are stored ...
-    new_gate_slots: Tensor  # int64 [K], ... and where
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
+    input_ids: Tensor = field(init=False)
+    positions: Tensor = field(init=False)
+    kv_slots: Tensor = field(init=False)  # where each row's key and value are written
+    gate_slots: Tensor = field(init=False)  # where each row's scalings are read
+    new_gate_slots: Tensor = field(init=False)  # where the scalings that a scaling row brings are written
+
+    def __post_init__(self) -> None:
+        self.input_ids, self.positions, self.kv_slots, self.gate_slots, self.new_gate_slots = self.rows.unbind(0)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row is a segment of its own: what a captured step can run."""
+        return len(self.groups) == 1 and self.groups[0].queries == 1

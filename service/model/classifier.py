@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from service.checkpoint import ClassifierWeights, XLoraConfig
 
@@ -37,17 +36,17 @@ class Classifier(nn.Module):
         self.config = config
         self.num_experts = num_experts
         self.stored_sites = num_sites if config.layerwise_scalings else 1
-        self.weights = [weight.to(device, torch.float32) for weight, _ in weights.layers]
-        self.biases = [None if bias is None else bias.to(device, torch.float32) for _, bias in weights.layers]
+        self.layers = nn.ModuleList(_linear(weight, bias, device) for weight, bias in weights.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] of any dtype -> z [n, S, E] fp32."""
         x = hidden.float()
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = F.linear(x, weight, bias)
+        for layer in self.layers[:-1]:
+            x = layer(x)
             if self.config.enable_relu_and_dropout:
                 x = x.relu_()
-        return F.linear(x, self.weights[-1], self.biases[-1]).view(-1, self.stored_sites, self.num_experts)
+        logits: Tensor = self.layers[-1](x)
+        return logits.view(-1, self.stored_sites, self.num_experts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts."""
@@ -69,3 +68,12 @@ class Classifier(nn.Module):
         value = 1.0 / self.num_experts if value is None else value
         row = torch.full((self.stored_sites, self.num_experts), value)
         return keep_top_k(row, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Linear:
+    """An fp32 layer around tensors that exist: nothing is initialised first."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.to(device, torch.float32), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(device, torch.float32), requires_grad=False)
+    return layer

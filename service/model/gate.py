@@ -7,10 +7,10 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class Gate:
+class Gate(nn.Module):
     """Spreads scalings [n, S, E] over the ranks of the stacked experts, once per forward for all sites.
 
     `ranks[s][e]` is the rank of expert e at site s, 0 where it does not target the site.
@@ -18,6 +18,7 @@ class Gate:
     """
 
     def __init__(self, ranks: list[list[int]], *, layerwise: bool, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
         self.global_scaling_weight = 1.0
         self.first_row = 0  # rows before it have an all-zero gate: no expert acts on them
         self._dtype = dtype
@@ -26,21 +27,26 @@ class Gate:
             for expert, rank in enumerate(site_ranks):
                 index += [(site if layerwise else 0) * len(site_ranks) + expert] * rank
         self._widths = [sum(site_ranks) for site_ranks in ranks]
-        self._index = torch.tensor(index, device=device)  # int64 [sum of all ranks], into a flattened [S, E] row
+        self.rank_index: Tensor  # int64 [sum of all ranks], into a flattened [S, E] row
+        self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
         self._spread: list[Tensor] = []
+        self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.active = False  # whether experts act on any row of this forward
 
-    def set(self, scalings: Tensor | None, first_row: int) -> None:
-        """Sets the scalings [n, S, E] of rows first_row .. first_row + n; None or n = 0 switches the experts off."""
-        self.first_row = first_row
-        self.active = scalings is not None and scalings.shape[0] > 0
-        if scalings is None or not self.active:
-            self._spread = []
+    def set(self, scalings: Tensor, first_row: int) -> None:
+        """Sets the scalings [n, S, E] of rows first_row .. first_row + n; n = 0 switches the experts off."""
+        if not scalings.shape[0]:
+            self.clear()
             return
+        self.first_row, self.active = first_row, True
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        spread = scalings.to(self._dtype).flatten(1).index_select(1, self._index)
+        spread = scalings.to(self._dtype).flatten(1).index_select(1, self.rank_index)
         self._spread = list(spread.split_with_sizes(self._widths, 1))
+
+    def clear(self) -> None:
+        """Switches the experts off and forgets what belongs to one forward."""
+        self.active, self._spread, self.logit_rows = False, [], None
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""

@@ -1,9 +1,10 @@
 """The memory of the engine: keys, values and gate rows in blocks shared by both streams of all requests.
 
     keys, values   per layer [blocks, block_size, kv_heads, head_dim]
-    gate_rows      [blocks * block_size, S, E] fp32, indexed by the slots of the *real* stream
+    gate_rows      [slots + 1, S, E] fp32, indexed by the slots of the *real* stream; the last is the dummy row
 
-A slot is block * block_size + offset. Which block belongs to whom is the block manager's business.
+A slot is block * block_size + offset. Which block belongs to whom is the block manager's business, except for one more
+block that nobody is given: its first slot takes what is to be thrown away.
 """
 
 from __future__ import annotations
@@ -38,16 +39,46 @@ class KVLayout:
         return 2 * -(-tokens // self.block_size)
 
 
+@dataclass(frozen=True, slots=True)
 class KVCache:
-    """Allocated once, zeroed: a masked slot is multiplied by 0, so it must never hold NaN."""
+    """The tensors. Zeroed at first: a masked slot is multiplied by 0, so it must never hold NaN."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device) -> None:
-        self.layout = layout
-        self.num_blocks = num_blocks
-        shape = (num_blocks, layout.block_size, layout.kv_heads, layout.head_dim)
-        self.keys = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.layers)]
-        self.values = [torch.zeros(shape, dtype=layout.dtype, device=device) for _ in range(layout.layers)]
-        self.gate_rows = torch.zeros(num_blocks * layout.block_size, layout.gate_sites, layout.experts, device=device)
+    keys: list[Tensor]
+    values: list[Tensor]
+    gate_rows: Tensor
+
+    @classmethod
+    def allocate(cls, layout: KVLayout, num_blocks: int, dummy_row: Tensor) -> KVCache:
+        """`dummy_row` [S, E] is the gate row of the scaling pass; the cache lives on its device."""
+        shape = (num_blocks + 1, layout.block_size, layout.kv_heads, layout.head_dim)
+        keys, values = (
+            [torch.zeros(shape, dtype=layout.dtype, device=dummy_row.device) for _ in range(layout.layers)]
+            for _ in range(2)
+        )
+        slots = shape[0] * shape[1]
+        gate_rows = torch.zeros(slots + 1, layout.gate_sites, layout.experts, device=dummy_row.device)
+        gate_rows[-1] = dummy_row
+        return cls(keys, values, gate_rows)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks to give away."""
+        return self.keys[0].shape[0] - 1
+
+    @property
+    def block_size(self) -> int:
+        """Positions in a block."""
+        return self.keys[0].shape[1]
+
+    @property
+    def scratch_slot(self) -> int:
+        """Takes keys, values and scalings that nobody will read."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def dummy_slot(self) -> int:
+        """Where the gate row of the scaling pass is."""
+        return self.gate_rows.shape[0] - 1
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Writes key and value [T, kv_heads, head_dim] of T rows into `slots` [T]."""

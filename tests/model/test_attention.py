@@ -13,7 +13,6 @@ from service.errors import CheckpointError
 from service.model.attention import paged_attention
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache, KVLayout
-from tests.model.tiny import CPU
 
 HEADS, HEAD_DIM, BLOCK = 4, 8, 4
 
@@ -44,7 +43,9 @@ def case(
     """
     generator = torch.Generator().manual_seed(len(lengths) * 100 + kv_heads * 10 + queries)
     widths = [-(-length // BLOCK) for length in lengths]
-    cache = KVCache(KVLayout(2, kv_heads, HEAD_DIM, BLOCK, 1, 1, torch.float32), sum(widths) + 2, CPU)
+    cache = KVCache.allocate(
+        KVLayout(2, kv_heads, HEAD_DIM, BLOCK, 1, 1, torch.float32), sum(widths) + 2, torch.zeros(1, 1)
+    )
     for pool in (*cache.keys, *cache.values):
         pool.fill_(50.0)
     order = torch.randperm(cache.num_blocks, generator=generator).tolist()
@@ -66,8 +67,7 @@ def case(
     group = AttentionGroup(
         0, len(lengths), queries, torch.tensor(positions), torch.tensor(tables), max(lengths), needs_mask
     )
-    empty = torch.empty(0, dtype=torch.int64)
-    batch = Batch(empty, empty, torch.tensor(slots), 0, empty, empty, empty, empty, [group])
+    batch = Batch(torch.tensor([slots] * 5), 0, torch.empty(0, dtype=torch.int64), [group])
     query = torch.randn(1, HEADS, len(slots), HEAD_DIM, generator=generator) * 3
     key, value = (torch.cat(new).transpose(0, 1)[None] for new in (new_keys, new_values))
     return cache, batch, query, key, value, dense

@@ -254,28 +254,24 @@ class _Broken(OneRequest):
 
     def __init__(self, model: XLoraModel, defect: str) -> None:
         super().__init__(model, len(TOKENS))
-        self.cache.gate_rows.fill_(1 / 3)  # what a stale row would hold: plausible numbers
+        self.cache.gate_rows[:-1] = 1 / 3  # what a stale row would hold: plausible numbers
         self.defect = defect
         if defect == "one KV stream for both passes":
             self.real_blocks = self.scaling_blocks
 
     def batch(self, tokens: list[int], scaling: tuple[int, int], real: tuple[int, int]) -> Batch:
         batch = super().batch(tokens, scaling, real)
+        scaling_rows = batch.num_scaling_rows
         if self.defect == "gate rows one position late":
-            batch.real_gate_slots = batch.real_gate_slots.roll(1)
+            batch.gate_slots[scaling_rows:] = batch.gate_slots[scaling_rows:].roll(1)
         if self.defect == "gate rows never stored":
-            batch.new_gate_rows, batch.new_gate_slots = batch.new_gate_rows[:0], batch.new_gate_slots[:0]
+            batch.new_gate_slots[:] = self.cache.scratch_slot
         if self.defect == "positions doubled":
-            batch.positions = batch.positions * 2
+            batch.positions *= 2
         if self.defect == "keys written one slot off":
-            batch.kv_slots = batch.kv_slots.roll(1)
-        if (
-            self.defect == "one real row counted as a scaling row"
-            and batch.num_scaling_rows
-            and batch.real_gate_slots.shape[0]
-        ):
+            batch.kv_slots[:] = batch.kv_slots.roll(1)
+        if self.defect == "one real row counted as a scaling row" and 0 < scaling_rows < batch.rows.shape[1]:
             batch.num_scaling_rows += 1
-            batch.real_gate_slots = batch.real_gate_slots[1:]
         return batch
 
 

@@ -96,10 +96,10 @@ class OneRequest:
     def __init__(self, model: XLoraModel, length: int, *, block_size: int = BLOCK_SIZE, seed: int = 0) -> None:
         self.model, self.block_size = model, block_size
         per_stream = -(-length // block_size)
-        self.cache = KVCache(model.kv_layout(block_size), 2 * per_stream + 3, CPU)
+        self.cache = KVCache.allocate(model.kv_layout(block_size), 2 * per_stream + 3, model.dummy_row)
         for pool in (*self.cache.keys, *self.cache.values):
             pool.fill_(9.0)
-        self.cache.gate_rows.fill_(float("nan"))
+        self.cache.gate_rows[:-1] = float("nan")
         order = torch.randperm(self.cache.num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self.scaling_blocks, self.real_blocks = order[:per_stream], order[per_stream : 2 * per_stream]
 
@@ -113,7 +113,6 @@ class OneRequest:
         """
         spans = [(self.scaling_blocks, *scaling), (self.real_blocks, *real)]
         rows = [(blocks, start, end) for blocks, start, end in spans if end > start]
-        gate_slots = self.slots(self.real_blocks, *scaling)
         scaling_rows, real_rows = scaling[1] - scaling[0], real[1] - real[0]
         groups, first = [], 0
         for blocks, start, end in rows:
@@ -121,17 +120,15 @@ class OneRequest:
             positions = torch.arange(start, end)[None]
             groups.append(AttentionGroup(first, 1, end - start, positions, torch.tensor([table]), end, end - start > 1))
             first += end - start
-        return Batch(
-            input_ids=torch.tensor([token for _, start, end in rows for token in tokens[start:end]]),
-            positions=torch.tensor([p for _, start, end in rows for p in range(start, end)]),
-            kv_slots=torch.tensor([slot for row in rows for slot in self.slots(*row)]),
-            num_scaling_rows=scaling_rows,
-            real_gate_slots=torch.tensor(self.slots(self.real_blocks, *real), dtype=torch.int64),
-            new_gate_rows=torch.arange(scaling_rows),
-            new_gate_slots=torch.tensor(gate_slots, dtype=torch.int64),
-            logit_rows=torch.arange(scaling_rows, scaling_rows + real_rows),
-            groups=groups,
-        )
+        rows_of = [
+            [token for _, start, end in rows for token in tokens[start:end]],
+            [position for _, start, end in rows for position in range(start, end)],
+            [slot for row in rows for slot in self.slots(*row)],
+            [self.cache.dummy_slot] * scaling_rows + self.slots(self.real_blocks, *real),
+            self.slots(self.real_blocks, *scaling) + [self.cache.scratch_slot] * real_rows,
+        ]
+        logit_rows = torch.arange(scaling_rows, scaling_rows + real_rows)
+        return Batch(torch.tensor(rows_of, dtype=torch.int64), scaling_rows, logit_rows, groups)
 
     def run(self, tokens: list[int], chunks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits [T, V] and scalings [T, S, E]: forward i has the scaling rows of chunk i and the real rows of

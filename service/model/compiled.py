@@ -1,0 +1,106 @@
+"""The decode step compiled ahead of time by torch's AOTInductor: C++ without Python, for one kind of CPU.
+
+Compiling takes about a minute and a C++ compiler; loading takes milliseconds. The package holds code only: weights stay
+the model's own, and number of rows, context and KV blocks are free, so one package serves a model for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+import service.model as package
+from service.model.batch import AttentionGroup, Batch
+from service.model.decode_step import DecodeStep
+from service.model.kv_cache import KVCache, KVLayout
+from service.model.xlora_model import ForwardOutput, XLoraModel
+
+_MIN = 2  # torch.export takes a size of 1 for a constant
+
+
+def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
+    """What a compiled step depends on, as 32 hexadecimal digits: shapes, configuration, code, versions and CPU."""
+    step = DecodeStep(model)
+    config = model.config.to_dict() | {"_name_or_path": None}
+    tensors = sorted(
+        (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
+    )
+    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.py"))]
+    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability())
+    parts = (config, model.xlora_config, tensors, layout, threads, code, torch.__version__, cpu)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def compile_step(model: XLoraModel, layout: KVLayout, path: Path, threads: int) -> None:
+    """Compiles the step for `model` on the CPU into `path`, atomically. Takes about a minute.
+
+    Raises whatever torch.export or the C++ compiler has to say.
+    """
+    step = DecodeStep(model)
+    rows, gated, width = Dim("rows", min=_MIN), Dim("gated", min=_MIN), Dim("width", min=_MIN)
+    pool, gate_rows = [{0: Dim("blocks")}] * layout.layers, {0: Dim("slots")}
+    cache = KVCache.allocate(layout, 8, model.dummy_row)
+    example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
+    with torch.no_grad():
+        exported = torch.export.export(
+            step,
+            (*example, cache.keys, cache.values, cache.gate_rows),
+            dynamic_shapes=({1: rows}, {0: gated}, {0: rows, 1: width}, pool, pool, gate_rows),
+            strict=False,
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=f"{folder}/step.pt2",
+            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": threads},
+        )
+        os.replace(built, path)
+
+
+class CompiledStep:
+    """A compiled step, loaded, over the weights of `model`."""
+
+    def __init__(self, path: Path, model: XLoraModel, block_size: int) -> None:
+        """Loads and tries it. Raises RuntimeError or KeyError for a package that does not belong to this model."""
+        self._scaling_pass_has_experts = model.scaling_pass_has_experts
+        self._run = torch._inductor.aoti_load_package(str(path))
+        state = DecodeStep(model).state()
+        names = self._run.get_constant_fqns()
+        self._run.load_constants({name: state[name] for name in names}, check_full_update=True, user_managed=True)
+        cache = KVCache.allocate(model.kv_layout(block_size), 1, model.dummy_row)
+        none = torch.zeros(1, dtype=torch.int64)
+        rows = torch.tensor([[0], [0], [0], [cache.dummy_slot], [cache.scratch_slot]])
+        group = AttentionGroup(0, 1, 1, none[None], none[None], block_size, needs_mask=True)
+        self.forward(Batch(rows, 1, none, [group]), cache)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """XLoraModel.forward of a batch that `is_decode`."""
+        [group] = batch.groups
+        rows, table = batch.rows, group.block_table
+        count = rows.shape[1]
+        if count < _MIN:
+            rows, table = _with_idle_row(rows, kv_cache), table.expand(_MIN, -1)
+        if table.shape[1] < _MIN:
+            table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
+        first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
+        logits, scalings = self._run(
+            rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows
+        )
+        return ForwardOutput(logits.index_select(0, batch.logit_rows), scalings[: batch.num_scaling_rows])
+
+
+def _with_idle_row(rows: Tensor, kv_cache: KVCache) -> Tensor:
+    """rows [5, 1] and one more, whose keys, values and scalings are thrown away."""
+    scratch = kv_cache.scratch_slot
+    idle = torch.tensor([[0], [0], [scratch], [kv_cache.dummy_slot], [scratch]])
+    return torch.cat([rows, idle], 1)

@@ -1,0 +1,57 @@
+"""The decode step as one function of tensors: what can be compiled ahead of time or captured in a graph.
+
+Every row is a segment of its own, so any number of requests, scaling rows and real rows alike, is one call:
+
+    rows [5, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], new scalings [T, S, E]
+
+Prefill, where a segment has many rows, stays with XLoraModel.forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from service.model.batch import AttentionGroup, Batch
+from service.model.kv_cache import KVCache
+from service.model.xlora_model import XLoraModel
+
+
+class DecodeStep(nn.Module):
+    """XLoraModel.forward for rows that all look alike. Experts act on the last G of them.
+
+    It holds no tensor of its own: `state()` names those of the model, which a compiled step is given to read.
+    """
+
+    def __init__(self, model: XLoraModel) -> None:
+        super().__init__()
+        self.causal_lm = model.causal_lm
+        self.classifier = model.classifier
+        self.gate = model.gate
+        self._model = (model,)  # in a tuple, so that it is not a second way to the same tensors
+
+    def forward(
+        self,
+        rows: Tensor,
+        gate_slots: Tensor,
+        block_table: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        gate_rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """One step. Writes keys, values and new scalings in place. Returns logits [T, V] and new scalings [T, S, E]."""
+        [model] = self._model
+        positions = rows[1][:, None]
+        width = block_table.shape[1] * keys[0].shape[1]
+        group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
+        batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
+        self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
+        logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
+        self.gate.clear()  # torch.export wants every module as it was
+        new_scalings = self.classifier(hidden)
+        gate_rows.index_copy_(0, batch.new_gate_slots, new_scalings)
+        return logits, new_scalings
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor the step reads besides its arguments, by the name torch.export gives it."""
+        return dict(self.named_parameters(remove_duplicate=False)) | dict(self.named_buffers(remove_duplicate=False))

@@ -1,0 +1,196 @@
+"""The compiled decode step against the eager one, and what happens around it: cache, failure, death of the parent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from service.engine.compilation import cache_path
+from service.engine.engine import Engine
+from service.engine.options import EngineOptions
+from service.errors import SettingsError
+from service.model.compiled import CompiledStep, compile_step, fingerprint
+from tests.engine.driver import Engines, Run, greedy, run, sampled, words
+from tests.model.tiny import Tiny, Variant
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+
+# What can go differently in a compiled step: the dummy row acts, one gate row for all sites.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as stored": {},
+    "experts in the scaling pass, one row for all sites": {"scaling_pass_value": 0.25, "layerwise_scalings": False},
+}
+
+
+class Compiled:
+    """Engines of one model, eager and compiled."""
+
+    def __init__(self, tiny: Tiny, folder: Path, **xlora: Any) -> None:
+        self.engines = Engines(tiny.variant(**xlora) if xlora else tiny.as_stored())
+        model = self.engines.model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler uses deprecated parts of torch
+            compile_step(model, model.kv_layout(4), folder / "step.pt2", threads=1)
+        self.step = CompiledStep(folder / "step.pt2", model, 4)
+        self.calls = 0
+
+    def build(self, **options: Any) -> Engine:
+        engine = self.engines.build(**options)
+        engine._runner.compiled = self  # type: ignore[assignment]
+        return engine
+
+    def forward(self, *args: Any) -> Any:
+        self.calls += 1
+        return self.step.forward(*args)
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+def compiled(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:  # one of the two with oneDNN, as large weights have it
+            patch.setattr("service.model.linear.onednn_is_faster", lambda: True)
+            patch.setattr("service.model.linear._LARGE_WEIGHT", 1)
+        return Compiled(tiny, tmp_path_factory.mktemp("compiled"), **request.param)
+
+
+def assert_same(ours: Run, expected: Run) -> None:
+    assert ours.choices.keys() == expected.choices.keys()
+    for key, choice in expected.choices.items():
+        assert ours[key].tokens == choice.tokens
+        np.testing.assert_allclose(ours[key].full, choice.full, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_equals_eager(compiled: Compiled, lookahead: bool, count: int) -> None:
+    """One row alone, a context of one block, odd numbers of rows, contexts of different length, both streams."""
+    requests = [
+        replace((greedy if i % 2 else sampled)(f"r{i}", words(i, 2 + 5 * i), 24), return_scalings="full")
+        for i in range(count)
+    ]
+    expected = run(compiled.engines.build(lookahead=lookahead), requests)
+    before = compiled.calls
+    ours = run(compiled.build(lookahead=lookahead), requests)
+    assert_same(ours, expected)
+    assert compiled.calls - before > 20, "the compiled step was not used"
+
+
+def test_equals_peft(tiny: Tiny, compiled: Compiled) -> None:
+    """The oracle itself."""
+    oracle = Variant(tiny, compiled.engines.checkpoint).oracle()
+    prompt = words(5, 9)
+    ours = run(compiled.build(), [greedy("r", prompt, 24)])["r"].tokens
+    logits, _ = oracle.forward(prompt + ours)
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == ours
+
+
+def test_a_slot_that_is_not_ours_is_left_alone(compiled: Compiled) -> None:
+    """A compiled step that copied the pool, or wrote one slot too far, would spoil other requests."""
+    engine = compiled.build()
+    cache = engine._runner.kv_cache
+    run(engine, [greedy("first", words(1, 9), 8)])
+    held: set[int] = set()
+    for pool in (*cache.keys, *cache.values):
+        pool[-1] = 7.0
+    pools = [pool.data_ptr() for pool in (*cache.keys, *cache.values)]
+    untouched = cache.keys[0].clone()
+
+    def remember(engine: Engine, _: object) -> None:
+        for sequences in engine._sequences.values():
+            held.update(block for s in sequences for stream in (s.scaling, s.real) for block in stream.blocks)
+
+    run(engine, [greedy("second", words(2, 9), 8)], each_step=remember)
+    others = [block for block in range(cache.num_blocks) if block not in held]
+    assert others
+    assert torch.equal(cache.keys[0][others], untouched[others])
+    assert torch.equal(cache.gate_rows[cache.dummy_slot], engine._runner.model.dummy_row)
+    assert pools == [pool.data_ptr() for pool in (*cache.keys, *cache.values)]
+
+
+def test_fingerprint(tiny: Tiny) -> None:
+    """The same model in another process finds its package; another block size, dtype or gate does not."""
+    first, again = tiny.as_stored().model(), tiny.as_stored().model()
+    name = fingerprint(first, first.kv_layout(4), 1)
+    assert fingerprint(again, again.kv_layout(4), 1) == name
+    half, other = tiny.as_stored().model(torch.bfloat16), tiny.variant(softmax_temperature=0.5).model()
+    different = [
+        fingerprint(first, first.kv_layout(8), 1),
+        fingerprint(first, first.kv_layout(4), 2),
+        fingerprint(half, half.kv_layout(4), 1),
+        fingerprint(other, other.kv_layout(4), 1),
+    ]
+    assert len({name, *different}) == 5
+
+
+def test_compiles_in_the_background_and_finds_it_again(engines: Engines, tmp_path: Path) -> None:
+    """Serving goes on while it compiles; the next start needs no compiler."""
+    cache = str(tmp_path / "cache")
+    engine = engines.build(compile=True, compile_cache=cache)
+    assert engine.compilation is not None
+    requests = [greedy("r", words(3, 9), 12, return_scalings="full")]
+    expected = run(engine, requests)
+    assert engine._runner.compiled is None, "it cannot be ready yet"
+    assert engine.compilation.wait(300)
+    assert engine._runner.compiled is not None
+    assert_same(run(engine, requests), expected)
+    again = engines.build(compile=True, compile_cache=cache)
+    assert again._runner.compiled is not None
+
+
+def test_a_failed_compilation_leaves_the_engine_as_it_was(
+    engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache directory that cannot be written, say."""
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        engine = engines.build(compile=True, compile_cache=str(tmp_path / "file" / "cache"))
+        assert engine.compilation is not None
+        assert engine.compilation.wait(300)
+    assert "Not a directory" in caplog.text
+    assert engine._runner.compiled is None
+    run(engine, [greedy("r", words(3, 9), 4)])
+
+
+def test_a_damaged_package_is_not_used(engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = EngineOptions(str(engines.tiny.path), block_size=4, compile=True, compile_cache=str(tmp_path))
+    path = cache_path(engines.model, options)
+    path.write_bytes(b"not a package")
+    engine = engines.build(compile=True, compile_cache=str(tmp_path))
+    assert engine._runner.compiled is None
+    assert "cannot be loaded" in caplog.text
+
+
+def test_no_compiler_is_an_error(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(SettingsError, match="C\\+\\+ compiler"):
+        engines.build(compile=True)
+
+
+def test_the_compiling_process_dies_with_its_parent(engines: Engines, tmp_path: Path) -> None:
+    """kill -9 of the server must not leave a minute of compiling behind."""
+    options = EngineOptions(str(engines.tiny.path), compile=True, compile_cache=str(tmp_path))
+    command = [sys.executable, "-m", "service.engine.compile_worker", str(tmp_path / "step.pt2")]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert child.stdin is not None
+    child.stdin.write(msgspec.json.encode(options) + b"\n")
+    child.stdin.flush()
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.stdin.close()
+    assert child.wait(30) == 1
+    assert not (tmp_path / "step.pt2").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, signal.SIGKILL)
