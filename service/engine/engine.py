@@ -11,6 +11,7 @@ from service.engine.model_runner import ModelRunner, RunResult
 from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
+from service.engine.steering import with_checked_steering
 from service.errors import InvalidRequestError
 
 
@@ -36,8 +37,9 @@ class Engine:
         """Queues a request.
 
         Raises InvalidRequestError when it can never be served: empty, an id that is in use, longer than the model's
-        context or than the whole KV pool.
+        context or than the whole KV pool, steering that this model cannot follow.
         """
+        request = with_checked_steering(request, self.info)
         self._check_fits(request)
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
@@ -92,7 +94,7 @@ class Engine:
                 f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",
                 param="gate.freeze_after",
             )
-        streams = 1 if request.sampling is None else 2
+        streams = 1 if request.sampling is None or request.has_fixed_gate else 2
         needed = streams * self.blocks.blocks_for(total)
         if needed > self.blocks.num_blocks:
             raise InvalidRequestError(
@@ -123,7 +125,8 @@ class Engine:
             sequence.reported = max(sequence.reported, sequence.final)
             self._scheduler.commit(sequence)
             if tokens or gate is not None or reason is not None:
-                one = SequenceOutput(sequence.request.id, sequence.index, tokens, gate, reason, sequence.usage)
+                one = SequenceOutput(sequence.request.id, sequence.index, tokens, gate)
+                one.finish_reason, one.usage = reason, sequence.usage
                 outputs.append(one)
             if reason is not None:
                 self._drop(sequence)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.request import GateRows, GateStats, TokenOutput
+from service.engine.request import GateRows, GateStats, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
+from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.gate_stats import summarise
@@ -68,10 +69,60 @@ class ModelRunner:
             first = scaling + share.predict_start - 1
             prediction_rows += range(first, first + share.predict_count)
         batch = self._batch(segments, token_rows + prediction_rows)
+        self._write_fixed_rows(shares)
         step = self.compiled if self.compiled is not None and batch.is_decode else self.model
         output = step.forward(batch, self.kv_cache)
+        self._steer(output.gate_logits, segments)
         tokens, predictions = self._sample(output.logits, shares)
-        return RunResult(tokens, predictions, [_scalings_alone(share, output, first_rows) for share in shares])
+        return RunResult(tokens, predictions, [self._scalings_alone(share, output, first_rows) for share in shares])
+
+    # -- steering ------------------------------------------------------------------------------------------------
+
+    def _write_fixed_rows(self, shares: list[Scheduled]) -> None:
+        """Stores the row of every fixed gate at position 0, when that is computed; cached blocks have it already."""
+        for share in shares:
+            steering = share.sequence.request.steering
+            if steering is not None and steering.weights is not None and share.real_start == 0:
+                sites, experts = self.kv_cache.gate_rows.shape[1:]
+                row = fixed_row(steering.weights, self.model.sites[:sites], experts)
+                [slot] = self._slots(share.sequence.real, 0, 1)
+                self.kv_cache.gate_rows[slot] = torch.tensor(row, device=self.model.device)
+
+    def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+        """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
+        steered: dict[Steering, tuple[list[int], list[int]]] = {}  # rows, slots
+        for segment in segments:
+            steering = segment.share.sequence.request.steering
+            if segment.is_scaling and steering is not None and segment.share.sequence.generates:
+                rows, slots = steered.setdefault(steering, ([], []))
+                rows += range(segment.row, segment.row + segment.count)
+                slots += self._new_gate_slots(segment)
+        for steering, (rows, slots) in steered.items():
+            scalings = self._scalings(gate_logits[self._tensor(rows)], steering)
+            self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), scalings)
+
+    def _scalings(self, gate_logits: Tensor, steering: Steering | None) -> Tensor:
+        """Gate logits [n, S, E] to scalings, as one request wants them."""
+        classifier = self.model.classifier
+        if steering is None:
+            return classifier.scalings(gate_logits)
+        return classifier.scalings(
+            gate_logits,
+            excluded=excluded_experts(steering, classifier.num_experts),
+            temperature=steering.temperature,
+            top_k=steering.top_k,
+        )
+
+    def _scalings_alone(
+        self, share: Scheduled, output: ForwardOutput, first_rows: dict[tuple[int, bool], int]
+    ) -> Tensor | None:
+        """The new scalings of a scaling pass alone."""
+        if share.sequence.generates:
+            return None
+        row = first_rows[id(share), True]
+        return self._scalings(output.gate_logits[row : row + share.scaling_count], share.sequence.request.steering)
+
+    # -- sampling ------------------------------------------------------------------------------------------------
 
     def _sample(self, logits: Tensor, shares: list[Scheduled]) -> tuple[list[list[TokenOutput]], list[list[int]]]:
         """logits [L, V] of all tokens, then of all predictions. Returns both by share."""
@@ -165,7 +216,7 @@ class ModelRunner:
         if end <= sequence.gate_end:
             return self._slots(sequence.real, start, count)
         frozen = max(start, sequence.gate_end)
-        [slot] = self._slots(sequence.real, sequence.gate_end - 1, 1)
+        [slot] = self._slots(sequence.real, max(0, sequence.gate_end - 1), 1)
         return [*self._slots(sequence.real, start, frozen - start), *[slot] * (end - frozen)]
 
     def _slots(self, stream: Stream, start: int, count: int) -> list[int]:
@@ -177,14 +228,6 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)
-
-
-def _scalings_alone(share: Scheduled, output: ForwardOutput, first_rows: dict[tuple[int, bool], int]) -> Tensor | None:
-    """The new scalings of a scaling pass alone."""
-    if share.sequence.generates:
-        return None
-    row = first_rows[id(share), True]
-    return output.new_scalings[row : row + share.scaling_count]
 
 
 def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:

@@ -114,8 +114,8 @@ class Scheduler:
         """Chooses the rows of the next step and makes sure that every one has its block."""
         plan = Plan()
         budget = self.max_num_batched_tokens
-        decoding = [sequence for sequence in self.running if sequence.scaling.computed >= sequence.prompt_len]
-        prefilling = [sequence for sequence in self.running if sequence.scaling.computed < sequence.prompt_len]
+        decoding = [sequence for sequence in self.running if sequence.prefilled]
+        prefilling = [sequence for sequence in self.running if not sequence.prefilled]
         streams = max(1, len(self.running))
         self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
         for number, sequence in enumerate(decoding):
@@ -133,7 +133,7 @@ class Scheduler:
             return
         scaling, real = sequence.scaling, sequence.real
         self._publish(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
-        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_end))
+        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_row_end))
         if sequence.scaling_ended and scaling.blocks:
             self.blocks.release(scaling.blocks)
 
@@ -159,7 +159,7 @@ class Scheduler:
     def _copy_ahead(self, sequence: Sequence) -> None:
         """Lets the hypothesis grow where the text repeats itself, it pays, and no one has to go for it."""
         most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
-        if most <= 0 or sequence.scaling.computed < sequence.prompt_len:
+        if most <= 0 or not sequence.prefilled:
             return
         needed = self._worth[0 if sequence.scaling_ended else 1]
         count = sequence.copying.length(sequence.likelihood(0), needed, most)
@@ -253,17 +253,20 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[int]]:
         """Published blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
-        writes them. The last position is computed in any case, for its logits.
+        writes them. A fixed gate has the real stream alone. The last position is computed in any case, for its logits.
         """
         if not sequence.generates:
             return [], []
-        most = min(len(sequence.tokens) - 1, sequence.gate_end) // self.blocks.block_size
-        found: list[list[int]] = []
-        for stream in (sequence.scaling, sequence.real):
-            self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
-            found.append(self.blocks.find(stream.keys[:most]))
-        common = min(map(len, found))
-        return found[0][:common], found[1][:common]
+        most = min(len(sequence.tokens) - 1, sequence.gate_row_end) // self.blocks.block_size
+        real = self._find(sequence, sequence.real, most)
+        if sequence.request.has_fixed_gate:
+            return [], real
+        scaling = self._find(sequence, sequence.scaling, len(real))
+        return scaling, real[: len(scaling)]
+
+    def _find(self, sequence: Sequence, stream: Stream, most: int) -> list[int]:
+        self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
+        return self.blocks.find(stream.keys[:most])
 
     def _adopt(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
         """Begins both streams with published blocks."""

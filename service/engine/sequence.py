@@ -42,9 +42,10 @@ class Stream:
 class Sequence:
     """A choice. Position p of the hypothesis holds (tokens + drafts)[p].
 
-    Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more), real.computed <= scaling.computed
-    below it, and neither passes the hypothesis. A gate row is stored, in the slots of the real stream, for every
-    position below scaling.computed. Positions below `reported` have had their gate row sent.
+    Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more, a fixed one nothing at all),
+    real.computed <= scaling.computed below it, and neither passes the hypothesis. A gate row is stored, in the slots of
+    the real stream, for every position below scaling.computed, a fixed one for position 0. Positions below `reported`
+    have had their gate row sent.
     """
 
     request: Request
@@ -63,13 +64,15 @@ class Sequence:
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
-    gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it
+    gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
 
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
         self.generates = self.request.sampling is not None
         self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
+        if self.request.has_fixed_gate:
+            self.gate_end = 0
         self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
@@ -108,6 +111,16 @@ class Sequence:
     def scaling_ended(self) -> bool:
         """Whether the gate is frozen for good: the scaling stream is not needed any more."""
         return self.gate_end <= min(self.scaling.computed, len(self.tokens))
+
+    @property
+    def gate_row_end(self) -> int:
+        """Positions below it have a gate that follows from the text and the request's gate_key: they can be cached."""
+        return sys.maxsize if self.request.has_fixed_gate else self.gate_end
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the stream that goes first has passed the prompt."""
+        return (self.real if self.request.has_fixed_gate else self.scaling).computed >= self.prompt_len
 
     def hypothesis(self, start: int, end: int) -> list[int]:
         """Token ids of positions start .. end - 1."""
