@@ -58,18 +58,25 @@ class Sequence:
     scaling: Stream = field(default_factory=Stream)
     real: Stream = field(default_factory=Stream)
     reported: int = 0
+    scored: int = 0  # prompt positions below it have had the logprob of the token after them sent
     output_counts: Counter[int] = field(default_factory=Counter)
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
+    turn: int = 0  # its place in the queue (scheduler.py)
+    passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+    score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
 
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
-        self.generates = self.request.sampling is not None
+        sampling = self.request.sampling
+        self.generates = sampling is not None
+        asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
+        self.score_end = self.prompt_len - 1 if asked else 0
         self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
         if self.request.has_fixed_gate:
             self.gate_end = 0
