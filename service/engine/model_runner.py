@@ -14,8 +14,10 @@ from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Stream
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
+from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
+from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 
@@ -47,7 +49,8 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.block_size = kv_cache.block_size
-        self.compiled: CompiledStep | None = None  # once it is there
+        self.compiled: CompiledStep | None = None  # on a CPU, once it is there
+        self.captured: CapturedSteps | None = None  # on CUDA
 
     def run(self, plan: Plan) -> RunResult:
         """One forward over everything scheduled, then sampling of drafts and tokens in one go."""
@@ -62,7 +65,7 @@ class ModelRunner:
         logit_rows = [last_rows[id(share), True] for share in draft_shares]
         logit_rows += [last_rows[id(share), False] for share in token_shares]
         batch = self._batch(segments, offsets, logit_rows)
-        step = self.compiled if self.compiled is not None and batch.is_decode else self.model
+        step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
         output = step.forward(batch, self.kv_cache)
         tokens, drafts = self._sample(output, draft_shares, token_shares)
         scaling_offsets = {id(s.share): offset for s, offset in zip(segments, offsets, strict=True) if s.is_scaling}
@@ -140,7 +143,7 @@ class ModelRunner:
         return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)
+        return to_device(values, self.model.device)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ class EngineOptions:
     block_size: int = 16
     threads: int | None = None  # None = all cores but one
     lookahead: bool = True
+    cuda_graphs: bool = True  # capture small steps
     allow_outside: bool = False
     compile: bool = False  # the decode step, in the background
     compile_cache: str = "~/.cache/xlora-serve"
