@@ -54,7 +54,7 @@ def with_captured_steps(engine: Engine, capture: Callable[[Step], Step], max_row
 def requests(count: int) -> list[Request]:
     """Mixed contexts: 2 to 87 tokens of prompt."""
     return [
-        replace((greedy if i % 2 else sampled)(f"r{i}", words(i, 2 + 5 * i), 6 + i), return_scalings="full")
+        replace((greedy if i % 2 else sampled)(f"r{i}", words(i, 2 + 5 * i), 16 + i), return_scalings="full")
         for i in range(count)
     ]
 
