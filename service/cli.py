@@ -19,7 +19,8 @@ from service.settings import Settings
 
 _ENGINE_FLAGS = (
     *("model", "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory"),
-    *("block_size", "threads", "lookahead", "cuda_graphs", "compile", "compile_cache", "allow_outside", "log_level"),
+    *("block_size", "threads", "lookahead", "speculative_tokens", "prefix_cache", "cuda_graphs", "compile"),
+    *("compile_cache", "allow_outside", "log_level"),
 )
 _SERVE_FLAGS = ("host", "port", "max_body_bytes")
 _INTERRUPTED = 130

@@ -117,6 +117,9 @@ class Metrics:
         self._drafts = self._counter(
             "lookahead_drafts", "Drafted scaling rows, kept (hit) or dropped (miss).", "outcome"
         )
+        self._speculated = self._counter(
+            "speculated_tokens", "Drafts copied from earlier text, kept (accepted) or dropped (rejected).", "outcome"
+        )
         self._preemptions = self._counter("preemptions", "Sequences set back because the KV pool was full.")
         self._running = self._gauge("requests_running", "Sequences being worked on.")
         self._waiting = self._gauge("requests_waiting", "Sequences waiting for their first step.")
@@ -129,6 +132,8 @@ class Metrics:
         for outcome in ("hit", "miss"):
             self._drafts.labels(outcome)
             self._prefix_cache.labels(outcome)
+        for outcome in ("accepted", "rejected"):
+            self._speculated.labels(outcome)
 
     def describe_engine(self, info: EngineInfo) -> None:
         """Tells what is served, once it is known; only then can the experts' series exist."""
@@ -146,6 +151,8 @@ class Metrics:
         self._rows.labels("real").inc(stats.real_rows)
         self._drafts.labels("hit").inc(stats.draft_hits)
         self._drafts.labels("miss").inc(stats.draft_misses)
+        self._speculated.labels("accepted").inc(stats.accepted_tokens)
+        self._speculated.labels("rejected").inc(stats.speculated_tokens - stats.accepted_tokens)
         self._preemptions.inc(stats.preemptions)
         self._set_load(stats.requests_running, stats.requests_waiting)
         self._kv_used.set(stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0)

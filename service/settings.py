@@ -71,6 +71,10 @@ class Settings(BaseSettings):
         False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
     )
     compile_cache: str = Field("~/.cache/xlora-serve", description="directory for compiled steps", min_length=1)
+    speculative_tokens: int = Field(
+        8, ge=0, description="most tokens drafted per step where a text repeats itself (exact, and faster); 0: none"
+    )
+    prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     allow_outside: bool = Field(False, description="let the bundle name files outside its directory")

@@ -53,11 +53,19 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
         weight=[1.5, 0.25, 0.25],
         top1=[2, 0, 0],
     )
-    metrics.observe_step(StepStats(0.002, 5, 4, 2, 1, 1, 3, 2, 6, 8, gate))
+    metrics.observe_step(
+        StepStats(
+            step_seconds=0.002, scaling_rows=5, real_rows=4, draft_hits=2, draft_misses=1, speculated_tokens=7,
+            accepted_tokens=5, preemptions=1, requests_running=3, requests_waiting=2, kv_blocks_used=6,
+            kv_blocks_total=8, gate=gate,
+        )
+    )  # fmt: skip
     assert value(metrics, "xlora_rows_total", stream="scaling") == 5
     assert value(metrics, "xlora_rows_total", stream="real") == 4
     assert value(metrics, "xlora_lookahead_drafts_total", outcome="hit") == 2
     assert value(metrics, "xlora_lookahead_drafts_total", outcome="miss") == 1
+    assert value(metrics, "xlora_speculated_tokens_total", outcome="accepted") == 5
+    assert value(metrics, "xlora_speculated_tokens_total", outcome="rejected") == 2
     assert value(metrics, "xlora_expert_weight_total", expert="math") == 1.5
     assert value(metrics, "xlora_expert_top1_tokens_total", expert="math") == 2
     assert value(metrics, "xlora_gate_entropy_nats_count", phase="prompt") == 1
@@ -77,6 +85,7 @@ def test_every_name_of_the_design_is_there(metrics: Metrics) -> None:
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_latency_seconds"),
         *("queue_time_seconds", "step_seconds", "rows", "lookahead_drafts", "prompt_tokens", "generated_tokens"),
         *("requests", "requests_running", "requests_waiting", "kv_blocks_used_ratio", "prefix_cache_tokens"),
+        *("speculated_tokens", "preemptions"),
     ]
     assert {f"xlora_{name}" for name in expected} <= families
 

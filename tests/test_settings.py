@@ -27,7 +27,10 @@ def test_a_flag_wins_over_its_variable_and_none_is_not_given(monkeypatch: pytest
     monkeypatch.setenv("XLORA_LOOKAHEAD", "false")
     assert load_settings({"port": None}).port == 9001
     assert load_settings({"port": "9002"}).port == 9002
+    monkeypatch.setenv("XLORA_PREFIX_CACHE", "0")
     assert load_settings({}).lookahead is False
+    assert load_settings({}).prefix_cache is False
+    assert load_settings({"speculative_tokens": "0"}).speculative_tokens == 0
 
 
 def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +42,14 @@ def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "70000"), ("device", "tpu"), ("dtype", "int8"), ("max_num_seqs", "0"), ("threads", "two")],
+    [
+        ("port", "70000"),
+        ("device", "tpu"),
+        ("dtype", "int8"),
+        ("max_num_seqs", "0"),
+        ("threads", "two"),
+        ("speculative_tokens", "-1"),
+    ],
 )
 def test_a_bad_value_names_its_source(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')}"):

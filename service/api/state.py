@@ -90,6 +90,8 @@ def engine_options(settings: Settings) -> EngineOptions:
         cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,
         compile_cache=settings.compile_cache,
+        speculative_tokens=settings.speculative_tokens,
+        prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,
     )
 

@@ -1,33 +1,40 @@
-"""Who holds which block of the KV pool. Pure Python; the tensors behind the numbers are model/kv_cache.py's."""
+"""Who holds which block of the KV pool, and what the blocks nobody holds still contain.
+
+Pure Python; the tensors behind the numbers are model/kv_cache.py's, the keys block_keys.py's.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 
 class BlockManager:
     """Hands out block numbers 0 .. num_blocks - 1 and counts how many streams hold each.
 
-    A block shared by several streams (choices of one prompt) is full and never written again; it returns to the
-    free list when its last holder releases it.
+    A full block may be published under a key that names its contents (block_keys.py): it is then never written again,
+    other streams may share it, and when its last holder releases it it stays findable until its room is needed, the
+    longest unused first. Any other block goes back to the free list.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers, recently used, first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published blocks nobody holds, longest unused first
         self._holders = [0] * num_blocks
+        self._keys: dict[int, bytes] = {}  # of published blocks
+        self._published: dict[bytes, int] = {}  # the same, by key
 
     @property
     def free(self) -> int:
-        """Blocks nobody holds."""
-        return len(self._free)
+        """Blocks nobody holds, whether they contain something or not."""
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
         """Blocks somebody holds."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.free
 
     def blocks_for(self, positions: int) -> int:
         """Blocks that `positions` positions of one stream fill."""
@@ -40,31 +47,73 @@ class BlockManager:
     def extend(self, table: list[int], positions: int) -> None:
         """Grows `table` in place so that it holds `positions` positions. The caller has checked `free` first."""
         for _ in range(self.missing(table, positions)):
-            block = self._free.pop()
+            block = self._free.pop() if self._free else self._evict()
             self._holders[block] = 1
             table.append(block)
 
+    def publish(self, block: int, key: bytes) -> None:
+        """Makes a held, full block findable under `key`, unless another block with these contents is already."""
+        if key not in self._published:
+            self._published[key] = block
+            self._keys[block] = key
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The published blocks of the longest run of `keys`, from the first on."""
+        found: list[int] = []
+        for key in keys:
+            block = self._published.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def idle(self, blocks: Iterable[int]) -> int:
+        """How many of these published blocks nobody holds: sharing them makes `free` smaller."""
+        return sum(self._holders[block] == 0 for block in blocks)
+
     def share(self, blocks: Iterable[int]) -> list[int]:
-        """Adds a holder to each of `blocks`, which must be full. Returns them as a new table."""
+        """Adds a holder to each of `blocks`, which must be published. Returns them as a new table."""
         table = list(blocks)
         for block in table:
             self._holders[block] += 1
+            self._idle.pop(block, None)
         return table
 
-    def release(self, table: list[int]) -> None:
-        """Gives up every block of `table` and empties it. Releasing an empty table is a no-op."""
-        for block in reversed(table):
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
-                self._free.append(block)
-        table.clear()
+    def release(self, *tables: list[int]) -> None:
+        """Gives up every block of `tables`, the streams of one sequence, and empties them; empty ones are fine.
+
+        The last blocks go first, in all streams alike: a block without those before it is of no use to anyone.
+        """
+        for depth in range(max(map(len, tables)) - 1, -1, -1):
+            for table in tables:
+                if depth < len(table):
+                    self._give_up(table[depth])
+        for table in tables:
+            table.clear()
+
+    def _give_up(self, block: int) -> None:
+        self._holders[block] -= 1
+        if self._holders[block]:
+            return
+        if block in self._keys:
+            self._idle[block] = None
+        else:
+            self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        del self._published[self._keys.pop(block)]
+        return block
 
     def check_integrity(self, tables: Iterable[list[int]]) -> None:
-        """Raises RuntimeError unless holders and free list are exactly what `tables` (all there are) say."""
+        """Raises RuntimeError unless holders, free list and published blocks are what `tables` (all there are) say."""
         held = Counter(block for table in tables for block in table)
         if [held[block] for block in range(self.num_blocks)] != self._holders:
             raise RuntimeError("block holders do not match the block tables")
-        if set(self._free) != {block for block in range(self.num_blocks) if not held[block]} or len(
-            set(self._free)
-        ) != len(self._free):
+        unheld = sorted([*self._free, *self._idle])
+        if unheld != [block for block in range(self.num_blocks) if not held[block]]:
             raise RuntimeError("the free list does not match the block tables")
+        if {block: key for key, block in self._published.items()} != self._keys:
+            raise RuntimeError("the published blocks do not match their keys")
+        if not self._idle.keys() <= self._keys.keys() or self._keys.keys() & set(self._free):
+            raise RuntimeError("a block is idle without a key, or free with one")

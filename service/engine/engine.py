@@ -66,7 +66,7 @@ class Engine:
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        return StepOutput(stats=self._with_load(StepStats()))
+        return StepOutput(stats=self._with_load(StepStats(gate=self._runner.flush())))
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
@@ -87,6 +87,11 @@ class Engine:
                 code="context_length_exceeded",
                 hint="shorten the prompt or lower max_tokens",
             )
+        if request.freeze_after is not None and (request.freeze_after < 1 or request.sampling is None):
+            raise InvalidRequestError(
+                f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",
+                param="gate.freeze_after",
+            )
         streams = 1 if request.sampling is None else 2
         needed = streams * self.blocks.blocks_for(total)
         if needed > self.blocks.num_blocks:
@@ -104,18 +109,22 @@ class Engine:
             del self._sequences[sequence.request.id]
 
     def _postprocess(self, plan: Plan, result: RunResult, started: float) -> StepOutput:
-        """Moves the streams forward, accepts tokens, keeps or drops drafted rows, ends what has ended."""
+        """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
+        stats = StepStats(preemptions=plan.preemptions)
+        verdicts = [
+            self._advance(share, tokens, predictions, stats)
+            for share, tokens, predictions in zip(plan.scheduled, result.tokens, result.predictions, strict=True)
+        ]
+        ending = any(reason is not None for _, reason in verdicts)
+        rows, stats.gate = self._runner.report(plan, result, flush=ending)
         outputs: list[SequenceOutput] = []
-        stats = StepStats(preemptions=plan.preemptions, gate=result.gate_stats)
-        for share, token, draft, gate in zip(plan.scheduled, result.tokens, result.drafts, result.gate, strict=True):
-            self._advance(share, token, draft, stats)
+        for share, gate, (tokens, reason) in zip(plan.scheduled, rows, verdicts, strict=True):
             sequence = share.sequence
-            reason = self._finish_reason(sequence, token)
-            if token is not None or gate is not None or reason is not None:
-                output = SequenceOutput(sequence.request.id, sequence.index, gate=gate, finish_reason=reason)
-                output.tokens = [] if token is None else [token]
-                output.usage = sequence.usage
-                outputs.append(output)
+            sequence.reported = max(sequence.reported, sequence.final)
+            self._scheduler.commit(sequence)
+            if tokens or gate is not None or reason is not None:
+                one = SequenceOutput(sequence.request.id, sequence.index, tokens, gate, reason, sequence.usage)
+                outputs.append(one)
             if reason is not None:
                 self._drop(sequence)
         stats.step_seconds = time.perf_counter() - started
@@ -127,39 +136,56 @@ class Engine:
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
         return stats
 
-    def _advance(self, share: Scheduled, token: TokenOutput | None, draft: int | None, stats: StepStats) -> None:
-        """One sequence after its rows have run: stream positions, draft verdict, usage."""
-        sequence, usage = share.sequence, share.sequence.usage
+    def _advance(
+        self, share: Scheduled, sampled: list[TokenOutput], predictions: list[int], stats: StepStats
+    ) -> tuple[list[TokenOutput], FinishReason | None]:
+        """One sequence after its rows have run: streams, drafts, usage. Returns the tokens accepted, and the end."""
+        sequence = share.sequence
         if not sequence.started:
             sequence.started = True
-            usage.queue_seconds = time.monotonic() - sequence.arrival_time
-        hit = share.drafted and token is not None and token.id == sequence.draft
-        miss = share.drafted and not hit
-        sequence.scaling.computed += share.scaling_count - miss
-        sequence.real.computed += share.real_count
-        final = sequence.real.computed if sequence.generates else sequence.scaling.computed
-        sequence.reported = max(sequence.reported, final)
-        if token is not None:
-            sequence.append(token.id)
-            sequence.draft = None  # it was for the position this token now holds
-        if share.scaling_count:
-            sequence.draft = None if miss else draft
-        usage.forward_passes += 1
-        usage.scaling_rows += share.scaling_count
-        usage.real_rows += share.real_count
-        usage.draft_hits += hit
-        usage.draft_misses += miss
-        stats.scaling_rows += share.scaling_count
-        stats.real_rows += share.real_count
-        stats.draft_hits += hit
-        stats.draft_misses += miss
+            sequence.usage.queue_seconds = time.monotonic() - sequence.arrival_time
+        sequence.scaling.computed = share.scaling_end
+        sequence.real.computed = share.real_end
+        accepted, reason = self._verify(sequence, sampled)
+        if reason is not None:
+            sequence.give_up_drafts()
+        elif predictions and sequence.scaling.computed == share.scaling_end:  # made after right tokens
+            sequence.predict(share.predict_start, predictions)
+        _count(share, stats)
+        return accepted, reason
 
-    def _finish_reason(self, sequence: Sequence, token: TokenOutput | None) -> FinishReason | None:
+    def _verify(self, sequence: Sequence, sampled: list[TokenOutput]) -> tuple[list[TokenOutput], FinishReason | None]:
+        """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
         if not sequence.generates:
-            return "length" if sequence.scaling.computed == sequence.prompt_len else None
-        if token is None:
-            return None
+            return [], "length" if sequence.scaling.computed == sequence.prompt_len else None
+        for count, token in enumerate(sampled, start=1):
+            drafted = sequence.accept(token.id)
+            reason = self._finish_reason(sequence, token.id)
+            if reason is not None or not drafted:
+                return sampled[:count], reason
+        return sampled, None
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Whether a sequence ends with the token it has just accepted."""
         params = sequence.sampling
-        if token.id in params.stop_token_ids or (token.id in self._eos and not params.ignore_eos):
+        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return "stop"
         return "length" if sequence.output_len >= params.max_tokens else None
+
+
+def _count(share: Scheduled, stats: StepStats) -> None:
+    """Adds one sequence's step to its usage and to the step's statistics."""
+    sequence, usage = share.sequence, share.sequence.usage
+    lookahead, copying = sequence.lookahead, sequence.copying
+    before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
+    usage.forward_passes += 1
+    usage.scaling_rows += share.scaling_count
+    usage.real_rows += share.real_count
+    usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
+    usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
+    stats.scaling_rows += share.scaling_count
+    stats.real_rows += share.real_count
+    stats.draft_hits += usage.draft_hits - before[0]
+    stats.draft_misses += usage.draft_misses - before[1]
+    stats.speculated_tokens += usage.speculated_tokens - before[2]
+    stats.accepted_tokens += usage.accepted_tokens - before[3]

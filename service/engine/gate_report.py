@@ -1,12 +1,13 @@
 """What a step tells the outside about its gate: rows for those who asked, statistics for the metrics.
 
-A position is reported once, in the step in which its real row runs (or its scaling row, for a scaling pass alone): only
-then are its scalings sure to be used. Rows shared with another choice, or computed again after a preemption, are read
-from the cache, so what a request gets is complete and nothing is counted twice.
+A position is reported once, when its real row has run and was kept (or its scaling row has run, for a scaling pass
+alone): only then are its scalings sure to be used. Rows found in the prefix cache, or computed again after a
+preemption, are read from the cache, so what a request gets is complete and nothing is counted twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -14,41 +15,71 @@ import torch
 from torch import Tensor
 
 from service.engine.request import GateRows, GateStats
-from service.engine.scheduler import Scheduled
-from service.model.gate_stats import GateSummary
+from service.engine.sequence import Sequence
+from service.model.gate_stats import GateSummary, summarise
+
+_ENOUGH_POSITIONS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSpan:
-    """Positions start .. start + count of one sequence, at rows offset .. offset + count of the step's report."""
+    """Positions start .. start + count of one sequence, at rows offset .. offset + count of a report."""
 
-    share: Scheduled
+    sequence: Sequence
     start: int
     count: int
     offset: int
 
 
-def report_spans(shares: SequenceOf[Scheduled]) -> list[ReportSpan]:
-    """The positions that become final with this step, sequences that generate first."""
+def report_spans(sequences: Iterable[Sequence]) -> list[ReportSpan]:
+    """The positions that have become final and are not reported yet; empty spans are left out."""
     spans: list[ReportSpan] = []
     offset = 0
-    for share in sorted(shares, key=lambda share: not share.sequence.generates):
-        start = share.sequence.reported
-        real_end, scaling_end = share.real_start + share.real_count, share.scaling_start + share.scaling_count
-        end = real_end if share.sequence.generates else scaling_end
+    for sequence in sequences:
+        start, end = sequence.reported, sequence.final
         if end > start:
-            spans.append(ReportSpan(share, start, end - start, offset))
+            spans.append(ReportSpan(sequence, start, end - start, offset))
             offset += end - start
     return spans
 
 
+class GateObserver:
+    """Collects the gate rows of served positions and summarises many at once: a summary costs the same for one row as
+    for dozens, and few look at every step.
+    """
+
+    def __init__(self, num_sites: int) -> None:
+        self._num_sites = num_sites
+        self._scalings: list[Tensor] = []  # each [n, S, E]
+        self._in_prompt: list[bool] = []  # one per position: before the prompt's last
+
+    def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
+        """Takes in the rows [n, S, E] of `spans` (sequences that generate). Returns those asked for, one per span."""
+        self._scalings.append(scalings)
+        for span in spans:
+            before_last = min(span.count, max(0, span.sequence.prompt_len - 1 - span.start))
+            self._in_prompt += [True] * before_last + [False] * (span.count - before_last)
+        if all(span.sequence.request.return_scalings == "none" for span in spans):
+            return [None] * len(spans)
+        summary = summarise(scalings)
+        return [gate_rows(span, scalings, summary, self._num_sites) for span in spans]
+
+    def statistics(self, *, flush: bool) -> GateStats:
+        """Statistics of what has been collected, once there is enough of it, or at once with `flush`."""
+        if not self._in_prompt or (len(self._in_prompt) < _ENOUGH_POSITIONS and not flush):
+            return GateStats()
+        stats = gate_stats(summarise(torch.cat(self._scalings)), self._in_prompt)
+        self._scalings, self._in_prompt = [], []
+        return stats
+
+
 def gate_rows(span: ReportSpan, scalings: Tensor, summary: GateSummary, num_sites: int) -> GateRows | None:
     """The rows of `span` its request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
-    request = span.share.sequence.request
+    request = span.sequence.request
     if request.return_scalings == "none":
         return None
     wanted = request.scalings_start
-    skip = max(0, (span.share.sequence.prompt_len - 1 if wanted is None else wanted) - span.start)
+    skip = max(0, (span.sequence.prompt_len - 1 if wanted is None else wanted) - span.start)
     if skip >= span.count:
         return None
     rows = slice(span.offset + skip, span.offset + span.count)
@@ -62,21 +93,14 @@ def gate_rows(span: ReportSpan, scalings: Tensor, summary: GateSummary, num_site
     )
 
 
-def gate_stats(spans: SequenceOf[ReportSpan], summary: GateSummary) -> GateStats:
-    """Statistics of the served positions (not of scaling passes alone). The last of the prompt counts as generated."""
-    served = [span for span in spans if span.share.sequence.generates]
-    if not served:
-        return GateStats()
-    rows = sum(span.count for span in served)
-    in_prompt = torch.zeros(rows, dtype=torch.bool)
-    for span in served:
-        before_last = span.share.sequence.prompt_len - 1 - span.start
-        in_prompt[span.offset : span.offset + min(span.count, max(0, before_last))] = True
-    share, entropy = summary.share[:rows], summary.entropy[:rows]
+def gate_stats(summary: GateSummary, in_prompt: SequenceOf[bool]) -> GateStats:
+    """Statistics of served positions. `in_prompt` says of each whether it lies before its prompt's last."""
+    share, entropy = summary.share, summary.entropy
+    prompt = torch.tensor(in_prompt)
     leaders = share[share.any(-1)].argmax(-1)  # positions where no expert acts have no leader
     return GateStats(
-        prompt_entropy=_bytes(entropy[in_prompt]),
-        generated_entropy=_bytes(entropy[~in_prompt]),
+        prompt_entropy=_bytes(entropy[prompt]),
+        generated_entropy=_bytes(entropy[~prompt]),
         weight=share.sum(0).tolist(),
         top1=torch.bincount(leaders, minlength=share.shape[1]).tolist(),
     )

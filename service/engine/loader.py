@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -29,7 +30,10 @@ from service.model.kv_cache import KVCache, KVLayout
 from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+# Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
+_ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -59,6 +63,7 @@ def load_checkpoint_and_model(
 def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
     """Divides the memory and puts the parts together around a loaded model."""
     max_model_len = resolve_max_model_len(options.max_model_len, model)
+    keep_freed_memory()
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, model.device, max_model_len, options)
     runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
@@ -69,6 +74,10 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         lookahead=options.lookahead,
+        speculative_tokens=options.speculative_tokens,
+        prefix_cache=options.prefix_cache,
+        row_cost=_ROW_COST[model.device.type],
+        dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
     return Engine(runner, scheduler, info, start_compilation(runner, options))
@@ -102,6 +111,18 @@ def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilatio
 def default_threads() -> int:
     """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md)."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what is freed, where the C library is glibc.
+
+    A step frees and takes the same megabytes of activations again; handed back to the kernel in between they cost a
+    page fault per 4 KiB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the largest there is
+        mallopt(_M_TRIM_THRESHOLD, 1024 * _MIB)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
-import torch
 from torch import Tensor
 
-from service.engine.gate_report import gate_rows, gate_stats, report_spans
+from service.engine.gate_report import GateObserver, gate_rows, report_spans
 from service.engine.request import GateRows, GateStats, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs
 from service.engine.scheduler import Plan, Scheduled
-from service.engine.sequence import Stream
+from service.engine.sequence import Sequence, Stream
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
@@ -20,26 +20,29 @@ from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
+_MOST_SPLIT_ROWS = 16  # longer segments are not worth gathering their keys once per row
+_MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
+
 
 @dataclass(slots=True)
 class RunResult:
-    """What one step brought, aligned with the plan's `scheduled`; None where a sequence had none."""
+    """What one step brought, aligned with the plan's `scheduled`."""
 
-    tokens: list[TokenOutput | None]
-    drafts: list[int | None]
-    gate: list[GateRows | None]
-    gate_stats: GateStats
+    tokens: list[list[TokenOutput]]  # sampled from the real rows, first position first
+    predictions: list[list[int]]  # sampled from the scaling rows
+    scalings: list[Tensor | None]  # [scaling_count, S, E] of a scaling pass alone: they are stored nowhere
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """`count` consecutive positions of one stream of one scheduled sequence: rows of the flat batch."""
+    """`count` consecutive positions of one stream of one scheduled sequence: rows of the flat batch from `row` on."""
 
     share: Scheduled
     stream: Stream
     start: int
     count: int
     is_scaling: bool
+    row: int = 0
 
 
 class ModelRunner:
@@ -51,89 +54,121 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
+        self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
-        """One forward over everything scheduled, then sampling of drafts and tokens in one go."""
+        """One forward over everything scheduled, then sampling of tokens and predictions in one go."""
         shares = plan.scheduled
         segments = _ordered_segments(shares)
-        offsets = _row_offsets(segments)
-        draft_shares = [share for share in shares if share.predicts]
-        token_shares = [share for share in shares if share.samples]
-        last_rows = {
-            (id(s.share), s.is_scaling): offset + s.count - 1 for s, offset in zip(segments, offsets, strict=True)
-        }
-        logit_rows = [last_rows[id(share), True] for share in draft_shares]
-        logit_rows += [last_rows[id(share), False] for share in token_shares]
-        batch = self._batch(segments, offsets, logit_rows)
+        first_rows = {(id(s.share), s.is_scaling): s.row for s in segments}
+        token_rows: list[int] = []
+        prediction_rows: list[int] = []
+        for share in shares:
+            real = first_rows.get((id(share), False), 0) - share.real_start
+            scaling = first_rows.get((id(share), True), 0) - share.scaling_start
+            token_rows += range(real + share.real_end - share.samples, real + share.real_end)
+            first = scaling + share.predict_start - 1
+            prediction_rows += range(first, first + share.predict_count)
+        batch = self._batch(segments, token_rows + prediction_rows)
         step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
         output = step.forward(batch, self.kv_cache)
-        tokens, drafts = self._sample(output, draft_shares, token_shares)
-        scaling_offsets = {id(s.share): offset for s, offset in zip(segments, offsets, strict=True) if s.is_scaling}
-        gate, stats = self._report(shares, output, scaling_offsets)
-        return RunResult(
-            tokens=[tokens.get(id(share)) for share in shares],
-            drafts=[drafts.get(id(share)) for share in shares],
-            gate=[gate.get(id(share)) for share in shares],
-            gate_stats=stats,
+        tokens, predictions = self._sample(output.logits, shares)
+        return RunResult(tokens, predictions, [_scalings_alone(share, output, first_rows) for share in shares])
+
+    def _sample(self, logits: Tensor, shares: list[Scheduled]) -> tuple[list[list[TokenOutput]], list[list[int]]]:
+        """logits [L, V] of all tokens, then of all predictions. Returns both by share."""
+        rows: list[SampleRow] = []
+        for share in shares:
+            rows += (SampleRow(share.sequence, share.sequence.drafts[:count]) for count in range(share.samples))
+        split = len(rows)
+        for share in shares:
+            first = share.predict_start - len(share.sequence.tokens)
+            drafts = share.sequence.drafts
+            rows += (SampleRow(share.sequence, drafts[: first + i]) for i in range(share.predict_count))
+        ids = sample(logits, rows) if rows else []
+        tokens, predictions = iter(token_outputs(logits[:split], rows[:split], ids[:split])), iter(ids[split:])
+        return (
+            [list(islice(tokens, share.samples)) for share in shares],
+            [list(islice(predictions, share.predict_count)) for share in shares],
         )
+
+    def report(self, plan: Plan, result: RunResult, *, flush: bool) -> tuple[list[GateRows | None], GateStats]:
+        """The gate rows that have become final, for each of the plan's `scheduled` that asked, and statistics.
+
+        Called when the drafts have been verified and before any block is released.
+        """
+        rows: dict[int, GateRows | None] = {}
+        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.generates)
+        if spans:
+            slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
+            stored = self.kv_cache.gate_rows.index_select(0, self._tensor(slots))
+            observed = self._observer.observe(spans, stored)
+            rows = {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
+        for share, scalings in zip(plan.scheduled, result.scalings, strict=True):
+            if scalings is not None:
+                rows[id(share.sequence)] = self._report_alone(share, scalings)
+        return [rows.get(id(share.sequence)) for share in plan.scheduled], self._observer.statistics(flush=flush)
+
+    def _report_alone(self, share: Scheduled, scalings: Tensor) -> GateRows | None:
+        """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
+        for span in report_spans([share.sequence]):
+            new = scalings[span.start - share.scaling_start :]
+            return gate_rows(span, new, summarise(new), len(self.model.sites))
+        return None
+
+    def flush(self) -> GateStats:
+        """Statistics that no step has reported yet."""
+        return self._observer.statistics(flush=True)
 
     # -- the flat batch ------------------------------------------------------------------------------------------
 
-    def _batch(self, segments: list[_Segment], offsets: list[int], logit_rows: list[int]) -> Batch:
+    def _batch(self, segments: list[_Segment], logit_rows: list[int]) -> Batch:
+        """Every index of the batch in one tensor, and views of it."""
         cache = self.kv_cache
-        tokens: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        gate_slots: list[int] = []
-        new_gate_slots: list[int] = []
-        for s in segments:
-            own = self._slots(s.stream, s.start, s.count)
-            tokens += _tokens(s)
-            positions += range(s.start, s.start + s.count)
-            kv_slots += own
-            if not s.is_scaling:
-                gate_slots += own
-                new_gate_slots += [cache.scratch_slot] * s.count
-            else:
-                gate_slots += [cache.dummy_slot] * s.count
-                sequence = s.share.sequence
-                kept = self._slots(sequence.real, s.start, s.count) if sequence.generates else None
-                new_gate_slots += kept or [cache.scratch_slot] * s.count
-        return Batch(
-            rows=self._tensor([tokens, positions, kv_slots, gate_slots, new_gate_slots]),
-            num_scaling_rows=sum(s.count for s in segments if s.is_scaling),
-            logit_rows=self._tensor(logit_rows),
-            groups=self._groups(segments, offsets),
-        )
+        scaling = [s for s in segments if s.is_scaling]
+        real = segments[len(scaling) :]
+        scaling_rows = sum(s.count for s in scaling)
+        row_count = scaling_rows + sum(s.count for s in real)
+        grouped = _attention_groups(segments if self.compiled is None else _one_row_each(segments))
+        tables = [self._block_table(group) for group in grouped]
+        values = [token for s in segments for token in s.share.sequence.hypothesis(s.start, s.start + s.count)]
+        values += (position for s in segments for position in range(s.start, s.start + s.count))
+        values += (slot for s in segments for slot in self._slots(s.stream, s.start, s.count))
+        values += [cache.dummy_slot] * scaling_rows
+        values += (slot for s in real for slot in self._gate_slots(s.share.sequence, s.start, s.count))
+        values += (slot for s in scaling for slot in self._new_gate_slots(s))
+        values += [cache.scratch_slot] * (row_count - scaling_rows)
+        sizes = [len(values), len(logit_rows), *map(len, tables)]
+        packed = self._tensor([*values, *logit_rows, *(block for table in tables for block in table)])
+        rows, logit_index, *views = packed.split_with_sizes(sizes)
+        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[])
+        batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
+        return batch
 
-    def _groups(self, segments: list[_Segment], offsets: list[int]) -> list[AttentionGroup]:
-        """Neighbouring segments of one row each share a group; every longer one has its own (no padded queries)."""
-        groups: list[AttentionGroup] = []
-        first = 0
-        while first < len(segments):
-            last = first + 1
-            if segments[first].count == 1:
-                while last < len(segments) and segments[last].count == 1:
-                    last += 1
-            groups.append(self._group(segments[first:last], offsets[first]))
-            first = last
-        return groups
+    def _block_table(self, group: list[_Segment]) -> list[int]:
+        """The block tables of a group's streams, one after another, as wide as the widest needs."""
+        width = -(-max(s.start + s.count for s in group) // self.block_size)
+        table: list[int] = []
+        for segment in group:
+            blocks = segment.stream.blocks[:width]
+            table += blocks + blocks[:1] * (width - len(blocks))
+        return table
 
-    def _group(self, segments: list[_Segment], start: int) -> AttentionGroup:
-        lengths = [s.start + s.count for s in segments]
-        keys = max(lengths)
-        width = -(-keys // self.block_size)
-        table = [s.stream.blocks[:width] for s in segments]
-        count = segments[0].count
-        return AttentionGroup(
-            start=start,
-            segments=len(segments),
-            queries=count,
-            positions=self._tensor([list(range(s.start, s.start + s.count)) for s in segments]),
-            block_table=self._tensor([blocks + [blocks[0]] * (width - len(blocks)) for blocks in table]),
-            keys=keys,
-            needs_mask=count > 1 or min(lengths) != keys,
-        )
+    def _new_gate_slots(self, segment: _Segment) -> list[int]:
+        """Where the new scalings of a segment of the scaling stream go."""
+        sequence = segment.share.sequence
+        if not sequence.generates:
+            return [self.kv_cache.scratch_slot] * segment.count
+        return self._slots(sequence.real, segment.start, segment.count)
+
+    def _gate_slots(self, sequence: Sequence, start: int, count: int) -> list[int]:
+        """Slots of the gate rows that serve positions start .. start + count."""
+        end = start + count
+        if end <= sequence.gate_end:
+            return self._slots(sequence.real, start, count)
+        frozen = max(start, sequence.gate_end)
+        [slot] = self._slots(sequence.real, sequence.gate_end - 1, 1)
+        return [*self._slots(sequence.real, start, frozen - start), *[slot] * (end - frozen)]
 
     def _slots(self, stream: Stream, start: int, count: int) -> list[int]:
         """Slots of positions start .. start + count of a stream."""
@@ -142,74 +177,63 @@ class ModelRunner:
             return [blocks[start // size] * size + start % size]
         return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
+    def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, self.model.device)
 
-    # -- sampling ------------------------------------------------------------------------------------------------
 
-    def _sample(
-        self, output: ForwardOutput, draft_shares: list[Scheduled], token_shares: list[Scheduled]
-    ) -> tuple[dict[int, TokenOutput], dict[int, int]]:
-        """Returns tokens and drafts by id of their share."""
-        rows = [SampleRow(share.sequence, share.sequence.draft if share.drafted else None) for share in draft_shares]
-        rows += [SampleRow(share.sequence) for share in token_shares]
-        if not rows:
-            return {}, {}
-        ids = sample(output.logits, rows)
-        split = len(draft_shares)
-        drafts = {id(share): token for share, token in zip(draft_shares, ids[:split], strict=True)}
-        outputs = token_outputs(output.logits[split:], rows[split:], ids[split:])
-        return {id(share): token for share, token in zip(token_shares, outputs, strict=True)}, drafts
-
-    # -- gate rows -----------------------------------------------------------------------------------------------
-
-    def _report(
-        self, shares: list[Scheduled], output: ForwardOutput, scaling_offsets: dict[int, int]
-    ) -> tuple[dict[int, GateRows], GateStats]:
-        """Returns the gate rows asked for, by id of their share, and the step's statistics."""
-        spans = report_spans(shares)
-        if not spans:
-            return {}, GateStats()
-        stored: list[int] = []
-        pieces: list[Tensor] = []
-        for span in spans:
-            if span.share.sequence.generates:
-                stored += self._slots(span.share.sequence.real, span.start, span.count)
-            else:
-                offset = scaling_offsets[id(span.share)]
-                pieces.append(output.new_scalings[offset : offset + span.count])
-        if stored:
-            pieces.insert(0, self.kv_cache.gate_rows.index_select(0, self._tensor(stored)))
-        scalings = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        summary = summarise(scalings)
-        num_sites = len(self.model.sites)
-        rows = {id(span.share): gate_rows(span, scalings, summary, num_sites) for span in spans}
-        return {share: asked for share, asked in rows.items() if asked is not None}, gate_stats(spans, summary)
+def _scalings_alone(share: Scheduled, output: ForwardOutput, first_rows: dict[tuple[int, bool], int]) -> Tensor | None:
+    """The new scalings of a scaling pass alone."""
+    if share.sequence.generates:
+        return None
+    row = first_rows[id(share), True]
+    return output.new_scalings[row : row + share.scaling_count]
 
 
 def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:
     """Scaling rows first, then real rows; single rows meet in the middle, where they form one attention group."""
-    advancing = [share for share in shares if share.scaling_count]
-    scaling = [_Segment(s, s.sequence.scaling, s.scaling_start, s.scaling_count, True) for s in advancing]
-    real = [_Segment(s, s.sequence.real, s.real_start, s.real_count, False) for s in shares if s.real_count]
-    scaling.sort(key=lambda segment: segment.count == 1)
-    real.sort(key=lambda segment: segment.count != 1)
-    return scaling + real
+    scaling = [s for s in shares if s.scaling_count]
+    real = [s for s in shares if s.real_count]
+    scaling.sort(key=lambda share: -share.scaling_count)
+    real.sort(key=lambda share: share.real_count)
+    segments: list[_Segment] = []
+    row = 0
+    for share in scaling:
+        segments.append(_Segment(share, share.sequence.scaling, share.scaling_start, share.scaling_count, True, row))
+        row += share.scaling_count
+    for share in real:
+        segments.append(_Segment(share, share.sequence.real, share.real_start, share.real_count, False, row))
+        row += share.real_count
+    return segments
 
 
-def _row_offsets(segments: list[_Segment]) -> list[int]:
-    offsets, row = [], 0
+def _one_row_each(segments: list[_Segment]) -> list[_Segment]:
+    """Segments of one row each, where all are short: a compiled step wants them so. Else `segments` as they are."""
+    if all(s.count == 1 for s in segments) or any(s.count > _MOST_SPLIT_ROWS for s in segments):
+        return segments
+    return [replace(s, start=s.start + i, count=1, row=s.row + i) for s in segments for i in range(s.count)]
+
+
+def _attention_groups(segments: list[_Segment]) -> list[list[_Segment]]:
+    """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
+    groups: list[list[_Segment]] = []
     for segment in segments:
-        offsets.append(row)
-        row += segment.count
-    return offsets
+        if groups and segment.count == groups[-1][0].count <= _MOST_SHARED_QUERIES:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups
 
 
-def _tokens(segment: _Segment) -> list[int]:
-    """Token ids of the segment's positions; a drafted position holds the sequence's draft."""
-    sequence = segment.share.sequence
-    tokens = sequence.tokens[segment.start : segment.start + segment.count]
-    if segment.is_scaling and segment.share.drafted:
-        assert sequence.draft is not None
-        tokens = [*tokens, sequence.draft]
-    return tokens
+def _group(segments: list[_Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:
+    """positions int64 [T] of the whole batch, block_table int64 [segments * blocks]"""
+    ends = [s.start + s.count for s in segments]
+    number, count, first = len(segments), segments[0].count, segments[0].row
+    return AttentionGroup(
+        start=first,
+        segments=number,
+        queries=count,
+        positions=positions[first : first + number * count].view(number, count),
+        block_table=block_table.view(number, -1),
+        keys=max(ends),
+        needs_mask=count > 1 or min(ends) != max(ends),
+    )

@@ -46,6 +46,16 @@ class Request:
     sampling: SamplingParams | None
     return_scalings: ReturnScalings = "none"
     scalings_start: int | None = None  # first position whose row is returned; None = len(prompt) - 1
+    cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
+    freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
+
+    @property
+    def gate_key(self) -> tuple[object, ...]:
+        """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
+
+        Freezing is not part of it, because frozen positions are never cached.
+        """
+        return ()
 
 
 @dataclass(slots=True)
@@ -77,15 +87,19 @@ class SequenceUsage:
     forward_passes: int = 0  # steps this sequence had a row in
     scaling_rows: int = 0
     real_rows: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
+    draft_hits: int = 0  # tokens drafted by the scaling pass, computed, and kept
+    draft_misses: int = 0  # ... and dropped
+    speculated_tokens: int = 0  # tokens copied from earlier text as a draft, computed, and kept or dropped
+    accepted_tokens: int = 0  # ... and kept
     cached_tokens: int = 0  # prompt positions not computed because another choice or request had
     queue_seconds: float = 0.0  # submission to first scheduled step
 
 
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step brought one choice: tokens (usually one, none during prefill), gate rows, perhaps the end."""
+    """What one step brought one choice: tokens (none during prefill, several where drafts were right), gate rows,
+    perhaps the end.
+    """
 
     request_id: str
     index: int  # which of the n choices
@@ -98,7 +112,10 @@ class SequenceOutput:
 
 @dataclass(slots=True)
 class GateStats:
-    """What the gate did in one step over the positions whose real row ran (the metrics' input; each position once)."""
+    """What the gate did over positions whose real row ran and was kept, each once (the metrics' input).
+
+    A step may leave its positions to a later one; the step that ends a choice has reported all of that choice's.
+    """
 
     prompt_entropy: bytes = b""  # float32 [positions], nats; NaN where a row sums to 0
     generated_entropy: bytes = b""  # float32 [positions]
@@ -115,6 +132,8 @@ class StepStats:
     real_rows: int = 0
     draft_hits: int = 0
     draft_misses: int = 0
+    speculated_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     requests_running: int = 0
     requests_waiting: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,15 +24,15 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """A row of logits: the next token of `sequence` after `pending` (a draft not yet accepted, or none)."""
+    """A row of logits: the next token of `sequence` after `pending`, drafts that are not accepted yet."""
 
     sequence: Sequence
-    pending: int | None = None
+    pending: SequenceOf[int] = ()
 
     @property
     def output_position(self) -> int:
         """How many tokens of output come before the one to be sampled."""
-        return self.sequence.output_len + (self.pending is not None)
+        return self.sequence.output_len + len(self.pending)
 
 
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
@@ -79,14 +80,13 @@ def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
             line[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        pending = [] if row.pending is None else [row.pending]
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*row.sequence.tokens, *pending}), device=logits.device)
+            seen = torch.tensor(sorted({*row.sequence.tokens, *row.pending}), device=logits.device)
             scores = line[seen]
             line[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
             counts = row.sequence.output_counts.copy()
-            counts.update(pending)
+            counts.update(row.pending)
             if counts:
                 ids = torch.tensor(list(counts), device=logits.device)
                 amounts = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
@@ -120,10 +120,15 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise, fp32 [n, vocabulary], keyed by (seed, choice, output position, vocabulary id)."""
     keys = torch.tensor([_signed(_row_key(row)) for row in rows], device=device)[:, None]
-    counters = torch.arange(1, vocabulary + 1, device=device)[None] * _signed(_GOLDEN)
-    bits = _splitmix64_finalise(keys + counters)
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53  # in (0, 1), never either end
-    return -torch.log(-torch.log(uniform)).float()
+    bits = _splitmix64_finalise_(keys + _counters(vocabulary, device))
+    uniform = _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53)  # in (0, 1), never either end
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+@lru_cache(maxsize=2)
+def _counters(vocabulary: int, device: torch.device) -> Tensor:
+    """What splitmix64 adds for each vocabulary id, int64 [vocabulary]."""
+    return torch.arange(1, vocabulary + 1, device=device) * _signed(_GOLDEN)
 
 
 def _row_key(row: SampleRow) -> int:
@@ -141,16 +146,16 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _splitmix64_finalise(bits: Tensor) -> Tensor:
-    """The same finaliser on an int64 tensor; multiplication wraps as unsigned would."""
-    bits = (bits ^ _shift_right(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
-    bits = (bits ^ _shift_right(bits, 27)) * _signed(0x94D049BB133111EB)
-    return bits ^ _shift_right(bits, 31)
+def _splitmix64_finalise_(bits: Tensor) -> Tensor:
+    """The same finaliser on an int64 tensor, in place; multiplication wraps as unsigned would."""
+    bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_signed(0x94D049BB133111EB))
+    return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
     """Logical shift: int64's own is arithmetic."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
+    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 
 def _signed(value: int) -> int:

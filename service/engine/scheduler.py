@@ -1,11 +1,12 @@
 """What runs in the next step. Pure Python, no torch: it moves numbers between sequences and the block manager.
 
 One rule covers prefill, chunked prefill and decode: in each step a sequence's real stream advances over every
-position whose scalings are known, and its scaling stream advances over the next ones: prompt chunk, sampled token, or
-draft.
+position whose scalings are known, and its scaling stream advances over the rest of the hypothesis: prompt chunk,
+sampled token, or drafts.
 
-    prompt of 3 chunks   scaling  a b c . d      d: the drafted next token, in the same step as the real row before it
-                         real       a b c        (lookahead scaling pass, DECISIONS.md)
+    prompt of 3 chunks   scaling  a b c . d e f      d: the drafted next token, in the same step as the real row before
+                         real       a b c . d e f    it (lookahead scaling pass); with drafts of several tokens d, e, f
+                                                     are several rows
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
-from service.engine.sequence import Sequence
+from service.engine.drafting import break_even
+from service.engine.sequence import Sequence, Stream
 
 
 @dataclass(slots=True)
@@ -23,12 +26,22 @@ class Scheduled:
 
     sequence: Sequence
     scaling_start: int
-    scaling_count: int  # includes the drafted position, if any
+    scaling_count: int
     real_start: int
     real_count: int
-    drafted: bool  # the last scaling row is position len(tokens), holding sequence.draft
-    samples: bool  # the last real row is the last accepted position: its logits give the next token
-    predicts: bool  # the last scaling row's logits give the next draft
+    samples: int  # the last so many real rows, from the last accepted position on: their logits give the next tokens
+    predict_start: int  # the logits of the scaling rows before positions predict_start ...
+    predict_count: int  # ... to predict_start + predict_count - 1 predict those
+
+    @property
+    def scaling_end(self) -> int:
+        """The position after the last scaling row."""
+        return self.scaling_start + self.scaling_count
+
+    @property
+    def real_end(self) -> int:
+        """The position after the last real row."""
+        return self.real_start + self.real_count
 
     @property
     def rows(self) -> int:
@@ -48,21 +61,41 @@ class Scheduler:
     """First come, first served, decode before prefill, under a budget of rows per step and of blocks in all.
 
     A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
-    the latest arrival is preempted: its blocks are released and it is computed again when there is room.
+    the latest arrival is preempted: its blocks are released and it is computed again when there is room. What is
+    published of a text (full blocks of accepted positions) is not computed again while it lasts.
     """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, lookahead: bool
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        lookahead: bool,
+        speculative_tokens: int = 0,
+        prefix_cache: bool = True,
+        row_cost: float = 0.0,
+        dummy_row_key: bytes = b"",
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.lookahead = lookahead
+        self.speculative_tokens = speculative_tokens  # most copied drafts per sequence and step
+        self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
+        self.row_cost = row_cost  # of one row, as a share of a step's fixed cost; 0: drafts are free
+        self.dummy_row_key = dummy_row_key  # names the gate of the scaling pass
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
+        self._keys = BlockKeys(blocks.block_size)
+        self._worth = (0.0, 0.0)  # break-even probabilities of this step for drafts of one and of two rows
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
+        request = sequence.request
+        scope = request.cache_salt if self.prefix_cache else (request.id, sequence.arrival_time)
+        sequence.scaling.root = self._keys.root("scaling", scope, self.dummy_row_key)
+        sequence.real.root = self._keys.root("real", scope, self.dummy_row_key, request.gate_key)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -82,60 +115,110 @@ class Scheduler:
         plan = Plan()
         budget = self.max_num_batched_tokens
         decoding = [sequence for sequence in self.running if sequence.scaling.computed >= sequence.prompt_len]
-        for sequence in decoding:
-            budget -= self._schedule_running(sequence, budget, plan)
-        for sequence in [sequence for sequence in self.running if sequence.scaling.computed < sequence.prompt_len]:
+        prefilling = [sequence for sequence in self.running if sequence.scaling.computed < sequence.prompt_len]
+        streams = max(1, len(self.running))
+        self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
+        for number, sequence in enumerate(decoding):
+            others = 2 * (len(decoding) - number - 1)  # rows: one of each stream for everyone before drafts for anyone
+            budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
+        for sequence in prefilling:
             budget -= self._schedule_running(sequence, budget, plan)
         if not plan.preemptions:
             self._admit(budget, plan)
         return plan
 
+    def commit(self, sequence: Sequence) -> None:
+        """Publishes the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
+        if not sequence.generates:
+            return
+        scaling, real = sequence.scaling, sequence.real
+        self._publish(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
+        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_end))
+        if sequence.scaling_ended and scaling.blocks:
+            self.blocks.release(scaling.blocks)
+
+    def _publish(self, stream: Stream, tokens: list[int], positions: int) -> None:
+        full = positions // self.blocks.block_size
+        if full > stream.published:
+            self._keys.extend(stream.keys, stream.root, tokens, full)
+            for number in range(stream.published, full):
+                self.blocks.publish(stream.blocks[number], stream.keys[number])
+            stream.published = full
+
     def _schedule_running(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         """Adds the sequence's share to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
         if budget <= 0 or sequence not in self.running:
             return 0
+        self._copy_ahead(sequence)
         share = self._share(sequence, budget)
-        if not self._make_room(sequence, share.scaling_start + share.scaling_count, plan):
+        if not self._make_room(share, plan):
             return 0
         plan.scheduled.append(share)
         return share.rows
 
+    def _copy_ahead(self, sequence: Sequence) -> None:
+        """Lets the hypothesis grow where the text repeats itself, it pays, and no one has to go for it."""
+        most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
+        if most <= 0 or sequence.scaling.computed < sequence.prompt_len:
+            return
+        needed = self._worth[0 if sequence.scaling_ended else 1]
+        count = sequence.copying.length(sequence.likelihood(0), needed, most)
+        end = sequence.hypothesis_len + count
+        if count and self._missing(sequence, end, end) <= self.blocks.free:
+            sequence.copy_ahead(count)
+
     def _share(self, sequence: Sequence, budget: int) -> Scheduled:
         """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
-        known = len(sequence.tokens)
+        known, hypothesis = len(sequence.tokens), sequence.hypothesis_len
         scaling_start, real_start = sequence.scaling.computed, sequence.real.computed
-        real_count = min(scaling_start - real_start, budget) if sequence.generates else 0
-        scaling_count = min(known - scaling_start, budget - real_count)
-        samples = sequence.generates and real_count > 0 and real_start + real_count == known
-        # A draft pays only if a row after it can use it: the last token needs no scalings, and no budget is exceeded.
-        may_continue = sequence.generates and sequence.output_len + 1 < sequence.sampling.max_tokens
-        drafted = (
-            self.lookahead
-            and samples
-            and sequence.draft is not None
-            and scaling_start == known
-            and may_continue
-            and real_count < budget
-        )
-        scaling_count += drafted
-        reaches_frontier = scaling_count > 0 and scaling_start + scaling_count >= known
-        predicts = self.lookahead and reaches_frontier and may_continue
-        return Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, drafted, samples, predicts)
+        # Where the gate is frozen, every position's scalings are known.
+        real_ready = hypothesis if scaling_start >= sequence.gate_end else scaling_start
+        real_count = min(real_ready - real_start, budget) if sequence.generates else 0
+        scaling_count = min(min(hypothesis, sequence.gate_end) - scaling_start, budget - real_count)
+        share = Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
+        if sequence.generates:
+            share.samples = max(0, share.real_end - (known - 1))
+            self._ask_predictions(share, known, hypothesis)
+        return share
 
-    def _make_room(self, sequence: Sequence, positions: int, plan: Plan) -> bool:
-        """Gives both streams blocks for `positions` (gate rows live in the real stream's), preempting if need be."""
-        tables = self._tables(sequence)
-        if all(positions <= len(table) * self.blocks.block_size for table in tables):
-            return True
-        while sum(self.blocks.missing(table, positions) for table in tables) > self.blocks.free:
+    def _ask_predictions(self, share: Scheduled, known: int, hypothesis: int) -> None:
+        """The scaling pass predicts the hypothesis's next token, and checks the copied ones, where either pays."""
+        if not self.lookahead or share.scaling_end < known:
+            return
+        sequence = share.sequence
+        likelihood = sequence.likelihood(share.samples)  # its row is run once this step's samples have agreed
+        pays = sequence.lookahead.length(likelihood, self._worth[0], min(1, sequence.room_for_drafts))
+        end = share.scaling_end + 1 if share.scaling_end < hypothesis or pays else share.scaling_end
+        share.predict_start = max(known, share.scaling_start + 1)
+        if sequence.copying.rate > sequence.lookahead.rate:  # its word would not count
+            share.predict_start = max(share.predict_start, hypothesis)
+        share.predict_count = max(0, end - share.predict_start)
+
+    def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
+        """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""
+        missing = self.blocks.missing(sequence.scaling.blocks, self._scaling_extent(sequence, scaling_end))
+        if sequence.generates:
+            missing += self.blocks.missing(sequence.real.blocks, max(scaling_end, real_end))
+        return missing
+
+    def _scaling_extent(self, sequence: Sequence, end: int) -> int:
+        """How many of `end` positions the scaling stream needs blocks for."""
+        return 0 if sequence.scaling_ended else min(end, sequence.gate_end)
+
+    def _make_room(self, share: Scheduled, plan: Plan) -> bool:
+        """Gives both streams the blocks their rows need, preempting if need be."""
+        sequence = share.sequence
+        while (missing := self._missing(sequence, share.scaling_end, share.real_end)) > self.blocks.free:
             planned = {id(share.sequence) for share in plan.scheduled}
             victim = next(other for other in reversed(self.running) if id(other) not in planned)
             self._preempt(victim)
             plan.preemptions += 1
             if victim is sequence:
                 return False
-        for table in tables:
-            self.blocks.extend(table, positions)
+        if missing:
+            self.blocks.extend(sequence.scaling.blocks, self._scaling_extent(sequence, share.scaling_end))
+            if sequence.generates:
+                self.blocks.extend(sequence.real.blocks, max(share.scaling_end, share.real_end))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -148,43 +231,51 @@ class Scheduler:
         position = 0
         while position < len(self.waiting) and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[position]
-            sibling = self._sibling(sequence)
-            if sibling is not None and sibling.real.computed < sibling.prompt_len:
-                position += 1  # another choice of the same prompt is computing it: wait, and let others pass
+            if self._sibling_computes_prompt(sequence):
+                position += 1  # wait for its blocks, and let others pass
                 continue
-            shared = self._shareable(sequence, sibling)
-            needed = len(self._tables(sequence)) * (self.blocks.blocks_for(len(sequence.tokens)) - shared)
-            if needed > self.blocks.free:
+            scaling, real = self._find_prefix(sequence)
+            positions = len(sequence.tokens)
+            needed = self._missing(sequence, positions, positions) - len(scaling) - len(real)
+            if needed + self.blocks.idle(scaling + real) > self.blocks.free:
                 return
             del self.waiting[position]
             self.running.append(sequence)
-            if sibling is not None:
-                self._share_prefix(sequence, sibling, shared)
+            self._adopt(sequence, scaling, real)
             budget -= self._schedule_running(sequence, budget, plan)
 
-    def _sibling(self, sequence: Sequence) -> Sequence | None:
-        """A running choice of the same request."""
+    def _sibling_computes_prompt(self, sequence: Sequence) -> bool:
+        """Whether another choice of the same request is at work on the prompt that they share, and none is done."""
         if not sequence.generates or sequence.sampling.n == 1:
-            return None
-        return next((other for other in self.running if other.request is sequence.request), None)
+            return False
+        siblings = [other for other in self.running if other.request is sequence.request]
+        return bool(siblings) and all(sibling.real.computed < sibling.prompt_len for sibling in siblings)
 
-    def _shareable(self, sequence: Sequence, sibling: Sequence | None) -> int:
-        """Full blocks of the common prompt; its last position is computed by each choice, for its logits."""
-        return 0 if sibling is None else (sequence.prompt_len - 1) // self.blocks.block_size
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """Published blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
+        writes them. The last position is computed in any case, for its logits.
+        """
+        if not sequence.generates:
+            return [], []
+        most = min(len(sequence.tokens) - 1, sequence.gate_end) // self.blocks.block_size
+        found: list[list[int]] = []
+        for stream in (sequence.scaling, sequence.real):
+            self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
+            found.append(self.blocks.find(stream.keys[:most]))
+        common = min(map(len, found))
+        return found[0][:common], found[1][:common]
 
-    def _share_prefix(self, sequence: Sequence, sibling: Sequence, shared: int) -> None:
-        for stream, source in ((sequence.scaling, sibling.scaling), (sequence.real, sibling.real)):
-            stream.blocks = self.blocks.share(source.blocks[:shared])
-            stream.computed = shared * self.blocks.block_size
-        sequence.usage.cached_tokens = max(sequence.usage.cached_tokens, sequence.real.computed)
-
-    def _tables(self, sequence: Sequence) -> list[list[int]]:
-        """The block tables the sequence needs: a scaling pass alone has no real stream."""
-        return [sequence.scaling.blocks, sequence.real.blocks] if sequence.generates else [sequence.scaling.blocks]
+    def _adopt(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
+        """Begins both streams with published blocks."""
+        for stream, blocks in ((sequence.scaling, scaling), (sequence.real, real)):
+            stream.blocks = self.blocks.share(blocks)
+            stream.published = len(blocks)
+            stream.computed = len(blocks) * self.blocks.block_size
+        if not sequence.started:
+            sequence.usage.cached_tokens = sequence.real.computed
 
     def _release(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.scaling.blocks)
-        self.blocks.release(sequence.real.blocks)
+        self.blocks.release(sequence.scaling.blocks, sequence.real.blocks)
         sequence.rewind()
 
     def check_integrity(self) -> None:

@@ -1,11 +1,26 @@
-"""One choice of one request in the engine: its tokens, its two KV streams, how far each has come. No torch."""
+"""One choice of one request in the engine: its tokens, its hypothesis, its two KV streams, how far each has come.
+
+    hypothesis   tokens (prompt + accepted output), then drafts
+    real         rows run over positions whose scalings are known; from the last accepted position on they are sampled
+    scaling      rows run over the rest of the hypothesis
+
+A draft that turns out wrong is cut off with everything after it: what was computed on it is overwritten later.
+No torch.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
+from service.engine.drafting import Drafter, NgramIndex
 from service.engine.request import Request, SamplingParams, SequenceUsage
+
+# What is expected of drafts before any has been judged.
+_LOOKAHEAD_RATE = 0.8
+_COPY_RATE = 0.7
 
 
 @dataclass(slots=True)
@@ -14,15 +29,22 @@ class Stream:
 
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    root: bytes = b""  # names the stream before its first block (block_keys.py)
+    keys: list[bytes] = field(default_factory=list)  # of its first full blocks; tokens never change, so neither do they
+    published: int = 0  # leading blocks that others can find
+
+    def rewind(self) -> None:
+        """Forgets what was computed; the blocks have been released."""
+        self.computed = self.published = 0
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A choice. `tokens` is prompt + accepted output; position p holds tokens[p].
+    """A choice. Position p of the hypothesis holds (tokens + drafts)[p].
 
-    Invariants: real.computed <= scaling.computed <= len(tokens), and a gate row is stored (in the slots of the real
-    stream) for every position below scaling.computed. Positions below `reported` have had their gate row sent.
-    `draft` is what the scaling pass predicts for position len(tokens), once scaling.computed == len(tokens).
+    Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more), real.computed <= scaling.computed
+    below it, and neither passes the hypothesis. A gate row is stored, in the slots of the real stream, for every
+    position below scaling.computed. Positions below `reported` have had their gate row sent.
     """
 
     request: Request
@@ -30,17 +52,25 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     arrival_time: float  # seconds, monotonic
+    drafts: list[int] = field(default_factory=list)
+    drafters: list[Drafter] = field(default_factory=list)  # whose each draft is
     scaling: Stream = field(default_factory=Stream)
     real: Stream = field(default_factory=Stream)
-    draft: int | None = None
     reported: int = 0
     output_counts: Counter[int] = field(default_factory=Counter)
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
+    lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
+    copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+    gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it
+    _ngrams: NgramIndex = field(init=False)
 
     def __post_init__(self) -> None:
+        freeze_after = self.request.freeze_after
         self.generates = self.request.sampling is not None
+        self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
+        self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
     def of(cls, request: Request, index: int, arrival_time: float) -> Sequence:
@@ -59,12 +89,107 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def hypothesis_len(self) -> int:
+        """Positions of the hypothesis."""
+        return len(self.tokens) + len(self.drafts)
+
+    @property
+    def room_for_drafts(self) -> int:
+        """Drafts that may still be added: the last token of all needs no row, so it is never drafted."""
+        return self.prompt_len + self.sampling.max_tokens - 1 - self.hypothesis_len if self.generates else 0
+
+    @property
+    def final(self) -> int:
+        """Positions below it will never be computed otherwise, nor dropped: their gate rows may be reported."""
+        return min(self.real.computed, len(self.tokens) - 1) if self.generates else self.scaling.computed
+
+    @property
+    def scaling_ended(self) -> bool:
+        """Whether the gate is frozen for good: the scaling stream is not needed any more."""
+        return self.gate_end <= min(self.scaling.computed, len(self.tokens))
+
+    def hypothesis(self, start: int, end: int) -> list[int]:
+        """Token ids of positions start .. end - 1."""
+        known = len(self.tokens)
+        tokens = self.tokens[start:end]
+        return tokens if end <= known else tokens + self.drafts[max(0, start - known) : end - known]
+
     def rewind(self) -> None:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
-        self.scaling.computed = self.real.computed = 0
-        self.draft = None
+        self.scaling.rewind()
+        self.real.rewind()
+        self.drafts.clear()
+        self.drafters.clear()
 
-    def append(self, token: int) -> None:
-        """Accepts one generated token."""
+    def likelihood(self, verified: int) -> float:
+        """The probability, by their drafters' records, that all drafts are right once the first `verified` are."""
+        return math.prod(drafter.rate for drafter in self.drafters[verified:])
+
+    # -- the hypothesis grows, is confirmed, is cut off -----------------------------------------------------------
+
+    def draft(self, tokens: list[int], drafter: Drafter) -> None:
+        """Extends the hypothesis."""
+        self.drafts += tokens
+        self.drafters += [drafter] * len(tokens)
+        drafter.idle_tokens = 0
+
+    def copy_ahead(self, count: int) -> None:
+        """Extends the hypothesis by up to `count` tokens of what followed the last ones earlier in the text."""
+        copied = self._ngrams.continuation(self.drafts, count)
+        if copied:
+            self.draft(copied, self.copying)
+
+    def predict(self, start: int, tokens: list[int]) -> None:
+        """Takes the scaling pass's predictions for positions start, start + 1, ... of the hypothesis.
+
+        The one after its end becomes a draft. Where one contradicts a copied draft, the drafter with the better record
+        wins; a contradiction found here costs no step, the real pass's does.
+        """
+        for place, token in enumerate(tokens, start - len(self.tokens)):
+            if place < len(self.drafts):
+                if self.drafts[place] == token or self.drafters[place].rate > self.lookahead.rate:
+                    continue
+                self.drafters[place].judge(False)
+                self._cut(place)
+            self.draft([token], self.lookahead)
+            return
+
+    def accept(self, token: int) -> bool:
+        """Appends one sampled token. Returns whether it was drafted; a wrong draft is cut off with all that follow."""
+        right = bool(self.drafts) and self.drafts[0] == token
+        if self.drafts:
+            self.drafters[0].judge(right)
+        if right:
+            del self.drafts[0]
+            drafter = self.drafters.pop(0)
+            drafter.kept += self._computed > len(self.tokens)
+        elif self.drafts:
+            self._cut(0)
         self.tokens.append(token)
         self.output_counts[token] += 1
+        self.lookahead.idle_tokens += 1
+        self.copying.idle_tokens += 1
+        return right
+
+    def give_up_drafts(self) -> None:
+        """Cuts the hypothesis off after the accepted tokens."""
+        self._cut(0)
+
+    @property
+    def pending_drafts(self) -> int:
+        """Drafts that no row has been run on."""
+        return self.hypothesis_len - max(self._computed, len(self.tokens))
+
+    @property
+    def _computed(self) -> int:
+        return max(self.scaling.computed, self.real.computed)
+
+    def _cut(self, place: int) -> None:
+        """Drops drafts[place:] and what was computed on them."""
+        position = len(self.tokens) + place
+        for drafter in self.drafters[place : max(place, self._computed - len(self.tokens))]:
+            drafter.dropped += 1
+        del self.drafts[place:], self.drafters[place:]
+        self.scaling.computed = min(self.scaling.computed, position)
+        self.real.computed = min(self.real.computed, position)

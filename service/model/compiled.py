@@ -45,15 +45,15 @@ def compile_step(model: XLoraModel, layout: KVLayout, path: Path, threads: int) 
     Raises whatever torch.export or the C++ compiler has to say.
     """
     step = DecodeStep(model)
-    rows, width, blocks, slots = Dim("rows", min=_MIN), Dim("width", min=_MIN), Dim("blocks"), Dim("slots")
-    layers = layout.layers
+    rows, gated, width = Dim("rows", min=_MIN), Dim("gated", min=_MIN), Dim("width", min=_MIN)
+    pool, gate_rows = [{0: Dim("blocks")}] * layout.layers, {0: Dim("slots")}
     cache = KVCache.allocate(layout, 8, model.dummy_row)
-    example = (torch.zeros(5, 3, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int64))
+    example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
     with torch.no_grad():
         exported = torch.export.export(
             step,
             (*example, cache.keys, cache.values, cache.gate_rows),
-            dynamic_shapes=({1: rows}, {0: rows, 1: width}, [{0: blocks}] * layers, [{0: blocks}] * layers, {0: slots}),
+            dynamic_shapes=({1: rows}, {0: gated}, {0: rows, 1: width}, pool, pool, gate_rows),
             strict=False,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ class CompiledStep:
 
     def __init__(self, path: Path, model: XLoraModel, block_size: int) -> None:
         """Loads and tries it. Raises RuntimeError or KeyError for a package that does not belong to this model."""
+        self._scaling_pass_has_experts = model.scaling_pass_has_experts
         self._run = torch._inductor.aoti_load_package(str(path))
         state = DecodeStep(model).state()
         names = self._run.get_constant_fqns()
@@ -91,7 +92,10 @@ class CompiledStep:
             rows, table = _with_idle_row(rows, kv_cache), table.expand(_MIN, -1)
         if table.shape[1] < _MIN:
             table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
-        logits, scalings = self._run(rows, table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows)
+        first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
+        logits, scalings = self._run(
+            rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows
+        )
         return ForwardOutput(logits.index_select(0, batch.logit_rows), scalings[: batch.num_scaling_rows])
 
 

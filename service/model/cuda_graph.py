@@ -131,7 +131,8 @@ class CapturedSteps:
             inputs, tables, cache = self._rows[:, :rows], self._tables[:rows, :width], self._kv_cache
 
             def step() -> tuple[Tensor, Tensor]:
-                logits, scalings = self._step(inputs, tables, cache.keys, cache.values, cache.gate_rows)
+                # The experts act on every row: scaling rows have the dummy row's scalings.
+                logits, scalings = self._step(inputs, inputs[3], tables, cache.keys, cache.values, cache.gate_rows)
                 return logits, scalings
 
             try:

@@ -2,7 +2,7 @@
 
 Every row is a segment of its own, so any number of requests, scaling rows and real rows alike, is one call:
 
-    rows [5, T], block_table [T, W]  ->  logits [T, V], new scalings [T, S, E]
+    rows [5, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], new scalings [T, S, E]
 
 Prefill, where a segment has many rows, stays with XLoraModel.forward.
 """
@@ -18,7 +18,7 @@ from service.model.xlora_model import XLoraModel
 
 
 class DecodeStep(nn.Module):
-    """XLoraModel.forward for rows that all look alike: experts act on every row, on scaling rows with the dummy row.
+    """XLoraModel.forward for rows that all look alike. Experts act on the last G of them.
 
     It holds no tensor of its own: `state()` names those of the model, which a compiled step is given to read.
     """
@@ -31,7 +31,13 @@ class DecodeStep(nn.Module):
         self._model = (model,)  # in a tuple, so that it is not a second way to the same tensors
 
     def forward(
-        self, rows: Tensor, block_table: Tensor, keys: list[Tensor], values: list[Tensor], gate_rows: Tensor
+        self,
+        rows: Tensor,
+        gate_slots: Tensor,
+        block_table: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        gate_rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """One step. Writes keys, values and new scalings in place. Returns logits [T, V] and new scalings [T, S, E]."""
         [model] = self._model
@@ -39,7 +45,7 @@ class DecodeStep(nn.Module):
         width = block_table.shape[1] * keys[0].shape[1]
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
-        self.gate.set(gate_rows.index_select(0, batch.gate_slots), first_row=0)
+        self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
         self.gate.clear()  # torch.export wants every module as it was
         new_scalings = self.classifier(hidden)

@@ -66,7 +66,7 @@ class XLoraModel:
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm)
         self.dummy_row = self.classifier.dummy_row().to(device)
-        self._scaling_pass_has_experts = bool(self.dummy_row.any())
+        self.scaling_pass_has_experts = bool(self.dummy_row.any())
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -109,7 +109,7 @@ class XLoraModel:
         Real rows must have their scalings stored by an earlier forward.
         """
         scaling_rows = batch.num_scaling_rows
-        first = 0 if self._scaling_pass_has_experts else scaling_rows
+        first = 0 if self.scaling_pass_has_experts else scaling_rows
         self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
         new_scalings = self.classifier(hidden[:scaling_rows])

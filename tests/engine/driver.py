@@ -138,15 +138,17 @@ class Engines:
         self.checkpoint = variant.checkpoint
         self.model: XLoraModel = variant.model(dtype)
 
-    def build(self, *, blocks: int | None = None, **options: Any) -> Engine:
+    def build(self, *, blocks: int | None = None, adaptive: bool = True, **options: Any) -> Engine:
         """An engine; `blocks` is the size of its pool. None is roomy for a dozen requests, and quick to check
-        every step.
+        every step. Not `adaptive`: every possible draft is made, as if rows cost nothing.
         """
         settings = {"max_model_len": 256, "max_num_seqs": 32, "block_size": 4, **options}
         size = 3200 // settings["block_size"] if blocks is None else blocks
         settings["kv_memory_bytes"] = size * self.model.kv_layout(settings["block_size"]).block_bytes
         engine = build_engine(self.model, self.checkpoint, EngineOptions(model=str(self.tiny.path), **settings))
         assert isinstance(engine.blocks, BlockManager)
+        if not adaptive:
+            engine._scheduler.row_cost = 0.0
         assert blocks is None or engine.blocks.num_blocks == blocks
         return engine
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from service.engine import wire
@@ -186,3 +187,10 @@ def test_the_client_needs_no_torch() -> None:
         "import sys, service.engine.client; sys.exit('torch' in sys.modules or 'service.engine.loader' in sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_every_field_of_a_request_crosses() -> None:
+    """A field that one side does not know would be lost without a word."""
+    sent = Request("id", [1, 2], SamplingParams(seed=2**63 - 1), "full", 1, cache_salt="salt", freeze_after=3)
+    [frame] = wire.FrameReader().feed(wire.FrameEncoder().encode(wire.Submit(sent)))
+    assert msgspec.msgpack.Decoder(wire.ToEngine).decode(frame) == wire.Submit(sent)

@@ -61,9 +61,9 @@ def mixed_requests() -> list[Request]:
 
 @pytest.fixture(scope="module")
 def alone(engines: Engines) -> Run:
-    """Every mixed request run alone, without lookahead, its prompt in one piece: the reference for all that follows."""
+    """Every mixed request run alone, without drafts and cache, its prompt in one piece: the reference for the rest."""
     result = Run()
-    engine = engines.build(lookahead=False)
+    engine = engines.build(lookahead=False, speculative_tokens=0, prefix_cache=False)
     for request in mixed_requests():
         result.choices |= run(engine, [request]).choices
     return result
@@ -87,6 +87,9 @@ def test_the_reference_is_varied(alone: Run) -> None:
         {"block_size": 1},
         {"block_size": 64},
         {"max_num_seqs": 2},
+        {"adaptive": False},
+        {"speculative_tokens": 0},
+        {"prefix_cache": False},
     ],
     ids=str,
 )
@@ -146,8 +149,8 @@ def test_lookahead_saves_steps_and_changes_nothing(engines: Engines) -> None:
             "full",
         ),
     ):
-        plain = run(engines.build(lookahead=False), [request])["a"]
-        ahead = run(engines.build(lookahead=True), [request])["a"]
+        plain = run(engines.build(lookahead=False, speculative_tokens=0), [request])["a"]
+        ahead = run(engines.build(lookahead=True, speculative_tokens=0, adaptive=False), [request])["a"]
         same(ahead, plain)
         for ours, theirs in zip(ahead.token_outputs, plain.token_outputs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
@@ -171,7 +174,7 @@ def test_lookahead_leaves_the_sampled_distribution_alone(engines: Engines, tempe
     """
     prompt, draws = words(31, 5), 1600
     requests = [sampled(str(i), prompt, 3, seed=i, temperature=temperature) for i in range(draws)]
-    result = run(engines.build(lookahead=True, max_num_seqs=400, max_model_len=16, blocks=1600), requests)
+    result = run(engines.build(max_num_seqs=400, max_model_len=16, blocks=1600, adaptive=False), requests)
     texts = [result[str(i)].tokens for i in range(draws)]
     hits = sum(choice.usage.draft_hits for choice in result.choices.values() if choice.usage)
     assert 0.1 < hits / (2 * draws) < 0.9

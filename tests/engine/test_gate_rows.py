@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from service.engine.gate_report import ReportSpan, gate_stats
-from service.engine.request import Request, SamplingParams
+from service.engine.gate_report import GateObserver, ReportSpan
+from service.engine.request import GateStats, Request, SamplingParams
 from service.engine.sequence import Sequence
 from service.model.gate_stats import summarise
 from tests.engine.driver import Array, Engines, Run, greedy, run, sampled, words
@@ -196,10 +195,13 @@ def test_statistics_of_several_choices(engines: Engines, lookahead: bool) -> Non
 def test_phases_of_one_report() -> None:
     """A chunk that ends before its prompt does must not colour the rows of the next sequence in the report."""
     half, done = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "ab")
-    shares: list[Any] = [SimpleNamespace(sequence=sequence) for sequence in (half, done)]
-    spans = [ReportSpan(shares[0], 0, 5, 0), ReportSpan(shares[1], 19, 2, 5)]
-    summary = summarise(torch.rand(7, 3, 4))
-    stats = gate_stats(spans, summary)
+    scalings = torch.rand(7, 3, 4)
+    summary = summarise(scalings)
+    observer = GateObserver(3)
+    observer.observe([ReportSpan(half, 0, 5, 0), ReportSpan(done, 19, 2, 5)], scalings)
+    assert observer.statistics(flush=False) == GateStats()
+    stats = observer.statistics(flush=True)
+    assert observer.statistics(flush=True) == GateStats(), "reported twice"
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
 

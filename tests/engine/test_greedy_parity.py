@@ -78,14 +78,17 @@ def test_greedy_equals_peft(tiny: Tiny, point: tuple[int, ...]) -> None:
     """
     variant = tiny.variant(**fields(point))
     engines = Engines(variant)
-    runs = {
-        lookahead: run(
-            engines.build(lookahead=lookahead), [greedy("a", PROMPT, STEPS, return_scalings="full", scalings_start=0)]
-        )["a"]
-        for lookahead in (True, False)
+    optimisations: dict[str, dict[str, Any]] = {
+        "none": {"lookahead": False, "speculative_tokens": 0},
+        "lookahead": {"speculative_tokens": 0, "adaptive": False},
+        "copied drafts": {"lookahead": False, "adaptive": False},
+        "both": {"adaptive": False},
+        "adaptive": {},
     }
+    request = greedy("a", PROMPT, STEPS, return_scalings="full", scalings_start=0)
+    runs = {name: run(engines.build(**options), [request])["a"] for name, options in optimisations.items()}
     oracle = variant.oracle()
-    for lookahead, ours in runs.items():
+    for name, ours in runs.items():
         assert len(ours.tokens) == STEPS
         text = PROMPT + ours.tokens[:-1]
         logits, scalings = oracle.forward(text)
@@ -98,15 +101,15 @@ def test_greedy_equals_peft(tiny: Tiny, point: tuple[int, ...]) -> None:
         margins = best.values[:, 0] - best.values[:, 1]
         clear = margins >= 1e-3
         assert clear.sum() >= STEPS - 2, "these seeds have near-ties; choose others"
-        assert torch.equal(best.indices[clear, 0], torch.tensor(ours.tokens)[clear]), f"lookahead {lookahead}"
+        assert torch.equal(best.indices[clear, 0], torch.tensor(ours.tokens)[clear]), name
         assert ours.start == 0
         np.testing.assert_allclose(ours.full, scalings, atol=1e-5, rtol=0)
         for row, mean, entropy in zip(ours.full, ours.mean, ours.entropy, strict=True):
             expected_mean, _, expected_entropy = position_summary(row)
             np.testing.assert_allclose(mean, expected_mean, atol=1e-6)
             np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
-    assert runs[True].tokens == runs[False].tokens
-    usage = runs[True].usage
+    assert all(ours.tokens == runs["none"].tokens for ours in runs.values())
+    usage = runs["lookahead"].usage
     assert usage is not None
     assert usage.draft_hits + usage.draft_misses == STEPS - 1
 

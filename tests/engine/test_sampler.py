@@ -38,13 +38,13 @@ def row(
     output: list[int] | None = None,
     *,
     index: int = 0,
-    pending: int | None = None,
+    pending: tuple[int, ...] = (),
     **params: Any,
 ) -> SampleRow:
     """A row of logits to sample from, with its history."""
     sequence = Sequence.of(Request("r", prompt or [1, 2, 3], SamplingParams(**params)), index, 0.0)
     for token in output or []:
-        sequence.append(token)
+        sequence.accept(token)
     return SampleRow(sequence, pending)
 
 
@@ -56,7 +56,7 @@ def logits_for(count: int, seed: int = 0, spread: float = 3.0) -> Tensor:
 def processed(logits: Tensor, r: SampleRow) -> Tensor:
     """One row [V] after transformers' processors, in the order that SamplingParams documents."""
     params = r.sequence.sampling
-    history = [*r.sequence.tokens, *([] if r.pending is None else [r.pending])]
+    history = [*r.sequence.tokens, *r.pending]
     output = history[r.sequence.prompt_len :]
     before, after = LogitsProcessorList(), LogitsProcessorList()
     if params.logit_bias:
@@ -105,11 +105,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("with_pending", [False, True], ids=["token", "draft"])
 def test_equals_transformers(name: str, greedy: bool, with_pending: bool) -> None:
     """A filter in the wrong order or off by one; penalties that miss the prompt, count wrongly, or forget the
-    pending draft.
+    pending drafts.
     """
     params = {**SETTINGS[name], **({"temperature": 0.0} if greedy else {})}
     rows = [
-        row(words(i, 6, V), words(100 + i, 8, 12), pending=i % V if with_pending else None, seed=i, **params)
+        row(words(i, 6, V), words(100 + i, 8, 12), pending=(i % V, i % 7) if with_pending else (), seed=i, **params)
         for i in range(60)
     ]
     logits = logits_for(60)
@@ -138,11 +138,12 @@ def test_a_draft_is_sampled_as_the_token_will_be() -> None:
     for params in SETTINGS.values():
         for i in range(10):
             history = words(50 + i, 6, 12)
-            draft = row(output=history[:-1], pending=history[-1], seed=i, **params)
             token = row(output=history, seed=i, **params)
-            assert draft.output_position == token.output_position
             logits = logits_for(1, seed=i)
-            assert sample(logits, [draft]) == sample(logits, [token])
+            for known in (11, 8, 1):
+                draft = row(output=history[:known], pending=tuple(history[known:]), seed=i, **params)
+                assert draft.output_position == token.output_position
+                assert sample(logits, [draft]) == sample(logits, [token])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -219,7 +220,7 @@ def test_sampled_distribution_is_the_softmax(what: str) -> None:
             for _ in range(1000):
                 frozen = Sequence(sequence.request, 0, list(sequence.tokens), 3, 0.0)
                 rows.append(SampleRow(frozen))
-                sequence.append(0)
+                sequence.accept(0)
             tokens += sample(logits.expand(1000, -1), rows)
     else:
         rows = [row(seed=i if what == "seed" else 5, index=i if what == "choice" else 0) for i in range(draws)]
@@ -269,7 +270,7 @@ def test_keys_do_not_collide() -> None:
 
 def test_noise_is_a_function_of_its_key_alone() -> None:
     """Not of the batch around it, of the vocabulary's size or of the history."""
-    rows = [row(seed=3, output=[1, 2]), row(seed=4), row([9, 9], [7, 8], seed=3), row(output=[5], pending=6, seed=3)]
+    rows = [row(seed=3, output=[1, 2]), row(seed=4), row([9, 9], [7, 8], seed=3), row(output=[5], pending=(6,), seed=3)]
     noise = gumbel_noise(rows, 50, CPU)
     assert torch.equal(noise[0], noise[2])
     assert torch.equal(noise[0], noise[3])

@@ -8,6 +8,7 @@ it, so a wrong history shows as another token.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -27,71 +28,110 @@ VOCABULARY = 50
 
 
 def next_token(request: Request, index: int, tokens: list[int]) -> int:
-    """What the model would sample: a function of the whole history."""
+    """What the model would sample: a function of the whole history, or with the id "loop..." of its last tokens only,
+    so that the text repeats itself. Deviates from the loop now and then.
+    """
+    if request.id.startswith("loop") and zlib.crc32(repr(tokens).encode()) % 8:
+        return (tokens[-1] + 1) % 5
     return zlib.crc32(repr((request.id, index, tokens)).encode()) % VOCABULARY
 
 
 @dataclass
 class FakeRunner:
-    """Stands for model_runner.ModelRunner; `right` of 4 drafts are right."""
+    """Stands for model_runner.ModelRunner; `right` of 4 predictions of the scaling pass are right."""
 
     block_size: int
     budget: int
     right: int = 2
     slots: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (stream, token)
+    gate: dict[int, list[int]] = field(default_factory=dict)  # slot -> the history its gate row was computed on
     plans: list[Plan] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)  # rows run on drafts, by step
 
     def run(self, plan: Plan) -> RunResult:
         assert plan.scheduled, "a step without rows"
         assert 0 < sum(share.rows for share in plan.scheduled) <= self.budget
         assert len({id(share.sequence) for share in plan.scheduled}) == len(plan.scheduled)
         self.plans.append(Plan([replace(share) for share in plan.scheduled], plan.preemptions))
+        self.drafted.append(sum(self._write(share) for share in plan.scheduled))
+        return RunResult(
+            [self._tokens(share) for share in plan.scheduled],
+            [self._predictions(share) for share in plan.scheduled],
+            [None] * len(plan.scheduled),
+        )
+
+    def report(self, plan: Plan, result: RunResult, *, flush: bool) -> tuple[list[None], GateStats]:
+        """Looks at every gate row that would be reported."""
         for share in plan.scheduled:
-            self._write(share)
-        tokens = [self._token(share) if share.samples else None for share in plan.scheduled]
-        drafts = [self._draft(share) if share.predicts else None for share in plan.scheduled]
-        return RunResult(tokens, drafts, [None] * len(tokens), GateStats())
+            sequence = share.sequence
+            for position in range(sequence.reported, sequence.final if sequence.generates else 0):
+                self._check_gate(sequence, position, sequence.tokens)
+        return [None] * len(plan.scheduled), GateStats()
+
+    def flush(self) -> GateStats:
+        return GateStats()
 
     def _slot(self, stream: Stream, position: int) -> int:
         return stream.blocks[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _write(self, share: Scheduled) -> None:
-        """Writes the share's rows, then reads each stream back from the start."""
+    def _check_gate(self, sequence: Sequence, position: int, text: list[int]) -> None:
+        position = min(position, sequence.gate_end - 1)
+        found = self.gate.get(self._slot(sequence.real, position))
+        assert found == text[: position + 1], "a gate row that was computed on other tokens"
+
+    def _write(self, share: Scheduled) -> int:
+        """Writes the share's rows, then reads each stream back from the start. Returns the rows run on drafts."""
         sequence = share.sequence
-        text = [*sequence.tokens, *([sequence.draft] if share.drafted else [])]
+        known, text = len(sequence.tokens), [*sequence.tokens, *sequence.drafts]
+        assert len(sequence.drafts) == len(sequence.drafters)
         assert share.rows > 0
+        assert share.scaling_count >= 0
+        assert share.real_count >= 0
         assert (share.scaling_start, share.real_start) == (sequence.scaling.computed, sequence.real.computed)
-        scaling_end, real_end = share.scaling_start + share.scaling_count, share.real_start + share.real_count
-        assert scaling_end == len(text) if share.drafted else scaling_end <= len(text)
-        assert real_end <= share.scaling_start, "a real row whose scalings are not known yet"
-        for name, stream, start, end in (
-            ("scaling", sequence.scaling, share.scaling_start, scaling_end),
-            ("real", sequence.real, share.real_start, real_end),
-        ):
+        assert share.scaling_end <= min(len(text), sequence.gate_end)
+        frozen = share.scaling_start >= sequence.gate_end
+        assert share.real_end <= (len(text) if frozen else share.scaling_start), "a real row without scalings"
+        ended = frozen and known >= sequence.gate_end
+        rows = [("real", sequence.real, share.real_start, share.real_end)] if sequence.generates else []
+        if not ended:
+            rows.append(("scaling", sequence.scaling, share.scaling_start, share.scaling_end))
+        for position in range(share.real_start, share.real_end):
+            self._check_gate(sequence, position, text)
+        for name, stream, start, end in rows:
             self.slots.update({self._slot(stream, p): (name, text[p]) for p in range(start, end)})
-        self._read("scaling", sequence.scaling, text[:scaling_end])
+            found = [self.slots.get(self._slot(stream, p)) for p in range(end)]
+            assert found == [(name, token) for token in text[:end]], "the slots do not hold the stream's tokens"
         if sequence.generates:
-            self._read("real", sequence.real, text[:real_end])
-            assert len(sequence.real.blocks) * self.block_size >= scaling_end, "no room for the gate rows"
+            for position in range(share.scaling_start, share.scaling_end):
+                self.gate[self._slot(sequence.real, position)] = text[: position + 1]
             last = sequence.prompt_len + sequence.sampling.max_tokens - 1
-            assert scaling_end <= last, "scalings of a position that nothing will follow"
+            assert len(text) <= last, "a position that nothing will follow"
         else:
             assert not share.real_count
             assert not sequence.real.blocks
+        return sum(
+            max(0, end - max(start, known))
+            for start, end in ((share.scaling_start, share.scaling_end), (share.real_start, share.real_end))
+        )
 
-    def _read(self, name: str, stream: Stream, text: list[int]) -> None:
-        found = [self.slots.get(self._slot(stream, p)) for p in range(len(text))]
-        assert found == [(name, token) for token in text], "the stream's slots do not hold the stream's tokens"
-
-    def _token(self, share: Scheduled) -> TokenOutput:
+    def _tokens(self, share: Scheduled) -> list[TokenOutput]:
         sequence = share.sequence
-        assert share.real_start + share.real_count == len(sequence.tokens)
-        return TokenOutput(next_token(sequence.request, sequence.index, sequence.tokens))
+        known, text = len(sequence.tokens), [*sequence.tokens, *sequence.drafts]
+        assert share.samples == max(0, share.real_end - known + 1)
+        return [
+            TokenOutput(next_token(sequence.request, sequence.index, text[: known + i])) for i in range(share.samples)
+        ]
 
-    def _draft(self, share: Scheduled) -> int:
+    def _predictions(self, share: Scheduled) -> list[int]:
         sequence = share.sequence
-        text = [*sequence.tokens, *([sequence.draft] if share.drafted else [])]
-        assert share.scaling_start + share.scaling_count == len(text)
+        text = [*sequence.tokens, *sequence.drafts]
+        positions = range(share.predict_start, share.predict_start + share.predict_count)
+        if positions:
+            assert share.scaling_start < positions[0] <= positions[-1] <= share.scaling_end
+            assert positions[0] >= len(sequence.tokens)
+        return [self._prediction(sequence, text[:position]) for position in positions]
+
+    def _prediction(self, sequence: Sequence, text: list[int]) -> int:
         token = next_token(sequence.request, sequence.index, text)
         return token if zlib.crc32(repr(text).encode()) % 4 < self.right else (token + 1) % VOCABULARY
 
@@ -103,13 +143,22 @@ def build(
     budget: int = 32,
     seats: int = 8,
     lookahead: bool = True,
+    speculative: int = 0,
+    prefix_cache: bool = True,
+    row_cost: float = 0.0,
     right: int = 2,
     length: int = 256,
 ) -> tuple[Engine, FakeRunner, Scheduler]:
     """A real engine and scheduler around the fake runner."""
     runner: Any = FakeRunner(block_size, budget, right)
     scheduler = Scheduler(
-        BlockManager(blocks, block_size), max_num_seqs=seats, max_num_batched_tokens=budget, lookahead=lookahead
+        BlockManager(blocks, block_size),
+        max_num_seqs=seats,
+        max_num_batched_tokens=budget,
+        lookahead=lookahead,
+        speculative_tokens=speculative,
+        prefix_cache=prefix_cache,
+        row_cost=row_cost,
     )
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length)
     return Engine(runner, scheduler, info), runner, scheduler
@@ -149,11 +198,14 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     shapes = draw(
         st.lists(
-            st.tuples(st.integers(1, 30), st.integers(1, 12), st.integers(1, 3), st.booleans(), st.integers(0, 12)),
+            st.tuples(
+                st.integers(1, 30), st.integers(1, 24), st.integers(1, 3), st.booleans(), st.integers(0, 12),
+                st.booleans(), st.one_of(st.none(), st.integers(1, 12)), st.sampled_from(["", "salt"]),
+            ),
             min_size=1,
             max_size=7,
         )
-    )
+    )  # fmt: skip
     largest = max(2 * -(-(prompt + output) // block_size) for prompt, output, *_ in shapes)
     return {
         "shapes": shapes,
@@ -163,6 +215,9 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "seats": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
+        "speculative": draw(st.sampled_from([0, 1, 3, 8])),
+        "prefix_cache": draw(st.booleans()),
+        "row_cost": draw(st.sampled_from([0.0, 0.05, 0.5])),
         "aborts": draw(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 6)), max_size=3)),
     }
 
@@ -171,12 +226,15 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
 @given(workloads())
 def test_any_workload(load: dict[str, Any]) -> None:
     """Everyone gets the tokens of a request alone, in a bounded number of steps, and every block comes back."""
-    options = {name: load[name] for name in ("block_size", "blocks", "budget", "seats", "lookahead", "right")}
-    engine, _runner, scheduler = build(**options)
+    engine, _runner, scheduler = build(**{name: load[name] for name in load if name not in ("shapes", "aborts")})
     requests, arrivals = [], {}
-    for number, (prompt, output, n, generates, arrival) in enumerate(load["shapes"]):
-        made = request(str(number), prompt, output, n=n)
-        requests.append(made if generates else replace(made, sampling=None))
+    for number, (prompt, output, n, generates, arrival, loops, freeze, salt) in enumerate(load["shapes"]):
+        made = replace(request(f"{'loop' * loops}{number}", prompt, output, n=n), cache_salt=salt)
+        made = replace(made, freeze_after=freeze) if generates else replace(made, sampling=None)
+        if number % 3 == 2:  # the prompt of another, prolonged
+            other = requests[number - 2].prompt_token_ids
+            made = replace(made, prompt_token_ids=(other + made.prompt_token_ids)[: max(prompt, 1)])
+        requests.append(made)
         arrivals.setdefault(arrival, []).append(requests[-1])
     tokens: dict[tuple[str, int], list[int]] = {}
     finished, aborted = set(), set()
@@ -185,8 +243,9 @@ def test_any_workload(load: dict[str, Any]) -> None:
             engine.add(made)
         for when, number in load["aborts"]:
             if when == step:
-                engine.abort(str(number))
-                aborted.add(str(number))
+                for name in (str(number), f"loop{number}"):
+                    engine.abort(name)
+                    aborted.add(name)
         engine.check_integrity()
         if not engine.has_work():
             if not arrivals:
@@ -262,6 +321,37 @@ def test_decode_goes_before_prefill() -> None:
         assert sum(share.rows for share in plan.scheduled) == 6
 
 
+def test_drafts_of_one_leave_rows_for_the_others() -> None:
+    """Everyone decodes in every step, however many drafts the first would like to try."""
+    engine, runner, scheduler = build(budget=14, blocks=400, speculative=8, right=4)
+    for i in range(4):
+        engine.add(request(f"loop{i}", 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 4:
+        engine.step()
+    before = len(runner.plans)
+    while len(scheduler.running) == 4:
+        engine.step()
+    steps = runner.plans[before:-1]
+    assert all(len(plan.scheduled) == 4 for plan in steps)
+    assert max(share.rows for plan in steps for share in plan.scheduled) > 4, "no one drafted: the test shows little"
+
+
+def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
+    """A new prompt within the budget takes two steps, whoever decodes: equal parts of the budget would take many."""
+    engine, runner, scheduler = build(budget=40, blocks=400)
+    for i in range(3):
+        engine.add(request(str(i), 8, 60))
+    while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 3:
+        engine.step()
+    engine.add(request("long", 30, 2))
+    before = len(runner.plans)
+    engine.step()
+    engine.step()
+    counts = [[(s.scaling_count, s.real_count) for s in plan.scheduled][-1] for plan in runner.plans[before:]]
+    assert counts[0] == (30, 0)
+    assert counts[1][1] == 30
+
+
 def test_first_come_first_served() -> None:
     """A small late request must not pass a large one that waits for blocks: it would wait for ever under load."""
     engine, _, scheduler = build(blocks=16, block_size=4)
@@ -301,7 +391,7 @@ def test_the_latest_is_preempted() -> None:
             tokens[piece.request_id] += [token.id for token in piece.tokens]
         if output.stats.preemptions:
             preempted += [sequence.request.id for sequence in scheduler.waiting]
-            assert all(not s.scaling.blocks and not s.real.blocks and s.draft is None for s in scheduler.waiting)
+            assert all(not s.scaling.blocks and not s.real.blocks and not s.drafts for s in scheduler.waiting)
         engine.check_integrity()
     assert preempted
     assert set(preempted) == {"late"}
@@ -344,7 +434,7 @@ def test_no_draft_past_max_tokens(max_tokens: int) -> None:
     engine, runner, _ = build(right=4, block_size=1, blocks=2 * (5 + max_tokens))
     engine.add(request("a", 5, max_tokens))
     finish(engine)
-    assert sum(share.drafted for plan in runner.plans for share in plan.scheduled) == max_tokens - 1
+    assert sum(runner.drafted) == max_tokens - 1
     assert max(s.scaling_start + s.scaling_count for plan in runner.plans for s in plan.scheduled) == 5 + max_tokens - 1
 
 
@@ -354,24 +444,24 @@ def test_scaling_pass_alone_holds_one_stream() -> None:
     engine.add(replace(request("look", 40), sampling=None))
     finish(engine)
     assert [share.scaling_count for plan in runner.plans for share in plan.scheduled] == [16, 16, 8]
-    assert not any(share.predicts or share.samples for plan in runner.plans for share in plan.scheduled)
+    assert not any(share.predict_count or share.samples for plan in runner.plans for share in plan.scheduled)
 
 
 def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a draft that is kept although it was wrong, or a block taken from another, does not go
     unseen.
     """
-    advance = Engine._advance
+    cut = Sequence._cut
 
-    def keep_wrong_drafts(self: Engine, share: Scheduled, token: Any, draft: Any, stats: Any) -> None:
-        wrong = share.drafted and token.id != share.sequence.draft
-        advance(self, share, token, draft, stats)
-        share.sequence.scaling.computed += wrong
+    def keep_what_was_computed(self: Sequence, place: int) -> None:
+        computed = self.scaling.computed
+        cut(self, place)
+        self.scaling.computed = computed
 
     engine, _, _ = build(right=0)
     engine.add(request("a", 5))
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_advance", keep_wrong_drafts)
+        patch.setattr(Sequence, "_cut", keep_what_was_computed)
         with pytest.raises(AssertionError):
             finish(engine)
     engine, _runner, scheduler = build()
@@ -388,10 +478,40 @@ def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sequence_keeps_its_tokens_when_rewound() -> None:
     """Preemption forgets what was computed, never what was said."""
     sequence = Sequence.of(request("a", 3), 0, 0.0)
-    sequence.append(7)
-    sequence.scaling.computed, sequence.real.computed, sequence.draft = 4, 3, 9
+    sequence.accept(7)
+    sequence.scaling.computed, sequence.real.computed = 4, 3
+    sequence.draft([9], sequence.lookahead)
     sequence.rewind()
-    assert (sequence.scaling.computed, sequence.real.computed, sequence.draft) == (0, 0, None)
+    assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (0, 0, [])
     assert sequence.tokens[-1] == 7
     assert sequence.output_len == 1
     assert sequence.output_counts == {7: 1}
+
+
+def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards test_any_workload: such loads do hit the cache, evict, preempt, keep and drop drafts of both kinds."""
+    seen: Counter[str] = Counter()
+    evict = BlockManager._evict
+
+    def count_evictions(self: BlockManager) -> int:
+        seen["evicted"] += 1
+        return evict(self)
+
+    monkeypatch.setattr(BlockManager, "_evict", count_evictions)
+    for number in range(6):
+        engine, runner, _ = build(blocks=40 + 30 * (number % 2), block_size=2, budget=24, speculative=8, row_cost=0.05)
+        for i in range(6):
+            made = request(f"{'loop' * (i % 2)}{i}", 6 + i, 12, n=1 + i % 2)
+            engine.add(replace(made, freeze_after=4 if i == number else None))
+        while engine.has_work():
+            for output in engine.step().outputs:
+                if output.finish_reason and output.usage:
+                    seen["cached"] += output.usage.cached_tokens
+                    seen["hits"] += output.usage.draft_hits
+                    seen["misses"] += output.usage.draft_misses
+                    seen["accepted"] += output.usage.accepted_tokens
+                    seen["rejected"] += output.usage.speculated_tokens - output.usage.accepted_tokens
+        seen["preemptions"] += sum(plan.preemptions for plan in runner.plans)
+        seen["several tokens"] += sum(share.samples > 2 for plan in runner.plans for share in plan.scheduled)
+    assert all(seen[what] > 0 for what in ("cached", "hits", "misses", "accepted", "rejected")), seen
+    assert all(seen[what] > 0 for what in ("preemptions", "several tokens", "evicted")), seen

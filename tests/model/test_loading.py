@@ -81,7 +81,7 @@ def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
     }
     assert set(swapped) == set(tiny.oracle.sites)
     assert {site: module.weight.data_ptr() for site, module in swapped.items()} == before
-    stacked = sum(m.lora_a_t.numel() + m.lora_b_t.numel() for m in swapped.values())
+    stacked = sum(m.lora_a.numel() + m.lora_b_t.numel() for m in swapped.values())
     assert stacked == sum(w.a.numel() + w.b.numel() for e in tiny.checkpoint.experts for w in e.weights.values())
 
 

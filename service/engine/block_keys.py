@@ -1,0 +1,36 @@
+"""Names for what a full KV block contains, so that a later request can find it. Pure Python.
+
+    key of block i = hash(key of block i - 1, the block's token ids),  key of block -1 = the stream's root
+
+A root names everything else that the contents depend on: the stream, the dummy row or the request's gate, and the
+caller's salt. Hashes are BLAKE2b of 256 bits under a key drawn at start: nobody outside can make two texts meet.
+"""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+class BlockKeys:
+    """Makes the keys of one engine's blocks."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._secret = secrets.token_bytes(32)
+
+    def root(self, *identity: object) -> bytes:
+        """The key before the first block of every stream with this identity (values whose repr tells them apart)."""
+        return self._hash(repr(identity).encode())
+
+    def extend(self, keys: list[bytes], root: bytes, tokens: Sequence[int], count: int) -> None:
+        """Grows `keys` in place to those of the first `count` blocks of a stream over `tokens`."""
+        size = self._block_size
+        for block in range(len(keys), count):
+            contents = array("q", tokens[block * size : (block + 1) * size]).tobytes()
+            keys.append(self._hash((keys[-1] if keys else root) + contents))
+
+    def _hash(self, data: bytes) -> bytes:
+        return blake2b(data, digest_size=32, key=self._secret).digest()
