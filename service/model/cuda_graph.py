@@ -68,11 +68,20 @@ class CapturedSteps:
     """
 
     def __init__(
-        self, model: XLoraModel, kv_cache: KVCache, capture: Capture, *, max_rows: int, max_model_len: int
+        self,
+        model: XLoraModel,
+        kv_cache: KVCache,
+        capture: Capture,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        step: DecodeStep | None = None,
     ) -> None:
-        """Captures nothing yet. `max_rows`: rows of the largest step to capture."""
+        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `step` is what is captured of `model`,
+        None for all of it.
+        """
         self._model, self._kv_cache = model, kv_cache
-        self._step, self._capture = DecodeStep(model), capture
+        self._step, self._capture = step or DecodeStep(model), capture
         size = kv_cache.block_size
         self.row_buckets = buckets(1, 2, max_rows)
         self.width_buckets = buckets(-(-_SMALLEST_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
