@@ -66,7 +66,7 @@ def test_the_base_side_is_the_base() -> None:
     config = copy.deepcopy(model.config)  # making a model of it changes its attention
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    options = EngineOptions("synthetic", max_model_len=128, max_num_seqs=4, speculative_tokens=0, lookahead=False)
+    options = EngineOptions("synthetic", max_model_len=128, speculative_tokens=0, lookahead=False, prefix_cache=False)
     engine = build_engine(model, checkpoint, options)
     prompts = [[20 + i * j for j in range(1, length)] for i, length in enumerate((5, 19, 40), start=1)]
     different = run_engine(engine, prompts, 12).tokens
