@@ -18,11 +18,13 @@ from service.errors import XLoraError
 from service.settings import Settings
 
 _ENGINE_FLAGS = (
-    *("model", "device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory"),
-    *("block_size", "threads", "lookahead", "speculative_tokens", "prefix_cache", "cuda_graphs", "compile"),
-    *("compile_cache", "allow_outside", "log_level"),
+    *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
+    *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "lookahead", "speculative_tokens"),
+    *("prefix_cache", "cuda_graphs", "compile", "compile_cache", "allow_outside", "log_level"),
 )
+_SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
 _SERVE_FLAGS = ("host", "port", "max_body_bytes")
+_DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
 
 
@@ -65,9 +67,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_prompt(scalings)
     scalings.add_argument("--png", metavar="FILE", help="also save a heat map (needs the extra `plot`)")
     _add_settings(scalings, _ENGINE_FLAGS)
-    check = _command(commands, "check", "service.commands.check", "check a bundle on disk")
-    check.add_argument("directory", metavar="DIR", help="the bundle")
-    check.add_argument("--allow-outside", action="store_true", help="let it name files outside its directory")
+    check = _command(commands, "check", "service.commands.check", "check a checkpoint on disk")
+    check.add_argument("directory", metavar="DIR", help="directory or hub id")
+    check.add_argument("--verify", action="store_true", help="load it, and compare with a plain uncached computation")
+    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype"))
+    convert = _command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle")
+    convert.add_argument("source", metavar="SRC", help="a bundle, a PEFT or original X-LoRA save; directory or hub id")
+    convert.add_argument("target", metavar="DST", help="the bundle's directory; must not exist or be empty")
+    convert.add_argument("--reference-base", action="store_true", help="name the base where it is, do not copy it")
+    convert.add_argument("--dtype", choices=_DTYPES, help="store the experts, and a copied base, in this precision")
+    convert.add_argument(
+        "--rescue",
+        action="store_true",
+        help="put back classifier tensors that PEFT >= 0.20 moved to the experts' folders",
+    )
+    _add_settings(convert, _SOURCE_FLAGS)
     return parser
 
 
@@ -95,6 +109,8 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             flag = f"--no-{name.replace('_', '-')}" if field.default else flag
             text = f"do not {text}" if field.default else text
             group.add_argument(flag, dest=name, action=action, default=None, help=text)
+        elif field.annotation == list[str]:
+            group.add_argument(flag, dest=name, action="append", metavar=name.upper(), help=text)
         else:
             choices = get_args(field.annotation) if name in ("dtype", "log_level") else None
             default = "" if field.default is None else f" (default {field.default})"

@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
 
@@ -39,7 +39,13 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _BYTE_UNITS[unit])
 
 
+def split_list(value: object) -> object:
+    """A variable's text as a list: `a,b` is two. Flags that may be given several times come as lists."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+TextList = Annotated[list[str], NoDecode, BeforeValidator(split_list)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -48,12 +54,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
-    model: str = Field("model_store/demo", description="directory of the bundle to serve", min_length=1)
+    model: str = Field("model_store/demo", description="directory or hub id of the model to serve", min_length=1)
+    base: str | None = Field(None, min_length=1, description="directory or hub id of the base; default: the model says")
+    expert: TextList = Field([], description="NAME=PATH, where an expert lies: directory or hub id; may be repeated")
+    ordering: str | None = Field(None, min_length=1, description="JSON file with the order of experts and sites")
     host: str = Field("127.0.0.1", description="address to listen on", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16"
+    )
+    quantization: Literal["int8", "int4"] | None = Field(
+        None, description="int8 or int4: the base's weights in 8 or 4 bit (needs bitsandbytes); default: as --dtype"
     )
     max_model_len: PositiveInt | None = Field(
         None, description="longest prompt + output in tokens; default: the model's"

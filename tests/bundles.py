@@ -140,6 +140,9 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     return fast
 
 
+_OWN_KV_HEADS = ("gpt2", "gpt_neox", "gpt_bigcode", "opt", "persimmon", "ctrl")  # say otherwise how many they have
+
+
 def make_base(
     architecture: str,
     *,
@@ -159,7 +162,7 @@ def make_base(
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **({"num_key_value_heads": 2} if architecture not in _OWN_KV_HEADS else {}),
         "head_dim": hidden // 4,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": False,
@@ -217,7 +220,10 @@ def make_classifier(
 def _randomise(module: LoraLayer, generator: torch.Generator, strength: float) -> None:
     """Non-zero A and B with |scaling * B A x| about `strength` * |x|."""
     for name, scaling in module.scaling.items():
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight  # [R, in], [out, R]
+        if name in module.lora_embedding_A:
+            a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]  # [R, vocabulary], [H, R]
+        else:
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight  # [R, in], [out, R]
         a.copy_(torch.randn(a.shape, generator=generator) / math.sqrt(a.shape[1]))
         b.copy_(torch.randn(b.shape, generator=generator) * (strength / (scaling * math.sqrt(b.shape[1]))))
 

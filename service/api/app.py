@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from service import __version__
-from service.api import errors, generate, ops, scalings
+from service.api import errors, generate, ops, scalings, web
 from service.api.security import BodyLimit, RequestCounter
 from service.api.state import Service, run_startup
 from service.engine.client import Client
@@ -58,6 +58,7 @@ def create_app(client: Client, settings: Settings, metrics: Metrics, failed: asy
     errors.install(app)
     for module in (generate, scalings, ops):
         app.include_router(module.router)
+    web.install(app)
     _drop_422(app)
     return app
 

@@ -93,6 +93,10 @@ def engine_options(settings: Settings) -> EngineOptions:
         speculative_tokens=settings.speculative_tokens,
         prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,
+        quantization=settings.quantization,
+        base=settings.base,
+        experts=tuple(settings.expert),
+        ordering=settings.ordering,
     )
 
 

@@ -2,7 +2,9 @@
 
 from service.checkpoint.bundle import Checkpoint, ClassifierWeights, Expert, LoraWeights, load_checkpoint
 from service.checkpoint.config import XLoraConfig
+from service.checkpoint.live import export
 from service.checkpoint.report import describe, find_problems
+from service.checkpoint.sources import Overrides
 from service.checkpoint.writer import write_bundle
 
 __all__ = [
@@ -10,8 +12,10 @@ __all__ = [
     "ClassifierWeights",
     "Expert",
     "LoraWeights",
+    "Overrides",
     "XLoraConfig",
     "describe",
+    "export",
     "find_problems",
     "load_checkpoint",
     "write_bundle",

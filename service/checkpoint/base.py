@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.files import BundleRoot
-from service.checkpoint.tensors import TensorFile, read_header
+from service.checkpoint.tensors import TensorFile, read_header, read_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,11 +51,21 @@ class BaseModel:
         suffix = ".weight"
         return [name.removesuffix(suffix) for name, s in self.shapes.items() if name.endswith(suffix) and len(s) == 2]
 
+    def weight_name(self, module: str) -> str | None:
+        """The tensor that is `module`'s weight, or None. Some saves leave out the first component ("model.")."""
+        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        return next((name for name in names if name in self.shapes), None)
+
+    def weight(self, module: str) -> torch.Tensor | None:
+        """`module`'s weight, read from its file; None when it is not there."""
+        name = self.weight_name(module)
+        file = next((file for file in self.files if name in file.tensors), None)
+        return read_tensor(file, name) if file and name else None
+
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
-        """Shape [out, in] of `<module>.weight`, or None. Some saves leave out the first component ("model.")."""
-        for name in (module, module.partition(".")[2]):
-            if f"{name}.weight" in self.shapes:
-                return self.shapes[f"{name}.weight"]
+        """Shape of `module`'s weight, or None: [out, in], and [in, out] for Conv1D and Embedding."""
+        if name := self.weight_name(module):
+            return self.shapes[name]
         if module == "lm_head":  # tied to the embedding, then not saved
             return next((s for name, s in self.shapes.items() if name.endswith("embed_tokens.weight")), None)
         return None

@@ -1,6 +1,6 @@
-"""A bundle on disk -> Checkpoint: the order in which its parts are read and checked.
+"""A checkpoint on disk, in any layout -> Checkpoint: the order in which its parts are read and checked.
 
-Knows how the parts depend on each other; what each part looks like is in manifest, base, lora, config and classifier.
+Knows how the parts depend on each other; what each part looks like is in layouts, base, lora, config and classifier.
 The base's weights are hashed and checked here but never kept. `load_checkpoint` stops at the first defect;
 `report.find_problems` walks the same code to the end.
 """
@@ -12,19 +12,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint import classifier as classifier_format
 from service.checkpoint import lora
 from service.checkpoint.base import BaseModel, read_base
-from service.checkpoint.classifier import ClassifierWeights, read_classifier
+from service.checkpoint.classifier import ClassifierWeights, layer_prefixes, read_classifier
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
 from service.checkpoint.files import BundleRoot
 from service.checkpoint.hashes import WeightFile, WeightHasher
+from service.checkpoint.hub import is_hub_id, same_repository
+from service.checkpoint.layouts import read_manifest
 from service.checkpoint.lora import LoraWeights
-from service.checkpoint.manifest import ExpertEntry, Manifest, read_manifest
-from service.checkpoint.tensors import read_header
+from service.checkpoint.manifest import ExpertEntry, Manifest
+from service.checkpoint.ordering import read_ordering
+from service.checkpoint.sources import Locator, Overrides, locate_model
+from service.checkpoint.tensors import TensorFile, read_header
 
-__all__ = ["Checkpoint", "ClassifierWeights", "Expert", "LoraWeights", "WeightFile", "load_checkpoint", "read_bundle"]
+__all__ = [
+    "Checkpoint",
+    "ClassifierWeights",
+    "Expert",
+    "LoraWeights",
+    "WeightFile",
+    "load_checkpoint",
+]
+
+NO_OVERRIDES = Overrides()
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Expert:
     description: str
     weights: dict[str, LoraWeights]  # site -> weights
     config: Mapping[str, Any] = field(default_factory=dict)  # adapter_config.json as it is on disk
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class Checkpoint:
     gate_profile: dict[str, Any] | None
     weights_sha256: str  # over the hashes of all weight files, sorted by label
     weight_files: tuple[WeightFile, ...] = ()
+    base_reference: str = ""  # the base as a hub id or an absolute path
+    layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
     @property
     def tokenizer_path(self) -> Path:
@@ -59,52 +74,71 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: Path,
+    path: Path | str,
     *,
+    overrides: Overrides = NO_OVERRIDES,
     allow_outside: bool = False,
     verify_hashes: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
-    """Read and check the bundle at `path`. Raises CheckpointError for the first defect.
+    """Read and check the checkpoint at `path`, a folder or a hub id. Raises CheckpointError for the first defect.
 
     `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
-    is not found. `allow_outside` lets base, experts and files lie outside the bundle. `on_progress` receives one line
-    per weight file.
+    is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
+    anywhere. `on_progress` receives one line per weight file, and lines while files are downloaded.
     """
-    root = BundleRoot(Path(path), allow_outside)
     checkpoint, defects = None, Defects()
     with defects.guard():
-        checkpoint = read_bundle(root, defects, verify_hashes=verify_hashes, on_progress=on_progress)
+        checkpoint = read_checkpoint(
+            path, overrides, defects, allow_outside=allow_outside, verify_hashes=verify_hashes, on_progress=on_progress
+        )
     if checkpoint is None:
-        raise defect(path, "the bundle could not be read")
+        raise defect(path, "the checkpoint could not be read")
     return checkpoint
 
 
-def read_bundle(
-    root: BundleRoot,
+def read_checkpoint(
+    path: Path | str,
+    overrides: Overrides,
     defects: Defects,
     *,
+    allow_outside: bool = False,
     verify_hashes: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
-    """Walk the whole bundle; None when `defects` collected something that leaves no Checkpoint."""
-    manifest = read_manifest(root, defects)
-    hasher = WeightHasher(root, manifest, defects, verify_hashes, on_progress or (lambda line: None))
+    """Walk the whole checkpoint; None when `defects` collected something that leaves no Checkpoint."""
+    progress = on_progress or (lambda line: None)
+    root = BundleRoot(locate_model(path, progress), allow_outside)
+    ordering = read_ordering(overrides.ordering) if overrides.ordering else None
+    manifest = read_manifest(root, ordering, defects, rescue=overrides.rescue)
+    locator = Locator(root, overrides, progress)
+    locator.check_names([entry.name for entry in manifest.experts], manifest.source)
+    hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
     base: BaseModel | None = None
+    base_reference = ""
     with defects.guard():
-        base = read_base(root, root.folder(manifest.base, manifest.source, "base"), defects)
+        base_folder, base_reference = locator.base(manifest.base, manifest.source)
+        base = read_base(root, base_folder, defects)
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
     known_base = base if base is not None and base.complete else None
+    gate: _OpenGate | None = None
+    with defects.guard():
+        gate = _open_gate(root, manifest, base, hasher, defects)
     experts: list[Expert] = []
     for entry in manifest.experts:
         with defects.guard():
-            experts.append(_read_expert(root, manifest, entry, known_base, hasher, defects))
-    gate: tuple[XLoraConfig, ClassifierWeights | None] | None = None
+            folder = locator.expert(entry.name, entry.path, manifest.source)
+            experts.append(_read_expert(root, folder, entry, known_base, hasher, defects))
+    if overrides.base is None:
+        _check_base_names(manifest, experts, defects)
+    classifier: ClassifierWeights | None = None
     with defects.guard():
-        gate = _read_gate(root, manifest, base, _check_sites(manifest, experts, defects), hasher, defects)
+        sites = _check_sites(manifest, experts, defects)
+        if gate is not None:
+            classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
     hasher.check_remaining()
-    if defects.errors or base is None or gate is None or gate[1] is None:
+    if defects.errors or base is None or gate is None or classifier is None:
         return None
     return Checkpoint(
         name=manifest.name,
@@ -112,23 +146,24 @@ def read_bundle(
         base_path=base.path,
         experts=tuple(experts),
         sites=manifest.sites,
-        xlora=gate[0],
-        classifier=gate[1],
+        xlora=gate.config,
+        classifier=classifier,
         gate_profile=manifest.gate_profile,
         weights_sha256=hasher.combined(),
         weight_files=tuple(hasher.files),
+        layout=manifest.layout,
+        base_reference=base_reference,
     )
 
 
 def _read_expert(
     root: BundleRoot,
-    manifest: Manifest,
+    folder: Path,
     entry: ExpertEntry,
     base: BaseModel | None,
     hasher: WeightHasher,
     defects: Defects,
 ) -> Expert:
-    folder = root.folder(entry.path, manifest.source, f"expert {entry.name!r}")
     source = folder / lora.CONFIG_FILE
     config = root.json(source, f"the expert {entry.name!r} must be a PEFT LoRA adapter")
     errors_before = len(defects.errors)
@@ -136,32 +171,49 @@ def _read_expert(
     file = read_header(root.weights(folder, lora.WEIGHTS_FILE))
     weights: dict[str, LoraWeights] = {}
     if len(defects.errors) == errors_before:
-        weights = lora.read_lora_weights(file, config, source, base, defects)
+        weights = lora.read_lora_weights(file, config, source, base, defects, expert=entry.name)
     if len(defects.errors) > errors_before:
         weights = {}  # what the sites should be is then unknown
     hasher.add(f"experts/{entry.name}/{file.path.name}", file)
-    return Expert(entry.name, entry.description, weights, config)
+    return Expert(entry.name, entry.description, weights, config, folder)
 
 
-def _read_gate(
-    root: BundleRoot,
-    manifest: Manifest,
-    base: BaseModel | None,
-    sites: int | None,
-    hasher: WeightHasher,
-    defects: Defects,
-) -> tuple[XLoraConfig, ClassifierWeights | None]:
-    folder = root.folder(manifest.classifier, manifest.source, "classifier")
-    xlora = _read_xlora_config(root, folder, manifest, base, defects)
-    file = read_header(root.weights(folder, classifier_format.WEIGHTS_FILE))
+def _check_base_names(manifest: Manifest, experts: list[Expert], defects: Defects) -> None:
+    """Experts that name another base than the checkpoint or each other; only hub ids can be told apart by name."""
+    stated = {expert.name: str(expert.config.get("base_model_name_or_path") or "") for expert in experts}
+    ids = {name: base for name, base in stated.items() if is_hub_id(base) and not base.startswith("..")}
+    reference = manifest.base if manifest.base and is_hub_id(manifest.base) else next(iter(ids.values()), "")
+    for expert in experts:
+        if expert.name in ids and not same_repository(ids[expert.name], reference):
+            problem = f"base_model_name_or_path: expected {reference!r}, as the others have it"
+            hint = "an expert works on its own base only; if both are the same weights, say so with --base"
+            source = expert.folder / lora.CONFIG_FILE
+            defects.add(defect(source, f"{problem}, found {ids[expert.name]!r}", hint))
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenGate:
+    """What is known of the gate before the experts are."""
+
+    config: XLoraConfig
+    file: TensorFile
+    prefixes: list[str]  # of the classifier's tensors, in the order of its layers
+
+
+def _open_gate(
+    root: BundleRoot, manifest: Manifest, base: BaseModel | None, hasher: WeightHasher, defects: Defects
+) -> _OpenGate:
+    gate = manifest.gate
+    folder = root.folder(gate.folder, manifest.source, "classifier")
+    config = _read_xlora_config(root, folder / gate.config, manifest, base, defects)
+    file = read_header(root.weights(folder, gate.weights))
     hasher.add(f"classifier/{file.path.name}", file)
-    return xlora, read_classifier(file, xlora, sites=sites, experts=manifest.expert_count, defects=defects)
+    return _OpenGate(config, file, layer_prefixes(file, config, gate))
 
 
 def _read_xlora_config(
-    root: BundleRoot, folder: Path, manifest: Manifest, base: BaseModel | None, defects: Defects
+    root: BundleRoot, source: Path, manifest: Manifest, base: BaseModel | None, defects: Defects
 ) -> XLoraConfig:
-    source = folder / classifier_format.CONFIG_FILE
     config = XLoraConfig.from_dict(root.json(source), source)
     if base is not None and base.hidden_size not in (None, config.hidden_size):
         problem = f"hidden_size: expected {base.hidden_size} as in {base.path / 'config.json'}"

@@ -1,23 +1,26 @@
 """The classifier's file -> (weight, bias) pairs, checked against XLoraConfig, the sites and the experts.
 
-Knows the original library's tensor names: `inner.{k}` in numeric order, then `last`. Builds no module.
+Knows how the original library and PEFT name the tensors; both are read in the numeric order of their names. Builds no
+module.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from service.checkpoint.config import XLoraConfig
-from service.checkpoint.defects import Defects, defect
+from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.tensors import TensorFile, read_tensors
 
 CONFIG_FILE = "xlora_config.json"
 WEIGHTS_FILE = "xlora_classifier.safetensors"
 INNER_NAME = re.compile(r"inner\.(\d+)\.(weight|bias)")
+PEFT_PREFIX = "base_model.internal_xlora_classifier.layers"
+PEFT_NAME = re.compile(re.escape(PEFT_PREFIX) + r"\.(\d+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,38 +30,59 @@ class ClassifierWeights:
     layers: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]  # fp32: weight [out, in], bias [out]
 
 
+@dataclass(frozen=True, slots=True)
+class GateFiles:
+    """Where the gate's two files lie, and how the classifier's tensors are called in them."""
+
+    folder: str  # relative to the checkpoint
+    experts: int  # E
+    config: str
+    weights: str
+    peft_names: bool = False  # PEFT's instead of the original library's
+    loss_hint: str | None = None  # PEFT: what to do when tensors are missing
+    moved: Mapping[str, tuple[TensorFile, str]] = field(default_factory=dict)  # tensors to take from other files
+
+
+def layer_prefixes(file: TensorFile, config: XLoraConfig, gate: GateFiles) -> list[str]:
+    """The names of the classifier's linear layers, in order. Raises CheckpointError when some are missing."""
+    names = [*file.tensors, *gate.moved]
+    return _peft_prefixes(file, names, config, gate) if gate.peft_names else _original_prefixes(file, names, config)
+
+
 def read_classifier(
-    file: TensorFile, config: XLoraConfig, *, sites: int | None, experts: int, defects: Defects
+    file: TensorFile, config: XLoraConfig, prefixes: list[str], gate: GateFiles, sites: int | None, defects: Defects
 ) -> ClassifierWeights | None:
     """The classifier's weights, or None when a tensor is missing or of the wrong shape.
 
     `sites` is S, None when the experts could not be read: the last layer's rows are then not checked.
     """
-    prefixes = _layer_prefixes(file, config, defects)
+    places = {name: (file, name) for name in file.tensors} | dict(gate.moved)
+    experts = gate.experts
     expected = _expected_shapes(prefixes, config, sites, experts)
-    extra = [name for name in file.tensors if name not in expected]
-    for name in extra:
-        defects.add(defect(file.path, f"unexpected tensor {name!r}", _extra_hint(name, config)))
+    for name in places:
+        if name not in expected:
+            defects.add(defect(file.path, f"unexpected tensor {name!r}", _extra_hint(name, config)))
     for name, shape in expected.items():
-        found = file.tensors.get(name)
-        if found is None:
+        if name not in places:
             hint = "use_bias is true in xlora_config.json" if name.endswith("bias") else None
             defects.add(defect(file.path, f"missing tensor {name!r}: expected shape {_shown(shape)}", hint))
-        elif len(found.shape) != len(shape) or any(e not in (None, f) for e, f in zip(shape, found.shape, strict=True)):
-            reason = _row_reason(name, config, sites, experts)
-            problem = f"tensor {name!r}: expected shape {_shown(shape)}{reason}, found {list(found.shape)}"
+            continue
+        holder, key = places[name]
+        found = holder.tensors[key].shape
+        if len(found) != len(shape) or any(e not in (None, f) for e, f in zip(shape, found, strict=True)):
+            reason = _row_reason(name, prefixes, config, sites, experts)
+            problem = f"tensor {name!r}: expected shape {_shown(shape)}{reason}, found {list(found)}"
             defects.add(defect(file.path, problem))
-    if any(name not in file.tensors for name in expected):
+    if any(name not in places for name in expected):
         return None
-    tensors = read_tensors(file)
-    biases = [tensors[f"{prefix}.bias"].float() if config.use_bias else None for prefix in prefixes]
-    weights = [tensors[f"{prefix}.weight"].float() for prefix in prefixes]
-    return ClassifierWeights(tuple(zip(weights, biases, strict=True)))
+    loaded = {holder.path: read_tensors(holder) for holder, _ in places.values()}
+    tensors = {name: loaded[places[name][0].path][places[name][1]].float() for name in expected}
+    return ClassifierWeights(tuple((tensors[f"{p}.weight"], tensors.get(f"{p}.bias")) for p in prefixes))
 
 
-def _layer_prefixes(file: TensorFile, config: XLoraConfig, defects: Defects) -> list[str]:
+def _original_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConfig) -> list[str]:
     """`inner.{k}` by number (ReLU and Dropout count too, so numbers may jump), then `last`."""
-    numbers = sorted({int(match[1]) for name in file.tensors if (match := INNER_NAME.fullmatch(name))})
+    numbers = sorted({int(match[1]) for name in names if (match := INNER_NAME.fullmatch(name))})
     wanted = config.xlora_depth - 1
     stride = 3 if all(number % 3 == 0 for number in numbers) and config.enable_relu_and_dropout else 1
     absent = [number for number in range(0, stride * wanted, stride) if number not in numbers]
@@ -69,6 +93,21 @@ def _layer_prefixes(file: TensorFile, config: XLoraConfig, defects: Defects) -> 
         )
         raise defect(file.path, f"{problem}, found {len(numbers)}")
     return [*(f"inner.{number}" for number in numbers), "last"]
+
+
+def _peft_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConfig, gate: GateFiles) -> list[str]:
+    """`layers.{k}` by number: with ReLU between the Linears, and Dropout where it is on, k goes by 2 or 3."""
+    numbers = sorted({int(match[1]) for name in names if (match := PEFT_NAME.fullmatch(name))})
+    stride = 3 if config.xlora_dropout_p > 0 else 2
+    absent = [number for number in range(0, stride * config.xlora_depth, stride) if number not in numbers]
+    if len(numbers) < config.xlora_depth:
+        missing = shorten((f"layers.{number}" for number in absent), 6)
+        problem = f"the classifier is incomplete: xlora_depth {config.xlora_depth} expects {config.xlora_depth} layers"
+        raise defect(file.path, f"{problem}, found {len(numbers)}; missing {missing}", gate.loss_hint)
+    if len(numbers) > config.xlora_depth:
+        problem = f"unexpected tensor 'layers.{numbers[-1]}.weight': xlora_depth {config.xlora_depth} expects"
+        raise defect(file.path, f"{problem} {config.xlora_depth} layers, found {len(numbers)}")
+    return [f"{PEFT_PREFIX}.{number}" for number in numbers]
 
 
 def _expected_shapes(
@@ -85,8 +124,8 @@ def _expected_shapes(
     return shapes
 
 
-def _row_reason(name: str, config: XLoraConfig, sites: int | None, experts: int) -> str:
-    if not name.startswith("last."):
+def _row_reason(name: str, prefixes: list[str], config: XLoraConfig, sites: int | None, experts: int) -> str:
+    if not name.startswith(f"{prefixes[-1]}."):
         return ""
     return f" ({sites} sites x {experts} experts)" if config.layerwise_scalings else f" ({experts} experts)"
 

@@ -6,16 +6,14 @@ Knows paths and JSON, not what the files mean. Every file of a bundle is opened 
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from service.checkpoint.defects import defect, shorten
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-OUTSIDE_HINT = "copy it into the bundle, or let the operator allow outside paths"
+OUTSIDE_HINT = "copy it into the bundle, or let the operator allow outside paths (--allow-outside)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,27 +22,49 @@ class BundleRoot:
 
     path: Path
     allow_outside: bool = False
+    trusted: list[Path] = field(default_factory=list)  # resolved: places that the operator or the hub's cache gave
 
-    def folder(self, relative: str, source: Path, field: str) -> Path:
-        """The existing folder that `field` of `source` names."""
+    def __post_init__(self) -> None:
+        self.trust(self.path)
+
+    @property
+    def name(self) -> str:
+        """What to call the checkpoint: its folder's name, or the repository's for a snapshot in the hub's cache."""
+        path = self.path.resolve()
+        in_cache = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
+        return path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
+
+    def trust(self, folder: Path) -> None:
+        """Let files lie in `folder` too; for a snapshot in the hub's cache, also where its links lead."""
+        try:
+            in_cache = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
+            self.trusted.append((folder.parent.parent if in_cache else folder).resolve())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise defect(folder, f"cannot resolve: {error}") from error
+
+    def folder(self, relative: str, source: Path, field_name: str, hint: str | None = None) -> Path:
+        """The existing folder that `field_name` of `source` names; `hint` says what helps when it is not there."""
         folder = self.path / relative
-        if not folder.is_dir() and HUB_ID.fullmatch(relative) and field == "base":
-            problem = f"{field}: no folder {relative!r} here, and Hugging Face hub ids are not supported yet"
-            raise defect(source, problem, "download the model and give the path of its folder")
-        self.require_inside(folder, source, field)
+        self.require_inside(folder, source, field_name, hint)
         if not folder.is_dir():
             found = "a file" if folder.exists() else "nothing"
-            raise defect(source, f"{field}: expected a folder at {str(folder)!r}, found {found}")
+            raise defect(source, f"{field_name}: expected a folder at {str(folder)!r}, found {found}", hint)
         return folder
 
-    def require_inside(self, path: Path, source: Path, field: str) -> None:
+    def holds(self, path: Path) -> bool:
+        """Whether `path` leads to where files may lie. Raises OSError or RuntimeError for a loop of links."""
+        real = path.resolve()
+        return self.allow_outside or any(real.is_relative_to(folder) for folder in self.trusted)
+
+    def require_inside(self, path: Path, source: Path, field_name: str, hint: str | None = None) -> None:
         """Refuse `..`, absolute paths and symlinks that lead out of the bundle, unless allowed."""
         try:
-            real = path.resolve()
+            is_inside = self.holds(path)
         except (OSError, RuntimeError, ValueError) as error:  # symlink loops, NUL characters
-            raise defect(source, f"{field}: cannot resolve {str(path)!r}: {error}") from error
-        if not self.allow_outside and not real.is_relative_to(self.path.resolve()):
-            raise defect(source, f"{field}: {str(path)!r} leads to {str(real)!r}, outside the bundle", OUTSIDE_HINT)
+            raise defect(source, f"{field_name}: cannot resolve {str(path)!r}: {error}") from error
+        if not is_inside:
+            problem = f"{field_name}: {str(path)!r} leads to {str(path.resolve())!r}, outside the bundle"
+            raise defect(source, problem, "; or ".join(filter(None, [OUTSIDE_HINT, hint])))
 
     def file(self, path: Path, hint: str | None = None) -> Path:
         """`path` itself when it is a regular file inside the bundle."""

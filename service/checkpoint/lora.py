@@ -17,11 +17,14 @@ import torch
 
 from service.checkpoint.base import BaseModel
 from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
-from service.checkpoint.tensors import TensorFile, read_tensors
+from service.checkpoint.tensors import TensorFile, read_tensor, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-USED_FIELDS = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"})
+# fan_in_fan_out says that the base stores a weight as [in, out] (GPT-2's Conv1D); A and B are the same either way.
+USED_FIELDS = frozenset(
+    {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "fan_in_fan_out"}
+)
 # Training-time settings, bookkeeping, and what is already expressed by which tensors the file holds.
 HARMLESS_FIELDS = frozenset(
     {
@@ -52,7 +55,6 @@ REFUSED_FIELDS = frozenset(
         "arrow_config",
         "bias",
         "ensure_weight_tying",
-        "fan_in_fan_out",
         "kasa_config",
         "layer_replication",
         "lora_bias",
@@ -70,9 +72,16 @@ REFUSED_FIELDS = frozenset(
 KNOWN_FIELDS = USED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS | {"init_lora_weights"}
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, MiCA, LoRA-GA) change the base's weights or the forward.
 KEPT_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-TENSOR_NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+KINDS = r"(?P<site>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])"
+TENSOR_NAME = re.compile(rf"base_model\.model\.{KINDS}(\.(?P<adapter>[^.]+))?(?(kind)|\.weight)")
+# PEFT's save of an X-LoRA model writes each expert's folder under these names, among tensors of others and of the base.
+XLORA_TENSOR_NAME = re.compile(rf"base_model\.lora_model\.model\.{KINDS}(?(kind)|\.weight)")
+XLORA_PREFIX = "base_model.lora_model."
+CLASSIFIER_PREFIX = "internal_xlora_classifier."  # the original library leaves the classifier's biases with each expert
+LOSS = "PEFT 0.20 and later drop tensors when they save an X-LoRA model"
+# PEFT adds these when it adapts an embedding: harmless as long as they are the base's own.
+BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
 FOREIGN_TENSORS = {
-    "lora_embedding_": "adapters of embeddings",
     "lora_magnitude_vector": "DoRA",
     "lora_A.bias": "lora_bias",
     "lora_B.bias": "lora_bias",
@@ -87,6 +96,7 @@ class LoraWeights:
     a: torch.Tensor  # [R, in]
     b: torch.Tensor  # [out, R]
     scale: float  # lora_alpha / R, or lora_alpha / sqrt(R) with rsLoRA
+    embedding: bool = False  # of an Embedding: x is one-hot, in is the vocabulary
 
     @property
     def rank(self) -> int:
@@ -114,26 +124,36 @@ def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defec
 
 
 def read_lora_weights(
-    file: TensorFile, config: Mapping[str, Any], source: Path, base: BaseModel | None, defects: Defects
+    file: TensorFile,
+    config: Mapping[str, Any],
+    source: Path,
+    base: BaseModel | None,
+    defects: Defects,
+    *,
+    expert: str = "NAME",
 ) -> dict[str, LoraWeights]:
     """{site: LoraWeights}. Shapes are checked against the base's where `base` could be read."""
-    pairs = _pair_names(file, defects)
+    from_xlora = any(name.startswith(XLORA_PREFIX) for name in file.tensors)
+    pairs = _pair_xlora_names(file) if from_xlora else _pair_names(file, base, defects)
+    loss_hint = f"{LOSS}; give the expert's own folder with --expert {expert}=PATH" if from_xlora else None
     tensors = read_tensors(file)
     weights: dict[str, LoraWeights] = {}
     for site, names in pairs.items():
         with defects.guard():
             for side, other in ("AB", "BA"):
                 if side not in names:
-                    missing = names[other].replace(f".lora_{other}.", f".lora_{side}.")
+                    missing = re.sub(rf"(\.lora_(embedding_)?){other}", rf"\g<1>{side}", names[other])
                     raise defect(file.path, f"missing tensor {missing!r}")
             rank, scale = rank_and_scale(config, site, source)
-            shape = _base_shape(base, site, file, names["A"])
+            embedding = ".lora_embedding_" in names["A"]
+            shape = _base_shape(base, site, file, names, embedding, config)
             _check_shapes(file, names, rank, shape, source)
-            weights[site] = LoraWeights(tensors[names["A"]], tensors[names["B"]], scale)
+            weights[site] = LoraWeights(tensors[names["A"]], tensors[names["B"]], scale, embedding)
     if not pairs:
-        defects.add(defect(file.path, "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"))
+        problem = "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"
+        defects.add(defect(file.path, problem, loss_hint))
     elif base is not None:
-        _check_targets(set(pairs), config, file, base, defects)
+        _check_targets(set(pairs), config, file, base, defects, loss_hint)
     return weights
 
 
@@ -160,8 +180,9 @@ def _unused(name: str) -> str:
 
 def _check_numbers(config: Mapping[str, Any], source: Path, defects: Defects) -> None:
     """Ranks are positive integers, alphas finite numbers, patterns maps to them."""
-    if not isinstance(config.get("use_rslora", False), bool):
-        defects.add(defect(source, f"use_rslora: expected true or false, found {config['use_rslora']!r:.80}"))
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(name, False), bool):
+            defects.add(defect(source, f"{name}: expected true or false, found {config[name]!r:.80}"))
     for field, pattern_field, needs_integer in (("r", "rank_pattern", True), ("lora_alpha", "alpha_pattern", False)):
         patterns = config.get(pattern_field) or {}
         if not isinstance(patterns, dict):
@@ -176,14 +197,18 @@ def _check_numbers(config: Mapping[str, Any], source: Path, defects: Defects) ->
                 defects.add(defect(source, f"{name}: expected {expected}, found {value!r:.80}"))
 
 
-def _pair_names(file: TensorFile, defects: Defects) -> dict[str, dict[str, str]]:
+def _pair_names(file: TensorFile, base: BaseModel | None, defects: Defects) -> dict[str, dict[str, str]]:
     """{site: {"A": tensor name, "B": tensor name}}; a tensor that is neither is a defect."""
     pairs: dict[str, dict[str, str]] = {}
     for name in file.tensors:
+        if name.startswith(CLASSIFIER_PREFIX):
+            continue
         match = TENSOR_NAME.fullmatch(name)
         foreign = next((what for part, what in FOREIGN_TENSORS.items() if part in name), None)
         if foreign:
             defects.add(defect(file.path, f"tensor {name!r}: {foreign} is not supported"))
+        elif match is None and _is_copy_of_base(name, file, base, defects):
+            continue
         elif match is None:
             expected = "expected names like 'base_model.model.<module>.lora_A.weight'"
             defects.add(defect(file.path, f"unexpected tensor {name!r}: {expected}"))
@@ -195,8 +220,43 @@ def _pair_names(file: TensorFile, defects: Defects) -> dict[str, dict[str, str]]
     return pairs
 
 
-def _base_shape(base: BaseModel | None, site: str, file: TensorFile, name: str) -> tuple[int, ...] | None:
-    """[out, in] of the base's module, None when the base could not be read."""
+def _is_copy_of_base(name: str, file: TensorFile, base: BaseModel | None, defects: Defects) -> bool:
+    """Whether the tensor is the base's own; one that has other values is a defect: the embedding was trained."""
+    match = BASE_COPY.fullmatch(name)
+    own = base.weight(match["module"]) if match and base else None
+    if own is None:
+        return False
+    copy = read_tensor(file, name)
+    if copy.shape != own.shape or not torch.equal(copy, own.to(copy.dtype)):
+        problem = f"tensor {name!r}: expected a copy of the base's {list(own.shape)}, found other values"
+        hint = "the embedding was trained or the vocabulary resized; merge it into the base"
+        defects.add(defect(file.path, f"{problem} of shape {list(copy.shape)}", hint))
+    return True
+
+
+def _pair_xlora_names(file: TensorFile) -> dict[str, dict[str, str]]:
+    """The same for an expert's folder in PEFT's save of an X-LoRA model; tensors that are not the expert's are left."""
+    pairs: dict[str, dict[str, str]] = {}
+    for name in file.tensors:
+        if match := XLORA_TENSOR_NAME.fullmatch(name):
+            pairs.setdefault(match["site"], {})[match["side"]] = name
+    return pairs
+
+
+def _base_shape(
+    base: BaseModel | None,
+    site: str,
+    file: TensorFile,
+    names: Mapping[str, str],
+    embedding: bool,
+    config: Mapping[str, Any],
+) -> tuple[int, ...] | None:
+    """[out, in] of the base's module, None when the base could not be read.
+
+    Conv1D and Embedding store their weight as [in, out]. fan_in_fan_out speaks for the last module that PEFT saw, so
+    both orientations are taken with it; the model checks again, where the modules are known.
+    """
+    name = names["A"]
     if base is None:
         return None
     shape = base.weight_shape(site)
@@ -205,7 +265,9 @@ def _base_shape(base: BaseModel | None, site: str, file: TensorFile, name: str) 
         raise defect(file.path, f"tensor {name!r}: the base has no module {site!r}", hint)
     if len(shape) != 2:
         raise defect(file.path, f"tensor {name!r}: expected a linear module, found {site!r} of shape {list(shape)}")
-    return shape
+    found = (file.tensors[names["B"]].shape[0], file.tensors[name].shape[-1])
+    may_be_transposed = embedding or (config.get("fan_in_fan_out") is True and found != shape)
+    return shape[::-1] if may_be_transposed else shape
 
 
 def _check_shapes(
@@ -226,7 +288,12 @@ def _check_shapes(
 
 
 def _check_targets(
-    found: set[str], config: Mapping[str, Any], file: TensorFile, base: BaseModel, defects: Defects
+    found: set[str],
+    config: Mapping[str, Any],
+    file: TensorFile,
+    base: BaseModel,
+    defects: Defects,
+    loss_hint: str | None,
 ) -> None:
     """Modules that `target_modules` lists but the file has no tensors for; only where the list alone decides."""
     targets = config.get("target_modules")
@@ -237,4 +304,4 @@ def _check_targets(
     missing = [module for module in missing if not any(site.endswith(f".{module}") for site in found)]
     if missing:
         problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(map(str, targets))} names"
-        defects.add(defect(file.path, problem))
+        defects.add(defect(file.path, problem, loss_hint))

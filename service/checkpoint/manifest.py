@@ -1,13 +1,18 @@
-"""bundle.json -> Manifest. Knows the file's keys and types (DESIGN section 5), follows none of its paths."""
+"""What a checkpoint consists of, whichever layout it is in (Manifest), and bundle.json as one such layout.
+
+Knows bundle.json's keys and types (DESIGN section 5); follows none of its paths. The other layouts are in
+peft_layout.py and original_layout.py; layouts.py chooses.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from service.checkpoint.classifier import CONFIG_FILE, WEIGHTS_FILE, GateFiles
 from service.checkpoint.defects import Defects, defect, did_you_mean
 from service.checkpoint.files import BundleRoot
 from service.checkpoint.writer import FORMAT_VERSION
@@ -29,24 +34,23 @@ class ExpertEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """bundle.json, checked for types. Paths are as written."""
+    """Names, places and orders of a checkpoint's parts, checked for types. Paths are as written."""
 
-    source: Path
+    layout: str  # bundle, PEFT or original
+    source: Path  # the file that says it
     name: str
-    base: str
+    base: str | None  # None: the layout's files do not say
     experts: tuple[ExpertEntry, ...]  # class order; the readable ones
     expert_count: int  # E, as listed
-    classifier: str
-    sites: tuple[str, ...] | None
-    sha256: dict[str, str]
-    gate_profile: dict[str, Any] | None
+    gate: GateFiles
+    sites: tuple[str, ...] | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    gate_profile: dict[str, Any] | None = None
 
 
-def read_manifest(root: BundleRoot, defects: Defects) -> Manifest:
+def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
     """Read and check bundle.json; what is wrong with its experts, sites or hashes is reported and left out."""
     source = root.path / FILE_NAME
-    if not root.path.is_dir():
-        raise defect(root.path, "expected a bundle folder, found " + ("a file" if root.path.exists() else "nothing"))
     data = root.json(source, "a bundle is a folder with bundle.json, base/, experts/ and classifier/")
     version = data.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -57,13 +61,15 @@ def read_manifest(root: BundleRoot, defects: Defects) -> Manifest:
     profile = data.get("gate_profile")
     if profile is not None and not isinstance(profile, dict):
         defects.add(defect(source, f"gate_profile: expected an object or null, found {profile!r:.80}"))
+    classifier = _text({"classifier": "classifier", **data}, "classifier", source)
     return Manifest(
+        layout="bundle",
         source=source,
         name=_text(data, "name", source),
         base=_text(data, "base", source),
         experts=_experts(data.get("experts"), source, defects),
         expert_count=len(data["experts"]),
-        classifier=_text({"classifier": "classifier", **data}, "classifier", source),
+        gate=GateFiles(classifier, len(data["experts"]), CONFIG_FILE, WEIGHTS_FILE),
         sites=_sites(data.get("sites"), source, defects),
         sha256=_hashes(data.get("sha256"), source, defects),
         gate_profile=profile if isinstance(profile, dict) else None,

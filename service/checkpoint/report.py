@@ -10,17 +10,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.checkpoint.base import read_base
-from service.checkpoint.bundle import Checkpoint, Expert, read_bundle
+from service.checkpoint.bundle import NO_OVERRIDES, Checkpoint, Expert, read_checkpoint
 from service.checkpoint.defects import Defects, one_line
 from service.checkpoint.files import BundleRoot
+from service.checkpoint.sources import Overrides
 from service.errors import CheckpointError
 
+_LAYOUTS = {"bundle": "bundle", "PEFT": "PEFT save", "original": "checkpoint of the original library"}
 
-def find_problems(path: Path, *, allow_outside: bool = False) -> list[CheckpointError]:
-    """Every independent defect of the bundle at `path`; empty when it loads."""
+
+def find_problems(
+    path: Path | str, *, overrides: Overrides = NO_OVERRIDES, allow_outside: bool = False
+) -> list[CheckpointError]:
+    """Every independent defect of the checkpoint at `path`; empty when it loads."""
     defects = Defects(keep_going=True)
     with defects.guard():
-        read_bundle(BundleRoot(Path(path), allow_outside), defects)
+        read_checkpoint(path, overrides, defects, allow_outside=allow_outside)
     unique = {str(error): error for error in defects.errors}
     return list(unique.values())
 
@@ -28,9 +33,9 @@ def find_problems(path: Path, *, allow_outside: bool = False) -> list[Checkpoint
 def describe(checkpoint: Checkpoint) -> str:
     """A summary of several lines for people."""
     sites = checkpoint.sites or sorted({site for expert in checkpoint.experts for site in expert.weights})
-    origin = "bundle.json" if checkpoint.sites else "the experts; the model decides their order"
+    origin = "the checkpoint" if checkpoint.sites else "the experts; the model decides their order"
     lines = [
-        f"X-LoRA bundle {checkpoint.name!r} at {checkpoint.path}",
+        f"X-LoRA {_LAYOUTS[checkpoint.layout]} {checkpoint.name!r} at {checkpoint.path}",
         *_base_lines(checkpoint),
         f"experts      E = {len(checkpoint.experts)}",
         *(_expert_line(expert) for expert in checkpoint.experts),

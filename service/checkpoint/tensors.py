@@ -87,6 +87,16 @@ def read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
         raise defect(file.path, f"corrupt safetensors: {error}") from error
 
 
+def read_tensor(file: TensorFile, name: str) -> torch.Tensor:
+    """One tensor of the file, on the CPU, in its own dtype."""
+    try:
+        with safe_open(file.path, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise defect(file.path, f"corrupt safetensors: {error}") from error
+
+
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     try:
         dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]

@@ -1,24 +1,47 @@
-"""xlora-serve check DIR: a summary of a bundle, or everything that is wrong with it, one defect a line."""
+"""xlora-serve check DIR: a summary of a checkpoint, or everything that is wrong with it, one defect a line.
+
+With --verify the model is loaded as well, and compared with a plain computation.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from pathlib import Path
 
-from service.checkpoint import load_checkpoint
+from rich.console import Console
+
+from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.checkpoint.report import describe, find_problems
-from service.cli import print_error
+from service.cli import given_settings, print_error
+from service.settings import Settings, load_settings
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when there is any defect."""
-    directory = Path(arguments.directory)
-    problems = find_problems(directory, allow_outside=arguments.allow_outside)
+    """Exit code 1 when there is any defect, or when --verify finds a difference."""
+    settings = load_settings(given_settings(arguments))
+    overrides = Overrides.parse(settings.base, settings.expert, settings.ordering)
+    problems = find_problems(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
     for problem in problems:
         print_error(problem)
     if problems:
         return 1
-    checkpoint = load_checkpoint(directory, allow_outside=arguments.allow_outside)
+    checkpoint = load_checkpoint(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
     sys.stdout.write(f"{describe(checkpoint).rstrip()}\n")
-    return 0
+    return _verify(checkpoint, arguments.directory, settings) if arguments.verify else 0
+
+
+def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
+    """Prints the largest differences; 1 where they are more than rounding."""
+    loader, verification = map(importlib.import_module, ("service.engine.loader", "service.engine.verify"))
+    device = loader.resolve_device(settings.device)
+    dtype = loader.resolve_dtype(settings.dtype, checkpoint, device)
+    with Console(stderr=True).status("loading") as status:
+        options = verification.verify_options(directory)
+        found = verification.verify(checkpoint, options, device, dtype, status.update)
+    judged = str(dtype) == "torch.float32"
+    verdict = "exact" if found.is_exact else "NOT exact" if judged else "not judged in half precision"
+    differences = f"scalings {found.scalings:.1e}, logprobs {found.logprobs:.1e}, other tokens {found.other_tokens}"
+    sys.stdout.write(f"parity       {found.tokens} greedy tokens on {device}, {dtype}: largest difference\n")
+    sys.stdout.write(f"             {differences}: {verdict}\n")
+    return 1 if judged and not found.is_exact else 0

@@ -8,14 +8,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils.logging import disable_progress_bar
 
 from service import __version__
-from service.checkpoint import Checkpoint, load_checkpoint
+from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
 from service.engine.engine import Engine
@@ -55,9 +54,15 @@ def load_checkpoint_and_model(
     torch.set_num_threads(options.threads or default_threads())
     device = resolve_device(options.device)
     on_progress(f"reading {options.model}")
-    checkpoint = load_checkpoint(Path(options.model), allow_outside=options.allow_outside, on_progress=on_progress)
+    overrides = Overrides.parse(options.base, options.experts, options.ordering)
+    checkpoint = load_checkpoint(
+        options.model, overrides=overrides, allow_outside=options.allow_outside, on_progress=on_progress
+    )
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    return load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress), checkpoint
+    model = load_model(
+        checkpoint, device=device, dtype=dtype, quantization=options.quantization, on_progress=on_progress
+    )
+    return model, checkpoint
 
 
 def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:

@@ -6,6 +6,7 @@ It stands apart from the loader so that the API process can name it without impo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +29,7 @@ class EngineOptions:
     allow_outside: bool = False
     compile: bool = False  # the decode step, in the background
     compile_cache: str = "~/.cache/xlora-serve"
+    quantization: Literal["int8", "int4"] | None = None  # of the base's weights
+    base: str | None = None  # a folder or a hub id instead of what the checkpoint says
+    experts: tuple[str, ...] = ()  # "name=path": the same for experts
+    ordering: str | None = None  # a file with the order of experts and sites

@@ -54,7 +54,12 @@ _LARGEST_TRITON_HEAD = 256  # more does not fit shared memory
 
 # Arguments that decoders pass through and that do not change the result here: positions are already in the keys
 # (RoPE), and the KV cache is ours.
-_HARMLESS = {"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"}
+HARMLESS = {
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"),
+    "output_router_logits",
+}
+# Arguments that change the result and that are honoured.
+KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
 
 
 def paged_attention(
@@ -76,7 +81,7 @@ def paged_attention(
 
     Raises CheckpointError for an argument that would change attention in a way this function does not know.
     """
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
+    unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
     if unknown or attention_mask is not None:
         raise CheckpointError(
             f"the base model's attention uses {', '.join(unknown) or 'a mask of its own'}, which is not supported",

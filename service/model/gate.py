@@ -30,6 +30,7 @@ class Gate(nn.Module):
         self.rank_index: Tensor  # int64 [sum of all ranks], into a flattened [S, E] row
         self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
         self._spread: list[Tensor] = []
+        self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:
@@ -44,8 +45,8 @@ class Gate(nn.Module):
         self._spread = list(spread.split_with_sizes(self._widths, 1))
 
     def clear(self) -> None:
-        """Switches the experts off and forgets the scalings."""
-        self.active, self._spread = False, []
+        """Switches the experts off and forgets what belongs to one forward."""
+        self.active, self._spread, self.logit_rows = False, [], None
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""

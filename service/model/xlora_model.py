@@ -24,9 +24,11 @@ from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.experts import stack_experts
+from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.linear import XLoraLinear
+from service.model.quantised import Quantization, quantise
+from service.model.targets import adapt, refusal
 
 
 class _HiddenStateTap(nn.Module):
@@ -81,11 +83,12 @@ class XLoraModel:
             device=self.device,
         )
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
+        head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
         for number, (site, stack) in enumerate(zip(self.sites, stacks, strict=True)):
             parent, _, name = site.rpartition(".")
-            linear = causal_lm.get_submodule(site)
-            assert isinstance(linear, nn.Linear)
-            setattr(causal_lm.get_submodule(parent), name, XLoraLinear(linear, stack, gate, number))
+            module = causal_lm.get_submodule(site)
+            adapted = adapt(module, stack, gate, number, is_head=module is head)
+            setattr(causal_lm.get_submodule(parent), name, adapted)
         return gate
 
     def kv_layout(self, block_size: int) -> KVLayout:
@@ -118,6 +121,9 @@ class XLoraModel:
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
+        rows = batch.rows
+        of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
+        self.gate.logit_rows = of_head
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
@@ -135,27 +141,33 @@ class XLoraModel:
 def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[str]:
     """The adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
 
-    Raises CheckpointError for a target that is not a plain nn.Linear of this decoder.
+    Raises CheckpointError for a target that experts cannot adapt in this decoder.
     """
-    targets = {site for expert in checkpoint.experts for site in expert.weights}
     modules = dict(causal_lm.named_modules())
-    for site in targets:
-        if not isinstance(modules.get(site), nn.Linear):
-            kind = type(modules[site]).__name__ if site in modules else "no module"
-            raise CheckpointError(
-                f"{checkpoint.path}: experts target {site}, which is {kind} in the base; only Linear is supported"
-            )
+    for expert in checkpoint.experts:
+        for site, weights in expert.weights.items():
+            if reason := refusal(modules.get(site), weights):
+                raise CheckpointError(
+                    f"{expert.folder}: the expert {expert.name!r} targets {site}, which is {reason} in the base",
+                    hint="supported: Linear, Conv1D and Embedding of the base that the expert was trained on",
+                )
+    targets = {site for expert in checkpoint.experts for site in expert.weights}
     if checkpoint.sites is not None:
         return list(checkpoint.sites)
     return [name for name in modules if name in targets]
 
 
-def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """Loads the base through transformers, in eval mode, with its attention routed to ours.
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
-    where RoPE depends on the longest row of a batch: such a base cannot share a batch exactly.
+    where the family cannot be served exactly (family.py), or its RoPE depends on the longest row of a batch.
     """
+    skeleton = build_skeleton(checkpoint.base_path)
+    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
+    refuse_unsupported(skeleton, checkpoint.base_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.base_path,
         dtype=dtype,
@@ -169,8 +181,9 @@ def load_causal_lm(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
         if loading[defect]:
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
             raise CheckpointError(f"{checkpoint.base_path}: {defect.replace('_', ' ')} in the base's weights: {names}")
-    refuse_length_dependent_rope(causal_lm.config, str(checkpoint.base_path))
     causal_lm.set_attn_implementation(ATTENTION)
+    if quantization is not None:
+        quantise(causal_lm, quantization, device)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -191,10 +204,11 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    quantization: Quantization | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
     on_progress(f"loading base model from {checkpoint.base_path}")
-    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype)
+    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype, quantization=quantization)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
     return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)

@@ -52,6 +52,11 @@ def drop_both(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[f"{Q}{side}.weight"]
 
 
+def embedding_adapter(vocabulary: int) -> Any:
+    prefix = "base_model.model.model.embed_tokens.lora_embedding_"
+    return lambda tensors: tensors.update({f"{prefix}A": torch.ones(4, vocabulary), f"{prefix}B": torch.ones(32, 4)})
+
+
 def header(entry: Any) -> bytes:
     text = json.dumps({"x": entry}).encode()
     return len(text).to_bytes(8, "little") + text + bytes(8)
@@ -139,7 +144,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "base above": (set_json(BUNDLE, base="../base"), ["base: ", "outside the bundle"]),
     "base hub id": (
         set_json(BUNDLE, base="org/model-7b"),
-        ["base: no folder 'org/model-7b'", "hub ids are not supp"],
+        ["base: no folder 'org/model-7b' here", "not in the local cache", "--base"],
     ),
     "base missing": (
         set_json(BUNDLE, base="bsae"),
@@ -225,6 +230,26 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "pattern not a regex": (
         set_json(ADAPTER, rank_pattern={"(": 4}),
         ["rank_pattern: '(' is not a regular expression"],
+    ),
+    "fan_in_fan_out of a wrong type": (
+        set_json(ADAPTER, fan_in_fan_out=1),
+        ["fan_in_fan_out: expected true or false, found 1"],
+    ),
+    "changed embedding": (
+        set_tensor(EXPERT, "base_model.model.model.embed_tokens.base_layer.weight", torch.ones(320, 32)),
+        ["tensor 'base_model.model.model.embed_tokens.base_layer.weight'", "copy of the base's [320, 32]", "trained"],
+    ),
+    "resized vocabulary": (
+        set_tensor(EXPERT, "base_model.model.lm_head.weight", torch.ones(321, 32)),
+        ["tensor 'base_model.model.lm_head.weight'", "copy of the base's [320, 32]", "of shape [321, 32]", "resized"],
+    ),
+    "half an embedding adapter": (
+        set_tensor(EXPERT, "base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 320)),
+        ["missing tensor 'base_model.model.model.embed_tokens.lora_embedding_B'"],
+    ),
+    "embedding of another vocabulary": (
+        edit_tensors(EXPERT, embedding_adapter(300)),
+        ["lora_embedding_A': expected shape [4, 320], found [4, 300]", "another base"],
     ),
     "rslora of a wrong type": (
         set_json(ADAPTER, use_rslora="no"),
@@ -414,7 +439,6 @@ def test_defect(bundle: Path, case: str) -> None:
         ("layer_replication", [[0, 1]]),
         ("target_parameters", ["mlp.x"]),
         ("trainable_token_indices", [1]),
-        ("fan_in_fan_out", True),
         ("alora_invocation_tokens", [1]),
         ("megatron_config", {"a": 1}),
         ("lora_ga_config", {"a": 1}),
@@ -443,7 +467,6 @@ def test_lora_variants_are_refused_by_name(bundle: Path, field: str, value: Any)
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "adapters of embeddings"),
         ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
         (f"{Q}B.bias", "lora_bias"),
         ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),

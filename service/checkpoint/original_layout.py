@@ -1,0 +1,53 @@
+"""The original X-LoRA library's save -> Manifest: xlora_config.json, xlora_classifier.safetensors, a folder per expert.
+
+Knows `adapters` as the list that the library writes and as the map that its users write. A map's order is its file's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint.classifier import WEIGHTS_FILE, GateFiles
+from service.checkpoint.defects import defect
+from service.checkpoint.files import BundleRoot
+from service.checkpoint.manifest import ExpertEntry, Manifest
+from service.checkpoint.ordering import Ordering
+
+FILE_NAME = "xlora_config.json"
+
+
+def read_original_manifest(root: BundleRoot, ordering: Ordering | None) -> Manifest:
+    """The manifest in class order: that of `adapters`, or of `ordering`, which can also stand in for a missing list."""
+    source = root.path / FILE_NAME
+    data = root.json(source)
+    adapters = data.get("adapters")
+    if adapters is None and ordering is not None and ordering.experts is not None:
+        adapters = list(ordering.experts)
+    entries = _experts(root, adapters, source)
+    base = data.get("base_model_id")
+    found = Manifest(
+        layout="original",
+        source=source,
+        name=root.name,
+        base=base if isinstance(base, str) and base else None,
+        experts=entries,
+        expert_count=len(entries),
+        gate=GateFiles(".", len(entries), FILE_NAME, WEIGHTS_FILE),
+    )
+    return ordering.apply(found) if ordering else found
+
+
+def _experts(root: BundleRoot, adapters: Any, source: Path) -> tuple[ExpertEntry, ...]:
+    """A name's own folder comes first: it was saved with the classifier. PEFT saves "default" in the folder itself."""
+    places = dict.fromkeys(adapters) if isinstance(adapters, list) else adapters
+    valid = isinstance(places, dict) and places and len(places) == len(adapters)
+    if not valid or not all(isinstance(name, str) and name for name in places):
+        problem = f"adapters: expected a list of names or a map from names to folders, found {adapters!r:.80}"
+        raise defect(source, problem, "their order is the class order; give it with --ordering and its key 'order'")
+    entries = []
+    for name, place in places.items():
+        has_folder = (root.path / name / "adapter_config.json").exists()
+        own = "." if name == "default" and not has_folder else name
+        entries.append(ExpertEntry(name, own if has_folder or not isinstance(place, str) else place, ""))
+    return tuple(entries)

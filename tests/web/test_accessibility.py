@@ -1,0 +1,86 @@
+"""axe-core finds nothing to complain about, in both themes, in every state of the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.web.conftest import run
+
+
+def empty(page: Page) -> None:
+    pass
+
+
+def result(page: Page) -> None:
+    run(page)
+    page.locator(".token").nth(3).click()
+
+
+def comparison(page: Page) -> None:
+    page.check("[name=compare]")
+    for more in page.locator("summary").all():
+        more.click()
+    run(page)
+
+
+def error(page: Page) -> None:
+    page.fill("[name=max_tokens]", "9000")
+    run(page)
+
+
+def scalings(page: Page) -> None:
+    page.get_by_role("tab", name="Scalings").click()
+    page.fill("[name=text]", "Compute 48 + 87.")
+    run(page, "Show scalings")
+
+
+def key(page: Page) -> None:
+    page.get_by_role("button", name="API key").click()
+
+
+def snippet(page: Page) -> None:
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator("#snippet-note")).not_to_be_empty()
+
+
+def weights(page: Page) -> None:
+    page.select_option("[name='a.experts']", "weights")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("state", [empty, result, comparison, error, scalings, key, snippet, weights])
+def test_no_violations(inspector: Page, state: Callable[[Page], None], theme: str) -> None:
+    inspector.emulate_media(color_scheme=theme, reduced_motion="reduce")
+    state(inspector)
+    found = Axe().run(inspector)
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_axe_sees_a_violation(inspector: Page) -> None:
+    """Negative control: a field that loses its label is found."""
+    inspector.locator("[name=max_tokens]").evaluate("input => input.parentElement.replaceWith(input)")
+    inspector.locator("[name=max_tokens]").evaluate("input => input.removeAttribute('placeholder')")
+    assert "label" in {violation["id"] for violation in Axe().run(inspector).response["violations"]}
+
+
+def test_outline_of_the_page(inspector: Page) -> None:
+    """Landmarks and live regions that a screen reader moves by."""
+    expect(inspector.get_by_role("main")).to_have_count(1)
+    expect(inspector.get_by_role("form", name="Request")).to_have_count(1)
+    expect(inspector.get_by_role("status").first).to_have_attribute("id", "status")
+    run(inspector)
+    options = inspector.get_by_role("listbox").get_by_role("option")
+    expect(options.first).to_have_accessible_name(re.compile("^Ones, math [0-9]+ percent$"))
+    expect(inspector.get_by_role("option", name="line break, math")).to_have_count(1)
+
+
+def test_narrow_screen_has_no_sideways_scrolling(inspector: Page) -> None:
+    inspector.set_viewport_size({"width": 360, "height": 740})
+    run(inspector)
+    assert inspector.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    expect(inspector.locator(".result h2")).to_be_in_viewport()
