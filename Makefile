@@ -16,7 +16,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install serve test test-slow test-min check format bench demo image verify-image clean
+.PHONY: help install serve test test-slow test-min fuzz check format bench demo image verify-image clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
@@ -55,6 +55,9 @@ test-slow: .venv/.dev ## run the soak and full-product tests as well
 
 test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported versions
 	@.venv-min/bin/python -m pytest -m "not slow" tests/model tests/checkpoint $(ARGS)
+
+fuzz: .venv/.dev ## schemathesis with all checks against the server; ARGS="300" sets the cases per operation
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: .venv/.dev ## lint, formatting and types
 	@$(BIN)/ruff check .

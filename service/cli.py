@@ -2,7 +2,7 @@
 
 Each command is a module of service.commands with a `run(arguments) -> int`, imported when it is chosen: `check` needs
 no web server and `serve` no plots. Exit codes: 0 well, 1 an error (a line on stderr, and perhaps a hint), 2 wrong
-usage, 130 interrupted.
+usage, 3 the engine was lost while serving, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ _ENGINE_FLAGS = (
     *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "lookahead", "speculative_tokens"),
     *("prefix_cache", "cuda_graphs", "compile", "compile_cache", "allow_outside", "log_level"),
 )
+_SERVE_FLAGS = (
+    *("host", "port", "max_body_bytes", "max_header_bytes", "max_queued_requests", "max_queued_tokens"),
+    *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
+    *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
+)
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
-_SERVE_FLAGS = ("host", "port", "max_body_bytes")
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
 
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(arguments)
     except XLoraError as error:
         print_error(error)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -112,7 +116,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         elif field.annotation == list[str]:
             group.add_argument(flag, dest=name, action="append", metavar=name.upper(), help=text)
         else:
-            choices = get_args(field.annotation) if name in ("dtype", "log_level") else None
+            choices = get_args(field.annotation) if name in ("dtype", "log_level", "log_format") else None
             default = "" if field.default is None else f" (default {field.default})"
             group.add_argument(flag, dest=name, choices=choices, metavar=name.upper(), help=text + default)
 

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -50,7 +50,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseSettings):
-    """What the operator can say. Every field is a flag (--max-model-len) and a variable (XLORA_MAX_MODEL_LEN)."""
+    """What the operator can say. Every field is a flag (--max-model-len) and a variable (XLORA_MAX_MODEL_LEN).
+
+    Secrets are variables only: a command line can be read by every user of the machine.
+    """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
@@ -88,6 +91,41 @@ class Settings(BaseSettings):
     )
     prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
+    max_header_bytes: ByteSize = Field(32 << 10, ge=1024, description="largest request line and headers, as 32KiB")
+    max_queued_requests: int = Field(
+        128, ge=1, description="most choices waiting for their first token; more are refused with 429"
+    )
+    max_queued_tokens: int = Field(
+        131_072, ge=1, description="most prompt tokens of requests waiting for their first token; more are refused"
+    )
+    request_timeout: float = Field(
+        600.0, ge=1, le=86_400, description="seconds a request may take; its own `timeout` may be shorter"
+    )
+    drain_seconds: float = Field(
+        8.0, ge=0, le=3600, description="how long SIGTERM lets running requests go on, in seconds"
+    )
+    engine_timeout: float = Field(
+        120.0, ge=1, le=86_400, description="seconds without a sign of life after which the engine counts as hung"
+    )
+    api_key_file: str | None = Field(None, description="file of API keys, one a line; requests then need one of them")
+    api_keys: SecretStr | None = Field(None, description="API keys, separated by commas")
+    admin_key_file: str | None = Field(
+        None,
+        description="file of keys for /metrics, /health and /info, which then take no other; good for all else too",
+    )
+    admin_keys: SecretStr | None = Field(None, description="admin keys, separated by commas")
+    cors_origins: str | None = Field(
+        None, description="origins whose pages may call the server, separated by commas; default: none"
+    )
+    ssl_certfile: str | None = Field(None, description="certificate chain (PEM); serves HTTPS")
+    ssl_keyfile: str | None = Field(None, description="the certificate's private key (PEM)")
+    ssl_ca_certs: str | None = Field(
+        None, description="certificates of authorities (PEM); clients then need one of theirs"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="text or json, one line per request")
+    otlp_endpoint: str | None = Field(
+        None, description="URL that takes OpenTelemetry traces over HTTP (needs the extra `otel`)"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     allow_outside: bool = Field(False, description="let the bundle name files outside its directory")
 

@@ -6,7 +6,10 @@ position alone, so tests can recompute it with `gate_row`.
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +40,9 @@ MAX_MODEL_LEN = 96
 CHUNK = 8  # prompt positions per step
 POISON = 2  # a prompt with this token id makes step() raise
 UNFIT = 3  # a prompt with this token id is refused by add()
+FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone
+HANGING = 5  # a prompt with this token id makes step() never return
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
 def build_tokenizer() -> Tokenizer:
@@ -52,8 +58,9 @@ def build_tokenizer() -> Tokenizer:
 
 
 def write_bundle(directory: Path) -> Path:
-    """What load_engine needs: a tokenizer.json."""
+    """What load_engine needs: a tokenizer.json; and a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     build_tokenizer().save(str(directory / "tokenizer.json"))
     return directory
 
@@ -82,7 +89,9 @@ class _Choice:
 
 
 class FakeEngine:
-    """See the module's docstring. `step_seconds` slows it down, so that tests can leave in the middle."""
+    """See the module's docstring. `step_seconds` slows it down, so that tests can leave in the middle; a choice gets up
+    to `burst` tokens in a step, as it does where drafts come true.
+    """
 
     def __init__(self, info: EngineInfo, step_seconds: float = 0.0) -> None:
         self.info = info
@@ -90,11 +99,14 @@ class FakeEngine:
         self.aborted: list[tuple[str, int | None]] = []
         self.choices: list[_Choice] = []
         self.steps = 0
+        self.burst = 1
+        self.requests: list[Request] = []  # every one that was added
         self._reply: list[int] = Tokenizer.from_file(info.tokenizer_path).encode(REPLY).ids
 
     def add(self, request: Request) -> None:
         if UNFIT in request.prompt_token_ids:
             raise InvalidRequestError("it can never fit", param="prompt", code="context_length_exceeded", hint="cut it")
+        self.requests.append(request)
         n = 1 if request.sampling is None else request.sampling.n
         self.choices += [_Choice(request, index) for index in range(n)]
 
@@ -112,6 +124,8 @@ class FakeEngine:
         for choice in list(self.choices):
             if POISON in choice.request.prompt_token_ids:
                 raise RuntimeError("poisoned")
+            if HANGING in choice.request.prompt_token_ids:
+                time.sleep(3600)
             output = self._advance(choice)
             outputs.append(output)
             if output.finish_reason is not None:
@@ -129,17 +143,27 @@ class FakeEngine:
         choice.usage.forward_passes += 1
         choice.usage.scaling_rows += choice.computed - first
         choice.usage.real_rows += choice.computed - first
-        output = SequenceOutput(request.id, choice.index, gate=self._rows(request, first, choice.computed))
-        if choice.computed < prompt:
-            return output
-        if request.sampling is None:
+        output = SequenceOutput(request.id, choice.index, usage=choice.usage)
+        if FAULTY in request.prompt_token_ids:
+            output.finish_reason, output.error = "error", "its sampling failed"
+        elif choice.computed == prompt and request.sampling is None:
             output.finish_reason = "length"
-            return output
-        token = self._reply[(len(choice.output) + choice.index) % len(self._reply)]
-        choice.output.append(token)
-        output.tokens = [self._token(token, request.sampling.logprobs)]
-        output.finish_reason = self._finish(choice, token)
+        elif choice.computed >= prompt:
+            self._speak(choice, output)
+        output.gate = self._rows(request, first, choice.computed)
+        if request.sampling is not None and request.sampling.prompt_logprobs is not None and choice.index == 0:
+            read = request.prompt_token_ids[first + 1 : choice.computed + 1]
+            output.prompt_logprobs = [self._token(token, request.sampling.prompt_logprobs) for token in read]
         return output
+
+    def _speak(self, choice: _Choice, output: SequenceOutput) -> None:
+        assert choice.request.sampling is not None
+        while len(output.tokens) < self.burst and output.finish_reason is None:
+            token = self._reply[(len(choice.output) + choice.index) % len(self._reply)]
+            choice.computed += bool(output.tokens)
+            choice.output.append(token)
+            output.tokens.append(self._token(token, choice.request.sampling.logprobs))
+            output.finish_reason = self._finish(choice, token)
 
     def _token(self, token: int, logprobs: int | None) -> TokenOutput:
         if logprobs is None:
@@ -217,3 +241,9 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> F
 def load_slow_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
     """The same at 5 ms a step."""
     return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)
+
+
+def load_killed_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+    """A machine that is too small: the kernel ends the process while it loads."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("still here")

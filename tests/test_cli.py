@@ -12,9 +12,11 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 from rich.console import Console
 
 from service import cli
@@ -22,7 +24,7 @@ from service.commands import generate, local, scalings, serve
 from service.engine.client import EngineClient
 from service.settings import Settings
 from service.terminal import bar, expert_styles, legend, scalings_table
-from tests.fake_engine import REPLY, write_bundle
+from tests.fake_engine import POISON, REPLY, write_bundle
 
 ROOT = Path(__file__).parent.parent
 FAKE = "tests.fake_engine:load_engine"
@@ -31,7 +33,7 @@ import sys
 from service import cli
 from service.commands import serve
 from service.engine.client import EngineClient
-serve.EngineClient = lambda: EngineClient({FAKE!r})
+serve.EngineClient = lambda **options: EngineClient({FAKE!r}, **options)
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -66,7 +68,9 @@ def wait_until_ready(port: int) -> None:
 
 def test_every_setting_is_a_flag_of_serve_and_none_is_given_by_default() -> None:
     arguments = cli.build_parser().parse_args(["serve"])
-    assert set(vars(arguments)) >= set(Settings.model_fields)
+    secrets = {name for name, field in Settings.model_fields.items() if SecretStr in get_args(field.annotation)}
+    assert secrets == {"api_keys", "admin_keys"}  # variables only: a command line can be read by everybody
+    assert set(vars(arguments)) >= set(Settings.model_fields) - secrets
     assert set(cli.given_settings(arguments).values()) == {None}
     given = cli.given_settings(cli.build_parser().parse_args(["serve", "--no-lookahead", "--kv-memory", "1GiB"]))
     assert (given["lookahead"], given["kv_memory"]) == (False, "1GiB")
@@ -145,6 +149,38 @@ def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
     assert process.returncode == 0, log
     assert "Traceback" not in log
     assert "reading the fake bundle" in log
+
+
+def test_after_sigkill_the_same_command_serves_again(bundle: Path) -> None:
+    port = free_port()
+    for _ in range(2):
+        process = start_server("--model", str(bundle), "--port", str(port))
+        try:
+            wait_until_ready(port)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as response:
+                assert json.load(response)["data"][0]["id"] == "fake"
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def test_an_engine_that_raises_ends_the_server_with_3(bundle: Path) -> None:
+    port = free_port()
+    process = start_server("--model", str(bundle), "--port", str(port))
+    try:
+        wait_until_ready(port)
+        body = json.dumps({"prompt": [POISON], "max_tokens": 3}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/generate", body, {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        assert json.load(caught.value)["error"]["code"] == "engine_dead"
+        _, log = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == 3, log
+    assert log.splitlines()[-2].startswith("error: the engine is lost: the engine failed: RuntimeError")
 
 
 def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:

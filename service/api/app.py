@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import errors, generate, ops, scalings, web
-from service.api.security import BodyLimit, RequestCounter
+from service.api import errors, generate, openai, ops, scalings, web
+from service.api.record import Recorder, SpanWriter
+from service.api.security import OPEN_PATHS, BodyLimit, Guard, Keys
 from service.api.state import Service, run_startup
 from service.engine.client import Client
 from service.metrics import Metrics
 from service.settings import Settings
 
-_COUNTED = ("/generate", "/scalings", "/tokenize", "/detokenize")
+_RECORDED = ("/generate", "/scalings", "/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions")
 _DESCRIPTION = """
 Serves an X-LoRA model: several LoRA experts, mixed per token and per layer by a small gate. Every answer can say how.
 
@@ -25,13 +27,22 @@ Bodies are strict: unknown fields are errors, null means absent. Every error has
 """
 
 
-def create_app(client: Client, settings: Settings, metrics: Metrics, failed: asyncio.Event | None = None) -> FastAPI:
+def create_app(
+    client: Client,
+    settings: Settings,
+    metrics: Metrics,
+    failed: asyncio.Event | None = None,
+    spans: Sequence[SpanWriter] = (),
+) -> FastAPI:
     """The application. It starts the client with the server and closes it at the end.
 
-    `failed` is set when the model could not be loaded; `app.state.service.startup_error` then says why.
+    `failed` is set when the model could not be loaded or the engine was lost; `app.state.service.error` then says why.
+    Raises SettingsError for keys that cannot be read.
     """
     service = Service(client, settings, metrics)
     on_failure = failed or asyncio.Event()
+    api_keys = Keys.load(settings.api_key_file, settings.api_keys, "api-key")
+    admin_keys = Keys.load(settings.admin_key_file, settings.admin_keys, "admin-key")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -50,24 +61,51 @@ def create_app(client: Client, settings: Settings, metrics: Metrics, failed: asy
         description=_DESCRIPTION,
         lifespan=lifespan,
         middleware=[
-            Middleware(RequestCounter, metrics=metrics, endpoints=_COUNTED),
+            Middleware(Recorder, metrics=metrics, endpoints=_RECORDED, spans=spans),
+            *_cors(settings),
+            Middleware(Guard, api_keys=api_keys, admin_keys=admin_keys),
             Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
         ],
     )
     app.state.service = service
     errors.install(app)
-    for module in (generate, scalings, ops):
+    for module in (generate, openai, scalings, ops):
         app.include_router(module.router)
     web.install(app)
-    _drop_422(app)
+    _finish_schema(app, bool(api_keys))
     return app
 
 
-def _drop_422(app: FastAPI) -> None:
-    """FastAPI documents 422 for bad bodies; ours are 400."""
+def _cors(settings: Settings) -> list[Middleware]:
+    """Nothing by default: pages of other origins may not read answers."""
+    if settings.cors_origins is None:
+        return []
+    origins = [origin.strip() for origin in settings.cors_origins.split(",")]
+    headers = ["Authorization", "Content-Type", "X-Request-Id", "traceparent"]
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=headers,
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    ]
+
+
+def _finish_schema(app: FastAPI, needs_key: bool) -> None:
+    """FastAPI documents 422 for bad bodies, and ours are 400; and it does not know of the keys."""
     schema = app.openapi()
-    for path in schema["paths"].values():
-        for operation in path.values():
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
             operation["responses"].pop("422", None)
+            if needs_key and path not in OPEN_PATHS:
+                reference = {"$ref": "#/components/schemas/ErrorAnswer"}
+                content = {"application/json": {"schema": reference}}
+                operation["responses"]["401"] = {"description": "No valid key", "content": content}
+                operation["security"] = [{"key": []}]
+    components = schema.setdefault("components", {})
     for name in ("HTTPValidationError", "ValidationError"):
-        schema.get("components", {}).get("schemas", {}).pop(name, None)
+        components.get("schemas", {}).pop(name, None)
+    if needs_key:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -5,7 +5,7 @@ This file knows no HTTP and no JSON; streams, whole answers and the command line
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from service.api.rows import RowBuffer, RowFormat, Rows
@@ -13,7 +13,7 @@ from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.detokenizer import StopStrings
 from service.engine.request import EngineInfo, Request, SequenceOutput, SequenceUsage, TokenOutput
-from service.errors import InternalError
+from service.errors import InternalError, TimedOutError
 
 
 @dataclass(slots=True)
@@ -29,24 +29,24 @@ class Piece:
 
 
 class Choice:
-    """The state of one choice."""
+    """The state of one choice; `index` counts over all choices of all prompts."""
 
     def __init__(
         self, index: int, request: Request, codec: TextCodec, stops: list[str], ends: Collection[int], format: RowFormat
     ) -> None:
         self.index = index
+        self.request = request
         self.tokens = 0
         self.usage = SequenceUsage()
-        self.stopped = False  # by a stop string: the engine does not know
+        self.finish_reason: str | None = None  # "stop" also when a stop string ended it: the engine does not know
         self._ends = ends
-        self._prompt_tokens = len(request.prompt_token_ids)
         self._detokenizer = codec.detokenizer(request.prompt_token_ids)
         self._codec = codec
         self._stops = StopStrings(stops)
         self._rows = RowBuffer(format)
 
     def accept(self, output: SequenceOutput) -> Iterator[Piece]:
-        """One piece per token, and one without a token when the end came alone."""
+        """One piece per token up to the end, and one without a token when the end came alone."""
         if output.gate is not None:
             self._rows.add(output.gate)
         if output.usage is not None:
@@ -55,13 +55,17 @@ class Choice:
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
-            piece = self._piece(token, output.finish_reason if position == last else None)
-            yield piece
-            if self.stopped:
-                return
+            yield self._piece(token, output.finish_reason if position == last else None)
+            if self.finish_reason is not None:
+                return  # by a stop string, perhaps: tokens after it do not count
         if last < 0 and output.finish_reason is not None:
-            text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-            yield Piece(self.index, text, finish_reason=output.finish_reason)
+            yield self.end(output.finish_reason)
+
+    def end(self, reason: str) -> Piece:
+        """The end without a token, with the text held back so far."""
+        self.finish_reason = reason
+        text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        return Piece(self.index, text, finish_reason=reason)
 
     def _piece(self, token: TokenOutput, reason: str | None) -> Piece:
         self.tokens += 1
@@ -73,43 +77,78 @@ class Choice:
                 visible += self._detokenizer.flush()
         text = self._stops.push(visible)
         if self._stops.found:
-            self.stopped, reason = True, "stop"
+            reason = "stop"
         elif reason is not None:
             text += self._stops.flush()
-        rows = self._rows.take(self._prompt_tokens - 2 + self.tokens)
+        self.finish_reason = reason
+        rows = self._rows.take(len(self.request.prompt_token_ids) - 2 + self.tokens)
         return Piece(self.index, text, token, visible + own, rows, reason)
 
 
 class Generation:
-    """One generating request from submission to its last piece; leaving `pieces` early aborts it."""
+    """Some prompts, each with its choices, from submission to the last piece; leaving `pieces` early aborts them all.
 
-    def __init__(self, client: Client, codec: TextCodec, request: Request, stops: list[str], format: RowFormat) -> None:
-        if request.sampling is None:
-            raise ValueError("a request without sampling generates nothing")
-        self.request = request
-        self.sampling = request.sampling
-        ends = ends_of(client.info, request)
-        self.choices = [Choice(index, request, codec, stops, ends, format) for index in range(request.sampling.n)]
+    The choices of prompt i have the indices i * n to i * n + n - 1.
+    """
+
+    def __init__(
+        self, client: Client, codec: TextCodec, requests: Sequence[Request], stops: list[str], format: RowFormat
+    ) -> None:
+        self.requests = requests
+        self.choices: list[Choice] = []
+        self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
+        self._first: dict[str, int] = {}  # index of each request's first choice
         self._client = client
+        for request in requests:
+            self._first[request.id] = len(self.choices)
+            ends = ends_of(client.info, request)
+            for _ in range(request.sampling.n if request.sampling else 0):
+                self.choices.append(Choice(len(self.choices), request, codec, stops, ends, format))
 
-    async def pieces(self) -> AsyncGenerator[Piece | None, None]:
-        """None once the engine has accepted the request, then every piece as it comes."""
-        async with self._client.submit(self.request) as outputs:
-            yield None
-            async for output in outputs:
-                choice = self.choices[output.index]
-                for piece in choice.accept(output):
-                    yield piece
-                if choice.stopped and output.finish_reason is None:
-                    self._client.abort(self.request.id, output.index)
+    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[Piece, None]:
+        """Every piece as it comes. At the deadline (in the time of the event loop) all choices end.
 
-    def usage(self) -> dict[str, object]:
-        """The `usage` object. cached_tokens counts what no choice of this request had to compute."""
+        Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
+        """
+        try:
+            async with self._client.submit(*self.requests, deadline=deadline) as outputs:
+                async for output in outputs:
+                    choice = self.choices[self._first[output.request_id] + output.index]
+                    self.prompt_logprobs[output.request_id] += output.prompt_logprobs
+                    for piece in choice.accept(output):
+                        yield piece
+                    if choice.finish_reason is not None and output.finish_reason is None:
+                        self._client.abort(output.request_id, output.index)
+        except TimedOutError:
+            if not any(choice.tokens for choice in self.choices):
+                raise
+            for choice in self.choices:
+                if choice.finish_reason is None:
+                    yield choice.end("timeout")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; a prompt counts once, however many choices it has."""
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far."""
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that no choice of their request had to compute."""
+        least: dict[str, int] = {}
+        for choice in self.choices:
+            cached = choice.usage.cached_tokens
+            least[choice.request.id] = min(cached, least.get(choice.request.id, cached))
+        return sum(least.values())
+
+    def cost(self) -> dict[str, object]:
+        """What the engine did for these choices."""
         usages = [choice.usage for choice in self.choices]
         return {
-            "prompt_tokens": len(self.request.prompt_token_ids),
-            "completion_tokens": sum(choice.tokens for choice in self.choices),
-            "cached_tokens": min(usage.cached_tokens for usage in usages),
             "forward_passes": sum(usage.forward_passes for usage in usages),
             "scaling_rows": sum(usage.scaling_rows for usage in usages),
             "real_rows": sum(usage.real_rows for usage in usages),
@@ -117,10 +156,15 @@ class Generation:
                 "hits": sum(usage.draft_hits for usage in usages),
                 "misses": sum(usage.draft_misses for usage in usages),
             },
+            "speculation": {
+                "tokens": sum(usage.speculated_tokens for usage in usages),
+                "accepted": sum(usage.accepted_tokens for usage in usages),
+            },
         }
 
 
 def ends_of(info: EngineInfo, request: Request) -> Collection[int]:
     """The tokens that end this request's choices."""
-    assert request.sampling is not None
+    if request.sampling is None:
+        return ()
     return {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else info.eos_token_ids)}

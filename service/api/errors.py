@@ -4,38 +4,60 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service.api.protocol import DetokenizeBody, ErrorAnswer, GenerateBody, ScalingsBody, TokenizeBody
-from service.errors import InternalError, InvalidRequestError, NotFoundError, PayloadTooLargeError, RequestError
-
-logger = logging.getLogger(__name__)
-
-_FIELDS = sorted(
-    {name for body in (GenerateBody, ScalingsBody, TokenizeBody, DetokenizeBody) for name in body.model_fields}
+from service.api.answers import ErrorAnswer
+from service.api.openai_protocol import UNSUPPORTED, ChatBody, CompletionBody
+from service.api.protocol import DetokenizeBody, GenerateBody, ScalingsBody, TokenizeBody
+from service.errors import (
+    InternalError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    PayloadTooLargeError,
+    RequestError,
 )
-_BODY_FIELDS = {
-    "/generate": sorted(GenerateBody.model_fields),
-    "/scalings": sorted(ScalingsBody.model_fields),
-    "/tokenize": sorted(TokenizeBody.model_fields),
-    "/detokenize": sorted(DetokenizeBody.model_fields),
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/generate": GenerateBody,
+    "/scalings": ScalingsBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
 }
+_FIELDS = sorted({name for body in _BODIES.values() for name in body.model_fields})
+_STEERING = frozenset({"experts", "gate.temperature", "gate.top_k"})  # designed, and not there yet
 _SHOWN_CHARACTERS = 60
 
 
-class MethodNotAllowedError(RequestError):
-    """The path exists, the method does not."""
+def answered(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entry of a good answer, with examples. The schema of a stream is that of one event."""
+    one = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    stream = {"schema": one, "example": events}
+    return {200: {"content": {"application/json": {"example": answer}, "text/event-stream": stream}}}
 
-    status = 405
-    type = "invalid_request_error"
-    code = "method_not_allowed"
+
+_REASONS = {
+    400: "The request can never succeed as it is",
+    401: "No key, or not one of ours",
+    404: "No such model",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "The queue is full; Retry-After says when to come again",
+    500: "Our fault",
+    503: "Loading, draining, or the engine has died",
+    504: "The deadline passed before the first token",
+}
+BODY_ERRORS = (400, 408, 413, 503)
+GENERATION_ERRORS = (*BODY_ERRORS, 429, 500, 504)
 
 
 def install(app: FastAPI) -> None:
@@ -43,7 +65,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_unexpected)
 
 
 def error_body(error: RequestError) -> bytes:
@@ -65,20 +86,14 @@ def error_body(error: RequestError) -> bytes:
 def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
     """One error as an answer."""
     headers = dict(headers or {})
-    if error.status == 503:
-        headers.setdefault("Retry-After", "1")
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
     return Response(error_body(error), status_code=error.status, media_type="application/json", headers=headers)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI entries of the errors a route can answer with."""
-    reasons = {
-        400: "The request can never succeed as it is",
-        413: "The body is too large",
-        500: "Our fault",
-        503: "Loading, or the engine has died",
-    }
-    return {status: {"model": ErrorAnswer, "description": reasons[status]} for status in statuses}
+    return {status: {"model": ErrorAnswer, "description": _REASONS[status]} for status in statuses}
 
 
 def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
@@ -91,7 +106,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
             f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json"
         )
     if first["type"] == "extra_forbidden":
-        return _unknown_field(param or "", path)
+        return _unknown_field(location, path)
     if first["type"] == "missing":
         what = f"`{param}` is missing" if param else "the body is missing"
         return InvalidRequestError(what, param=param, code="missing_field")
@@ -108,13 +123,36 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
     return InvalidRequestError(f"`{param}` {reason} (got {_shown(first['input'])})", param=param)
 
 
-def _unknown_field(name: str, path: str) -> InvalidRequestError:
-    known = _BODY_FIELDS.get(path, _FIELDS)
-    close = difflib.get_close_matches(name, known, n=1)
+def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
+    param = ".".join(location)
+    if param.removeprefix("xlora.") in _STEERING or (path.startswith("/v1/") and param in UNSUPPORTED):
+        return InvalidRequestError(
+            f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
+        )
+    known = _known_fields(location, path)
+    close = difflib.get_close_matches(location[-1], known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
     return InvalidRequestError(
-        f"unknown field `{name[:_SHOWN_CHARACTERS]}`", param=name, code="unknown_field", hint=hint
+        f"unknown field `{param[:_SHOWN_CHARACTERS]}`", param=param, code="unknown_field", hint=hint
     )
+
+
+def _known_fields(location: list[str], path: str) -> list[str]:
+    """The fields of the object at the end of `location`."""
+    if path not in _BODIES:
+        return _FIELDS
+    model = _BODIES[path]
+    for name in location[:-1]:
+        if name in model.model_fields:
+            model = _model_in(model.model_fields[name].annotation) or model
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Gate | None` or `list[Message]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
 def _shown(value: object) -> str:
@@ -153,8 +191,3 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
                 InvalidRequestError("the body could not be read as JSON", code="invalid_json"), headers
             )
     return error_response(InternalError("something went wrong on our side"), headers)
-
-
-async def _on_unexpected(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed: %s", request.method, request.url.path, type(error).__name__)
-    return error_response(InternalError("something went wrong on our side", hint="the server's log has the details"))

@@ -20,6 +20,7 @@ _USAGE = {
     "scaling_rows": 8,
     "real_rows": 7,
     "lookahead": {"hits": 1, "misses": 0},
+    "speculation": {"tokens": 0, "accepted": 0},
 }
 _HEAD = {"id": "gen-5f0c6c7e", "model": "demo", "seed": 7}
 
@@ -52,7 +53,8 @@ GENERATE_EVENTS = (
     'data: {"id":"gen-5f0c6c7e","index":0,"text":" 42","token_ids":[87],"tokens":[{"id":87,"text":" 42"}],'
     '"finish_reason":"length"}\n\n'
     'data: {"id":"gen-5f0c6c7e","model":"demo","seed":7,"usage":{"prompt_tokens":6,"completion_tokens":1,'
-    '"cached_tokens":0,"forward_passes":2,"scaling_rows":6,"real_rows":6,"lookahead":{"hits":0,"misses":0}}}\n\n'
+    '"cached_tokens":0,"forward_passes":2,"scaling_rows":6,"real_rows":6,"lookahead":{"hits":0,"misses":0},'
+    '"speculation":{"tokens":0,"accepted":0}}}\n\n'
     "data: [DONE]\n\n"
 )
 SCALINGS_BODIES: Any = {
@@ -73,3 +75,67 @@ SCALINGS_ANSWER: dict[str, Any] = {
 }
 TOKENIZE_BODIES: Any = {"text": {"summary": "A text", "value": {"text": "12 + 30 ="}}}
 DETOKENIZE_BODIES: Any = {"ids": {"summary": "Two tokens", "value": {"token_ids": [21, 300]}}}
+
+_OPENAI_HEAD = {"created": 1795474800, "model": "demo", "system_fingerprint": "fp_0a1b2c3d4e5f"}
+_OPENAI_TAIL = {
+    "usage": {
+        "prompt_tokens": 6,
+        "completion_tokens": 2,
+        "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    },
+    "xlora": {"seed": 7, "forward_passes": 3},
+}
+COMPLETION_BODIES: Any = {
+    "text": {"summary": "A text", "value": {"prompt": "12 + 30 =", "max_tokens": 8, "temperature": 0}},
+    "batch": {
+        "summary": "Two prompts, with scalings",
+        "value": {"prompt": ["12 + 30 =", "def add("], "max_tokens": 8, "xlora": {"return_scalings": "mean"}},
+    },
+}
+COMPLETION_ANSWER: dict[str, Any] = {
+    "id": "cmpl-5f0c6c7e",
+    "object": "text_completion",
+    **_OPENAI_HEAD,
+    "choices": [{"index": 0, "text": " 42", "logprobs": None, "finish_reason": "length"}],
+    **_OPENAI_TAIL,
+}
+COMPLETION_EVENTS = (
+    'data: {"id":"cmpl-5f0c6c7e","object":"text_completion","created":1795474800,"model":"demo",'
+    '"system_fingerprint":"fp_0a1b2c3d4e5f","choices":[{"index":0,"text":" 42","logprobs":null,'
+    '"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
+)
+CHAT_BODIES: Any = {
+    "chat": {
+        "summary": "One question",
+        "value": {"model": "demo", "messages": [{"role": "user", "content": "Compute 48 + 87."}], "max_tokens": 8},
+    },
+    "stream": {
+        "summary": "As server-sent events, with the usage",
+        "value": {
+            "messages": [{"role": "user", "content": "Compute 48 + 87."}],
+            "max_tokens": 8,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    },
+}
+CHAT_ANSWER: dict[str, Any] = {
+    "id": "chatcmpl-5f0c6c7e",
+    "object": "chat.completion",
+    **_OPENAI_HEAD,
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Ones: 8+7", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "length",
+        }
+    ],
+    **_OPENAI_TAIL,
+}
+CHAT_EVENTS = (
+    'data: {"id":"chatcmpl-5f0c6c7e","object":"chat.completion.chunk","created":1795474800,"model":"demo",'
+    '"system_fingerprint":"fp_0a1b2c3d4e5f","choices":[{"index":0,"delta":{"role":"assistant","content":"Ones"},'
+    '"logprobs":null,"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
+)

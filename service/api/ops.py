@@ -8,17 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import JSONResponse
 
-from service.api.errors import documented
+from service.api.answers import DetokenizeAnswer, Health, Info, Status, TokenizeAnswer
+from service.api.errors import BODY_ERRORS, documented
 from service.api.examples import DETOKENIZE_BODIES, TOKENIZE_BODIES
-from service.api.protocol import (
-    DetokenizeAnswer,
-    DetokenizeBody,
-    Health,
-    Info,
-    Status,
-    TokenizeAnswer,
-    TokenizeBody,
-)
+from service.api.protocol import DetokenizeBody, TokenizeBody
 from service.api.state import Service, service_of
 
 router = APIRouter()
@@ -29,22 +22,22 @@ _RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "
 
 @router.get("/livez", tags=["operation"], summary="Is the process fine?", response_model=Status, responses=_RED)
 async def livez(service: ServiceDependency) -> Response:
-    """200 while the process and the engine are fine, also while the model loads; 503 once the engine has died."""
-    alive = service.client.alive and service.startup_error is None
-    return _status("ok" if alive else "engine dead", 200 if alive else 503)
+    """200 while the process and the engine are fine, also while the model loads; 503 when the engine died or hangs."""
+    dead = service.state == "engine dead"
+    return _status("engine dead" if dead else "ok", 503 if dead else 200)
 
 
 @router.get("/readyz", tags=["operation"], summary="Can it serve?", response_model=Status, responses=_RED)
 async def readyz(service: ServiceDependency) -> Response:
-    """200 after the model has loaded and a warm-up generation has run."""
-    return _status(_state(service), 200 if service.ready else 503)
+    """200 after the model has loaded and a warm-up generation has run, until the server is told to stop."""
+    return _status(service.state, 200 if service.ready else 503)
 
 
 @router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
 async def health(service: ServiceDependency) -> Response:
-    """Always 200; `status` is ok, loading or engine dead."""
+    """Always 200; `status` is ok, loading, draining or engine dead."""
     content = {
-        "status": _state(service),
+        "status": service.state,
         "model": service.info.model if service.ready else None,
         "uptime_seconds": round(time.monotonic() - service.started_at, 3),
         "requests_running": service.metrics.running,
@@ -102,7 +95,7 @@ async def info(service: ServiceDependency) -> Response:
     tags=["tokenizer"],
     summary="Text to token ids",
     response_model=TokenizeAnswer,
-    responses=documented(400, 413, 503),
+    responses=documented(*BODY_ERRORS),
 )
 async def tokenize(
     body: Annotated[TokenizeBody, Body(openapi_examples=TOKENIZE_BODIES)], service: ServiceDependency
@@ -124,7 +117,7 @@ async def tokenize(
     tags=["tokenizer"],
     summary="Token ids to text",
     response_model=DetokenizeAnswer,
-    responses=documented(400, 413, 503),
+    responses=documented(*BODY_ERRORS),
 )
 async def detokenize(
     body: Annotated[DetokenizeBody, Body(openapi_examples=DETOKENIZE_BODIES)], service: ServiceDependency
@@ -132,12 +125,6 @@ async def detokenize(
     """The inverse of /tokenize."""
     text = service.codec.decode(body.token_ids, body.skip_special_tokens is not False)
     return JSONResponse({"text": text})
-
-
-def _state(service: Service) -> str:
-    if not service.client.alive or service.startup_error is not None:
-        return "engine dead"
-    return "ok" if service.ready else "loading"
 
 
 def _status(status: str, code: int) -> Response:

@@ -1,15 +1,15 @@
-"""The wire models: what a request body may be, and what an answer looks like in the OpenAPI document.
+"""The wire models of request bodies.
 
 Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
-file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in prompts.py.
-The answers' models document: the hot paths write JSON from plain dictionaries.
+file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in text.py. OpenAI's
+routes build on the same sampling and X-LoRA fields (openai_protocol.py).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -18,6 +18,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 DEFAULT_MAX_TOKENS = 128
 
@@ -125,17 +126,31 @@ class SamplingFields(Body):
     )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
+    timeout: Annotated[float, Field(ge=1, le=86_400)] | None = Field(
+        None,
+        description='Seconds from arrival; what is unfinished then ends with finish_reason "timeout", or with 504 if '
+        "there is no token yet. The server's --request-timeout when absent, and at most.",
     )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
     stream: bool | None = Field(None, description="Server-sent events, one per token.")
 
+    @property
+    def wanted_tokens(self) -> int | None:
+        """The most tokens the caller wants."""
+        return self.max_tokens
 
-class GenerateBody(SamplingFields):
-    """POST /generate."""
 
-    prompt: Prompt = Field(description="Text, or token ids.")
+class Gate(Body):
+    """What a caller may change about the gate."""
+
+    freeze_after: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
+        None, description="From generated token n + 1 on, the weights that produced token n are used."
+    )
+
+
+class XLoraFields(Body):
+    """What is ours: fields of POST /generate, and the object `xlora` of OpenAI's routes."""
+
     return_scalings: Literal["none", "mean", "full"] | None = Field(
         None, description="The gate's weights of the experts: none, mean over the sites, or of every site."
     )
@@ -147,14 +162,27 @@ class GenerateBody(SamplingFields):
     scalings_dtype: Literal["float32", "float16"] | None = Field(
         None, description='Type of the array that "full" returns; float32 when absent.'
     )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+        None, description="Only requests with the same salt share computed prompts."
+    )
+    gate: Gate | None = Field(None, description="Changes to the gate, for this request.")
 
     @model_validator(mode="after")
-    def _scalings_fields_need_scalings(self) -> GenerateBody:
+    def _scalings_fields_need_scalings(self) -> XLoraFields:
         if self.scalings_start is not None and self.return_scalings in (None, "none"):
             raise ValueError('scalings_start needs return_scalings "mean" or "full"')
         if self.scalings_dtype is not None and self.return_scalings != "full":
             raise ValueError('scalings_dtype needs return_scalings "full"')
         return self
+
+
+class GenerateBody(SamplingFields, XLoraFields):
+    """POST /generate."""
+
+    prompt: Prompt = Field(description="Text, or token ids.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
+    )
 
 
 class ScalingsBody(Body):
@@ -181,153 +209,3 @@ class DetokenizeBody(Body):
 
     token_ids: list[TokenId] = Field(description="Token ids.")
     skip_special_tokens: bool | None = Field(None, description="true when absent.")
-
-
-class TokenText(BaseModel):
-    """A token and the text it adds; "" while a character is unfinished."""
-
-    id: int
-    text: str
-
-
-class Alternative(BaseModel):
-    """One of the most likely tokens of a position, alone."""
-
-    id: int
-    text: str
-    logprob: float
-
-
-class Token(TokenText):
-    """A generated token."""
-
-    logprob: float | None = None
-    top_logprobs: list[Alternative] | None = None
-
-
-class Scalings(BaseModel):
-    """Rows of the gate. Row i is of position start + i, and position p produced the token at position p + 1."""
-
-    experts: list[str]
-    sites: list[str]
-    start: int
-    mean: list[list[float]] = Field(description="[E] per position: mean over the sites, after softmax and top-k.")
-    entropy: list[float | None] = Field(description="Nats per position, mean over the sites; null for an all-zero row.")
-    full: str | None = Field(None, description="base64 of a .npy array [positions, sites, experts].")
-
-
-class Lookahead(BaseModel):
-    """Drafted scaling rows that were kept, and dropped."""
-
-    hits: int
-    misses: int
-
-
-class Usage(BaseModel):
-    """What the request cost."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    forward_passes: int
-    scaling_rows: int
-    real_rows: int
-    lookahead: Lookahead
-
-
-class Output(BaseModel):
-    """One choice."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    tokens: list[Token]
-    finish_reason: str | None
-    scalings: Scalings | None = None
-
-
-class GenerateAnswer(BaseModel):
-    """The answer of POST /generate without stream."""
-
-    id: str
-    model: str
-    seed: int
-    outputs: list[Output]
-    usage: Usage
-
-
-class ScalingsAnswer(BaseModel):
-    """The answer of POST /scalings."""
-
-    id: str
-    model: str
-    tokens: list[TokenText]
-    scalings: Scalings
-    totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
-    top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
-    usage: dict[str, int]
-
-
-class TokenizeAnswer(BaseModel):
-    """The answer of POST /tokenize."""
-
-    token_ids: list[int]
-    tokens: list[TokenText]
-    count: int
-    max_model_len: int
-
-
-class DetokenizeAnswer(BaseModel):
-    """The answer of POST /detokenize."""
-
-    text: str
-
-
-class Status(BaseModel):
-    """The answer of the probes."""
-
-    status: str
-
-
-class Health(Status):
-    """The answer of GET /health."""
-
-    model: str | None
-    uptime_seconds: float
-    requests_running: int
-    requests_waiting: int
-
-
-class Info(BaseModel):
-    """The answer of GET /info."""
-
-    model: str
-    architecture: str
-    dtype: str
-    device: str
-    versions: dict[str, str]
-    experts: list[dict[str, str]]
-    n_classes: int
-    sites: list[str]
-    n_layers: int
-    xlora_config: dict[str, Any]
-    dummy_row: list[list[float]]
-    limits: dict[str, int]
-    weights_sha256: str
-    gate_profile: dict[str, Any] | None
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's shape, with a hint where there is one."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-    hint: str | None = None
-
-
-class ErrorAnswer(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,12 +10,13 @@ import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api.errors import documented
+from service.api.answers import ScalingsAnswer
+from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES
-from service.api.generate import CLIENT_CLOSED_REQUEST
-from service.api.protocol import ScalingsAnswer, ScalingsBody
+from service.api.protocol import ScalingsBody
+from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, Rows, join
-from service.api.security import OUTCOME_KEY
+from service.api.run import CLIENT_CLOSED_REQUEST
 from service.api.sse import ClientGoneError, until_disconnect
 from service.api.state import Service, new_id, service_of
 from service.engine.client import Client
@@ -30,7 +32,7 @@ router = APIRouter(tags=["generation"])
     response_model=ScalingsAnswer,
     responses={
         200: {"content": {"application/json": {"example": SCALINGS_ANSWER}}},
-        **documented(400, 413, 500, 503),
+        **documented(*GENERATION_ERRORS),
     },
 )
 async def scalings(
@@ -39,20 +41,25 @@ async def scalings(
     service: Annotated[Service, Depends(service_of)],
 ) -> Response:
     """Row i is what the gate makes of the text up to token i: the weights with which token i + 1 would be predicted."""
+    record = record_of(http_request.scope)
     try:
-        content = await until_disconnect(http_request.receive, answer(body, service))
+        content = await until_disconnect(http_request.receive, answer(body, service, record))
     except ClientGoneError:
-        http_request.scope[OUTCOME_KEY] = "cancelled"
+        record.outcome = "cancelled"
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(content, media_type="application/json")
 
 
-async def answer(body: ScalingsBody, service: Service) -> bytes:
+async def answer(body: ScalingsBody, service: Service, record: RequestRecord) -> bytes:
     """The whole answer as JSON."""
     ids = await service.codec.prompt_ids(body.prompt)
     request = Request(new_id("scal"), ids, None, body.return_scalings or "mean", 0)
     format = RowFormat(service.info, body.scalings_dtype)
-    rows, usage = await scaling_rows(service.client, request, format)
+    record.model, record.response_id, record.prompt_tokens = service.info.model, request.id, len(ids)
+    now = asyncio.get_running_loop().time()
+    with service.admission.admit([request], now):
+        rows, usage = await scaling_rows(service.client, request, format, now + service.settings.request_timeout)
+    record.queue_seconds = usage.queue_seconds
     service.metrics.prompt_tokens.inc(len(ids))
     experts = [expert["name"] for expert in service.info.experts]
     pieces = service.codec.pieces(ids)
@@ -71,11 +78,13 @@ async def answer(body: ScalingsBody, service: Service) -> bytes:
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-async def scaling_rows(client: Client, request: Request, format: RowFormat) -> tuple[Rows, SequenceUsage]:
-    """Runs the scaling pass and returns one row per position."""
+async def scaling_rows(
+    client: Client, request: Request, format: RowFormat, deadline: float | None = None
+) -> tuple[Rows, SequenceUsage]:
+    """Runs the scaling pass and returns one row per position. Raises TimedOutError at the deadline."""
     parts: list[Rows] = []
     usage = SequenceUsage()
-    async with client.submit(request) as outputs:
+    async with client.submit(request, deadline=deadline) as outputs:
         async for output in outputs:
             if output.finish_reason == "error":
                 raise InternalError(output.error or "the engine could not go on with this request")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import error_body
-from service.api.security import OUTCOME_KEY
+from service.api.record import record_of
 from service.errors import RequestError
 
 DONE = b"data: [DONE]\n\n"
@@ -56,8 +56,8 @@ def event(data: dict[str, Any]) -> bytes:
 class EventStream(Response):
     """Server-sent events from an iterator of encoded events.
 
-    The status is sent with the iterator's first item, which may be empty: an error raised before it becomes an ordinary
-    answer. A later one becomes an event of its own, and the stream ends without [DONE].
+    The status is sent with the first event: an error raised before it becomes an ordinary answer. A later one becomes
+    an event of its own, and the stream ends without [DONE].
     """
 
     media_type = "text/event-stream"
@@ -73,7 +73,7 @@ class EventStream(Response):
         try:
             await until_disconnect(receive, self._send_all(scope, send))
         except (ClientGoneError, OSError):
-            scope[OUTCOME_KEY] = "cancelled"
+            record_of(scope).outcome = "cancelled"
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         async def body(data: bytes, more: bool = True) -> None:
@@ -83,11 +83,10 @@ class EventStream(Response):
             first = await anext(events)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                if first:
-                    await body(first)
+                await body(first)
                 async for data in events:
                     await body(data)
             except RequestError as error:
-                scope[OUTCOME_KEY] = "error"
+                record_of(scope).outcome = "error"
                 await body(b"data: " + error_body(error) + b"\n\n")
         await body(b"", more=False)

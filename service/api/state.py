@@ -9,11 +9,12 @@ import uuid
 
 from fastapi import Request as HttpRequest
 
+from service.api.admission import Admission
 from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo, Request, SamplingParams
-from service.errors import StartupError, UnavailableError
+from service.errors import EngineLostError, StartupError, UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -30,19 +31,33 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.started_at = time.monotonic()
-        self.startup_error: StartupError | None = None
+        self.loaded_at = 0  # seconds since 1970
+        self.draining = False  # told to stop: what runs may end, nothing new begins
+        self.error: StartupError | EngineLostError | None = None  # why the process must end
+        self.admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
 
     @property
+    def state(self) -> str:
+        """ok, loading, draining or engine dead; only the first can serve."""
+        if not self.client.alive or self.error is not None:
+            return "engine dead"
+        if self.draining:
+            return "draining"
+        return "loading" if self._codec is None else "ok"
+
+    @property
     def ready(self) -> bool:
-        """Loaded, warmed up, and the engine lives."""
-        return self._codec is not None and self.client.alive
+        """Loaded, warmed up, not told to stop, and the engine lives."""
+        return self.state == "ok"
 
     @property
     def codec(self) -> TextCodec:
-        """The tokenizer; raises UnavailableError while the model loads and after the engine has died."""
+        """The tokenizer; raises UnavailableError while the model loads, while draining, and without an engine."""
         if not self.client.alive:
-            raise UnavailableError("the engine has died", code="engine_dead", hint="restart the service")
+            raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
+        if self.draining:
+            raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
         if self._codec is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
         return self._codec
@@ -60,6 +75,7 @@ class Service:
         await self._warm_up()
         self.client.on_step = self.metrics.observe_step
         self._codec = codec
+        self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
 
@@ -113,13 +129,19 @@ def service_of(request: HttpRequest) -> Service:
 
 
 async def run_startup(service: Service, on_failure: asyncio.Event) -> None:
-    """Starts the service in the background; a failure is kept for whoever runs the server."""
+    """Starts the service in the background; a failure, now or later, is kept for whoever runs the server."""
+
+    def on_lost(reason: str) -> None:
+        service.error = EngineLostError(f"the engine is lost: {reason}", hint="start the service again")
+        on_failure.set()
+
     try:
         await service.start()
+        service.client.on_lost = on_lost
     except StartupError as error:
-        service.startup_error = error
+        service.error = error
         on_failure.set()
     except Exception as error:
         logger.exception("starting failed")
-        service.startup_error = StartupError(f"starting failed: {type(error).__name__}: {error}")
+        service.error = StartupError(f"starting failed: {type(error).__name__}: {error}")
         on_failure.set()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from service.api.chat import ChatTemplate
 from service.api.protocol import DEFAULT_MAX_TOKENS, MAX_SEED, SamplingFields
 from service.engine.detokenizer import Detokenizer, special_token_ids
 from service.engine.request import EngineInfo, SamplingParams
@@ -27,18 +29,29 @@ class TextCodec:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_ids = special_token_ids(self._tokenizer)
+        self._chat_template = ChatTemplate.load(Path(info.tokenizer_path).parent)
         self._info = info
+
+    async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation as token ids, up to where the assistant begins. The template writes the special tokens."""
+        if self._chat_template is None:
+            raise InvalidRequestError(
+                "this model has no chat template", param="messages", code="no_chat_template", hint="use /v1/completions"
+            )
+        return self._checked(await self.encode(self._chat_template.render(messages), False), "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt as token ids. Raises InvalidRequestError when it is empty, too long or not of this vocabulary."""
-        ids = await self._ids(prompt) if prompt else []
+        return self._checked(await self._ids(prompt) if prompt else [], "prompt")
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
-            raise InvalidRequestError("`prompt` is empty", param="prompt", hint="give at least one token")
-        self._check_known(ids, "prompt")
+            raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
+        self._check_known(ids, param)
         if len(ids) > self._info.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(ids)} tokens, and the context holds {self._info.max_model_len}",
-                param="prompt",
+                param=param,
                 code="context_length_exceeded",
                 hint="shorten the prompt",
             )
@@ -80,7 +93,14 @@ class TextCodec:
         text: str = self._tokenizer.decode([id], skip_special_tokens=False)
         return text
 
-    def sampling(self, body: SamplingFields, prompt_tokens: int) -> SamplingParams:
+    def sampling(
+        self,
+        body: SamplingFields,
+        prompt_tokens: int,
+        *,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
         self._check_known(bias, "logit_bias")
@@ -89,14 +109,16 @@ class TextCodec:
             exclude_none=True,
             include={
                 *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-                *("frequency_penalty", "ignore_eos", "logprobs", "n"),
+                *("frequency_penalty", "ignore_eos", "n"),
             },
         )
         return SamplingParams(
-            max_tokens=self._max_tokens(body.max_tokens, prompt_tokens),
+            max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
             logit_bias=bias,
             stop_token_ids=tuple(body.stop_token_ids or ()),
-            seed=secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed,
+            seed=draw_seed() if body.seed is None else body.seed,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             **given,
         )
 
@@ -133,3 +155,8 @@ class TextCodec:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+
+def draw_seed() -> int:
+    """A seed for who gave none."""
+    return secrets.randbelow(MAX_SEED + 1)

@@ -42,12 +42,11 @@ async def _run(arguments: argparse.Namespace, body: GenerateBody) -> None:
         ids = await codec.prompt_ids(body.prompt)
         scalings: ReturnScalings = "mean" if arguments.scalings else "none"
         request = Request(new_id("cli"), ids, codec.sampling(body, len(ids)), scalings)
-        generation = Generation(client, codec, request, body.stop or [], RowFormat(client.info))
+        generation = Generation(client, codec, [request], body.stop or [], RowFormat(client.info))
         console = Console(highlight=False, soft_wrap=True)
         styles = expert_styles(len(client.info.experts))
         async for piece in generation.pieces():
-            if piece is not None:
-                console.print(Text(piece.text, style=_style(piece, styles)), end="")
+            console.print(Text(piece.text, style=_style(piece, styles)), end="")
         console.print()
         if arguments.scalings:
             console.print(legend([expert["name"] for expert in client.info.experts], styles))

@@ -1,12 +1,21 @@
-"""xlora-serve serve: the HTTP server, from a bound socket to a clean end."""
+"""xlora-serve serve: the HTTP server, from a bound socket to a clean end.
+
+The first SIGTERM or Ctrl-C drains: new requests are refused, running ones may end within --drain-seconds. A second one
+does not wait. Exit codes: 0 stopped by SIGTERM, 1 could not start, 3 the engine was lost, 130 stopped by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import signal
 import socket
+import ssl
+import time
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from prometheus_client import (
@@ -16,62 +25,110 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from service.api import logs
 from service.api.app import create_app
+from service.api.connections import HttpProtocol
+from service.api.state import Service
+from service.api.tracing import SpanExport
 from service.cli import given_settings
 from service.engine.client import EngineClient
-from service.errors import StartupError
+from service.errors import EngineLostError, SettingsError, StartupError
 from service.metrics import Metrics
 from service.settings import Settings, load_settings
 
 _BACKLOG = 2048
-_GRACE_SECONDS = 8  # less than the ten seconds a container is given
+_LAST_ANSWERS_SECONDS = 3  # for answers that are complete and not yet read
+_RED_SECONDS = 1.0  # a lost engine is seen by probes before the process ends
+_POLL_SECONDS = 0.05
+
+logger = logging.getLogger("xlora")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serves until a signal. Raises StartupError when the model cannot be loaded or the port is taken."""
+    """Serves until a signal. Raises StartupError when the service cannot start, EngineLostError when it must end."""
     settings = load_settings(given_settings(arguments))
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     with bind(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
-        logging.getLogger("xlora").info("listening on http://%s:%s, docs at /docs", host, port)
+        scheme = "http" if settings.ssl_certfile is None else "https"
+        logger.info("listening on %s://%s:%s, docs at /docs", scheme, host, port)
         error = uvloop_run(settings, listener)
     if error is not None:
         raise error
     return 0
 
 
-def uvloop_run(settings: Settings, listener: socket.socket) -> StartupError | None:
-    """Runs the event loop to its end; returns why the model could not be loaded, if so."""
+def uvloop_run(settings: Settings, listener: socket.socket) -> StartupError | EngineLostError | None:
+    """Runs the event loop to its end; returns why the process must end, if not because of a signal."""
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
     with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
         return runner.run(serve(settings, listener))
 
 
-async def serve(settings: Settings, listener: socket.socket) -> StartupError | None:
+async def serve(settings: Settings, listener: socket.socket) -> StartupError | EngineLostError | None:
     """One server on one socket."""
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     failed = asyncio.Event()
-    app = create_app(EngineClient(), settings, Metrics(registry), failed)
+    client = EngineClient(timeout_seconds=settings.engine_timeout)
+    spans = [] if settings.otlp_endpoint is None else [SpanExport.to(settings.otlp_endpoint)]
+    app = create_app(client, settings, Metrics(registry), failed, spans)
+    service: Service = app.state.service
+    server = Server(configuration(app, settings), service)
+    watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
+    try:
+        await server.serve([listener])
+    finally:
+        for watcher in watchers:
+            watcher.cancel()
+        for span in spans:
+            await asyncio.to_thread(span.close)
+    return service.error
+
+
+def configuration(app: Any, settings: Settings) -> uvicorn.Config:
+    """uvicorn's settings. Raises SettingsError for TLS files that do not work."""
     config = uvicorn.Config(
         app,
         log_config=None,
         log_level="warning",
         access_log=False,
-        http="httptools",
+        http=functools.partial(HttpProtocol, max_header_bytes=settings.max_header_bytes),  # type: ignore[arg-type]
         server_header=False,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_NONE if settings.ssl_ca_certs is None else ssl.CERT_REQUIRED,
     )
-    server = uvicorn.Server(config)
-    watcher = asyncio.create_task(_stop_when(failed, server))
+    if settings.ssl_certfile is None and (settings.ssl_keyfile or settings.ssl_ca_certs):
+        raise SettingsError("--ssl-keyfile and --ssl-ca-certs need --ssl-certfile")
     try:
-        await server.serve([listener])
-    finally:
-        watcher.cancel()
-    error: StartupError | None = app.state.service.startup_error
-    return error
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"--ssl-certfile {settings.ssl_certfile}: {error}") from None
+    return config
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which a signal tells to drain first."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._signal = signal.SIGTERM
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the interpreter between any two instructions: it only leaves a note, unless it is the second."""
+        if self._service.draining:
+            super().handle_exit(sig, frame)
+        self._signal = signal.Signals(sig)
+        self._service.draining = True
+
+    def stop(self) -> None:
+        """Ends the server as the signal wanted."""
+        super().handle_exit(self._signal, None)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -86,6 +143,21 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
-async def _stop_when(failed: asyncio.Event, server: uvicorn.Server) -> None:
+async def _drain(server: Server, service: Service) -> None:
+    """Waits for a signal's note, then for the running requests; cuts off those that take too long."""
+    while not service.draining:
+        await asyncio.sleep(_POLL_SECONDS)
+    deadline = time.monotonic() + service.settings.drain_seconds
+    while service.admission.running and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
+    if service.admission.running:
+        logger.warning("%d requests did not end within --drain-seconds and are cut off", service.admission.running)
+        await service.client.close()
+    server.stop()
+
+
+async def _stop_when(failed: asyncio.Event, server: uvicorn.Server, service: Service) -> None:
     await failed.wait()
+    if isinstance(service.error, EngineLostError):
+        await asyncio.sleep(_RED_SECONDS)
     server.should_exit = True

@@ -1,7 +1,8 @@
 """The API's side of the engine: starts its process, sends requests, hands out what each step brought.
 
 One EngineClient lives on one event loop. It decodes each frame once and wakes exactly the requests the frame has news
-for. Leaving `submit`'s block early (a client that went away, an error, a stop string) aborts the request in the engine.
+for. Leaving `submit`'s block early (a client that went away, an error, a stop string) aborts its requests in the
+engine. It also listens to the engine's heart: one that has ended, or has not answered for too long, is lost for good.
 This file knows neither HTTP nor text.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, cast
 
@@ -21,12 +23,15 @@ import msgspec
 from service.engine import wire
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo, Request, SequenceOutput, StepOutput, StepStats
-from service.errors import StartupError, UnavailableError, XLoraError
+from service.errors import StartupError, TimedOutError, UnavailableError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
 
 _SOCKET_BUFFER_BYTES = 4 << 20
 _CLOSE_SECONDS = 5.0
+_END_SECONDS = 0.5  # between the end of the engine's socket and the end of its process
+_BEATS_PER_TIMEOUT = 4
+_LONGEST_BEAT_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +43,28 @@ class EngineDiedError(UnavailableError):
 
 
 class OutputStream(AsyncIterator[SequenceOutput]):
-    """What the engine says about one request, as it says it; ends after the last choice has ended."""
+    """What the engine says about some requests, as it says it; ends after the last choice has ended."""
 
-    def __init__(self, request: Request) -> None:
-        self.open_choices = set(range(1 if request.sampling is None else request.sampling.n))
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.open_choices = {(one.id, index) for one in requests for index in range(choices_of(one))}
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._unanswered = {one.id for one in requests}
         self._queue: asyncio.Queue[SequenceOutput | XLoraError] = asyncio.Queue()
         self._pending = set(self.open_choices)  # choices whose end the reader has not seen
 
+    def accept(self, request_id: str) -> None:
+        """The engine has queued one of the requests."""
+        self._unanswered.discard(request_id)
+        if not self._unanswered and not self.accepted.done():
+            self.accepted.set_result(None)
+
     def deliver(self, output: SequenceOutput) -> None:
         """One more output, unless its choice was aborted meanwhile."""
-        if output.index not in self.open_choices:
+        choice = (output.request_id, output.index)
+        if choice not in self.open_choices:
             return
         if output.finish_reason is not None:
-            self.open_choices.discard(output.index)
+            self.open_choices.discard(choice)
         self._queue.put_nowait(output)
 
     def fail(self, error: XLoraError) -> None:
@@ -60,28 +73,36 @@ class OutputStream(AsyncIterator[SequenceOutput]):
             self.accepted.set_exception(error)
         self._queue.put_nowait(error)
 
-    def drop(self, index: int) -> None:
-        """The reader wants no more of this choice."""
-        self.open_choices.discard(index)
-        self._pending.discard(index)
+    def drop(self, request_id: str, index: int | None = None) -> None:
+        """The reader wants no more of a request, or of one of its choices; the engine has nothing more to say."""
+        unwanted = {choice for choice in self._pending if choice[0] == request_id and index in (None, choice[1])}
+        self.open_choices -= unwanted
+        self._pending -= unwanted
 
     async def __anext__(self) -> SequenceOutput:
         while self._pending:
             item = await self._queue.get()
             if isinstance(item, XLoraError):
                 raise item
-            if item.index not in self._pending:
+            choice = (item.request_id, item.index)
+            if choice not in self._pending:
                 continue
             if item.finish_reason is not None:
-                self._pending.discard(item.index)
+                self._pending.discard(choice)
             return item
         raise StopAsyncIteration
+
+
+def choices_of(request: Request) -> int:
+    """How many choices the engine will speak of; a scaling pass alone counts as one."""
+    return 1 if request.sampling is None else request.sampling.n
 
 
 class Client(Protocol):
     """What the API needs of an engine: EngineClient in production, an in-process fake in tests."""
 
     on_step: Callable[[StepStats], None] | None
+    on_lost: Callable[[str], None] | None  # called once with the reason, when the engine ends before close()
 
     @property
     def info(self) -> EngineInfo:
@@ -94,8 +115,8 @@ class Client(Protocol):
     async def start(self, options: EngineOptions, on_progress: Callable[[str], None]) -> None:
         """Loads the engine; raises StartupError."""
 
-    def submit(self, request: Request) -> AbstractAsyncContextManager[AsyncIterator[SequenceOutput]]:
-        """Queues a request for the length of an `async with` block; raises the RequestError that refuses it."""
+    def submit(self, *requests: Request, deadline: float | None = None) -> AbstractAsyncContextManager[OutputStream]:
+        """Queues requests for the length of an `async with` block; raises the RequestError that refuses one."""
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices."""
@@ -107,9 +128,11 @@ class Client(Protocol):
 class EngineClient:
     """The engine's process, seen from the event loop."""
 
-    def __init__(self, loader: str = DEFAULT_LOADER) -> None:
+    def __init__(self, loader: str = DEFAULT_LOADER, *, timeout_seconds: float = 120.0) -> None:
         self.on_step: Callable[[StepStats], None] | None = None
+        self.on_lost: Callable[[str], None] | None = None
         self._loader = loader
+        self._timeout_seconds = timeout_seconds
         self._info: EngineInfo | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: _Connection | None = None
@@ -142,39 +165,49 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-        connection = _Connection(self._on_step, self._on_verdict, self._on_lost, on_progress)
+        connection = _Connection(self._on_step, self._on_verdict, self._on_end, on_progress)
         await loop.create_connection(lambda: connection, sock=ours)
         self._connection = connection
         connection.send(wire.Start(options))
         self._info = await connection.ready
+        self._beat(connection)
 
     @asynccontextmanager
-    async def submit(self, request: Request) -> AsyncIterator[OutputStream]:
-        """Queues a request and yields its outputs. Leaving the block early aborts the request.
+    async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
+        """Queues requests and yields what the engine says about them. Leaving the block early aborts them.
 
-        Raises the RequestError with which the engine refuses it, and UnavailableError when the engine is or goes away.
+        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when the
+        engine is or goes away, and TimedOutError at the deadline (in the time of the event loop).
         """
         if self._dead is not None:
             raise EngineDiedError(f"the engine is gone: {self._dead}")
         connection = self._connection
         if connection is None or self._info is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
-        stream = self._streams[request.id] = OutputStream(request)
-        connection.send(wire.Submit(request))
+        stream = OutputStream(requests)
+        for request in requests:
+            self._streams[request.id] = stream
+            connection.send(wire.Submit(request))
+        timer = None
+        if deadline is not None:
+            timer = asyncio.get_running_loop().call_at(deadline, stream.fail, TimedOutError("the time is up"))
         try:
             await stream.accepted
             yield stream
         finally:
-            del self._streams[request.id]
-            if stream.open_choices:
-                self.abort(request.id)
+            if timer is not None:
+                timer.cancel()
+            unfinished = {request_id for request_id, _ in stream.open_choices}
+            for request in requests:
+                del self._streams[request.id]
+                if request.id in unfinished:
+                    self.abort(request.id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices. Its stream says nothing more about it."""
         stream = self._streams.get(request_id)
         if stream is not None:
-            for choice in list(stream.open_choices) if index is None else [index]:
-                stream.drop(choice)
+            stream.drop(request_id, index)
         if self._connection is not None:
             self._connection.send(wire.Abort(request_id, index))
 
@@ -185,8 +218,24 @@ class EngineClient:
             self._connection.close()
         if self._process is not None:
             if self._info is None:
-                self._process.terminate()  # it is loading, and would not look at its socket for a while
+                self._process.kill()  # it is loading, and would not look at its socket for a while
             await asyncio.to_thread(_end, self._process)
+
+    def _beat(self, connection: _Connection) -> None:
+        """Asks the engine for a sign of life, again and again; gives it up when none has come for too long."""
+        if self._dead is not None:
+            return
+        loop = asyncio.get_running_loop()
+        if connection.asked_at <= connection.heard_at:
+            connection.asked_at = loop.time()
+            connection.send(wire.Ping())
+        elif loop.time() - connection.asked_at > self._timeout_seconds:
+            self._lose(f"the engine has given no sign of life for {self._timeout_seconds:g} s")
+            if self._process is not None:
+                self._process.kill()
+            connection.close()
+            return
+        loop.call_later(min(_LONGEST_BEAT_SECONDS, self._timeout_seconds / _BEATS_PER_TIMEOUT), self._beat, connection)
 
     def _on_step(self, output: StepOutput) -> None:
         for one in output.outputs:
@@ -198,21 +247,33 @@ class EngineClient:
 
     def _on_verdict(self, verdict: wire.Accepted | wire.Rejected) -> None:
         stream = self._streams.get(verdict.request_id)
-        if stream is None or stream.accepted.done():
+        if stream is None:
             return
         if isinstance(verdict, wire.Rejected):
-            stream.open_choices.clear()  # there is nothing to abort
+            stream.drop(verdict.request_id)  # there is nothing to abort
             stream.fail(verdict.to_error())
         else:
-            stream.accepted.set_result(None)
+            stream.accept(verdict.request_id)
 
-    def _on_lost(self, reason: str) -> None:
+    def _on_end(self, failure: wire.Failed | None) -> str:
+        """The socket has closed: says why, to whoever waits for the engine."""
+        reason = _describe_end(self._process) if failure is None else failure.message
+        if self._dead is None:
+            self._lose(reason)
+        return reason
+
+    def _lose(self, reason: str) -> None:
         self._dead = reason
-        if not self._closing:
+        gone: UnavailableError = EngineDiedError(f"the engine is gone: {reason}")
+        if self._closing:
+            gone = UnavailableError("the server is stopping", code="stopping", hint="send the request again")
+        else:
             logger.error("%s", reason)
-        for stream in self._streams.values():
+        for stream in set(self._streams.values()):
             stream.open_choices.clear()
-            stream.fail(EngineDiedError(f"the engine is gone: {reason}"))
+            stream.fail(gone)
+        if self.on_lost is not None and not self._closing:
+            self.on_lost(reason)
 
 
 class _Connection(asyncio.Protocol):
@@ -222,13 +283,17 @@ class _Connection(asyncio.Protocol):
         self,
         on_step: Callable[[StepOutput], None],
         on_verdict: Callable[[wire.Accepted | wire.Rejected], None],
-        on_lost: Callable[[str], None],
+        on_end: Callable[[wire.Failed | None], str],
         on_progress: Callable[[str], None],
     ) -> None:
-        self.ready: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[EngineInfo] = loop.create_future()
+        self.heard_at = loop.time()  # when the engine said anything last
+        self.asked_at = self.heard_at  # when a sign of life was asked for last
+        self._time = loop.time
         self._on_step = on_step
         self._on_verdict = on_verdict
-        self._on_lost = on_lost
+        self._on_end = on_end
         self._on_progress = on_progress
         self._transport: asyncio.Transport | None = None
         self._reader = wire.FrameReader()
@@ -242,15 +307,15 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
+        self.heard_at = self._time()
         for frame in self._reader.feed(data):
             self._dispatch(self._decoder.decode(frame))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop: the process has ended, or close() was called."""
-        failure = self._failure or wire.Failed("the engine's process ended unexpectedly")
+        reason = self._on_end(self._failure)
         if not self.ready.done():
-            self.ready.set_exception(StartupError(failure.message, hint=failure.hint))
-        self._on_lost(failure.message)
+            self.ready.set_exception(StartupError(reason, hint=self._failure.hint if self._failure else None))
 
     def send(self, message: wire.ToEngine) -> None:
         """Queues one message; nothing happens when the other side has gone."""
@@ -275,6 +340,8 @@ class _Connection(asyncio.Protocol):
                     self.ready.set_result(info)
             case wire.Failed():
                 self._failure = message
+            case wire.Pong():
+                pass  # `heard_at` has it
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -283,3 +350,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _describe_end(process: subprocess.Popen[bytes] | None) -> str:
+    """Why a process that said nothing has ended."""
+    try:
+        code = None if process is None else process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        code = None
+    if code is None or code >= 0:
+        return "the engine's process ended unexpectedly"
+    memory = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+    return f"the engine's process was ended by {signal.Signals(-code).name}{memory}"

@@ -34,6 +34,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0  # 0 .. 2**63 - 1; the API draws one where the caller gave none
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
 
 
@@ -108,6 +109,8 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
+    # order of position from 1 on, complete with the choice's first token
 
 
 @dataclass(slots=True)

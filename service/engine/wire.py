@@ -43,6 +43,14 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     index: int | None = None
 
 
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Are you there? Answered by Pong between two steps."""
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    """Yes."""
+
+
 class Progress(msgspec.Struct, tag=True, frozen=True):
     """Loading goes on; one line for a person."""
 
@@ -95,8 +103,8 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     output: StepOutput
 
 
-ToEngine = Start | Submit | Abort
-FromEngine = Progress | Ready | Failed | Accepted | Rejected | Step
+ToEngine = Start | Submit | Abort | Ping
+FromEngine = Pong | Progress | Ready | Failed | Accepted | Rejected | Step
 
 _ERROR_KINDS: dict[str, type[RequestError]] = {
     kind.__name__: kind

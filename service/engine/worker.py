@@ -4,7 +4,8 @@
 
 FD is one end of a socket pair whose other end `client.py` holds. MODULE:FUNCTION names what loads the engine; it is
 imported only after the parent has been told that loading began, because importing torch takes seconds. When the parent
-dies the socket closes, and so does this process. Ctrl-C goes to the parent, which closes the socket.
+dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a whole
+group of processes, are the parent's business: it drains, then closes the socket.
 
 This file knows messages and the engine's surface, and neither torch nor asyncio.
 """
@@ -116,7 +117,7 @@ class Worker:
                 self._apply(engine, message)
             if engine.has_work():
                 self._send(wire.Step(engine.step()))
-            elif messages:
+            elif any(not isinstance(message, wire.Ping) for message in messages):
                 self._send(wire.Step(engine.report()))
 
     def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
@@ -124,6 +125,8 @@ class Worker:
             engine.abort(message.request_id, message.index)
         elif isinstance(message, wire.Submit):
             self._send(self._submit(engine, message.request))
+        elif isinstance(message, wire.Ping):
+            self._send(wire.Pong())
 
     def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
         try:
@@ -166,7 +169,8 @@ def import_loader(name: str, on_progress: Callable[[str], None]) -> LoadEngine:
 
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -54,11 +56,18 @@ def client(engine: FakeEngine) -> ThreadClient:
     return ThreadClient(engine)
 
 
-@pytest.fixture
-def http(client: ThreadClient) -> Iterator[TestClient]:
-    app = create_app(client, Settings(max_body_bytes=64 * 1024), Metrics(CollectorRegistry()))
+@contextmanager
+def serving(client: ThreadClient, **settings: Any) -> Iterator[TestClient]:
+    """The application with some settings, ready."""
+    app = create_app(client, Settings(max_body_bytes=64 * 1024, **settings), Metrics(CollectorRegistry()))
     with TestClient(app, raise_server_exceptions=False) as http:
         wait_until_ready(http)
+        yield http
+
+
+@pytest.fixture
+def http(client: ThreadClient) -> Iterator[TestClient]:
+    with serving(client) as http:
         yield http
 
 

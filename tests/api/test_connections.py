@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -15,17 +16,18 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from service.api.app import create_app
+from service.commands.serve import configuration
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.api.conftest import ThreadClient
 
 
-@pytest.fixture
-def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
-    client.engine.step_seconds = 0.005
+@contextmanager
+def running(client: ThreadClient, settings: Settings) -> Iterator[tuple[str, int]]:
+    """uvicorn as the serve command sets it up, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(client, Settings(), Metrics(CollectorRegistry()))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", http="httptools"))
+    app = create_app(client, settings, Metrics(CollectorRegistry()))
+    server = uvicorn.Server(configuration(app, settings))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     host, port = listener.getsockname()
@@ -37,6 +39,13 @@ def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
         server.should_exit = True
         thread.join(10)
         listener.close()
+
+
+@pytest.fixture
+def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
+    client.engine.step_seconds = 0.005
+    with running(client, Settings()) as address:
+        yield address
 
 
 def send(address: tuple[str, int], body: bytes) -> socket.socket:

@@ -74,8 +74,11 @@ def error_of(response: Any, status: int = 400) -> dict[str, Any]:
         ('{"prompt": "a", "scalings_start": 0}', "scalings_start"),
         ('{"prompt": "a", "return_scalings": "mean", "scalings_dtype": "float16"}', "scalings_dtype"),
         ('{"prompt": "a", "experts": {"only": []}}', "experts"),
-        ('{"prompt": "a", "gate": {}}', "gate"),
-        ('{"prompt": "a", "timeout": 1}', "timeout"),
+        ('{"prompt": "a", "gate": {"temperature": 2}}', "gate.temperature"),
+        ('{"prompt": "a", "gate": {"freeze_after": 0}}', "gate.freeze_after"),
+        ('{"prompt": "a", "cache_salt": ""}', "cache_salt"),
+        ('{"prompt": "a", "timeout": 0}', "timeout"),
+        ('{"prompt": "a", "timeout": 601}', "timeout"),
         ('{"prompt": "a", "inputs_embeds": []}', "inputs_embeds"),
         ("[" * 20_000, None),
         ('{"prompt": ' + "[" * 20_000, None),
@@ -145,6 +148,6 @@ def test_a_dead_engine_is_503_and_red(http: TestClient) -> None:
     assert error_of(http.post("/generate", json={"prompt": [POISON]}), 503)["code"] == "engine_dead"
     response = http.post("/generate", json={"prompt": "a"})
     assert error_of(response, 503)["code"] == "engine_dead"
-    assert response.headers["retry-after"] == "1"
+    assert response.headers["retry-after"] == "5"
     assert (http.get("/livez").status_code, http.get("/readyz").status_code) == (503, 503)
     assert http.get("/health").json()["status"] == "engine dead"

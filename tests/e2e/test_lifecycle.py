@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.e2e.test_chaos import honest, honest_body
+from tests.e2e.test_chaos import honest, honest_body, send
 from tests.server_process import ROOT, Server, server
 
 
@@ -33,15 +34,18 @@ def engine_process(running: Server) -> psutil.Process:
 
 
 def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
-    """An orchestrator's stop must not cost a client its answer; the exit code is 0 and the engine process is gone."""
+    """An orchestrator's stop must not cost a client its answer; the exit code is 0 and the engine process is gone.
+
+    The signal goes to the whole group, as systemd's and a shell's do: the engine must not die of it.
+    """
 
     async def scene(running: Server) -> list[int]:
         request = asyncio.create_task(honest(running.port, 4))
         await asyncio.sleep(0.05)
-        running.process.send_signal(signal.SIGTERM)
+        os.killpg(running.process.pid, signal.SIGTERM)
         return await request
 
-    with server("--model", str(tiny_bundle), "--threads", "1") as running:
+    with server("--model", str(tiny_bundle), "--threads", "1", start_new_session=True) as running:
         engine = engine_process(running)
         tokens = asyncio.run(scene(running))
         assert len(tokens) == honest_body(4)["max_tokens"]
@@ -49,19 +53,64 @@ def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
         assert not engine.is_running()
 
 
-def test_death_of_the_engine_is_seen(tiny_bundle: Path) -> None:
-    """The API process outlives its engine just long enough to say so: 503 with a reason, probes red."""
-    with server("--model", str(tiny_bundle), "--threads", "1", stderr=subprocess.DEVNULL) as running:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hanging_engine_ends_the_service(tiny_bundle: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """The API process outlives its engine just long enough to say so: 503 with a reason, probes red, exit code 3."""
+    flags = ("--model", str(tiny_bundle), "--threads", "1", "--engine-timeout", "1")
+    with (tmp_path / "stderr").open("wb") as log, server(*flags, stderr=log) as running:
         assert running.get("/livez")[0] == 200
-        engine_process(running).kill()
-        deadline = time.monotonic() + 5
-        while running.get("/livez")[0] == 200 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert running.get("/livez")[0] == 503
-        assert running.get("/readyz")[0] == 503
-        status, answer = running.post("/generate", honest_body(1))
+        engine = engine_process(running)
+        engine.send_signal(how)
+        status, answer = running.post("/generate", honest_body(1))  # waits where the engine does not answer
         assert status == 503
         assert "engine" in answer["error"]["message"]
+        assert running.get("/livez")[0] == 503
+        assert running.get("/readyz")[0] == 503
+        assert running.process.wait(10) == 3
+        last = (tmp_path / "stderr").read_text().splitlines()[-2:]
+        reason = "SIGKILL" if how is signal.SIGKILL else "no sign of life for 1 s"
+        assert reason in last[0]
+        assert last[0].startswith("error: the engine is lost")
+        assert not engine.is_running()
+
+
+def test_drain_refuses_new_requests_and_cuts_off_at_its_end(tiny_bundle: Path) -> None:
+    """While it drains the server still answers: 503 with Retry-After to the new. What takes too long hears why."""
+
+    async def scene(running: Server) -> tuple[int, str]:
+        long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+        reader, writer = await send(running.port, long)
+        await reader.readuntil(b"data: ")
+        running.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.15)
+        refused, _ = await asyncio.to_thread(running.post, "/v1/completions", {"prompt": "a"})
+        assert await asyncio.to_thread(running.get, "/livez") == (200, b'{"status":"ok"}')
+        assert await asyncio.to_thread(running.get, "/readyz") == (503, b'{"status":"draining"}')
+        rest = (await reader.read()).decode()
+        writer.close()
+        return refused, rest
+
+    with server("--model", str(tiny_bundle), "--threads", "1", "--drain-seconds", "0.6") as running:
+        refused, rest = asyncio.run(scene(running))
+        assert refused == 503
+        assert '"code":"stopping"' in rest
+        assert "[DONE]" not in rest
+        assert running.process.wait(10) == 0
+
+
+def test_a_second_signal_does_not_wait(tiny_bundle: Path) -> None:
+    async def scene(running: Server) -> None:
+        long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+        reader, writer = await send(running.port, long)
+        await reader.readuntil(b"data: ")
+        for _ in range(2):
+            running.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.2)
+        writer.close()
+
+    with server("--model", str(tiny_bundle), "--threads", "1", "--drain-seconds", "3600") as running:
+        asyncio.run(scene(running))
+        assert running.process.wait(20) == 0
 
 
 def test_death_of_the_server_ends_the_engine(tiny_bundle: Path) -> None:

@@ -16,8 +16,8 @@ from service.engine import wire
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams, StepStats
-from service.errors import InternalError, InvalidRequestError, StartupError, UnavailableError
-from tests.fake_engine import POISON, UNFIT, build_tokenizer, write_bundle
+from service.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
+from tests.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
 
 FAST, SLOW = "tests.fake_engine:load_engine", "tests.fake_engine:load_slow_engine"
 
@@ -32,12 +32,15 @@ def request(id: str, max_tokens: int = 8, prompt: list[int] | None = None, n: in
 
 
 def with_engine(
-    bundle: Path, test: Callable[[EngineClient], Coroutine[None, None, None]], loader: str = FAST
+    bundle: Path,
+    test: Callable[[EngineClient], Coroutine[None, None, None]],
+    loader: str = FAST,
+    timeout_seconds: float = 60.0,
 ) -> list[str]:
     progress: list[str] = []
 
     async def run() -> None:
-        client = EngineClient(loader)
+        client = EngineClient(loader, timeout_seconds=timeout_seconds)
         try:
             await client.start(EngineOptions(str(bundle)), progress.append)
             async with asyncio.timeout(20):
@@ -145,6 +148,73 @@ def test_when_the_engine_dies_everybody_hears_of_it(bundle: Path, how: str) -> N
     with_engine(bundle, test, SLOW)
 
 
+def test_several_requests_are_one_stream(bundle: Path) -> None:
+    reply = build_tokenizer().encode("The answer is 42").ids
+
+    async def test(client: EngineClient) -> None:
+        tokens: dict[tuple[str, int], list[int]] = {}
+        async with client.submit(request("a", 3, n=2), request("b", 5)) as outputs:
+            async for output in outputs:
+                choice = tokens.setdefault((output.request_id, output.index), [])
+                choice += [token.id for token in output.tokens]
+        assert tokens == {("a", 0): reply[:3], ("a", 1): reply[1:4], ("b", 0): reply[:5]}
+
+    with_engine(bundle, test)
+
+
+def test_one_refusal_drops_all_requests_of_a_call(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        load: list[StepStats] = []
+        client.on_step = load.append
+        with pytest.raises(InvalidRequestError, match="never fit"):
+            async with client.submit(request("long", 10_000), request("bad", prompt=[UNFIT])):
+                raise AssertionError("accepted")
+        assert not client._streams
+        await collect(client, request("next"))
+        assert load[-1].requests_running == 0
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_at_the_deadline_the_reader_hears_and_the_engine_forgets(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        load: list[StepStats] = []
+        client.on_step = load.append
+        now, seen = asyncio.get_running_loop().time(), []
+
+        async def read() -> None:
+            async with client.submit(request("slow", 10_000), deadline=now + 0.2) as outputs:
+                async for output in outputs:
+                    seen.append(output)
+
+        with pytest.raises(TimedOutError):
+            await read()
+        assert 5 < len(seen) < 100
+        assert asyncio.get_running_loop().time() - now < 0.5
+        await collect(client, request("next", 1))
+        assert load[-1].requests_running == 0
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_an_engine_that_hangs_is_lost_and_ended(bundle: Path) -> None:
+    """A step that never returns must not leave callers waiting for ever, nor the process with the model in memory."""
+    lost: list[str] = []
+
+    async def test(client: EngineClient) -> None:
+        client.on_lost = lost.append
+        await asyncio.sleep(1.2)
+        assert client.alive  # an idle engine answers
+        with pytest.raises(UnavailableError, match=r"no sign of life for 0\.5 s"):
+            await collect(client, request("hang", prompt=[HANGING]))
+        assert not client.alive
+        assert lost == ["the engine has given no sign of life for 0.5 s"]
+        assert client._process is not None
+        assert await asyncio.to_thread(client._process.wait, 5) == -signal.SIGKILL
+
+    with_engine(bundle, test, timeout_seconds=0.5)
+
+
 def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:
     async def test(client: EngineClient) -> None:
         raise AssertionError("it should not have started")
@@ -154,6 +224,8 @@ def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:
     assert caught.value.hint == "write_bundle() makes it"
     with pytest.raises(StartupError, match="No module named"):
         with_engine(tmp_path, test, "tests.no_such_module:load")
+    with pytest.raises(StartupError, match="SIGKILL, perhaps for want of memory"):
+        with_engine(tmp_path, test, "tests.fake_engine:load_killed_engine")
 
 
 def test_closing_while_loading_does_not_hang(bundle: Path) -> None:

@@ -1,0 +1,263 @@
+"""One generating call, whatever its route: admitted, timed, observed, and written as a document or as events.
+
+The routes differ in their bodies and in their Writers (generate.py, openai.py); everything between is here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import numpy as np
+import orjson
+from fastapi import Request as HttpRequest
+from fastapi import Response
+
+from service.api.admission import Ticket
+from service.api.choice import Generation, Piece
+from service.api.protocol import MAX_CHOICES, SamplingFields, XLoraFields
+from service.api.record import RequestRecord, record_of
+from service.api.rows import RowFormat, Rows, join
+from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
+from service.api.state import Service
+from service.api.text import draw_seed
+from service.engine.request import Request, SamplingParams
+from service.errors import InvalidRequestError
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
+MAX_CALL_CHOICES = 16 * MAX_CHOICES  # prompts times n
+
+
+class Run:
+    """One call: its prompts, the caller's wishes, and what the engine makes of them."""
+
+    def __init__(
+        self,
+        service: Service,
+        id: str,
+        prompts: Sequence[list[int]],
+        body: SamplingFields,
+        xlora: XLoraFields,
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> None:
+        """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
+        self.id = id
+        self.codec = service.codec
+        self.info = service.info
+        self.row_format = RowFormat(service.info, xlora.scalings_dtype)
+        self.wants_rows = xlora.return_scalings in ("mean", "full")
+        self.timeout_seconds = _timeout(body, service.settings.request_timeout)
+        self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs)
+        _check_rows_start(xlora, prompts)
+        requests = [
+            _request(f"{id}-{number}" if number else id, prompt, sampling, xlora)
+            for number, (prompt, sampling) in enumerate(zip(prompts, self.sampling, strict=True))
+        ]
+        self.generation = Generation(service.client, self.codec, requests, body.stop or [], self.row_format)
+        self._service = service
+
+    @property
+    def seed(self) -> int:
+        """The seed of every prompt."""
+        return self.sampling[0].seed
+
+    def rows_start(self, index: int) -> int:
+        """The position of the first row that a choice reports."""
+        request = self.generation.choices[index].request
+        start = request.scalings_start
+        return len(request.prompt_token_ids) - 1 if start is None else start
+
+    async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece, None]:
+        """Every piece, while the queue's accounts, the metrics and the record are kept."""
+        service, generation = self._service, self.generation
+        now = asyncio.get_running_loop().time
+        record.model, record.response_id, record.sampling = self.info.model, self.id, self.sampling[0]
+        with service.admission.admit(generation.requests, now()) as ticket:
+            observer = Observer(service, generation, ticket, record)
+            try:
+                async with aclosing(generation.pieces(now() + self.timeout_seconds)) as stream:
+                    async for piece in stream:
+                        observer.observe(piece)
+                        yield piece
+                observer.finish()
+            finally:
+                observer.close()
+
+
+class Writer(Protocol):
+    """What a route makes of the pieces."""
+
+    def event(self, piece: Piece) -> bytes:
+        """One piece as one event."""
+
+    def last_event(self) -> bytes:
+        """What follows the last piece, before [DONE]; may be nothing."""
+
+    def document(self, pieces: Mapping[int, list[Piece]]) -> dict[str, Any]:
+        """The whole answer, from the pieces of each choice."""
+
+
+async def respond(http_request: HttpRequest, run: Run, writer: Writer, stream: bool | None) -> Response:
+    """The answer to one call; when the client goes away, the engine's work on it ends."""
+    record = record_of(http_request.scope)
+    record.stream = bool(stream)
+    if stream:
+        return EventStream(_events(run, writer, record))
+    try:
+        content = await until_disconnect(http_request.receive, _whole(run, writer, record))
+    except ClientGoneError:
+        record.outcome = "cancelled"
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(content, media_type="application/json")
+
+
+async def _whole(run: Run, writer: Writer, record: RequestRecord) -> bytes:
+    pieces: dict[int, list[Piece]] = defaultdict(list)
+    async with aclosing(run.pieces(record)) as stream:
+        async for piece in stream:
+            pieces[piece.index].append(piece)
+    return orjson.dumps(writer.document(pieces), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+async def _events(run: Run, writer: Writer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
+    async with aclosing(run.pieces(record)) as stream:
+        async for piece in stream:
+            yield writer.event(piece)
+    yield writer.last_event() + DONE
+
+
+class Observer:
+    """One call's latencies, token counts and gate, as they happen: for the metrics and for the record."""
+
+    def __init__(self, service: Service, generation: Generation, ticket: Ticket, record: RequestRecord) -> None:
+        self._metrics = service.metrics
+        self._experts = [expert["name"] for expert in service.info.experts]
+        self._generation = generation
+        self._ticket = ticket
+        self._record = record
+        self._clock = asyncio.get_running_loop().time
+        self._started = self._clock()
+        self._last: dict[int, float] = {}  # by choice
+        self._rows: list[Rows] = []
+        record.prompt_tokens = generation.prompt_tokens
+
+    def observe(self, piece: Piece) -> None:
+        """One piece has come."""
+        now = self._clock()
+        self._ticket.started(self._generation.choices[piece.index].request.id, now)
+        if piece.rows is not None:
+            self._rows.append(piece.rows)
+        if piece.token is None:
+            return
+        if not self._last:
+            self._record.first_token_seconds = time.perf_counter() - self._record.started
+            self._metrics.time_to_first_token.observe(now - self._started)
+            self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
+        if piece.index in self._last:
+            self._metrics.inter_token_latency.observe(now - self._last[piece.index])
+        self._last[piece.index] = now
+        self._metrics.generated_tokens.inc()
+
+    def finish(self) -> None:
+        """The last piece has come."""
+        generation, record = self._generation, self._record
+        self._metrics.request_latency.observe(self._clock() - self._started)
+        record.queue_seconds = min(choice.usage.queue_seconds for choice in generation.choices)
+        self._metrics.queue_time.observe(record.queue_seconds)
+        record.cached_tokens = generation.cached_tokens
+        self._metrics.observe_cache(record.cached_tokens, generation.prompt_tokens)
+
+    def close(self) -> None:
+        """The call has ended, perhaps early."""
+        record = self._record
+        record.completion_tokens = self._generation.completion_tokens
+        record.finish_reasons = [choice.finish_reason for choice in self._generation.choices]
+        if "timeout" in record.finish_reasons:
+            record.outcome = "timeout"
+        if self._rows:
+            entropy = np.concatenate([rows.entropy for rows in self._rows])
+            weight = np.abs(np.concatenate([rows.mean for rows in self._rows])).sum(axis=0)
+            known = entropy[np.isfinite(entropy)]
+            record.gate_entropy_nats = float(known.mean()) if len(known) else None
+            record.top_expert = self._experts[int(weight.argmax())] if weight.any() else None
+
+
+def scalings_of(run: Run, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """The `scalings` object of a whole answer's choice."""
+    rows = join([piece.rows for piece in pieces if piece.rows is not None])
+    return run.row_format.document(rows, run.rows_start(index))
+
+
+class RowEvents:
+    """The `scalings` object of events: experts and sites are named in the first of each choice only."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._named: set[int] = set()
+
+    def of(self, piece: Piece) -> dict[str, Any] | None:
+        """What this piece adds; None when nothing, as when nobody asked."""
+        if piece.rows is None:
+            return None
+        document = self._run.row_format.document(piece.rows, piece.rows.start, names=piece.index not in self._named)
+        self._named.add(piece.index)
+        return document
+
+
+def _timeout(body: SamplingFields, limit: float) -> float:
+    if body.timeout is not None and body.timeout > limit:
+        raise InvalidRequestError(
+            f"timeout is {body.timeout:g}; this server allows {limit:g} seconds at most (--request-timeout)",
+            param="timeout",
+        )
+    return limit if body.timeout is None else body.timeout
+
+
+def _sampling(
+    service: Service,
+    body: SamplingFields,
+    prompts: Sequence[list[int]],
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> list[SamplingParams]:
+    """The parameters of each prompt: they differ in max_tokens alone, where that is what still fits."""
+    if len(prompts) * (body.n or 1) > MAX_CALL_CHOICES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with n={body.n} are {len(prompts) * (body.n or 1)} choices; "
+            f"at most {MAX_CALL_CHOICES} are allowed",
+            param="n",
+        )
+    seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
+    return [
+        service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        for prompt in prompts
+    ]
+
+
+def _check_rows_start(xlora: XLoraFields, prompts: Sequence[list[int]]) -> None:
+    shortest = min(len(prompt) for prompt in prompts)
+    if xlora.scalings_start is not None and xlora.scalings_start >= shortest:
+        raise InvalidRequestError(
+            f"scalings_start is {xlora.scalings_start}; the prompt has {shortest} tokens",
+            param="scalings_start",
+            hint=f"positions 0 to {shortest - 1} can be the first",
+        )
+
+
+def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields) -> Request:
+    """The engine's view of one prompt."""
+    return Request(
+        id=id,
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        return_scalings=xlora.return_scalings or "none",
+        scalings_start=xlora.scalings_start,
+        cache_salt=xlora.cache_salt or "",
+        freeze_after=xlora.gate.freeze_after if xlora.gate is not None else None,
+    )

@@ -1,0 +1,67 @@
+"""ChatTemplate against transformers' apply_chat_template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from service.api.chat import ChatTemplate
+from service.errors import InvalidRequestError
+from tests.fake_engine import build_tokenizer
+
+DEMO = Path(__file__).parents[2] / "model_store/demo/base"
+TURNS = [
+    {"role": "system", "content": "Be <brief> & naïve."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "  Yes?\n"},
+    {"role": "user", "content": '{"a": 1} 🙂'},
+]
+TEMPLATES = {
+    "demo": (DEMO / "chat_template.jinja").read_text(),
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "blocks": "{%- for m in messages %}\n  {%- if m['role'] == 'system' %}\n    {%- continue %}\n  {%- endif %}\n"
+    "{{ m | tojson }}{{ m.content | trim }}\n{%- endfor %}\n{{ bos_token }}",
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_as_transformers_writes_it(name: str) -> None:
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=TEMPLATES[name], **tokens)
+    expected = theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(TEMPLATES[name], tokens).render(TURNS) == expected
+
+
+def test_where_a_template_is_found(tmp_path: Path) -> None:
+    assert ChatTemplate.load(tmp_path) is None
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d"}]
+    config = {"chat_template": named, "bos_token": {"content": "<s>"}, "eos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = ChatTemplate.load(tmp_path)
+    assert found is not None
+    assert found.render(TURNS) == "<s>d"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    found = ChatTemplate.load(tmp_path)
+    assert found is not None
+    assert found.render(TURNS) == "file"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__base__.__subclasses__() }}",
+        "{{ messages[0].content + 1 }}",
+    ],
+)
+def test_a_template_that_refuses_is_the_caller_s_error(source: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+    assert caught.value.param == "messages"

@@ -1,0 +1,134 @@
+"""The `openai` package against the real server and the demo: sync, async, streaming, and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from tests.server_process import Server, server
+
+MESSAGES = [{"role": "user", "content": "Compute 48 + 87."}]
+PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n"
+GREEDY = {"temperature": 0, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Server]:
+    with server("--threads", "1", "--request-timeout", "60") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(demo: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{demo.port}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").owned_by == "xlora-service"
+
+
+def test_chat_says_what_generate_says(client: openai.OpenAI, demo: Server) -> None:
+    answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_completion_tokens=40, **GREEDY)
+    _, ours = demo.post("/generate", {"prompt": "Compute 48 + 87.\n", "max_tokens": 40, **GREEDY})
+    assert "135" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].message.content == ours["outputs"][0]["text"]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == ours["usage"]["prompt_tokens"]
+    assert answer.usage.completion_tokens == ours["usage"]["completion_tokens"]
+
+
+def test_a_chat_stream_adds_up(client: openai.OpenAI) -> None:
+    wishes = {"model": "demo", "messages": MESSAGES, "max_tokens": 40, "n": 2, "temperature": 0.8, "seed": 5}
+    whole = client.chat.completions.create(**wishes, logprobs=True, top_logprobs=2)
+    texts, usage, logprobs = ["", ""], None, 0
+    options = {"include_usage": True}
+    for chunk in client.chat.completions.create(
+        **wishes, logprobs=True, top_logprobs=2, stream=True, stream_options=options
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            logprobs += len(choice.logprobs.content or []) if choice.logprobs else 0
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert usage == whole.usage
+    assert usage is not None
+    assert logprobs == usage.completion_tokens
+
+
+def test_scalings_through_extra_body(client: openai.OpenAI) -> None:
+    """The gate hands over from `math` to `bio` in the middle of the answer; every chunk says who wrote it."""
+    wishes = {"model": "demo", "prompt": PROMPT, "max_tokens": 54, **GREEDY}
+    extra = {"xlora": {"return_scalings": "mean"}}
+    whole = client.completions.create(**wishes, extra_body=extra).choices[0].xlora["scalings"]
+    assert whole["experts"][0] == "math"
+    stream = client.completions.create(**wishes, stream=True, extra_body=extra)
+    rows = [row for chunk in stream for choice in chunk.choices for row in choice.xlora["scalings"]["mean"]]
+    assert len(rows) == len(whole["mean"]) == 54
+    for ours, theirs in zip(rows, whole["mean"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    leaders = [whole["experts"][max(range(4), key=row.__getitem__)] for row in rows]
+    assert (leaders[5], leaders[-5]) == ("math", "bio")
+
+
+def test_prompts_in_a_batch_are_answered_as_alone(client: openai.OpenAI) -> None:
+    prompts = ["Compute 48 + 87.\n", "Compute 21 + 13.\n", PROMPT]
+    wishes = {"model": "demo", "max_tokens": 30, "stop": ["."], **GREEDY}
+    together = client.completions.create(prompt=prompts, **wishes)
+    alone = [client.completions.create(prompt=prompt, **wishes).choices[0].text for prompt in prompts]
+    assert [choice.text for choice in together.choices] == alone
+    assert {choice.finish_reason for choice in together.choices} == {"stop"}
+
+
+def test_asynchronously_and_many_at_once(demo: Server) -> None:
+    async def run() -> None:
+        url = f"http://127.0.0.1:{demo.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+
+            async def stream(number: int) -> str:
+                message = {"role": "user", "content": f"Compute {number} + 31."}
+                chunks = await client.chat.completions.create(
+                    model="demo", messages=[message], max_tokens=40, stream=True, **GREEDY
+                )
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+            numbers = range(20, 32)
+            answers = await asyncio.gather(*(stream(number) for number in numbers))
+            right = sum(str(number + 31) in answer for number, answer in zip(numbers, answers, strict=True))
+            assert right >= 10, answers
+            one = await client.completions.create(model="demo", prompt=PROMPT, max_tokens=3)
+            assert one.usage is not None
+            assert one.usage.completion_tokens == 3
+
+    asyncio.run(run())
+
+
+def test_leaving_a_stream_early(client: openai.OpenAI, demo: Server) -> None:
+    with client.completions.create(model="demo", prompt=PROMPT, max_tokens=500, stream=True) as stream:
+        next(iter(stream))
+    message = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1)
+    assert message.choices[0].finish_reason == "length"
+
+
+def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-9", messages=MESSAGES)
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="demo", messages=MESSAGES, tools=[{"type": "function"}])
+    assert refused.value.param == "tools"
+    with pytest.raises(openai.BadRequestError) as unknown:
+        client.completions.create(model="demo", prompt="a", extra_body={"best": 1})
+    assert (unknown.value.code, unknown.value.type) == ("unknown_field", "invalid_request_error")
+
+
+def test_a_request_id_comes_back(client: openai.OpenAI) -> None:
+    answer = client.completions.with_raw_response.create(
+        model="demo", prompt="a", max_tokens=1, extra_headers={"X-Request-Id": "mine"}
+    )
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.parse()._request_id == "mine"

@@ -1,0 +1,53 @@
+"""schemathesis against the real server: every operation of the OpenAPI document, every check, keys included.
+
+    python -m tests.fuzz [CASES_PER_OPERATION] [MORE FLAGS OF SCHEMATHESIS]
+
+Ends with schemathesis's exit code. The server has a short context, so that a case takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.server_process import Server, server
+
+KEY = "a-key-for-the-fuzzer"
+# What fits the document may still be too long for the context, or name a token or a model that is not there.
+CONFIGURATION = """
+[checks]
+positive_data_acceptance.expected-statuses = ["2xx", "400", "404"]
+"""
+
+
+def fuzz(running: Server, cases: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """One run against a server that takes KEY; its output is captured."""
+    url = f"http://127.0.0.1:{running.port}/openapi.json"
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "schemathesis.toml").write_text(CONFIGURATION)
+        command = ["run", url, "--max-examples", str(cases), "--checks", "all", "-H", f"Authorization: Bearer {KEY}"]
+        return subprocess.run(
+            [Path(sys.executable).with_name("schemathesis"), *command, *flags],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """The full run, on the demo."""
+    cases, *flags = arguments or ["100"]
+    os.environ["XLORA_API_KEYS"] = KEY
+    with server("--threads", "1", "--max-model-len", "128", "--log-level", "error") as running:
+        finished = fuzz(running, int(cases), *flags)
+        print(finished.stdout, finished.stderr)
+        alive, _ = running.get("/readyz")
+    return finished.returncode or alive != 200
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
