@@ -81,6 +81,7 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, description="positions in one KV block")
     threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
+    cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     compile: bool = Field(
         False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
     )

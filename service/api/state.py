@@ -103,6 +103,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         block_size=settings.block_size,
         threads=settings.threads,
         lookahead=settings.lookahead,
+        cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,
         compile_cache=settings.compile_cache,
         speculative_tokens=settings.speculative_tokens,

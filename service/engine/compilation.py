@@ -7,14 +7,15 @@ is logged once and the engine goes on eagerly.
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import msgspec
 import torch
 
 from service.engine.options import EngineOptions
@@ -52,7 +53,7 @@ class Compilation:
         ) as child:
             assert child.stdin is not None
             assert child.stderr is not None
-            child.stdin.write(msgspec.json.encode(self._options) + b"\n")
+            child.stdin.write(json.dumps(asdict(self._options)).encode() + b"\n")
             child.stdin.flush()
             lines = child.stderr.read().decode(errors="replace").strip().splitlines()
             child.stdin.close()

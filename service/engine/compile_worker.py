@@ -7,12 +7,12 @@ It runs at the lowest priority, and dies when its standard input closes: no pare
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 from pathlib import Path
 
-import msgspec
 import torch
 
 from service.engine.loader import load_checkpoint_and_model
@@ -23,7 +23,7 @@ from service.model.compiled import compile_step
 def main(path: str) -> None:
     """Compiles into `path`. Any exception ends the process; its last line says why."""
     os.nice(19)
-    options = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineOptions)
+    options = EngineOptions(**json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
     model, _ = load_checkpoint_and_model(options)
     compile_step(model, model.kv_layout(options.block_size), Path(path), torch.get_num_threads())

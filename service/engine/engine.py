@@ -107,8 +107,6 @@ class Engine:
                 code="context_length_exceeded",
                 hint="shorten the prompt or lower max_tokens",
             )
-        if request.sampling is not None and request.sampling.prompt_logprobs is not None:
-            raise InvalidRequestError("logprobs of the prompt's tokens are not computed yet", code="unsupported")
         if request.freeze_after is not None and (request.freeze_after < 1 or request.sampling is None):
             raise InvalidRequestError(
                 f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",

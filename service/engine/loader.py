@@ -24,6 +24,7 @@ from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.errors import SettingsError, StartupError
 from service.model.compiled import CompiledStep
+from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.xlora_model import XLoraModel, load_model
 
@@ -72,6 +73,8 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, model.device, max_model_len, options)
     runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
+    if model.device.type == "cuda" and options.cuda_graphs:
+        runner.captured = capture_steps(runner, options.max_num_seqs, max_model_len)
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
@@ -85,6 +88,16 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
     return Engine(runner, scheduler, info, start_compilation(runner, options))
+
+
+def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
+    """Graphs for steps in which every sequence has a row in both streams, those of short contexts made at once."""
+    capture = GraphCapture(runner.model.device)
+    steps = CapturedSteps(
+        runner.model, runner.kv_cache, capture, max_rows=2 * max_num_seqs, max_model_len=max_model_len
+    )
+    steps.warm_up()
+    return steps
 
 
 def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilation | None:

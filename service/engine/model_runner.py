@@ -18,8 +18,10 @@ from service.engine.sequence import Sequence, Stream
 from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
+from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
+from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.block_size = kv_cache.block_size
-        self.compiled: CompiledStep | None = None  # once it is there
+        self.compiled: CompiledStep | None = None  # on a CPU, once it is there
+        self.captured: CapturedSteps | None = None  # on CUDA
         self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
@@ -100,7 +103,7 @@ class ModelRunner:
             score_rows += (real + position for position in share.scores)
         batch = self._batch(segments, token_rows + prediction_rows + score_rows)
         self._write_fixed_rows(shares)
-        step = self.compiled if self.compiled is not None and batch.is_decode else self.model
+        step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
         output = step.forward(batch, self.kv_cache)
         self._steer(output.gate_logits, segments)
         result = self._read(output.logits, shares)
@@ -284,7 +287,7 @@ class ModelRunner:
         return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
     def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)
+        return to_device(values, self.model.device)
 
 
 def _logit_rows(shares: list[Scheduled]) -> list[list[int]]:

@@ -25,6 +25,7 @@ class EngineOptions:
     lookahead: bool = True
     speculative_tokens: int = 8  # most tokens drafted per step from earlier text; 0 = none
     prefix_cache: bool = True
+    cuda_graphs: bool = True  # capture small steps, on a GPU
     allow_outside: bool = False
     compile: bool = False  # the decode step, in the background
     compile_cache: str = "~/.cache/xlora-serve"

@@ -146,8 +146,6 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
-    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
-    # order of position from 1 on, complete with the choice's first token
 
 
 @dataclass(slots=True)

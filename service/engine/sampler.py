@@ -16,6 +16,7 @@ from torch import Tensor
 
 from service.engine.request import TokenOutput
 from service.engine.sequence import Sequence
+from service.model.transfer import to_device
 
 _GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 _MASK = (1 << 64) - 1
@@ -44,7 +45,7 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
     if not random:
         return logits.argmax(-1).tolist()
     chosen = logits.argmax(-1)
-    index = torch.tensor(random, device=logits.device)
+    index = to_device(random, logits.device)
     drawn = [rows[i] for i in random]
     filtered = _filter(logits[index], drawn)
     chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
@@ -57,7 +58,10 @@ def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceO
     asked = [i for i, count in enumerate(alternatives) if count is not None]
     outputs = [TokenOutput(token) for token in tokens]
     if asked:
-        scored = with_logprobs(logits[asked], [tokens[i] for i in asked], [alternatives[i] or 0 for i in asked])
+        index = to_device(asked, logits.device)
+        scored = with_logprobs(
+            logits.index_select(0, index), [tokens[i] for i in asked], [alternatives[i] or 0 for i in asked]
+        )
         for i, output in zip(asked, scored, strict=True):
             outputs[i] = output
     return outputs
@@ -68,7 +72,7 @@ def with_logprobs(logits: Tensor, tokens: SequenceOf[int], alternatives: Sequenc
     raw distribution.
     """
     logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    own = logprobs.gather(-1, to_device(list(tokens), logits.device)[:, None])[:, 0].tolist()
     best = logprobs.topk(max(alternatives), dim=-1)
     found = zip(best.indices.tolist(), best.values.tolist(), alternatives, strict=True)
     tops = [list(zip(ids[:count], values[:count], strict=True)) for ids, values, count in found]
@@ -86,18 +90,18 @@ def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     for line, row in zip(logits, rows, strict=True):
         params = row.sequence.sampling
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            line[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+            ids = to_device(list(params.logit_bias), logits.device)
+            line[ids] += to_device(list(params.logit_bias.values()), logits.device, logits.dtype)
         if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*row.sequence.tokens, *row.pending}), device=logits.device)
+            seen = to_device(sorted({*row.sequence.tokens, *row.pending}), logits.device)
             scores = line[seen]
             line[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
         if params.presence_penalty or params.frequency_penalty:
             counts = row.sequence.output_counts.copy()
             counts.update(row.pending)
             if counts:
-                ids = torch.tensor(list(counts), device=logits.device)
-                amounts = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+                ids = to_device(list(counts), logits.device)
+                amounts = to_device(list(counts.values()), logits.device, logits.dtype)
                 line[ids] -= params.presence_penalty + params.frequency_penalty * amounts
     return logits
 
@@ -122,12 +126,12 @@ def _filter(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+    return to_device(values, like.device, like.dtype)[:, None]
 
 
 def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise, fp32 [n, vocabulary], keyed by (seed, choice, output position, vocabulary id)."""
-    keys = torch.tensor([_signed(_row_key(row)) for row in rows], device=device)[:, None]
+    keys = to_device([_signed(_row_key(row)) for row in rows], device)[:, None]
     bits = _splitmix64_finalise_(keys + _counters(vocabulary, device))
     uniform = _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53)  # in (0, 1), never either end
     return uniform.log_().neg_().log_().neg_().float()

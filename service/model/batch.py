@@ -24,6 +24,7 @@ class AttentionGroup:
     keys: int  # L: keys looked at, at most blocks * block_size
     needs_mask: bool  # False where every key in 0 .. L-1 is visible to every query
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _varlen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Returns [N, 1, Q, L], 0 where the key is visible and -inf elsewhere, or None where every key is.
@@ -42,6 +43,15 @@ class AttentionGroup:
             hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self._masks[window] = hidden.masked_fill_(~visible, float("-inf"))
         return self._masks[window]
+
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the same as varlen_attn has it: row offsets int32 [N + 1], keys per segment int32 [N], block table
+        int32 [N, blocks]. Made once for all layers.
+        """
+        if self._varlen is None:
+            offsets = torch.arange(0, self.segments + 1, dtype=torch.int32, device=self.positions.device) * self.queries
+            self._varlen = offsets, (self.positions[:, -1] + 1).int(), self.block_table.int()
+        return self._varlen
 
 
 @dataclass(slots=True)

@@ -122,7 +122,9 @@ class XLoraModel:
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
-        self.gate.logit_rows = torch.arange(batch.rows.shape[1]) if isinstance(logit_rows, int) else logit_rows
+        rows = batch.rows
+        of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
+        self.gate.logit_rows = of_head
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],

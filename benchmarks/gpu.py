@@ -1,0 +1,425 @@
+"""An 8B-shaped X-LoRA model with random weights on a GPU against its plain base in the same engine.
+
+    python -m benchmarks.gpu [--requests 1 8 32 128] [--agreement 1 0.7 0] [--layers N] [--hidden N]
+    python -m benchmarks.gpu --device cpu --tiny          the same code in seconds, for a test
+
+    copy        bytes read and written per second by a device-to-device copy of the largest buffers
+    warm_up     seconds to capture the steps of both sides
+    parity      logits of captured and eager steps
+    step        one captured step alone: seconds, and weight bytes per second as a share of the copy
+    decode      tokens/s of the engine when all requests decode, at forced agreement rates, over the plain base
+    graphs      the same with every kernel launched by itself
+    prefill     prompt tokens/s until all requests have their first token, over the plain base
+    attention   every backend on block sizes 16, 64 and 256: seconds a call, and bytes of keys and values per second
+    kernels     how many a step launches, and which take longest
+    memory      peak, weights, keys and values
+
+The base is the same weights and the same engine without gate, experts and scaling stream. Tokens are forced to depend
+on positions alone (benchmarks/synthetic.py), so that drafts agree as often as asked. A section that fails is reported
+under "errors" and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.common import emit, print_row
+from benchmarks.synthetic import (
+    LLAMA_8B,
+    TINY,
+    ForcedTokens,
+    PlainBase,
+    RealRowsOnly,
+    Shape,
+    build,
+    captured_steps,
+    weight_bytes,
+)
+from service.engine.engine import Engine
+from service.engine.loader import build_engine
+from service.engine.options import EngineOptions
+from service.engine.request import Request, SamplingParams
+from service.model import attention, varlen
+from service.model.batch import AttentionGroup, Batch
+from service.model.kv_cache import KVCache, KVLayout
+
+_PROMPT = 64
+_WARM_TOKENS = 8
+
+
+@dataclass
+class Bench:
+    """The model and what the sections share."""
+
+    args: argparse.Namespace
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.context = min(self.shape.context, 4096)
+        self.model, self.checkpoint = build(self.shape, self.device, self.dtype)
+        most = max(self.args.requests)
+        rows_of_all = most * (_PROMPT + self.args.tokens + 2 * 16)
+        slots = max(rows_of_all, self.args.prefill_requests * self.args.prefill_tokens, self.context)
+        layout = self.model.kv_layout(self.args.block_size)
+        blocks = layout.blocks_for(slots) + 4 * most
+        options = EngineOptions(
+            model="synthetic",
+            device=str(self.device),
+            max_model_len=self.context,
+            max_num_seqs=most,
+            kv_memory_bytes=blocks * layout.block_bytes,
+            block_size=self.args.block_size,
+            speculative_tokens=0,
+            prefix_cache=False,
+            cuda_graphs=False,  # captured below, on any device
+        )
+        rows = 2 * most
+        self.engine = build_engine(self.model, self.checkpoint, options)
+        cache = self.engine._runner.kv_cache
+        self.captured = captured_steps(self.model, cache, rows, self.context)
+        # Its budget counts the scaling rows it drops: twice the budget is as many rows in a step.
+        doubled = replace(options, max_num_batched_tokens=2 * options.max_num_batched_tokens)
+        self.base_engine = build_engine(self.model, self.checkpoint, doubled)
+        self.plain = PlainBase(self.model)
+        base_cache = self.base_engine._runner.kv_cache
+        self.base_captured = captured_steps(self.plain, base_cache, rows, self.context, self.plain.step())
+
+    def xlora(self, agreement: float, *, graphs: bool = True) -> Engine:
+        """The engine with drafts forced to agree that often."""
+        step = self.captured if graphs else self.model
+        self.engine._runner.captured = ForcedTokens(step, self.shape, self.device, agreement)
+        return self.engine
+
+    def base(self, *, graphs: bool = True) -> Engine:
+        """The engine of the plain base."""
+        step = RealRowsOnly(self.base_captured if graphs else self.plain, self.shape.vocabulary)
+        self.base_engine._runner.captured = ForcedTokens(step, self.shape, self.device, 1.0)
+        return self.base_engine
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Of one call, the mean of `repeats` after two that do not count."""
+        for _ in range(2):
+            call()
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    # -- sections ------------------------------------------------------------------------------------------------
+
+    def copy(self) -> dict[str, Any]:
+        """What the memory can do."""
+        size = (1 << 32) if self.device.type == "cuda" else 1 << 24
+        source = torch.ones(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        seconds = self.seconds(lambda: target.copy_(source), 10)
+        self.copy_bytes_per_second = 2 * size / seconds
+        return {"bytes_per_second": self.copy_bytes_per_second}
+
+    def warm_up(self) -> dict[str, Any]:
+        """Captures all numbers of rows, so that no later section pays for it."""
+        result = {}
+        for name, steps in (("base", self.base_captured), ("xlora", self.captured)):
+            started = time.perf_counter()
+            steps.warm_up()
+            result[name] = {"seconds": time.perf_counter() - started, "captured": len(steps.captured)}
+            if len(steps.captured) < len(steps.row_buckets):
+                raise RuntimeError(f"{name}: captured only {steps.captured}; the log above says why")
+        return result
+
+    def step(self) -> list[dict[str, Any]]:
+        """One captured step, no engine around it: the base's with n rows, X-LoRA's with n and 2n (a draft each)."""
+        results = []
+        for requests in self.args.requests:
+            sides = [
+                ("base", self.base_engine, self.base_captured, requests),
+                ("xlora, no draft", self.engine, self.captured, requests),
+                ("xlora, draft", self.engine, self.captured, 2 * requests),
+            ]
+            for name, engine, steps, rows in sides:
+                cache = engine._runner.kv_cache
+                batch = idle_batch(cache, rows, position=_PROMPT)
+                seconds = self.seconds(lambda steps=steps, batch=batch, cache=cache: steps.forward(batch, cache), 20)
+                read = weight_bytes(self.model, with_experts=name != "base") / seconds
+                row = {"side": name, "requests": requests, "rows": rows, "seconds": seconds}
+                row |= {"weight_bytes_per_second": read, "share_of_copy": read / self.copy_bytes_per_second}
+                print_row(row)
+                results.append(row)
+        return results
+
+    def decode(self) -> list[dict[str, Any]]:
+        """Both sides at every number of requests."""
+        rows = []
+        for requests in self.args.requests:
+            base = self.decode_once(self.base(), requests, frozen=True)
+            read = weight_bytes(self.model, with_experts=False) / base["seconds_per_step"]
+            rows.append({"side": "base", "requests": requests, **base})
+            rows[-1]["share_of_copy"] = read / self.copy_bytes_per_second
+            print_row(rows[-1])
+            for agreement in self.args.agreement:
+                ours = self.decode_once(self.xlora(agreement), requests, frozen=False)
+                read = weight_bytes(self.model, with_experts=True) / ours["seconds_per_step"]
+                ours["share_of_copy"] = read / self.copy_bytes_per_second
+                ours["over_base"] = ours["tokens_per_second"] / base["tokens_per_second"]
+                rows.append({"side": "xlora", "requests": requests, "agreement": agreement, **ours})
+                print_row(rows[-1])
+        return rows
+
+    def graphs(self) -> list[dict[str, Any]]:
+        """Without them."""
+        rows = []
+        for requests in self.args.requests[:2]:
+            for name, engine in (("base", self.base(graphs=False)), ("xlora", self.xlora(1.0, graphs=False))):
+                measured = self.decode_once(engine, requests, frozen=name == "base")
+                rows.append({"side": f"{name}, no graphs", "requests": requests, **measured})
+                print_row(rows[-1])
+        return rows
+
+    def decode_once(self, engine: Engine, requests: int, *, frozen: bool) -> dict[str, Any]:
+        """Steps in which every request decodes, after some that do not count (graphs are captured in those)."""
+        tokens = self.args.tokens
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        produced = dict.fromkeys(map(str, range(requests)), 0)
+        for name in produced:
+            prompt = list(range(16, 16 + _PROMPT))
+            engine.add(Request(name, prompt, sampling, freeze_after=1 if frozen else None))
+        seconds: list[float] = []
+        measured = hits = misses = 0
+        while engine.has_work():
+            started = time.perf_counter()
+            output = engine.step()
+            elapsed = time.perf_counter() - started
+            counts = min(produced.values()) >= _WARM_TOKENS and max(produced.values()) < tokens - 2
+            for one in output.outputs:
+                produced[one.request_id] += len(one.tokens)
+                measured += len(one.tokens) if counts else 0
+            if counts:
+                seconds.append(elapsed)
+                hits, misses = hits + output.stats.draft_hits, misses + output.stats.draft_misses
+        return {
+            "tokens_per_second": measured / sum(seconds),
+            "seconds_per_step": statistics.median(seconds),
+            "forwards_per_token": len(seconds) * requests / measured,
+            "drafts_agreed": hits / (hits + misses) if hits + misses else None,
+        }
+
+    def prefill(self) -> list[dict[str, Any]]:
+        """Long prompts at once; the second run of each counts."""
+        requests, length = self.args.prefill_requests, self.args.prefill_tokens
+        rows: list[dict[str, Any]] = []
+        for name, engine in (("base", self.base()), ("xlora", self.xlora(1.0))):
+            seconds = [self.prefill_once(engine, requests, length, frozen=name == "base") for _ in range(2)][1]
+            rows.append({"side": name, "requests": requests, "prompt": length, "seconds": seconds})
+            rows[-1]["prompt_tokens_per_second"] = requests * length / seconds
+        rows[1]["over_base"] = rows[0]["seconds"] / rows[1]["seconds"]
+        for row in rows:
+            print_row(row)
+        return rows
+
+    def prefill_once(self, engine: Engine, requests: int, length: int, *, frozen: bool) -> float:
+        """Seconds until the last request has its token."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        prompt = [16 + i % 256 for i in range(length)]
+        self.synchronize()
+        started = time.perf_counter()
+        for number in range(requests):
+            engine.add(Request(str(number), prompt, sampling, freeze_after=1 if frozen else None))
+        while engine.has_work():
+            engine.step()
+        return time.perf_counter() - started
+
+    def attention(self) -> list[dict[str, Any]]:
+        """Backends by themselves, in the shapes of one layer."""
+        tiny = self.args.tiny
+        cases = [(2, 1, 64), (4, 8, 64)] if tiny else [(2, 1, 1024), (64, 1, 1024), (2, 1, 4000), (1, 1024, 1024)]
+        rows = []
+        for segments, queries, keys in cases:
+            for block in (16,) if tiny else (16, 64, 256):
+                rows += self.attention_case(segments, queries, keys, block)
+        return rows
+
+    def attention_case(self, segments: int, queries: int, keys: int, block: int) -> list[dict[str, Any]]:
+        """`segments` streams of `keys` keys in blocks of `block`, the last `queries` positions attend."""
+        shape, device = self.shape, self.device
+        width = -(-keys // block)
+        layout = KVLayout(1, shape.kv_heads, shape.head_dim, block, 1, 1, self.dtype)
+        cache = KVCache.allocate(layout, segments * width, torch.zeros(1, 1, device=device))
+        for pool in (*cache.keys, *cache.values):
+            pool.normal_()
+        table = torch.randperm(segments * width, device=device).view(segments, width)
+        positions = torch.arange(keys - queries, keys, device=device).expand(segments, -1).contiguous()
+        group = AttentionGroup(0, segments, queries, positions, table, keys, needs_mask=queries > 1)
+        query = torch.randn(segments * queries, shape.heads, shape.head_dim, device=device, dtype=self.dtype)
+        backends: dict[str, attention.Backend] = {"sdpa": attention.sdpa}
+        if device.type == "cuda" and attention.triton_attend is not None:
+            backends["triton"] = attention.triton_attend
+        if device.type == "cuda" and varlen.works(
+            device, self.dtype, shape.heads, shape.kv_heads, shape.head_dim, block
+        ):
+            backends["varlen"] = varlen.attend
+        read = 2 * segments * keys * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        arguments = (query, group, 0, cache, shape.head_dim**-0.5, None, None)
+        reference = attention.sdpa(*arguments)
+        rows = []
+        for name, attend in backends.items():
+            error = (attend(*arguments) - reference).abs().max().item()
+            seconds = self.seconds(self.replayed(lambda attend=attend: attend(*arguments)), 50)
+            rows.append({"backend": name, "block": block, "streams": segments, "queries": queries, "keys": keys})
+            rows[-1] |= {"seconds": seconds, "bytes_per_second": read / seconds, "error": error}
+            print_row(rows[-1])
+        return rows
+
+    def replayed(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """`call` in a CUDA graph, so that its time on the device is measured and not its launch."""
+        if self.device.type != "cuda":
+            return call
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def kernels(self) -> dict[str, Any]:
+        """Of one step with a real row and a draft, launched one by one."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        cache = self.engine._runner.kv_cache
+        batch = idle_batch(cache, 2, position=_PROMPT)
+        self.model.forward(batch, cache)
+        with torch.profiler.profile(activities=activities) as profile:
+            self.model.forward(batch, cache)
+            self.synchronize()
+        if self.device.type != "cuda":
+            return {"launched": 0, "longest": []}
+        events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+        events = [event for event in events if str(event.device_type).endswith("CUDA")]
+        events.sort(key=lambda event: -event.self_device_time_total)
+        longest = [
+            {"name": event.key[:90], "count": event.count, "microseconds": event.self_device_time_total}
+            for event in events[:15]
+        ]
+        for row in longest:
+            print_row(row)
+        return {"launched": sum(event.count for event in events), "longest": longest}
+
+    def parity(self) -> dict[str, Any]:
+        """Logits of the same rows, captured and eager: the largest difference over the largest logit."""
+        cache = self.engine._runner.kv_cache
+        batch = idle_batch(cache, 3, position=_PROMPT, scaling_rows=1)
+        with torch.inference_mode():
+            expected = self.model.forward(batch, cache).logits.float()
+            ours = self.captured.forward(batch, cache).logits.float()
+        difference = ((ours - expected).abs().max() / expected.abs().max()).item()
+        print_row({"difference": difference})
+        return {"difference": difference}
+
+    def memory(self) -> dict[str, Any]:
+        """In bytes."""
+        cache = self.engine._runner.kv_cache
+        pools = (*cache.keys, *cache.values, cache.gate_rows)
+        return {
+            "peak": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+            "reserved": torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None,
+            "weights_read": weight_bytes(self.model, with_experts=True),
+            "weights_read_by_base": weight_bytes(self.model, with_experts=False),
+            "kv_of_one_engine": sum(pool.numel() * pool.element_size() for pool in pools),
+        }
+
+
+def idle_batch(cache: KVCache, rows: int, *, position: int, scaling_rows: int = 0) -> Batch:
+    """`rows` rows at `position`, each in blocks of its own with whatever is in them; `scaling_rows` of them first."""
+    device, width = cache.gate_rows.device, -(-(position + 1) // cache.block_size)
+    table = (torch.arange(rows * width, device=device) % cache.num_blocks).view(rows, width)
+    slots = table[:, position // cache.block_size] * cache.block_size + position % cache.block_size
+    positions = torch.full((rows,), position, device=device)
+    gates = torch.full_like(positions, cache.dummy_slot)
+    gates[scaling_rows:] = slots[scaling_rows:]
+    new_gates = torch.full_like(positions, cache.scratch_slot)
+    group = AttentionGroup(0, rows, 1, positions[:, None], table, position + 1, needs_mask=False)
+    lines = torch.stack([positions + 16, positions, slots, gates, new_gates])
+    return Batch(lines, scaling_rows, torch.arange(rows, device=device), [group])
+
+
+def run_sections(bench: Bench, deadline: float) -> dict[str, Any]:
+    """Every section's result by name; what went wrong under "errors"."""
+    results: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    for name in ("copy", "warm_up", "parity", "step", "decode", "prefill", "attention", "graphs", "kernels", "memory"):
+        if time.monotonic() > deadline:
+            errors[name] = "skipped: out of time"
+            continue
+        print(f"-- {name}", flush=True)
+        started = time.perf_counter()
+        try:
+            results[name] = getattr(bench, name)()
+        except Exception as error:
+            traceback.print_exc()
+            errors[name] = f"{type(error).__name__}: {error}"[:500]
+        print(f"   {time.perf_counter() - started:.1f} s", flush=True)
+    return results | {"errors": errors}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--tiny", action="store_true", help="a model of two small layers, one or two requests")
+    parser.add_argument("--layers", type=int, help="default: 32")
+    parser.add_argument("--hidden", type=int, help="default: 4096; everything else shrinks with it")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--agreement", type=float, nargs="+", default=[1.0, 0.7, 0.0])
+    parser.add_argument("--tokens", type=int, default=96, help="generated per request")
+    parser.add_argument("--prefill-requests", type=int, default=4)
+    parser.add_argument("--prefill-tokens", type=int, default=2048)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=7.0, help="no section is begun later")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    deadline = time.monotonic() + 60 * args.minutes
+    shape = LLAMA_8B
+    if args.tiny:
+        shape, args.requests, args.tokens = TINY, [1, 2], 24
+        args.prefill_requests, args.prefill_tokens = 2, 100
+    if args.hidden is not None:
+        heads = args.hidden // shape.head_dim
+        wide = args.hidden * shape.intermediate // shape.hidden
+        shape = replace(shape, hidden=args.hidden, heads=heads, kv_heads=max(1, heads // 4), intermediate=wide)
+    if args.layers is not None:
+        shape = replace(shape, layers=args.layers)
+    device = torch.device(args.device if args.device != "cuda" else "cuda:0")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    document: dict[str, Any] = {"benchmark": "gpu", "device": name, "dtype": args.dtype, "shape": vars(shape)}
+    try:
+        bench = Bench(args, shape, device, getattr(torch, args.dtype))
+    except Exception as error:
+        traceback.print_exc()
+        emit(document | {"errors": {"build": f"{type(error).__name__}: {error}"[:500]}})
+        return
+    emit(document | run_sections(bench, deadline))
+
+
+if __name__ == "__main__":
+    main()
