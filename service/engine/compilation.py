@@ -73,6 +73,6 @@ class Compilation:
 
 
 def cache_path(model: XLoraModel, options: EngineOptions) -> Path:
-    """Where the package for this model, these options and this machine is or will be."""
+    """Where the packages for this model, these options and this machine are or will be."""
     name = fingerprint(model, model.kv_layout(options.block_size), torch.get_num_threads())
-    return Path(options.compile_cache).expanduser() / f"{name}.pt2"
+    return Path(options.compile_cache).expanduser() / name

@@ -1,7 +1,7 @@
 """The decode step compiled ahead of time by torch's AOTInductor: C++ without Python, for one kind of CPU.
 
-Compiling takes about a minute and a C++ compiler; loading takes milliseconds. The package holds code only: weights stay
-the model's own, and number of rows, context and KV blocks are free, so one package serves a model for good.
+Compiling takes about a minute and a C++ compiler; loading takes milliseconds. A package holds code only: weights stay
+the model's own, and number of rows, context and KV blocks are free, so that one or two packages serve a model for good.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ import service.model as package
 from service.model.batch import AttentionGroup, Batch
 from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.linear import XLoraLinear
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 _MIN = 2  # torch.export takes a size of 1 for a constant
+_MANY = 16  # rows, from which on a second package may pay
 
 
 def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
@@ -39,48 +42,66 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def compile_step(model: XLoraModel, layout: KVLayout, path: Path, threads: int) -> None:
-    """Compiles the step for `model` on the CPU into `path`, atomically. Takes about a minute.
+def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
+    """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all.
 
-    Raises whatever torch.export or the C++ compiler has to say.
+    Takes about half a minute per package. Raises whatever torch.export or the C++ compiler has to say.
     """
-    step = DecodeStep(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        Path(scratch, folder.name).mkdir()
+        for least_rows in _least_rows(model):
+            torch._inductor.aoti_compile_and_package(
+                _export(model, layout, least_rows),
+                package_path=str(_package(Path(scratch, folder.name), least_rows)),
+                inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": threads},
+            )
+        os.replace(Path(scratch, folder.name), folder)
+
+
+def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.export.ExportedProgram:
     rows, gated, width = Dim("rows", min=_MIN), Dim("gated", min=_MIN), Dim("width", min=_MIN)
     pool, gate_rows = [{0: Dim("blocks")}] * layout.layers, {0: Dim("slots")}
     cache = KVCache.allocate(layout, 8, model.dummy_row)
     example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
     with torch.no_grad():
-        exported = torch.export.export(
-            step,
+        return torch.export.export(
+            DecodeStep(model, least_rows),
             (*example, cache.keys, cache.values, cache.gate_rows),
             dynamic_shapes=({1: rows}, {0: gated}, {0: rows, 1: width}, pool, pool, gate_rows),
             strict=False,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = torch._inductor.aoti_compile_and_package(
-            exported,
-            package_path=f"{folder}/step.pt2",
-            inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": threads},
-        )
-        os.replace(built, path)
+
+
+def _least_rows(model: XLoraModel) -> list[int]:
+    """From how many rows on which package is best: one for any number, one more where linears then change kernels."""
+    linears = [module for module in model.causal_lm.modules() if isinstance(module, XLoraLinear)]
+    return [1, *([_MANY] if any(1 < linear.onednn_rows <= _MANY for linear in linears) else [])]
+
+
+def _package(folder: Path, least_rows: int) -> Path:
+    return folder / f"rows-{least_rows}.pt2"
 
 
 class CompiledStep:
     """A compiled step, loaded, over the weights of `model`."""
 
-    def __init__(self, path: Path, model: XLoraModel, block_size: int) -> None:
+    def __init__(self, folder: Path, model: XLoraModel, block_size: int) -> None:
         """Loads and tries it. Raises RuntimeError or KeyError for a package that does not belong to this model."""
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
-        self._run = torch._inductor.aoti_load_package(str(path))
         state = DecodeStep(model).state()
-        names = self._run.get_constant_fqns()
-        self._run.load_constants({name: state[name] for name in names}, check_full_update=True, user_managed=True)
+        self._packages: dict[int, Any] = {}  # by least rows, most first
+        for least_rows in reversed(_least_rows(model)):
+            package = torch._inductor.aoti_load_package(str(_package(folder, least_rows)))
+            constants = {name: state[name] for name in package.get_constant_fqns()}
+            package.load_constants(constants, check_full_update=True, user_managed=True)
+            self._packages[least_rows] = package
         cache = KVCache.allocate(model.kv_layout(block_size), 1, model.dummy_row)
-        none = torch.zeros(1, dtype=torch.int64)
-        rows = torch.tensor([[0], [0], [0], [cache.dummy_slot], [cache.scratch_slot]])
-        group = AttentionGroup(0, 1, 1, none[None], none[None], block_size, needs_mask=True)
-        self.forward(Batch(rows, 1, none, [group]), cache)
+        for count in self._packages:
+            none = torch.zeros(count, dtype=torch.int64)
+            slots = [none + cache.dummy_slot, none + cache.scratch_slot]
+            group = AttentionGroup(0, count, 1, none[:, None], none[:, None], block_size, needs_mask=True)
+            self.forward(Batch(torch.stack([none, none, none, *slots]), 1, none, [group]), cache)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
@@ -93,7 +114,8 @@ class CompiledStep:
         if table.shape[1] < _MIN:
             table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
         first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
-        logits, gate_logits = self._run(
+        run = next(package for least, package in self._packages.items() if count >= least)
+        logits, gate_logits = run(
             rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows
         )
         return ForwardOutput(logits.index_select(0, batch.logit_rows), gate_logits[: batch.num_scaling_rows])

@@ -23,8 +23,10 @@ class DecodeStep(nn.Module):
     It holds no tensor of its own: `state()` names those of the model, which a compiled step is given to read.
     """
 
-    def __init__(self, model: XLoraModel) -> None:
+    def __init__(self, model: XLoraModel, least_rows: int = 1) -> None:
+        """`least_rows` is a promise about T, which lets it choose kernels."""
         super().__init__()
+        self._least_rows = least_rows
         self.causal_lm = model.causal_lm
         self.classifier = model.classifier
         self.gate = model.gate
@@ -46,6 +48,7 @@ class DecodeStep(nn.Module):
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
+        self.gate.least_rows = self._least_rows
         logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
         self.gate.clear()  # torch.export wants every module as it was
         gate_logits = self.classifier.logits(hidden)

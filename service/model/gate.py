@@ -31,6 +31,7 @@ class Gate(nn.Module):
         self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
         self._spread: list[Tensor] = []
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
+        self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:

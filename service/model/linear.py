@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from service.model.experts import ExpertStack
 from service.model.gate import Gate
 
-# Where oneDNN's higher cost per call is paid back. MKL reads a large weight once per row, up to four or so.
-_MANY_ROWS = 64
-_LARGE_WEIGHT = 1 << 19
+# From how many elements of a weight on oneDNN's higher cost per call is paid back, and then from how many rows on.
+# MKL reads a large weight once per row, up to four or so.
+_ONEDNN_ROWS = ((1 << 19, 1), (1 << 16, 16), (0, 64))
+_NEVER = 1 << 62
 
 
 class AdaptedModule(nn.Module):
@@ -40,32 +41,36 @@ class XLoraLinear(AdaptedModule):
         self.register_buffer("lora_a", stack.a, persistent=False)
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
         on_cpu = base.weight.device.type == "cpu" and base.weight.dtype == torch.float32
-        self._may_use_onednn = on_cpu and onednn_is_faster()
-        self._always_uses_onednn = self._may_use_onednn and base.weight.numel() >= _LARGE_WEIGHT
+        rows = next(rows for elements, rows in _ONEDNN_ROWS if base.weight.numel() >= elements)
+        self.onednn_rows = rows if on_cpu and onednn_is_faster() else _NEVER
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
         # Read from their dictionaries: as attributes they are found through nn.Module's slow __getattr__.
         own: dict[str, Any] = self._parameters
         experts: dict[str, Any] = self._buffers
-        linear = _onednn_linear if self._uses_onednn(x.shape[-2]) else F.linear
-        y = linear(x, own["weight"], own["bias"])
         gate = self.gate
+        linear = _onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
+        y = linear(x, own["weight"], own["bias"])
         if gate.active:
             first = gate.first_row
-            narrow = linear(x.view(-1, self.in_features)[first:], experts["lora_a"]).mul_(gate.at(self.site))
+            narrow = F.linear(x.view(-1, self.in_features)[first:], experts["lora_a"]).mul_(gate.at(self.site))
             y.view(-1, self.out_features)[first:].addmm_(narrow, experts["lora_b_t"])
         return y
 
-    def _uses_onednn(self, rows: int) -> bool:
-        # torch.export traces with a number of rows that is no int: what it records must hold for every number.
-        return self._always_uses_onednn or (self._may_use_onednn and type(rows) is int and rows >= _MANY_ROWS)
-
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear by oneDNN, through the operator that torch's own compiler emits. The weight stays as it is."""
+    """F.linear by oneDNN, through the operator that torch's own compiler emits. The weight stays as it is.
+
+    oneDNN generates code for every shape it meets (0.4 ms and 0.6 MB each, kept), so long prefills are filled up with
+    rows of zeros to one of few lengths.
+    """
+    rows = x.shape[-2]
+    idle = -rows % (64 if rows <= 256 else 256) if type(rows) is int and rows > 64 else 0  # symbolic where exported
+    if idle:
+        x = F.pad(x, (0, 0, 0, idle))
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
+    return y[..., :rows, :] if idle else y
 
 
 @functools.cache

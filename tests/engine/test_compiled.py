@@ -45,8 +45,8 @@ class Compiled:
         model = self.engines.model
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler uses deprecated parts of torch
-            compile_step(model, model.kv_layout(4), folder / "step.pt2", threads=1)
-        self.step = CompiledStep(folder / "step.pt2", model, 4)
+            compile_step(model, model.kv_layout(4), folder / "step", threads=1)
+        self.step = CompiledStep(folder / "step", model, 4)
         self.calls = 0
 
     def build(self, **options: Any) -> Engine:
@@ -64,7 +64,7 @@ def compiled(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytes
     with pytest.MonkeyPatch.context() as patch:
         if request.param:  # one of the two with oneDNN, as large weights have it
             patch.setattr("service.model.linear.onednn_is_faster", lambda: True)
-            patch.setattr("service.model.linear._LARGE_WEIGHT", 1)
+            patch.setattr("service.model.linear._ONEDNN_ROWS", ((0, 16),))
         return Compiled(tiny, tmp_path_factory.mktemp("compiled"), **request.param)
 
 
@@ -187,7 +187,8 @@ def test_a_failed_compilation_leaves_the_engine_as_it_was(
 def test_a_damaged_package_is_not_used(engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = EngineOptions(str(engines.tiny.path), block_size=4, compile=True, compile_cache=str(tmp_path))
     path = cache_path(engines.model, options)
-    path.write_bytes(b"not a package")
+    path.mkdir()
+    (path / "rows-1.pt2").write_bytes(b"not a package")
     engine = engines.build(compile=True, compile_cache=str(tmp_path))
     assert engine._runner.compiled is None
     assert "cannot be loaded" in caplog.text
@@ -202,7 +203,7 @@ def test_no_compiler_is_an_error(engines: Engines, monkeypatch: pytest.MonkeyPat
 def test_the_compiling_process_dies_with_its_parent(engines: Engines, tmp_path: Path) -> None:
     """kill -9 of the server must not leave a minute of compiling behind."""
     options = EngineOptions(str(engines.tiny.path), compile=True, compile_cache=str(tmp_path))
-    command = [sys.executable, "-m", "service.engine.compile_worker", str(tmp_path / "step.pt2")]
+    command = [sys.executable, "-m", "service.engine.compile_worker", str(tmp_path / "step")]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert child.stdin is not None
     child.stdin.write(msgspec.json.encode(options) + b"\n")
@@ -211,6 +212,6 @@ def test_the_compiling_process_dies_with_its_parent(engines: Engines, tmp_path: 
     assert child.poll() is None
     child.stdin.close()
     assert child.wait(30) == 1
-    assert not (tmp_path / "step.pt2").exists()
+    assert not (tmp_path / "step").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(child.pid, signal.SIGKILL)
