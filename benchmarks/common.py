@@ -66,11 +66,16 @@ def make_engine(model: Path, *, compiled: bool = False, dtype: str = "float32", 
     """
     alone = {"prefix_cache": False, "speculative_tokens": 0, **options}
     engine = load_engine(EngineOptions(str(model), dtype=dtype, compile=compiled, **alone))
+    wait_compiled(engine)
+    return engine
+
+
+def wait_compiled(engine: Engine) -> None:
+    """Until the engine has the compiled step that its options ask for. Raises RuntimeError where it cannot be had."""
     if engine.compilation is not None:
         engine.compilation.wait(_COMPILE_SECONDS)
         if engine._runner.compiled is None:
             raise RuntimeError("the decode step could not be compiled; the log says why")
-    return engine
 
 
 @dataclass
