@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
-from service.engine.model_runner import ModelRunner, RunResult
+from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
 from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
+from service.engine.steering import with_checked_steering
 from service.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -36,8 +40,10 @@ class Engine:
         """Queues a request.
 
         Raises InvalidRequestError when it can never be served: empty, an id that is in use, longer than the model's
-        context or than the whole KV pool.
+        context or than the whole KV pool, steering that this model cannot follow, token ids that it does not have.
         """
+        request = with_checked_steering(request, self.info)
+        self._check_ids(request)
         self._check_fits(request)
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
@@ -61,8 +67,12 @@ class Engine:
         """Advances every scheduled sequence by one forward pass."""
         started = time.perf_counter()
         plan = self._scheduler.schedule()
-        result = self._runner.run(plan)
-        return self._postprocess(plan, result, started)
+        try:
+            result = self._runner.run(plan)
+        except OutOfMemory as error:
+            logger.error("out of memory: %s", error)
+            result = None
+        return self._shed(plan, started) if result is None else self._postprocess(plan, result, started)
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
@@ -71,6 +81,16 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
         self._scheduler.check_integrity()
+
+    def _check_ids(self, request: Request) -> None:
+        """An id out of range would be another's error: on a GPU it ends the process."""
+        bias = () if request.sampling is None else request.sampling.logit_bias
+        for param, ids in (("prompt", request.prompt_token_ids), ("logit_bias", bias)):
+            if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
+                raise InvalidRequestError(
+                    f"token ids {min(ids)} to {max(ids)} are not all between 0 and {self.info.vocab_size - 1}",
+                    param=param,
+                )
 
     def _check_fits(self, request: Request) -> None:
         output = 0 if request.sampling is None else request.sampling.max_tokens
@@ -92,7 +112,7 @@ class Engine:
                 f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",
                 param="gate.freeze_after",
             )
-        streams = 1 if request.sampling is None else 2
+        streams = 1 if request.sampling is None or request.has_fixed_gate else 2
         needed = streams * self.blocks.blocks_for(total)
         if needed > self.blocks.num_blocks:
             raise InvalidRequestError(
@@ -111,24 +131,33 @@ class Engine:
     def _postprocess(self, plan: Plan, result: RunResult, started: float) -> StepOutput:
         """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
         stats = StepStats(preemptions=plan.preemptions)
-        verdicts = [
-            self._advance(share, tokens, predictions, stats)
-            for share, tokens, predictions in zip(plan.scheduled, result.tokens, result.predictions, strict=True)
-        ]
-        ending = any(reason is not None for _, reason in verdicts)
+        outputs = [self._advance(number, share, result, stats) for number, share in enumerate(plan.scheduled)]
+        ending = any(output.finish_reason is not None for output in outputs)
         rows, stats.gate = self._runner.report(plan, result, flush=ending)
-        outputs: list[SequenceOutput] = []
-        for share, gate, (tokens, reason) in zip(plan.scheduled, rows, verdicts, strict=True):
-            sequence = share.sequence
+        news: list[SequenceOutput] = []
+        for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
+            sequence, output.gate = share.sequence, gate
             sequence.reported = max(sequence.reported, sequence.final)
-            self._scheduler.commit(sequence)
-            if tokens or gate is not None or reason is not None:
-                one = SequenceOutput(sequence.request.id, sequence.index, tokens, gate, reason, sequence.usage)
-                outputs.append(one)
-            if reason is not None:
+            if output.finish_reason != "error":
+                self._scheduler.commit(sequence)
+            if output.tokens or gate is not None or output.prompt_logprobs or output.finish_reason is not None:
+                news.append(output)
+            if output.finish_reason is not None:
                 self._drop(sequence)
         stats.step_seconds = time.perf_counter() - started
-        return StepOutput(outputs, self._with_load(stats))
+        return StepOutput(news, self._with_load(stats))
+
+    def _shed(self, plan: Plan, started: float) -> StepOutput:
+        """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
+        sake. They run the same rows again.
+        """
+        self._runner.free_memory()
+        _, number = max((share.rows, number) for number, share in enumerate(plan.scheduled))
+        sequence = plan.scheduled[number].sequence
+        self._drop(sequence)
+        output = _failed(sequence, "the server is out of memory")
+        stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
+        return StepOutput([output], self._with_load(stats))
 
     def _with_load(self, stats: StepStats) -> StepStats:
         stats.requests_running = len(self._scheduler.running)
@@ -136,16 +165,31 @@ class Engine:
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
         return stats
 
-    def _advance(
+    def _advance(self, number: int, share: Scheduled, result: RunResult, stats: StepStats) -> SequenceOutput:
+        """One sequence after its rows have run: what is new of it, but for its gate rows. What it raises ends it."""
+        sequence, error = share.sequence, result.errors[number]
+        output = SequenceOutput(sequence.request.id, sequence.index, usage=sequence.usage)
+        try:
+            if error is None:
+                sampled, predictions = result.tokens[number], result.predictions[number]
+                output.tokens, output.finish_reason = self._accept(share, sampled, predictions, stats)
+                output.prompt_logprobs = result.prompt_logprobs[number]
+        except Exception as raised:
+            logger.exception("request %s failed", sequence.request.id)
+            error = f"the engine failed on this request ({type(raised).__name__})"
+        return output if error is None else _failed(sequence, error)
+
+    def _accept(
         self, share: Scheduled, sampled: list[TokenOutput], predictions: list[int], stats: StepStats
     ) -> tuple[list[TokenOutput], FinishReason | None]:
-        """One sequence after its rows have run: streams, drafts, usage. Returns the tokens accepted, and the end."""
+        """Streams, drafts, usage. Returns the tokens accepted, and the end."""
         sequence = share.sequence
         if not sequence.started:
             sequence.started = True
             sequence.usage.queue_seconds = time.monotonic() - sequence.arrival_time
         sequence.scaling.computed = share.scaling_end
         sequence.real.computed = share.real_end
+        sequence.scored = max(sequence.scored, share.scores.stop)
         accepted, reason = self._verify(sequence, sampled)
         if reason is not None:
             sequence.give_up_drafts()
@@ -171,6 +215,10 @@ class Engine:
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return "stop"
         return "length" if sequence.output_len >= params.max_tokens else None
+
+
+def _failed(sequence: Sequence, error: str) -> SequenceOutput:
+    return SequenceOutput(sequence.request.id, sequence.index, finish_reason="error", usage=sequence.usage, error=error)
 
 
 def _count(share: Scheduled, stats: StepStats) -> None:

@@ -33,6 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
+_MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -74,6 +75,7 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
         row_cost=_ROW_COST[model.device.type],
+        max_scored_rows=max(1, _MOST_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import gc
+import logging
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.request import GateRows, GateStats, TokenOutput
-from service.engine.sampler import SampleRow, sample, token_outputs
+from service.engine.request import GateRows, GateStats, Steering, TokenOutput
+from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
+from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
+logger = logging.getLogger(__name__)
+
 _MOST_SPLIT_ROWS = 16  # longer segments are not worth gathering their keys once per row
 _MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
+
+
+class OutOfMemory(Exception):
+    """A step needs more memory than there is."""
 
 
 @dataclass(slots=True)
 class RunResult:
     """What one step brought, aligned with the plan's `scheduled`."""
 
-    tokens: list[list[TokenOutput]]  # sampled from the real rows, first position first
-    predictions: list[list[int]]  # sampled from the scaling rows
-    scalings: list[Tensor | None]  # [scaling_count, S, E] of a scaling pass alone: they are stored nowhere
+    tokens: list[list[TokenOutput]] = field(default_factory=list)  # sampled from the real rows, first position first
+    predictions: list[list[int]] = field(default_factory=list)  # sampled from the scaling rows
+    prompt_logprobs: list[list[TokenOutput]] = field(default_factory=list)  # of the tokens after positions `scores`
+    scalings: list[Tensor | None] = field(default_factory=list)  # [scaling_count, S, E] of a scaling pass alone: they
+    # are stored nowhere
+    errors: list[str | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
+
+    def extend(self, other: RunResult) -> None:
+        """Adds other sequences' results, but for their scalings."""
+        self.tokens += other.tokens
+        self.predictions += other.predictions
+        self.prompt_logprobs += other.prompt_logprobs
+        self.errors += other.errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +74,112 @@ class ModelRunner:
         self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
-        """One forward over everything scheduled, then sampling of tokens and predictions in one go."""
-        shares = plan.scheduled
+        """One forward over everything scheduled, then sampling of tokens and predictions in one go.
+
+        Raises OutOfMemory; then nothing has changed but what the next step will write again.
+        """
+        try:
+            return self._run(plan.scheduled)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(str(error)) from error
+
+    def _run(self, shares: list[Scheduled]) -> RunResult:
         segments = _ordered_segments(shares)
         first_rows = {(id(s.share), s.is_scaling): s.row for s in segments}
         token_rows: list[int] = []
         prediction_rows: list[int] = []
+        score_rows: list[int] = []
         for share in shares:
             real = first_rows.get((id(share), False), 0) - share.real_start
             scaling = first_rows.get((id(share), True), 0) - share.scaling_start
             token_rows += range(real + share.real_end - share.samples, real + share.real_end)
             first = scaling + share.predict_start - 1
             prediction_rows += range(first, first + share.predict_count)
-        batch = self._batch(segments, token_rows + prediction_rows)
+            score_rows += (real + position for position in share.scores)
+        batch = self._batch(segments, token_rows + prediction_rows + score_rows)
+        self._write_fixed_rows(shares)
         step = self.compiled if self.compiled is not None and batch.is_decode else self.model
         output = step.forward(batch, self.kv_cache)
-        tokens, predictions = self._sample(output.logits, shares)
-        return RunResult(tokens, predictions, [_scalings_alone(share, output, first_rows) for share in shares])
+        self._steer(output.gate_logits, segments)
+        result = self._read(output.logits, shares)
+        result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
+        return result
 
-    def _sample(self, logits: Tensor, shares: list[Scheduled]) -> tuple[list[list[TokenOutput]], list[list[int]]]:
-        """logits [L, V] of all tokens, then of all predictions. Returns both by share."""
+    def free_memory(self) -> None:
+        """Gives back what torch keeps for later, after OutOfMemory."""
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- steering ------------------------------------------------------------------------------------------------
+
+    def _write_fixed_rows(self, shares: list[Scheduled]) -> None:
+        """Stores the row of every fixed gate at position 0, when that is computed; cached blocks have it already."""
+        for share in shares:
+            steering = share.sequence.request.steering
+            if steering is not None and steering.weights is not None and share.real_start == 0:
+                sites, experts = self.kv_cache.gate_rows.shape[1:]
+                row = fixed_row(steering.weights, self.model.sites[:sites], experts)
+                [slot] = self._slots(share.sequence.real, 0, 1)
+                self.kv_cache.gate_rows[slot] = torch.tensor(row, device=self.model.device)
+
+    def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+        """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
+        steered: dict[Steering, tuple[list[int], list[int]]] = {}  # rows, slots
+        for segment in segments:
+            steering = segment.share.sequence.request.steering
+            if segment.is_scaling and steering is not None and segment.share.sequence.generates:
+                rows, slots = steered.setdefault(steering, ([], []))
+                rows += range(segment.row, segment.row + segment.count)
+                slots += self._new_gate_slots(segment)
+        for steering, (rows, slots) in steered.items():
+            scalings = self._scalings(gate_logits[self._tensor(rows)], steering)
+            self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), scalings)
+
+    def _scalings(self, gate_logits: Tensor, steering: Steering | None) -> Tensor:
+        """Gate logits [n, S, E] to scalings, as one request wants them."""
+        classifier = self.model.classifier
+        if steering is None:
+            return classifier.scalings(gate_logits)
+        return classifier.scalings(
+            gate_logits,
+            excluded=excluded_experts(steering, classifier.num_experts),
+            temperature=steering.temperature,
+            top_k=steering.top_k,
+        )
+
+    def _scalings_alone(
+        self, share: Scheduled, output: ForwardOutput, first_rows: dict[tuple[int, bool], int]
+    ) -> Tensor | None:
+        """The new scalings of a scaling pass alone."""
+        if share.sequence.generates:
+            return None
+        row = first_rows[id(share), True]
+        return self._scalings(output.gate_logits[row : row + share.scaling_count], share.sequence.request.steering)
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def _read(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:
+        """logits [L, V] in the order of _logit_rows -> what they say. Scalings are left out.
+
+        Where that raises, every share is read alone, and one that raises again has an error.
+        """
+        try:
+            return self._sample(logits, shares)
+        except Exception:
+            logger.exception("sampling failed; every sequence is sampled alone")
+        result = RunResult()
+        for share, rows in zip(shares, _logit_rows(shares), strict=True):
+            try:
+                result.extend(self._sample(logits[rows], [share]))
+            except Exception as error:
+                logger.exception("sampling failed for request %s", share.sequence.request.id)
+                result.extend(RunResult([[]], [[]], [[]], errors=[f"sampling failed ({type(error).__name__})"]))
+        return result
+
+    def _sample(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:
         rows: list[SampleRow] = []
         for share in shares:
             rows += (SampleRow(share.sequence, share.sequence.drafts[:count]) for count in range(share.samples))
@@ -83,11 +188,14 @@ class ModelRunner:
             first = share.predict_start - len(share.sequence.tokens)
             drafts = share.sequence.drafts
             rows += (SampleRow(share.sequence, drafts[: first + i]) for i in range(share.predict_count))
-        ids = sample(logits, rows) if rows else []
+        ids = sample(logits[: len(rows)], rows) if rows else []
         tokens, predictions = iter(token_outputs(logits[:split], rows[:split], ids[:split])), iter(ids[split:])
-        return (
+        scored = iter(_score(logits[len(rows) :], shares) if len(logits) > len(rows) else [])
+        return RunResult(
             [list(islice(tokens, share.samples)) for share in shares],
             [list(islice(predictions, share.predict_count)) for share in shares],
+            [list(islice(scored, len(share.scores))) for share in shares],
+            errors=[None] * len(shares),
         )
 
     def report(self, plan: Plan, result: RunResult, *, flush: bool) -> tuple[list[GateRows | None], GateStats]:
@@ -165,7 +273,7 @@ class ModelRunner:
         if end <= sequence.gate_end:
             return self._slots(sequence.real, start, count)
         frozen = max(start, sequence.gate_end)
-        [slot] = self._slots(sequence.real, sequence.gate_end - 1, 1)
+        [slot] = self._slots(sequence.real, max(0, sequence.gate_end - 1), 1)
         return [*self._slots(sequence.real, start, frozen - start), *[slot] * (end - frozen)]
 
     def _slots(self, stream: Stream, start: int, count: int) -> list[int]:
@@ -179,12 +287,29 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.int64, device=self.model.device)
 
 
-def _scalings_alone(share: Scheduled, output: ForwardOutput, first_rows: dict[tuple[int, bool], int]) -> Tensor | None:
-    """The new scalings of a scaling pass alone."""
-    if share.sequence.generates:
-        return None
-    row = first_rows[id(share), True]
-    return output.new_scalings[row : row + share.scaling_count]
+def _logit_rows(shares: list[Scheduled]) -> list[list[int]]:
+    """Whose the rows of the logits are: first those of all tokens, then of all predictions, then of all scores."""
+    rows: list[list[int]] = [[] for _ in shares]
+    first = 0
+    for counts in zip(*((share.samples, share.predict_count, len(share.scores)) for share in shares), strict=True):
+        for own, count in zip(rows, counts, strict=True):
+            own += range(first, first + count)
+            first += count
+    return rows
+
+
+def _score(logits: Tensor, shares: list[Scheduled]) -> list[TokenOutput]:
+    """logits [n, V] of every position of `scores` -> the prompt's next tokens."""
+    tokens, alternatives = [], []
+    for share in shares:
+        sequence = share.sequence
+        tokens += [sequence.tokens[position + 1] for position in share.scores]
+        alternatives += [sequence.sampling.prompt_logprobs or 0 for _ in share.scores]
+    return with_logprobs(logits, tokens, alternatives)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:

@@ -34,7 +34,37 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int = 0  # 0 .. 2**63 - 1; the API draws one where the caller gave none
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GateWeight:
+    """The weight of one expert in a fixed gate, at every site or at those of some layers."""
+
+    expert: int  # its place in EngineInfo.experts
+    weight: float  # finite, from -100 to 100; 1 is the expert as it was trained
+    layers: tuple[int, int] | None = None  # the first and the last layer, both included; None = every site
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What a caller wants otherwise about the gate of the real pass; nothing here changes the scaling pass.
+
+    Experts are given by their place in EngineInfo.experts. `only` and `exclude` together leave the experts of `only`
+    that are not in `exclude`; those left out are at -inf before the softmax (at 0 where the checkpoint has none), then
+    top-k comes as usual. Where nobody is left, this is the base model.
+
+    `weights` is a fixed gate: no classifier runs, experts that are not named are 0, and of several entries that cover a
+    site and an expert the last counts. Top-k does not apply to it, global_scaling_weight does. It goes with nothing
+    else of this class; weights=() is the base model.
+    """
+
+    only: tuple[int, ...] | None = None  # None = all
+    exclude: tuple[int, ...] = ()
+    weights: tuple[GateWeight, ...] | None = None
+    temperature: float | None = None  # > 0; in place of softmax_temperature
+    top_k: int | None = None  # 1 .. number of experts, which switches it off; in place of top_k_lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +78,7 @@ class Request:
     scalings_start: int | None = None  # first position whose row is returned; None = len(prompt) - 1
     cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
     freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
+    steering: Steering | None = None
 
     @property
     def gate_key(self) -> tuple[object, ...]:
@@ -55,7 +86,12 @@ class Request:
 
         Freezing is not part of it, because frozen positions are never cached.
         """
-        return ()
+        return () if self.steering is None else (self.steering,)
+
+    @property
+    def has_fixed_gate(self) -> bool:
+        """Whether every position has the same gate row, known beforehand: then there is no scaling stream."""
+        return self.steering is not None and self.steering.weights is not None
 
 
 @dataclass(slots=True)
@@ -105,6 +141,8 @@ class SequenceOutput:
     index: int  # which of the n choices
     tokens: list[TokenOutput] = field(default_factory=list)
     gate: GateRows | None = None
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
+    # order of position from 1 on, complete with the choice's first token
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"

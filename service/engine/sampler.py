@@ -52,19 +52,27 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
 
 
 def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:
-    """Wraps sampled tokens with the logprobs their requests ask for: natural logs of the raw distribution."""
+    """Wraps sampled tokens with the logprobs their requests ask for."""
+    alternatives = [row.sequence.sampling.logprobs for row in rows]
+    asked = [i for i, count in enumerate(alternatives) if count is not None]
     outputs = [TokenOutput(token) for token in tokens]
-    asked = [i for i, row in enumerate(rows) if row.sequence.sampling.logprobs is not None]
-    if not asked:
-        return outputs
-    logprobs = logits[asked].float().log_softmax(-1)
-    most = max(rows[i].sequence.sampling.logprobs or 0 for i in asked)
-    values, ids = logprobs.topk(most, dim=-1)
-    for line, i in enumerate(asked):
-        count = rows[i].sequence.sampling.logprobs or 0
-        outputs[i].logprob = float(logprobs[line, tokens[i]])
-        outputs[i].top_logprobs = list(zip(ids[line, :count].tolist(), values[line, :count].tolist(), strict=True))
+    if asked:
+        scored = with_logprobs(logits[asked], [tokens[i] for i in asked], [alternatives[i] or 0 for i in asked])
+        for i, output in zip(asked, scored, strict=True):
+            outputs[i] = output
     return outputs
+
+
+def with_logprobs(logits: Tensor, tokens: SequenceOf[int], alternatives: SequenceOf[int]) -> list[TokenOutput]:
+    """One of `tokens` per row of logits [n, V], with its logprob and those of so many best ones: natural logs of the
+    raw distribution.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(max(alternatives), dim=-1)
+    found = zip(best.indices.tolist(), best.values.tolist(), alternatives, strict=True)
+    tops = [list(zip(ids[:count], values[:count], strict=True)) for ids, values, count in found]
+    return [TokenOutput(*one) for one in zip(tokens, own, tops, strict=True)]
 
 
 def _needs_history(sequence: Sequence) -> bool:

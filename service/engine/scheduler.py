@@ -11,13 +11,21 @@ sampled token, or drafts.
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.drafting import break_even
 from service.engine.sequence import Sequence, Stream
+
+_TURNS_PER_CHOICE = 4  # requests that may arrive later and still come before each next choice of one
+_MOST_PASSES = 16  # of smaller ones past one for which there is no room
+_MOST_SEATS = 0.75  # for the choices of one request
 
 
 @dataclass(slots=True)
@@ -48,6 +56,11 @@ class Scheduled:
         """Rows of the flat batch."""
         return self.scaling_count + self.real_count
 
+    @property
+    def scores(self) -> range:
+        """Prompt positions whose real rows' logits give the logprob of the prompt's next token."""
+        return range(max(self.real_start, self.sequence.scored), min(self.real_end, self.sequence.score_end))
+
 
 @dataclass(slots=True)
 class Plan:
@@ -58,7 +71,10 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served, decode before prefill, under a budget of rows per step and of blocks in all.
+    """Decode before prefill, under a budget of rows per step and of blocks in all.
+
+    First come, first served, but no one is served at everyone's expense: prompts share a step's rows evenly (none gets
+    more than it needs), the further choices of a request let later requests pass, and do not take every seat.
 
     A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
     the latest arrival is preempted: its blocks are released and it is computed again when there is room. What is
@@ -75,6 +91,7 @@ class Scheduler:
         speculative_tokens: int = 0,
         prefix_cache: bool = True,
         row_cost: float = 0.0,
+        max_scored_rows: int = 1024,
         dummy_row_key: bytes = b"",
     ) -> None:
         self.blocks = blocks
@@ -84,11 +101,15 @@ class Scheduler:
         self.speculative_tokens = speculative_tokens  # most copied drafts per sequence and step
         self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
         self.row_cost = row_cost  # of one row, as a share of a step's fixed cost; 0: drafts are free
+        self.max_scored_rows = max_scored_rows  # whose logits are kept for prompt_logprobs, in one step
         self.dummy_row_key = dummy_row_key  # names the gate of the scaling pass
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
         self._worth = (0.0, 0.0)  # break-even probabilities of this step for drafts of one and of two rows
+        self._scorable = max_scored_rows  # what this step has left of them
+        self._most_choices = max(1, math.ceil(_MOST_SEATS * max_num_seqs))  # of one request at once
+        self._requests = 0  # that have arrived
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
@@ -96,7 +117,9 @@ class Scheduler:
         scope = request.cache_salt if self.prefix_cache else (request.id, sequence.arrival_time)
         sequence.scaling.root = self._keys.root("scaling", scope, self.dummy_row_key)
         sequence.real.root = self._keys.root("real", scope, self.dummy_row_key, request.gate_key)
-        self.waiting.append(sequence)
+        self._requests += sequence.index == 0
+        sequence.turn = self._requests + _TURNS_PER_CHOICE * sequence.index
+        insort(self.waiting, sequence, key=lambda other: other.turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and releases its blocks."""
@@ -114,17 +137,19 @@ class Scheduler:
         """Chooses the rows of the next step and makes sure that every one has its block."""
         plan = Plan()
         budget = self.max_num_batched_tokens
-        decoding = [sequence for sequence in self.running if sequence.scaling.computed >= sequence.prompt_len]
-        prefilling = [sequence for sequence in self.running if sequence.scaling.computed < sequence.prompt_len]
+        decoding = [sequence for sequence in self.running if sequence.prefilled]
+        prefilling = [sequence for sequence in self.running if not sequence.prefilled]
+        self._scorable = self.max_scored_rows
         streams = max(1, len(self.running))
         self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
         for number, sequence in enumerate(decoding):
             others = 2 * (len(decoding) - number - 1)  # rows: one of each stream for everyone before drafts for anyone
             budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
+        most = self._even_share(prefilling, budget)
         for sequence in prefilling:
-            budget -= self._schedule_running(sequence, budget, plan)
+            budget -= self._schedule_running(sequence, min(most, budget), plan)
         if not plan.preemptions:
-            self._admit(budget, plan)
+            self._admit(budget, most, plan)
         return plan
 
     def commit(self, sequence: Sequence) -> None:
@@ -133,7 +158,7 @@ class Scheduler:
             return
         scaling, real = sequence.scaling, sequence.real
         self._publish(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
-        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_end))
+        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_row_end))
         if sequence.scaling_ended and scaling.blocks:
             self.blocks.release(scaling.blocks)
 
@@ -145,21 +170,38 @@ class Scheduler:
                 self.blocks.publish(stream.blocks[number], stream.keys[number])
             stream.published = full
 
+    def _even_share(self, prefilling: list[Sequence], budget: int) -> int:
+        """The most rows that one prompt may have in this step, with a view to those that can be admitted."""
+        needs = [self._share(sequence, budget).rows for sequence in prefilling]
+        found = list(self.running)
+        if self.waiting and self._has_room(self.waiting[0]):
+            for sequence in islice(self.waiting, self.max_num_seqs - len(self.running)):
+                if not self._must_wait(sequence, found):
+                    found.append(sequence)
+                    cached = self.blocks.block_size * len(self._find_prefix(sequence)[1])
+                    needs.append(len(sequence.tokens) - cached)
+        return even_share(needs, budget)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        positions = len(sequence.tokens)
+        return self._missing(sequence, positions, positions) <= self.blocks.free
+
     def _schedule_running(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         """Adds the sequence's share to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
         if budget <= 0 or sequence not in self.running:
             return 0
         self._copy_ahead(sequence)
         share = self._share(sequence, budget)
-        if not self._make_room(share, plan):
+        if not share.rows or not self._make_room(share, plan):
             return 0
         plan.scheduled.append(share)
+        self._scorable -= len(share.scores)
         return share.rows
 
     def _copy_ahead(self, sequence: Sequence) -> None:
         """Lets the hypothesis grow where the text repeats itself, it pays, and no one has to go for it."""
         most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
-        if most <= 0 or sequence.scaling.computed < sequence.prompt_len:
+        if most <= 0 or not sequence.prefilled:
             return
         needed = self._worth[0 if sequence.scaling_ended else 1]
         count = sequence.copying.length(sequence.likelihood(0), needed, most)
@@ -174,6 +216,8 @@ class Scheduler:
         # Where the gate is frozen, every position's scalings are known.
         real_ready = hypothesis if scaling_start >= sequence.gate_end else scaling_start
         real_count = min(real_ready - real_start, budget) if sequence.generates else 0
+        if sequence.scored < sequence.score_end:
+            real_count = min(real_count, max(0, sequence.scored - real_start) + self._scorable)
         scaling_count = min(min(hypothesis, sequence.gate_end) - scaling_start, budget - real_count)
         share = Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
         if sequence.generates:
@@ -224,46 +268,68 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.turn = -1
         self.waiting.appendleft(sequence)
 
-    def _admit(self, budget: int, plan: Plan) -> None:
-        """Moves sequences from waiting to running while there are rows, seats and blocks, strictly in order."""
+    def _admit(self, budget: int, most: int, plan: Plan) -> None:
+        """Moves sequences from waiting to running while there are rows, seats and blocks, each with `most` rows.
+
+        In order, but for those that must wait for other choices, and one for which there is no room: a few smaller ones
+        may pass that, unless it has been running before.
+        """
         position = 0
+        large: Sequence | None = None
         while position < len(self.waiting) and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[position]
-            if self._sibling_computes_prompt(sequence):
-                position += 1  # wait for its blocks, and let others pass
+            if self._must_wait(sequence, self.running):
+                position += 1
                 continue
             scaling, real = self._find_prefix(sequence)
             positions = len(sequence.tokens)
             needed = self._missing(sequence, positions, positions) - len(scaling) - len(real)
             if needed + self.blocks.idle(scaling + real) > self.blocks.free:
-                return
+                if large is not None or sequence.started or sequence.passed >= _MOST_PASSES:
+                    return
+                large = sequence
+                position += 1
+                continue
+            if large is not None:
+                large.passed += 1
             del self.waiting[position]
             self.running.append(sequence)
             self._adopt(sequence, scaling, real)
-            budget -= self._schedule_running(sequence, budget, plan)
+            budget -= self._schedule_running(sequence, min(most, budget), plan)
 
-    def _sibling_computes_prompt(self, sequence: Sequence) -> bool:
-        """Whether another choice of the same request is at work on the prompt that they share, and none is done."""
+    def _must_wait(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
+        """Whether other choices of its request come first: they have their seats, or one is at work on the prompt that
+        they share, and none is done.
+        """
         if not sequence.generates or sequence.sampling.n == 1:
             return False
-        siblings = [other for other in self.running if other.request is sequence.request]
+        siblings = [other for other in others if other.request is sequence.request]
+        if len(siblings) >= self._most_choices:
+            return True
         return bool(siblings) and all(sibling.real.computed < sibling.prompt_len for sibling in siblings)
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[int]]:
         """Published blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
-        writes them. The last position is computed in any case, for its logits.
+        writes them. A fixed gate has the real stream alone. The last position is computed in any case, for its logits.
         """
         if not sequence.generates:
             return [], []
-        most = min(len(sequence.tokens) - 1, sequence.gate_end) // self.blocks.block_size
-        found: list[list[int]] = []
-        for stream in (sequence.scaling, sequence.real):
-            self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
-            found.append(self.blocks.find(stream.keys[:most]))
-        common = min(map(len, found))
-        return found[0][:common], found[1][:common]
+        most = min(len(sequence.tokens) - 1, sequence.gate_row_end)
+        if sequence.scored < sequence.score_end:
+            most = min(most, sequence.scored)  # the logits of the others are still wanted
+        most //= self.blocks.block_size
+        real = self._find(sequence, sequence.real, most)
+        if sequence.request.has_fixed_gate:
+            return [], real
+        scaling = self._find(sequence, sequence.scaling, len(real))
+        return scaling, real[: len(scaling)]
+
+    def _find(self, sequence: Sequence, stream: Stream, most: int) -> list[int]:
+        self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
+        return self.blocks.find(stream.keys[:most])
 
     def _adopt(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
         """Begins both streams with published blocks."""
@@ -285,3 +351,16 @@ class Scheduler:
             for sequence in (*self.running, *self.waiting)
             for table in (sequence.scaling.blocks, sequence.real.blocks)
         )
+
+
+def even_share(needs: list[int], budget: int) -> int:
+    """The largest share (at least 1) of `budget` that all can have, if those who need less take no more than that: all
+    of it, where there is enough for everyone.
+    """
+    left = budget
+    for number, need in enumerate(sorted(needs)):
+        share = left // (len(needs) - number)
+        if need > share:
+            return max(1, share)
+        left -= need
+    return budget

@@ -42,9 +42,10 @@ class Stream:
 class Sequence:
     """A choice. Position p of the hypothesis holds (tokens + drafts)[p].
 
-    Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more), real.computed <= scaling.computed
-    below it, and neither passes the hypothesis. A gate row is stored, in the slots of the real stream, for every
-    position below scaling.computed. Positions below `reported` have had their gate row sent.
+    Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more, a fixed one nothing at all),
+    real.computed <= scaling.computed below it, and neither passes the hypothesis. A gate row is stored, in the slots of
+    the real stream, for every position below scaling.computed, a fixed one for position 0. Positions below `reported`
+    have had their gate row sent.
     """
 
     request: Request
@@ -57,19 +58,28 @@ class Sequence:
     scaling: Stream = field(default_factory=Stream)
     real: Stream = field(default_factory=Stream)
     reported: int = 0
+    scored: int = 0  # prompt positions below it have had the logprob of the token after them sent
     output_counts: Counter[int] = field(default_factory=Counter)
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
+    turn: int = 0  # its place in the queue (scheduler.py)
+    passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
-    gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it
+    score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
+    gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
 
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
-        self.generates = self.request.sampling is not None
+        sampling = self.request.sampling
+        self.generates = sampling is not None
+        asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
+        self.score_end = self.prompt_len - 1 if asked else 0
         self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
+        if self.request.has_fixed_gate:
+            self.gate_end = 0
         self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
@@ -108,6 +118,16 @@ class Sequence:
     def scaling_ended(self) -> bool:
         """Whether the gate is frozen for good: the scaling stream is not needed any more."""
         return self.gate_end <= min(self.scaling.computed, len(self.tokens))
+
+    @property
+    def gate_row_end(self) -> int:
+        """Positions below it have a gate that follows from the text and the request's gate_key: they can be cached."""
+        return sys.maxsize if self.request.has_fixed_gate else self.gate_end
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the stream that goes first has passed the prompt."""
+        return (self.real if self.request.has_fixed_gate else self.scaling).computed >= self.prompt_len
 
     def hypothesis(self, start: int, end: int) -> list[int]:
         """Token ids of positions start .. end - 1."""

@@ -6,6 +6,8 @@ Source of the formulas: X-LoRA paper (arXiv 2402.07148) section 2, PEFT `XLoraCl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,9 @@ def keep_top_k(scalings: Tensor, top_k: int | None, *, renormalise: bool) -> Ten
 
 
 class Classifier(nn.Module):
-    """MLP from the scaling pass's last hidden state to scalings [n, S, E] (S = 1 without layerwise scalings)."""
+    """MLP from the scaling pass's last hidden state to logits [n, S, E] (S = 1 without layerwise scalings), and from
+    those to scalings.
+    """
 
     def __init__(
         self, weights: ClassifierWeights, config: XLoraConfig, num_experts: int, num_sites: int, device: torch.device
@@ -52,15 +56,32 @@ class Classifier(nn.Module):
         """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts."""
         return self.scalings(self.logits(hidden))
 
-    def scalings(self, logits: Tensor) -> Tensor:
-        """z [n, S, E] -> g [n, S, E]: temperature softmax, top-k, top-k softmax as the config asks."""
-        if self.config.enable_softmax:
-            if self.config.softmax_temperature != 1.0:
-                logits = logits / self.config.softmax_temperature
+    def scalings(
+        self,
+        logits: Tensor,
+        *,
+        excluded: Sequence[int] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """z [n, S, E] -> g [n, S, E]: temperature softmax, top-k, top-k softmax as the config asks.
+
+        `excluded` experts (never all) are at -inf before the softmax, at 0 where there is none; `temperature` and
+        `top_k` replace the config's.
+        """
+        softmax = self.config.enable_softmax
+        temperature = self.config.softmax_temperature if temperature is None else temperature
+        top_k = self.config.top_k_lora if top_k is None else top_k
+        if excluded:
+            index = torch.tensor(excluded, device=logits.device)
+            logits = logits.index_fill(-1, index, float("-inf") if softmax else 0.0)
+        if softmax:
+            if temperature != 1.0:
+                logits = logits / temperature
             logits = logits.softmax(-1)
-        if self.config.top_k_lora is None and not self.config.enable_softmax_topk:
+        if top_k is None and not self.config.enable_softmax_topk:
             return logits
-        return keep_top_k(logits, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+        return keep_top_k(logits, top_k, renormalise=self.config.enable_softmax_topk)
 
     def dummy_row(self) -> Tensor:
         """The gate row [S, E] of the scaling pass: `scaling_pass_value` after top-k, ties as CPU topk breaks them."""

@@ -93,10 +93,10 @@ class CompiledStep:
         if table.shape[1] < _MIN:
             table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
         first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
-        logits, scalings = self._run(
+        logits, gate_logits = self._run(
             rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows
         )
-        return ForwardOutput(logits.index_select(0, batch.logit_rows), scalings[: batch.num_scaling_rows])
+        return ForwardOutput(logits.index_select(0, batch.logit_rows), gate_logits[: batch.num_scaling_rows])
 
 
 def _with_idle_row(rows: Tensor, kv_cache: KVCache) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every row is a segment of its own, so any number of requests, scaling rows and real rows alike, is one call:
 
-    rows [5, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], new scalings [T, S, E]
+    rows [5, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], gate logits [T, S, E]
 
 Prefill, where a segment has many rows, stays with XLoraModel.forward.
 """
@@ -39,7 +39,7 @@ class DecodeStep(nn.Module):
         values: list[Tensor],
         gate_rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """One step. Writes keys, values and new scalings in place. Returns logits [T, V] and new scalings [T, S, E]."""
+        """One step. Writes keys, values and new scalings in place. Returns logits [T, V] and the gate's [T, S, E]."""
         [model] = self._model
         positions = rows[1][:, None]
         width = block_table.shape[1] * keys[0].shape[1]
@@ -48,9 +48,9 @@ class DecodeStep(nn.Module):
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
         self.gate.clear()  # torch.export wants every module as it was
-        new_scalings = self.classifier(hidden)
-        gate_rows.index_copy_(0, batch.new_gate_slots, new_scalings)
-        return logits, new_scalings
+        gate_logits = self.classifier.logits(hidden)
+        gate_rows.index_copy_(0, batch.new_gate_slots, self.classifier.scalings(gate_logits))
+        return logits, gate_logits
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor the step reads besides its arguments, by the name torch.export gives it."""

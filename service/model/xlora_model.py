@@ -48,7 +48,7 @@ class ForwardOutput:
     """What one forward brought."""
 
     logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
-    new_scalings: Tensor  # [num_scaling_rows, S, E] fp32 (S = 1 without layerwise scalings)
+    gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax (S = 1 without layerwise scalings)
 
 
 class XLoraModel:
@@ -112,9 +112,10 @@ class XLoraModel:
         first = 0 if self.scaling_pass_has_experts else scaling_rows
         self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        new_scalings = self.classifier(hidden[:scaling_rows])
+        gate_logits = self.classifier.logits(hidden[:scaling_rows])
+        new_scalings = self.classifier.scalings(gate_logits)
         kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:scaling_rows], new_scalings)
-        return ForwardOutput(logits, new_scalings)
+        return ForwardOutput(logits, gate_logits)
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""

@@ -29,7 +29,9 @@ class Choice:
     """What one choice of one request brought, pieced together from all steps."""
 
     token_outputs: list[TokenOutput] = field(default_factory=list)
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
     usage: SequenceUsage | None = None
     start: int | None = None  # position of the first gate row
     means: list[Array] = field(default_factory=list)
@@ -113,6 +115,9 @@ def _collect(result: Run, output: StepOutput, engine: Engine) -> None:
         choice = result.choices.setdefault((piece.request_id, piece.index), Choice())
         assert choice.finish_reason is None, "output after the end"
         choice.token_outputs += piece.tokens
+        choice.prompt_logprobs += piece.prompt_logprobs
+        choice.error = piece.error
+        assert (piece.error is not None) == (piece.finish_reason == "error")
         if piece.gate is not None:
             gate, experts = piece.gate, len(engine.info.experts)
             if choice.start is None:

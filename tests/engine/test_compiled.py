@@ -22,6 +22,7 @@ import torch
 from service.engine.compilation import cache_path
 from service.engine.engine import Engine
 from service.engine.options import EngineOptions
+from service.engine.request import GateWeight, Steering
 from service.errors import SettingsError
 from service.model.compiled import CompiledStep, compile_step, fingerprint
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
@@ -82,6 +83,25 @@ def test_equals_eager(compiled: Compiled, lookahead: bool, count: int) -> None:
     ours = run(compiled.build(lookahead=lookahead), requests)
     assert_same(ours, expected)
     assert compiled.calls - before > 20, "the compiled step was not used"
+
+
+def test_steered_equals_eager(compiled: Compiled, lookahead: bool) -> None:
+    """What varies per request is in the stored rows: one compiled step serves every gate, amid unsteered requests."""
+    weights = (GateWeight(0, 0.8), GateWeight(2, -0.4))
+    gates = [None, Steering(only=(1,)), Steering(exclude=(1,), temperature=2.0), Steering(top_k=1), Steering(only=())]
+    requests = [
+        replace((greedy if i % 2 else sampled)(f"r{i}", words(3, 11), 24), return_scalings="full", steering=steering)
+        for i, steering in enumerate([*gates, Steering(weights=weights)])
+    ]
+    requests += [replace(made, id=f"frozen {made.id}", freeze_after=4) for made in requests]
+    eager = compiled.engines.build(lookahead=lookahead, prefix_cache=False)
+    expected = Run({key: one for made in requests for key, one in run(eager, [made]).choices.items()})
+    before = compiled.calls
+    ours = run(compiled.build(lookahead=lookahead), requests)
+    assert_same(ours, expected)
+    assert compiled.calls - before > 20, "the compiled step was not used"
+    alone = run(compiled.build(), [replace(requests[5], freeze_after=None)])["r5"]
+    assert alone.tokens == expected["r5"].tokens
 
 
 def test_equals_peft(tiny: Tiny, compiled: Compiled) -> None:

@@ -140,7 +140,7 @@ class OneRequest:
         for scaling, real in zip([*spans, (0, 0)], [(0, 0), *spans], strict=True):
             output = self.model.forward(self.batch(tokens, scaling, real), self.cache)
             logits.append(output.logits)
-            scalings.append(output.new_scalings)
+            scalings.append(self.model.classifier.scalings(output.gate_logits))
         return torch.cat(logits), torch.cat(scalings).expand(-1, len(self.model.sites), -1)
 
 
