@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner, RunResult
 from service.engine.options import EngineOptions
+from service.engine.request import Steering
 from service.engine.scheduler import Plan
 from service.model.batch import Batch
 from service.model.compiled import CompiledStep, compile_step, fingerprint
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
-BASE_REQUEST: dict[str, Any] = {"freeze_after": 1}
-"""Fields of a request to an engine that runs the plain base: no scaling row after its first token."""
+BASE_REQUEST: dict[str, Any] = {"steering": Steering(only=())}
+"""Fields of a request without a scaling stream; its real rows still visit the experts unless `use_plain_base`."""
 _FIRST_TOKEN = 16  # the ones before it may be special
 
 
@@ -38,7 +39,7 @@ class PlainBase(XLoraModel):
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """The decoder alone."""
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        return ForwardOutput(logits, self.classifier(hidden[: batch.num_scaling_rows]))
+        return ForwardOutput(logits, self.classifier.logits(hidden[: batch.num_scaling_rows]))
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder with the experts switched off; a compiled step is made of this."""
@@ -53,9 +54,13 @@ class _NoGate(nn.Module):
         super().__init__()
         self.stored_sites, self.num_experts = stored_sites, num_experts
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> zeros [n, S, E]"""
         return torch.zeros(hidden.shape[0], self.stored_sites, self.num_experts, device=hidden.device)
+
+    def scalings(self, logits: Tensor) -> Tensor:
+        """[n, S, E] as they are."""
+        return logits
 
 
 def use_plain_base(engine: Engine, options: EngineOptions) -> None:
