@@ -7,7 +7,7 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= model_store/demo
 ARGS     ?=
-BENCH    ?= vs_peft throughput batch_invariance
+BENCH    ?= vs_peft lookahead vs_base speculation prefix_cache context throughput batch_invariance
 IMAGE    ?= xlora-service:latest
 
 BIN := .venv/bin
@@ -68,8 +68,8 @@ format: .venv/.dev ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: .venv/.dev ## run the benchmarks named in BENCH; the last line of each is JSON
-	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+bench: .venv/.dev ## run the benchmarks named in BENCH, then print all their bars; ARGS are flags for each
+	@$(BIN)/python -m benchmarks.suite $(BENCH) -- $(ARGS)
 
 demo: .venv/.dev ## train the demo bundle again (40 minutes on 2 cores)
 	@$(BIN)/python -u model_store/build_demo.py $(ARGS)

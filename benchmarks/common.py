@@ -1,15 +1,16 @@
-"""What the benchmarks share: where and with what they ran, prompts, an engine loop, percentiles, the last line."""
+"""What the benchmarks share: machine and versions, prompts, engines, a loop around them, bars, the last line."""
 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import transformers
 from tokenizers import Tokenizer
 
 from service.engine.engine import Engine
+from service.engine.loader import load_engine
+from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model_store" / "demo"
+_COMPILE_SECONDS = 600.0
+_NOTHING: Mapping[str, Any] = {}
 
 
 def environment() -> dict[str, Any]:
@@ -53,32 +58,78 @@ def prompt_tokens(model: Path, length: int, seed: int = 0) -> list[int]:
     return tokens[:length]
 
 
+def make_engine(model: Path, *, compiled: bool = False, dtype: str = "float32", **options: Any) -> Engine:
+    """An engine for a comparison: no prefix cache and no drafts copied from earlier text unless `options` ask for them.
+
+    A `compiled` one waits for its compiled step (a minute or two where the cache has none). Raises RuntimeError where
+    that cannot be had.
+    """
+    alone = {"prefix_cache": False, "speculative_tokens": 0, **options}
+    engine = load_engine(EngineOptions(str(model), dtype=dtype, compile=compiled, **alone))
+    wait_compiled(engine)
+    return engine
+
+
+def wait_compiled(engine: Engine) -> None:
+    """Until the engine has the compiled step that its options ask for. Raises RuntimeError where it cannot be had."""
+    if engine.compilation is not None:
+        engine.compilation.wait(_COMPILE_SECONDS)
+        if engine._runner.compiled is None:
+            raise RuntimeError("the decode step could not be compiled; the log says why")
+
+
 @dataclass
 class EngineRun:
     """What an engine did with some requests."""
 
     seconds: float
+    first_token_seconds: float = 0.0  # until the first token of any of them
     tokens: dict[str, list[int]] = field(default_factory=dict)  # by request id
+    scalings: dict[str, bytes] = field(default_factory=dict)  # float32 [positions, S, E], where they were asked for
     steps: int = 0
     draft_hits: int = 0
     draft_misses: int = 0
 
+    @property
+    def draft_hit_rate(self) -> float:
+        """Drafts of the scaling pass that were kept, of those that cost a row."""
+        return self.draft_hits / max(1, self.draft_hits + self.draft_misses)
 
-def run_engine(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int, **sampling: Any) -> EngineRun:
-    """All prompts at once, greedy unless told otherwise, never stopping early; until the engine is idle."""
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """After the first token; for runs of one request."""
+        [tokens] = self.tokens.values()
+        return (len(tokens) - 1) / (self.seconds - self.first_token_seconds)
+
+
+def run_engine(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    request: Mapping[str, Any] = _NOTHING,
+    **sampling: Any,
+) -> EngineRun:
+    """All prompts at once, greedy unless told otherwise, never stopping early; until the engine is idle.
+
+    `request` are further fields of each Request.
+    """
     params = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **sampling})
     run = EngineRun(0.0)
     started = time.perf_counter()
     for number, prompt in enumerate(prompts):
-        run.tokens[str(number)] = []
-        engine.add(Request(str(number), list(prompt), params))
+        run.tokens[str(number)], run.scalings[str(number)] = [], b""
+        engine.add(Request(str(number), list(prompt), params, **request))
     while engine.has_work():
         step = engine.step()
         run.steps += 1
         run.draft_hits += step.stats.draft_hits
         run.draft_misses += step.stats.draft_misses
         for output in step.outputs:
+            if output.tokens and not run.first_token_seconds:
+                run.first_token_seconds = time.perf_counter() - started
             run.tokens[output.request_id] += [token.id for token in output.tokens]
+            if output.gate is not None and output.gate.full is not None:
+                run.scalings[output.request_id] += output.gate.full
     run.seconds = time.perf_counter() - started
     return run
 
@@ -107,6 +158,33 @@ def print_row(row: dict[str, Any]) -> None:
     print("  ".join(f"{name} {rounded(value)}" for name, value in row.items()), flush=True)
 
 
-def emit(result: dict[str, Any]) -> None:
-    """The last line of stdout: one JSON document."""
-    print(json.dumps(rounded({**result, "environment": environment()})))
+@dataclass(frozen=True)
+class Bar:
+    """What a benchmark must show, and what it showed."""
+
+    what: str
+    sign: str  # ">=", "<=" or "=="
+    limit: float | bool
+    measured: float | bool
+
+    @property
+    def met(self) -> bool:
+        """Whether it did."""
+        return _COMPARE[self.sign](self.measured, self.limit)
+
+
+_COMPARE = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
+
+
+def print_bars(bars: Sequence[Bar]) -> None:
+    """A table for a person."""
+    for bar in bars:
+        wanted = f"{bar.sign} {bar.limit}"
+        print(f"{bar.what:<74} {wanted:>9}  {rounded(bar.measured, 3)!s:>7}  {'met' if bar.met else 'MISSED'}")
+
+
+def emit(result: dict[str, Any], bars: Sequence[Bar] = ()) -> None:
+    """The bars, and the last line of stdout: one JSON document."""
+    print_bars(bars)
+    shown = [{**asdict(bar), "met": bar.met} for bar in bars]
+    print(json.dumps(rounded({**result, "bars": shown, "environment": environment()})), flush=True)

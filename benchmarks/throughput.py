@@ -1,12 +1,13 @@
 """Concurrent requests through HTTP against the engine alone and against transformers' static batch of the plain base.
 
-    python -m benchmarks.throughput [--model DIR] [--concurrency 1 4 16 32] [--tokens 128] [--repeats 3]
+    python -m benchmarks.throughput [--model DIR] [--concurrency 1 4 16 32] [--tokens 128] [--repeats 3] [--eager-only]
 
     scaling        aggregate tokens/s through HTTP at 16 over that at 1
     http_cost      1 - tokens/s through HTTP and streaming / tokens/s of the engine in-process, per concurrency
     vs_base_batch  tokens/s through HTTP at 16 over `generate` of the plain base on one static batch of 16
 
-The client runs on the same cores as the server. Time to first token and the gaps between tokens are the client's.
+A server as it is by default, but that no prompt is found in the prefix cache, and one with --compile. The client runs
+on the same cores as the server. Time to first token and the gaps between tokens are the client's.
 """
 
 from __future__ import annotations
@@ -20,11 +21,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import DEMO, emit, percentiles, print_row, prompt_tokens, run_engine
+from benchmarks.common import DEMO, Bar, emit, make_engine, percentiles, print_row, prompt_tokens, run_engine
 from benchmarks.http_client import Streamed, stream_generate
 from service.engine.engine import Engine
-from service.engine.loader import load_engine
-from service.engine.options import EngineOptions
 from tests.server_process import server
 
 
@@ -37,9 +36,12 @@ async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float
 
 
 def measure(
-    port: int, engine: Engine, base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
+    mode: str, port: int, engine: Engine, base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """One row: HTTP, the bare engine and the plain base take turns; the fastest of each counts."""
+    """One row: HTTP, the bare engine and the plain base take turns; the fastest of each counts.
+
+    Raises RuntimeError where the server has found a prompt in its prefix cache.
+    """
     http, bare, plain, answers = [], [], [], []
     for _ in range(repeats):
         seconds, streamed = asyncio.run(burst(port, prompts, tokens))
@@ -47,8 +49,11 @@ def measure(
         answers += streamed
         bare.append(run_engine(engine, prompts, tokens).seconds)
         plain.append(base.seconds(prompts, tokens))
+    if any(answer.usage["cached_tokens"] for answer in answers):
+        raise RuntimeError("prompts were found in the prefix cache")
     total = len(prompts) * tokens
     row = {
+        "engine": mode,
         "concurrency": len(prompts),
         "http_tokens_per_second": total / min(http),
         "engine_tokens_per_second": total / min(bare),
@@ -84,6 +89,35 @@ class BaseBatch:
         return time.perf_counter() - started
 
 
+def run_mode(mode: str, args: argparse.Namespace, base: BaseBatch, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """The rows of one server, eager or compiled."""
+    compiled, drafted = mode == "compiled", args.speculative_tokens
+    engine = make_engine(args.model, compiled=compiled, threads=args.threads, speculative_tokens=drafted)
+    flags = ["--model", str(args.model), "--dtype", "float32", "--no-prefix-cache"]
+    flags += ["--speculative-tokens", str(drafted)]
+    flags += ["--threads", str(args.threads)] if args.threads else []
+    flags += ["--compile"] if compiled else []  # the engine above has left the compiled step in the cache
+    with server(*flags) as running:
+        measure(mode, running.port, engine, base, prompts, 16, 1)  # warm-up of all three
+        return [
+            measure(mode, running.port, engine, base, prompts[:number], args.tokens, args.repeats)
+            for number in args.concurrency
+        ]
+
+
+def bars_of(mode: str, rows: list[dict[str, Any]]) -> list[Bar]:
+    """What one server's rows must show."""
+    by = {row["concurrency"]: row for row in rows}
+    if not {1, 16} <= set(by):
+        return []
+    scaling = by[16]["http_tokens_per_second"] / by[1]["http_tokens_per_second"]
+    return [
+        Bar(f"{mode}: 16 requests over one, tokens/s through HTTP", ">=", 5.0, scaling),
+        Bar(f"{mode}: 16 requests over the plain base's static batch", ">=", 0.5, by[16]["vs_base_batch"]),
+        Bar(f"{mode}: share of the engine's tokens/s that HTTP costs at 16", "<=", 0.15, by[16]["http_cost"]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO)
@@ -93,24 +127,17 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=None, help="torch threads on every side; default: the server's own"
     )
+    parser.add_argument("--speculative-tokens", type=int, default=8, help="of the server; its default is 8")
+    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
-    flags = ["--model", str(args.model), "--dtype", "float32"]
-    flags += ["--threads", str(args.threads)] if args.threads else []
-    engine = load_engine(EngineOptions(str(args.model), dtype="float32", threads=args.threads))
     base = BaseBatch(args.model)
     prompts = [prompt_tokens(args.model, 64, seed=number) for number in range(max(args.concurrency))]
-    with server(*flags) as running:
-        measure(running.port, engine, base, prompts, 16, 1)  # warm-up of all three
-        rows = [
-            measure(running.port, engine, base, prompts[:number], args.tokens, args.repeats)
-            for number in args.concurrency
-        ]
-    by = {row["concurrency"]: row for row in rows}
-    result: dict[str, Any] = {"benchmark": "throughput", "rows": rows}
-    if 1 in by and 16 in by:
-        result["scaling"] = by[16]["http_tokens_per_second"] / by[1]["http_tokens_per_second"]
-        result["vs_base_batch"] = by[16]["vs_base_batch"]
-    emit(result)
+    rows, bars = [], []
+    for mode in ["eager"] if args.eager_only else ["eager", "compiled"]:
+        own = run_mode(mode, args, base, prompts)
+        rows += own
+        bars += bars_of(mode, own)
+    emit({"benchmark": "throughput", "threads": torch.get_num_threads(), "rows": rows}, bars)
 
 
 if __name__ == "__main__":

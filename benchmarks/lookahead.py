@@ -1,0 +1,117 @@
+"""What the lookahead scaling pass brings: one engine with it against one without, one request at a time, greedy.
+
+    python -m benchmarks.lookahead [--model DIR] [--prompts 8] [--tokens 128] [--repeats 3] [--eager-only]
+
+a is measured without cache and without the engine: transformers' own base and PEFT's X-LoRA read the text that X-LoRA
+has written, once each, and a is the share of tokens on which their best guesses agree. A row per prompt and engine.
+
+    speedup    tokens/s with lookahead over without; the bar is on the prompts with a >= 0.7, together
+    excess     forwards per token - (2 - a)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
+from service.engine.engine import Engine
+from tests.oracle import PeftOracle
+
+_PROMPT = 64
+_LIKELY = 0.7  # the a from which on the bar holds
+
+
+class Agreement:
+    """The two models, without any cache."""
+
+    def __init__(self, model: Path) -> None:
+        self._oracle = PeftOracle(model)
+        self._base = AutoModelForCausalLM.from_pretrained(model / "base", dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def of(self, prompt: list[int], tokens: list[int]) -> tuple[float, bool]:
+        """a over the tokens that could be drafted (all but the last, after which nothing comes), and whether
+        X-LoRA's best guesses are these tokens.
+        """
+        text = torch.tensor([prompt + tokens[:-1]])
+        first = len(prompt) - 1
+        base = self._base(text).logits[0, first:].argmax(-1)  # [tokens], each guessed from all before it
+        xlora = self._oracle.logits(text[0].tolist())[first:].argmax(-1)
+        agreeing = (base[:-1] == xlora[:-1]).float().mean()
+        return float(agreeing), xlora.tolist() == tokens
+
+
+def compare(
+    engines: dict[bool, Engine], agreement: Agreement, name: str, prompt: list[int], tokens: int, repeats: int
+) -> dict[str, Any]:
+    """One row: with and without take turns, medians count."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    texts: set[tuple[int, ...]] = set()
+    steps = {}
+    for _ in range(repeats):
+        for lookahead, engine in engines.items():
+            run = run_engine(engine, [prompt], tokens)
+            seconds[lookahead].append(run.seconds)
+            steps[lookahead] = run.steps
+            texts.add(tuple(run.tokens["0"]))
+    text = list(texts.pop())
+    a, guessed = agreement.of(prompt, text)
+    row = {
+        "engine": name,
+        "a": a,
+        "forwards_per_token": steps[True] / tokens,
+        "excess": steps[True] / tokens - (2 - a),
+        "without": steps[False] / tokens,
+        "tokens_per_second": tokens / median(seconds[True]),
+        "speedup": median(seconds[False]) / median(seconds[True]),
+        "tokens_equal": guessed and not texts,
+    }
+    print_row(row)
+    return row
+
+
+def bars_of(rows: list[dict[str, Any]], name: str) -> list[Bar]:
+    """What one engine's rows must show."""
+    likely = [row for row in rows if row["a"] >= _LIKELY]
+    bars = [Bar(f"{name}: forwards per token - (2 - a), largest", "<=", 0.02, max(row["excess"] for row in rows))]
+    if likely:
+        seconds = [1 / row["tokens_per_second"] for row in likely]  # per token
+        without = [row["speedup"] / row["tokens_per_second"] for row in likely]
+        bars.append(Bar(f"{name}: with lookahead over without, a >= 0.7", ">=", 1.35, sum(without) / sum(seconds)))
+    return [*bars, Bar(f"{name}: tokens equal", "==", True, all(row["tokens_equal"] for row in rows))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None, help="torch threads; default: the engine's")
+    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
+    args = parser.parse_args()
+    agreement = Agreement(args.model)
+    rows: list[dict[str, Any]] = []
+    bars: list[Bar] = []
+    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
+        engines = {
+            lookahead: make_engine(args.model, compiled=name == "compiled", threads=args.threads, lookahead=lookahead)
+            for lookahead in (True, False)
+        }
+        for engine in engines.values():
+            run_engine(engine, [prompt_tokens(args.model, _PROMPT)], 16)
+        prompts = [prompt_tokens(args.model, _PROMPT, seed) for seed in range(args.prompts)]
+        own = [compare(engines, agreement, name, prompt, args.tokens, args.repeats) for prompt in prompts]
+        rows += own
+        bars += bars_of(own, name)
+    emit({"benchmark": "lookahead", "threads": torch.get_num_threads(), "rows": rows}, bars)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""X-LoRA against the plain base model in the same engine, and that base against transformers' own decode loop.
+
+    python -m benchmarks.vs_base [--model DIR] [--tokens 128] [--repeats 3] [--eager-only] [--no-large]
+
+The base is the same engine on the same weights without gate, experts and scaling stream: the floor. Every figure is the
+rate of decoding, tokens after the first per second after the first; medians count, and all sides take turns.
+
+    demo    X-LoRA and the base, eager and compiled, and a greedy loop over transformers' model with its StaticCache.
+            `steered` is the base as a request gets it from X-LoRA's engine: no scaling stream, experts times zero
+    large   a random model of 246 million parameters with 4 experts of rank 8 on every linear, made on the fly; tokens
+            follow a script and drafts are forced to agree or to miss. bf16 and fp32, one thread and two
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, wait_compiled
+from benchmarks.forced import BASE_REQUEST, script, use_plain_base
+from service.engine.engine import Engine
+from service.engine.loader import build_engine, load_checkpoint_and_model
+from service.engine.options import EngineOptions
+from tests.bundles import ALL_TARGETS, make_bundle
+
+Side = Callable[[], tuple[float, list[int]]]  # one run: decoded tokens/s, and all tokens
+_PROMPT = 64
+_LARGE_PROMPT = 16
+
+
+def take_turns(sides: dict[str, Side], repeats: int) -> tuple[dict[str, float], dict[str, list[int]]]:
+    """Median tokens/s and the tokens of each side."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    tokens: dict[str, list[int]] = {}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            rate, tokens[name] = side()
+            rates[name].append(rate)
+    return {name: median(own) for name, own in rates.items()}, tokens
+
+
+def engine_side(engine: Engine, prompt: list[int], tokens: int, *, is_base: bool = False) -> Side:
+    """Decoding one request."""
+
+    def run() -> tuple[float, list[int]]:
+        done = run_engine(engine, [prompt], tokens, BASE_REQUEST if is_base else {})
+        return done.decode_tokens_per_second, done.tokens["0"]
+
+    return run
+
+
+def static_cache_side(model: Path, prompt: list[int], tokens: int) -> Side:
+    """transformers' own decoding: a greedy loop over the model's forward with a StaticCache, eager."""
+    base = AutoModelForCausalLM.from_pretrained(model / "base", dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run() -> tuple[float, list[int]]:
+        cache = StaticCache(config=base.config, max_cache_len=len(prompt) + tokens)
+        logits = base(input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits
+        written = [int(logits[0, -1].argmax())]
+        started = time.perf_counter()
+        for position in range(len(prompt), len(prompt) + tokens - 1):
+            logits = base(
+                input_ids=torch.tensor([written[-1:]]), position_ids=torch.tensor([[position]]), past_key_values=cache
+            ).logits
+            written.append(int(logits[0, -1].argmax()))
+        return (tokens - 1) / (time.perf_counter() - started), written
+
+    return run
+
+
+def demo(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """A row per engine, eager and compiled, and the bars."""
+    prompt = prompt_tokens(args.model, _PROMPT)
+    options = EngineOptions(
+        str(args.model), dtype="float32", threads=args.threads, prefix_cache=False, speculative_tokens=0
+    )
+    sides: dict[str, Side] = {}
+    modes = ["eager"] if args.eager_only else ["eager", "compiled"]
+    for mode in modes:
+        own = replace(options, compile=mode == "compiled")
+        model, checkpoint = load_checkpoint_and_model(own)
+        xlora, base = build_engine(model, checkpoint, own), build_engine(model, checkpoint, options)
+        wait_compiled(xlora)
+        use_plain_base(base, own)
+        sides[f"xlora {mode}"] = engine_side(xlora, prompt, args.tokens)
+        sides[f"base {mode}"] = engine_side(base, prompt, args.tokens, is_base=True)
+        sides[f"steered {mode}"] = engine_side(xlora, prompt, args.tokens, is_base=True)
+    sides["transformers"] = static_cache_side(args.model, prompt, args.tokens)
+    take_turns(sides, 1)  # warms up
+    rates, tokens = take_turns(sides, args.repeats)
+    rows, bars = [], []
+    for mode in modes:
+        xlora_rate, base_rate = rates[f"xlora {mode}"], rates[f"base {mode}"]
+        row = {
+            "engine": mode,
+            "xlora_tokens_per_second": xlora_rate,
+            "base_tokens_per_second": base_rate,
+            "transformers_tokens_per_second": rates["transformers"],
+            "xlora_over_base": xlora_rate / base_rate,
+            "steered_over_base": rates[f"steered {mode}"] / base_rate,
+            "base_over_transformers": base_rate / rates["transformers"],
+        }
+        print_row(row)
+        rows.append(row)
+        bars.append(Bar(f"demo, {mode}: X-LoRA over base", ">=", 0.65, row["xlora_over_base"]))
+    over = rates["base eager"] / rates["transformers"]
+    bars.append(Bar("demo, eager: base over transformers' static cache", ">=", 0.9, over))
+    bases = [tokens[name] for name in sides if name.startswith(("base", "steered"))]
+    bars.append(
+        Bar("demo: base tokens equal to transformers'", "==", True, all(own == tokens["transformers"] for own in bases))
+    )
+    return rows, bars
+
+
+def large_bundle(path: Path, *, hidden: int, layers: int) -> Path:
+    """A random Llama with 4 experts of rank 8 on every linear; 246 million parameters at 1024 wide and 16 layers."""
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": max(1, hidden // 256), "head_dim": 64}
+    return make_bundle(
+        path,
+        hidden=hidden,
+        layers=layers,
+        experts=("a", "b", "c", "d"),
+        ranks=8,
+        alphas=16,
+        targets=list(ALL_TARGETS),
+        vocab=32000,
+        base_config={"intermediate_size": hidden * 11 // 4, **heads},
+        xlora={"layerwise_scalings": True},
+    )
+
+
+def large(
+    bundle: Path, dtype: str, threads: list[int], tokens: int, repeats: int
+) -> tuple[list[dict[str, Any]], list[Bar]]:
+    """A row and two bars per number of threads."""
+    options = EngineOptions(
+        str(bundle), dtype=dtype, max_model_len=512, max_num_seqs=1, prefix_cache=False, speculative_tokens=0
+    )
+    model, checkpoint = load_checkpoint_and_model(options)
+    engines = {name: build_engine(model, checkpoint, options) for name in ("base", "agree", "miss")}
+    for name, engine in engines.items():
+        script(engine, drafts_agree=name == "agree")
+    use_plain_base(engines["base"], options)
+    prompt = list(range(100, 100 + _LARGE_PROMPT))
+    rows, bars = [], []
+    for count in threads:
+        torch.set_num_threads(count)
+        sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
+        for engine in engines.values():
+            run_engine(engine, [prompt], 2)  # warms up
+        rates, _ = take_turns(sides, repeats)
+        row = {
+            "dtype": dtype,
+            "threads": count,
+            "base_tokens_per_second": rates["base"],
+            **{f"{name}_over_base": rates[name] / rates["base"] for name in ("agree", "miss")},
+        }
+        print_row(row)
+        rows.append(row)
+        for name, limit in (("agree", 0.85), ("miss", 0.45)):
+            what = f"large, {dtype}, {count} thread{'s'[: count - 1]}: X-LoRA over base, drafts {name}"
+            bars.append(Bar(what, ">=", limit, row[f"{name}_over_base"]))
+    return rows, bars
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None, help="torch threads for the demo; default: the engine's")
+    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
+    parser.add_argument("--no-large", action="store_true", help="the demo alone")
+    parser.add_argument("--large-tokens", type=int, default=32)
+    parser.add_argument("--large-hidden", type=int, default=1024)
+    parser.add_argument("--large-layers", type=int, default=16)
+    parser.add_argument("--large-threads", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    rows, bars = demo(args)
+    large_rows: list[dict[str, Any]] = []
+    if not args.no_large:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = large_bundle(Path(folder) / "large", hidden=args.large_hidden, layers=args.large_layers)
+            for dtype in ("bfloat16", "float32"):
+                more, more_bars = large(bundle, dtype, args.large_threads, args.large_tokens, args.repeats)
+                large_rows += more
+                bars += more_bars
+    emit({"benchmark": "vs_base", "demo": rows, "large": large_rows}, bars)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""Benchmarks run torch."""
+
+from tests.torch_fixtures import one_thread, seeded  # noqa: F401  # fixtures

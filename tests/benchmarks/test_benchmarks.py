@@ -1,0 +1,173 @@
+"""The benchmarks run at tiny sizes, and what they force and measure is what they say. No timing is judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import common, suite, vs_mistralrs
+from benchmarks.common import DEMO, Bar, make_engine, run_engine
+from benchmarks.forced import BASE_REQUEST, script, use_plain_base
+from benchmarks.lookahead import Agreement
+from service.engine.options import EngineOptions
+from tests.bundles import make_bundle
+from tests.oracle import PeftOracle
+
+ROOT = Path(__file__).parents[2]
+PROMPT = list(range(20, 52))
+TINY = {
+    "vs_peft": ["--lengths", "4", "--repeats", "1", "--eager-only"],
+    "lookahead": ["--prompts", "1", "--tokens", "8", "--repeats", "1", "--eager-only"],
+    "vs_base": ["--tokens", "4", "--repeats", "1", "--eager-only", "--large-hidden", "256", "--large-layers", "1",
+                "--large-tokens", "3", "--large-threads", "1"],
+    "speculation": ["--repeats", "1", "--eager-only"],
+    "prefix_cache": ["--prefix-tokens", "200", "--repeats", "1"],
+    "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1", "--eager-only"],
+    "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1", "--eager-only"],
+    "batch_invariance": ["--requests", "2", "--tokens", "8"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bench") / "tiny", xlora={"layerwise_scalings": True})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_runs(name, monkeypatch, capfd):
+    """Every benchmark, through the suite as `make bench` runs it: its own line, then the table and the suite's line."""
+    monkeypatch.setattr(sys, "argv", ["suite", name, "--", *TINY[name]])
+    with pytest.raises(SystemExit) as end:
+        suite.main()
+    lines = capfd.readouterr().out.splitlines()
+    assert end.value.code == 0
+    document = json.loads(lines[-1])["documents"][name]
+    assert document["benchmark"] == name
+    for bar in document["bars"]:
+        assert any(line.startswith(f"{name}: {bar['what']}") for line in lines)
+        assert bar["measured"] is True or bar["sign"] != "==", f"{bar['what']}: {bar['measured']}"
+
+
+def test_a_benchmark_that_fails_fails_the_suite(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["suite", "context", "--", "--no-such-flag"])
+    with pytest.raises(SystemExit) as end:
+        suite.main()
+    assert end.value.code == 1
+    assert "failed to run: context" in capfd.readouterr().out
+
+
+def test_make_bench_passes_names_and_flags():
+    done = subprocess.run(
+        ["make", "-n", "bench", "BENCH=context", "ARGS=--tokens 4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "-m benchmarks.suite context -- --tokens 4" in done.stdout
+
+
+def test_every_benchmark_of_make_bench_exists():
+    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("BENCH ")]
+    names = line.split("?=")[1].split()
+    assert names
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("bar", "met"),
+    [
+        (Bar("", ">=", 2.0, 2.0), True),
+        (Bar("", ">=", 2.0, 1.9), False),
+        (Bar("", "<=", 2.0, 2.1), False),
+        (Bar("", "==", True, False), False),
+        (Bar("", "==", True, True), True),
+    ],
+)
+def test_bar(bar, met):
+    assert bar.met is met
+
+
+def test_plain_base_writes_what_the_base_writes(bundle):
+    """... in one forward per token, and not what X-LoRA writes."""
+    base = AutoModelForCausalLM.from_pretrained(bundle / "base", dtype=torch.float32).eval()
+    ids = torch.tensor([PROMPT])
+    written = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False,
+                            eos_token_id=None, pad_token_id=0)[0, len(PROMPT) :].tolist()  # fmt: skip
+    engine = make_engine(bundle)
+    xlora = run_engine(engine, [PROMPT], 12).tokens["0"]
+    use_plain_base(engine, EngineOptions(str(bundle)))
+    run = run_engine(engine, [PROMPT], 12, BASE_REQUEST)
+    assert run.tokens["0"] == written != xlora
+    assert run.steps == 12
+    assert not engine._runner.model.gate.active
+
+
+@pytest.mark.parametrize(("agree", "steps"), [(True, 2 + 15), (False, 2 + 2 * 15)])
+def test_script_forces_drafts(bundle, agree, steps):
+    """Two forwards to the first token, then one per token where drafts agree and two where they miss."""
+    engine = make_engine(bundle)
+    script(engine, drafts_agree=agree)
+    run = run_engine(engine, [PROMPT], 16)
+    assert run.steps == steps
+    assert run.draft_hit_rate == agree
+    assert len(set(run.tokens["0"])) == 16
+
+
+def test_agreement_predicts_the_forwards(bundle):
+    """a, measured on whole texts by transformers and PEFT, is what the engine's steps come to: 2 + (N - 1)(2 - a)."""
+    engine = make_engine(bundle)
+    engine._scheduler.row_cost = 0.0  # drafts always
+    run = run_engine(engine, [PROMPT], 32)
+    a, guessed = Agreement(bundle).of(PROMPT, run.tokens["0"])
+    assert guessed
+    assert 0 < a < 1
+    assert run.steps == round(2 + 31 * (2 - a))
+
+
+def test_deficit_finds_a_wrong_token(bundle):
+    oracle = PeftOracle(bundle)
+    tokens, _ = oracle.greedy(PROMPT, 6)
+    assert vs_mistralrs.deficit(oracle, PROMPT, tokens) == 0
+    tokens[3] = (tokens[3] + 1) % 300
+    assert vs_mistralrs.deficit(oracle, PROMPT, tokens) > 0
+
+
+def test_mistralrs_layout_has_every_weight(tmp_path):
+    """The converted files name the same tensors; tokens that have text, the end's among them, are never written."""
+    bundle = vs_mistralrs.mistral_bundle(tmp_path / "bundle")
+    paths = vs_mistralrs.convert(bundle, tmp_path)
+    ordering = json.loads(Path(paths["ordering"]).read_text())
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    assert list(ordering["layers"]) == manifest["sites"]
+    for name, expert in zip(ordering["order"], manifest["experts"], strict=True):
+        ours = bundle / expert["path"] / "adapter_model.safetensors"
+        assert (Path(paths["experts"]) / f"{name}.safetensors").read_bytes() == ours.read_bytes()
+    config = json.loads((Path(paths["experts"]) / "xlora_config.json").read_text())
+    assert config["adapters"] == ordering["order"]
+    assert config["base_model_id"] == paths["base"]
+    tokens = run_engine(make_engine(bundle), [PROMPT], 24).tokens["0"]
+    assert min(tokens) > 300
+    assert vs_mistralrs.token_ids("".join(f"<[{token}]>" for token in tokens)) == tokens
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_no_compiler_is_an_error(bundle, tmp_path, monkeypatch):
+    """A row that says "compiled" was compiled: where that fails, the benchmark does."""
+    monkeypatch.setattr("service.engine.compilation._WORKER", "service.no_such_module")
+    with pytest.raises(RuntimeError, match="could not be compiled"):
+        make_engine(bundle, compiled=True, compile_cache=str(tmp_path))
+
+
+def test_prompts_differ_by_seed_only():
+    assert common.prompt_tokens(DEMO, 64) == common.prompt_tokens(DEMO, 64)
+    assert common.prompt_tokens(DEMO, 64) != common.prompt_tokens(DEMO, 64, seed=1)
+    assert len(common.prompt_tokens(DEMO, 700)) == 700
