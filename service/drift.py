@@ -51,7 +51,7 @@ class Window:
 
     def total(self) -> Counts:
         """[bins]."""
-        return np.sum(self._blocks, axis=0, dtype=np.int64)
+        return np.array(self._blocks).sum(axis=0)
 
 
 class GateDrift:

@@ -1,6 +1,6 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves (they may import the first two)
+    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves (free to import drift, errors)
 
 Knows the layers and the few named exceptions below; knows nothing about what the modules do. Every rule is also run on
 a synthetic tree that breaks it.
