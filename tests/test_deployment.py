@@ -1,4 +1,4 @@
-"""What lies in docker/: Prometheus' rules, Grafana's dashboard and the compose files, against the code and each other."""
+"""Prometheus' rules, Grafana's dashboard and the compose files of docker/, against the code and each other."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from prometheus_client import CollectorRegistry
-from prometheus_client.registry import Collector
 
 from service.metrics import Metrics
-from service.settings import Settings
 
 DOCKER = Path(__file__).parents[1] / "docker"
 PROMETHEUS = DOCKER / "prometheus"
@@ -40,8 +37,8 @@ def promtool_finds_nothing(promtool: str, *arguments: str | Path) -> None:
 def known_series() -> set[str]:
     """Every series that a scrape of the service or a recording rule can bring."""
     registry = CollectorRegistry()
-    described: list[Collector] = [collector for collector in Metrics(registry).registry._collector_to_names]
-    names = {name for collector in described for name in registry._collector_to_names[collector]}
+    Metrics(registry)
+    names = {name for given in registry._collector_to_names.values() for name in given}
     names |= {f"{name}_{part}" for name in names for part in ("bucket", "sum", "count")}
     return names | {"up"} | {rule["record"] for rule in rules() if "record" in rule}
 
@@ -92,7 +89,6 @@ def panels(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def test_dashboard_reads_series_that_exist():
     for panel in panels(json.loads(DASHBOARD.read_text())):
         for target in panel.get("targets", ()):
-            assert series_in(target["expr"]), (panel["title"], target)
             assert series_in(target["expr"]) <= known_series(), (panel["title"], target)
 
 

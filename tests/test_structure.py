@@ -1,6 +1,8 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves (free to import drift, errors)
+    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
+
+Leaves may import drift and errors.
 
 Knows the layers and the few named exceptions below; knows nothing about what the modules do. Every rule is also run on
 a synthetic tree that breaks it.
