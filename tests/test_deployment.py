@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
 from service.metrics import Metrics
+from service.settings import Settings
 
 DOCKER = Path(__file__).parents[1] / "docker"
 PROMETHEUS = DOCKER / "prometheus"
@@ -117,3 +120,94 @@ def test_dashboard_shows_every_metric_of_the_service():
     registry = Metrics(CollectorRegistry()).registry
     families = [family.name for collector in registry._collector_to_names for family in collector.describe()]
     assert [name for name in families if name not in text] == []
+
+
+class ComposeLoader(yaml.SafeLoader):
+    """YAML with Compose's own tags: `!reset` takes out what an earlier file has given."""
+
+
+ComposeLoader.add_constructor("!reset", lambda loader, node: None)
+
+
+def compose(name: str) -> dict[str, Any]:
+    loaded = yaml.load((DOCKER / name).read_text("utf-8"), ComposeLoader)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_containers_are_locked_down_limited_and_health_checked():
+    overlay = compose("compose.replicas.yaml")["services"]["proxy"]
+    for name, container in {**compose("compose.yaml")["services"], "proxy": overlay}.items():
+        assert container["read_only"] is True, name
+        assert container["cap_drop"] == ["ALL"], name
+        assert container["security_opt"] == ["no-new-privileges:true"], name
+        assert set(container["deploy"]["resources"]["limits"]) == {"cpus", "memory"}, name
+        assert container["healthcheck"]["test"][0] == "CMD", name
+        assert all(port.startswith("127.0.0.1:") for port in container.get("ports", ())), name
+        assert not container.get("privileged"), name
+        user = container.get("user", "10001:10001")  # the Dockerfile's, where compose does not say
+        assert int(user.split(":")[0]) > 0, name
+    assert "USER 10001:10001" in (DOCKER.parent / "Dockerfile").read_text()
+
+
+def test_start_waits_for_health_and_images_are_pinned():
+    services = compose("compose.yaml")["services"]
+    proxy = compose("compose.replicas.yaml")["services"]["proxy"]
+    for name, needed in (("prometheus", "xlora"), ("grafana", "prometheus")):
+        assert services[name]["depends_on"] == {needed: {"condition": "service_healthy"}}
+    assert proxy["depends_on"] == {"xlora": {"condition": "service_healthy"}}
+    for container in (services["prometheus"], services["grafana"], proxy):
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*", container["image"])
+
+
+def test_the_service_has_time_to_drain():
+    container = compose("compose.yaml")["services"]["xlora"]
+    flag, seconds = container["command"][1:]
+    assert flag == "--drain-seconds"
+    default = re.fullmatch(r"\$\{DRAIN_SECONDS:-(\d+)\}", seconds)
+    assert default is not None
+    assert int(default[1]) + 5 <= int(container["stop_grace_period"].removesuffix("s"))
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml", "compose.keys.yaml", "compose.replicas.yaml"])
+def test_variables_are_settings_and_what_is_named_exists(name):
+    """An XLORA_ variable that is no setting would keep the service from starting; a missing mount becomes a directory."""
+    whole = compose(name)
+    for container in whole["services"].values():
+        for variable in container.get("environment", {}):
+            if variable.startswith("XLORA_"):
+                assert variable.removeprefix("XLORA_").lower() in Settings.model_fields
+        for volume in container.get("volumes", ()):
+            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+            assert (DOCKER / source).exists() if source.startswith(".") else source in whole["volumes"]
+        for secret in container.get("secrets", ()):
+            assert secret in whole["secrets"]
+
+
+def test_env_example_lists_every_variable_with_its_default():
+    files = [path.read_text() for path in DOCKER.glob("compose*.yaml")]
+    used = dict(found for text in files for found in re.findall(r"\$\{(\w+):-([^}]*)\}", text))
+    lines = (DOCKER / ".env.example").read_text().splitlines()
+    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == used
+
+
+def test_secrets_are_not_in_the_repository_or_the_image():
+    assert {"/docker/.env", "/docker/secrets/"} <= set((DOCKER.parent / ".gitignore").read_text().splitlines())
+    assert "!docker" not in (DOCKER.parent / ".dockerignore").read_text()
+
+
+def test_the_service_is_scraped_where_it_listens():
+    target = load(PROMETHEUS / "prometheus.yml")["scrape_configs"][0]["dns_sd_configs"][0]
+    assert target["names"] == ["xlora"]
+    assert compose("compose.yaml")["services"]["xlora"]["ports"][0].endswith(f":{target['port']}")
+
+
+def test_caddyfile_is_valid_and_does_not_buffer():
+    path = DOCKER / "caddy/Caddyfile"
+    assert re.search(r"^\s*flush_interval -1$", path.read_text(), re.M)
+    caddy = shutil.which("caddy")
+    if caddy is None:
+        pytest.skip("caddy is not installed (Debian: apt-get install caddy)")
+    command = [caddy, "validate", "--adapter", "caddyfile", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
