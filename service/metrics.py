@@ -5,15 +5,19 @@ Names start with xlora_, units are base units, labels have few values (experts, 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from service.drift import DISTRIBUTIONS, PHASES, GateDrift, ProfileError
 
 if TYPE_CHECKING:
     from service.engine.request import EngineInfo, GateStats, StepStats
@@ -23,7 +27,8 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0
 _STEP_SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ENTROPY_NATS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 _RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 21))
-_PHASES = ("prompt", "generated")
+
+logger = logging.getLogger("xlora.metrics")
 
 
 class ArrayHistogram(Collector):
@@ -64,6 +69,7 @@ class Metrics:
         self.running = 0  # of the last step, for /health
         self.waiting = 0
         self._experts: list[str] = []
+        self._drift: GateDrift | None = None  # None: the bundle has no profile
         self._create_gate()
         self._create_requests()
         self._create_engine()
@@ -71,7 +77,7 @@ class Metrics:
     def _create_gate(self) -> None:
         def histogram(name: str, documentation: str, bounds: Sequence[float]) -> ArrayHistogram:
             created = ArrayHistogram(name, documentation, "phase", bounds)
-            for phase in _PHASES:
+            for phase in PHASES:
                 created.observe(phase, np.empty(0))
             self.registry.register(created)
             return created
@@ -89,6 +95,11 @@ class Metrics:
         )
         self._top1 = self._counter(
             "expert_top1_tokens", "Positions at which this expert has the largest share.", "expert"
+        )
+        self._psi = self._gauge(
+            "gate_drift_psi",
+            "Population stability index of recent positions against the bundle's gate profile; NaN: too few positions.",
+            "distribution",
         )
 
     def _create_requests(self) -> None:
@@ -142,6 +153,8 @@ class Metrics:
         for name in self._experts:
             self._weight.labels(name)
             self._top1.labels(name)
+        if info.gate_profile is not None:
+            self._create_drift(info.gate_profile)
 
     def observe_step(self, stats: StepStats) -> None:
         """Everything one step of the engine has to report; a report without rows was no step."""
@@ -157,6 +170,8 @@ class Metrics:
         self._set_load(stats.requests_running, stats.requests_waiting)
         self._kv_used.set(stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0)
         self._observe_gate(stats.gate)
+        if self._drift is not None:
+            self._drift.observe(stats.gate)
 
     def observe_cache(self, cached_tokens: int, prompt_tokens: int) -> None:
         """How much of one request's prompt was found in the prefix cache."""
@@ -167,6 +182,15 @@ class Metrics:
         """The scrape output, in Prometheus' text format."""
         return generate_latest(self.registry)
 
+    def _create_drift(self, profile: Mapping[str, Any]) -> None:
+        try:
+            drift = self._drift = GateDrift(profile, self._experts)
+        except ProfileError as error:
+            logger.warning("no drift metrics: the bundle's gate_profile cannot be used: %s", error)
+            return
+        for distribution in DISTRIBUTIONS:
+            self._psi.labels(distribution).set_function(partial(drift.index, distribution))
+
     def _set_load(self, running: int, waiting: int) -> None:
         self.running, self.waiting = running, waiting
         self._running.set(running)
@@ -174,7 +198,7 @@ class Metrics:
 
     def _observe_gate(self, gate: GateStats) -> None:
         maximum = math.log(len(self._experts)) if len(self._experts) > 1 else math.inf  # the ratio is 0 for one expert
-        for phase, raw in zip(_PHASES, (gate.prompt_entropy, gate.generated_entropy), strict=True):
+        for phase, raw in zip(PHASES, (gate.prompt_entropy, gate.generated_entropy), strict=True):
             if raw:
                 entropy = np.frombuffer(raw, np.float32)
                 self._entropy.observe(phase, entropy)

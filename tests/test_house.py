@@ -1,9 +1,8 @@
-"""The files around the code agree with each other: pins, image, Prometheus."""
+"""The files around the code agree with each other: pins and image. For docker/ see test_deployment.py."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -50,9 +49,3 @@ def test_image_has_the_pinned_torch_and_the_version():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f'ARG TORCH="torch=={_pins("constraints.txt")["torch"]}"' in dockerfile
     assert f"ARG VERSION={service.__version__}\n" in dockerfile
-
-
-def test_prometheus_configuration(promtool):
-    path = ROOT / "docker/prometheus/prometheus.yml"
-    done = subprocess.run([promtool, "check", "config", path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.drift import GateDrift
 from service.engine.request import GateStats, StepStats
 from service.metrics import ArrayHistogram, Metrics
-from tests.fake_engine import fake_info, write_bundle
+from tests.fake_engine import EXPERTS, fake_info, write_bundle
 
 
 @pytest.fixture
@@ -77,6 +82,114 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
     assert value(metrics, "xlora_step_seconds_count") == 1
 
 
+EDGES = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def profile_of(ratios: np.ndarray, top1: list[float]) -> dict[str, Any]:
+    """A gate profile in the shape that the demo's builder writes; the shares of the phases are each other's reverse."""
+    counts = np.histogram(ratios, EDGES)[0].tolist()
+    entropy = {"mean": float(ratios.mean()), "edges": EDGES, "counts": counts}
+    return {
+        "phases": {
+            phase: {"entropy_ratio": entropy, "top1_share": dict(zip(EXPERTS, shares, strict=True))}
+            for phase, shares in (("prompt", top1), ("generated", top1[::-1]))
+        }
+    }
+
+
+def with_profile(tmp_path: Path, profile: dict[str, Any]) -> Metrics:
+    metrics = Metrics(CollectorRegistry())
+    metrics.describe_engine(replace(fake_info(write_bundle(tmp_path)), gate_profile=profile))
+    return metrics
+
+
+def gate_of(prompt: np.ndarray, generated: np.ndarray, top1: list[int]) -> StepStats:
+    nats = [(ratios * math.log(3)).astype(np.float32).tobytes() for ratios in (prompt, generated)]
+    return StepStats(gate=GateStats(nats[0], nats[1], [float(count) for count in top1], top1))
+
+
+def psi(actual: np.ndarray, expected: np.ndarray) -> float:
+    a, e = (np.maximum(one / one.sum(), 1e-4) for one in (actual, expected))
+    return float(np.sum((a - e) * np.log(a / e)))
+
+
+def test_drift_is_the_stability_index_of_the_recent_positions(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    reference = random.beta(1, 3, 20_000)
+    metrics = with_profile(tmp_path, profile_of(reference, [0.5, 0.3, 0.2]))
+    drift = partial(value, metrics, "xlora_gate_drift_psi")
+    assert all(math.isnan(drift(distribution=name) or 0) for name in ("prompt_entropy", "generated_entropy", "top1"))
+
+    same, other = random.beta(1, 3, 2000), random.beta(3, 1, 1000)
+    # As the reference has it: 2000 prompt positions of [.5, .3, .2] and 1000 generated ones of [.2, .3, .5].
+    for part in range(10):
+        chunk = slice(part * 200, part * 200 + 200)
+        metrics.observe_step(gate_of(same[chunk], other[part * 100 : part * 100 + 100], [120, 90, 90]))
+    histogram = [np.histogram(ratios, EDGES)[0] for ratios in (reference, same, other)]
+    assert drift(distribution="prompt_entropy") == pytest.approx(psi(histogram[1], histogram[0]), abs=1e-6)
+    assert drift(distribution="prompt_entropy") < 0.02
+    assert drift(distribution="generated_entropy") == pytest.approx(psi(histogram[2], histogram[0]), abs=1e-6)
+    assert drift(distribution="generated_entropy") > 1
+    assert drift(distribution="top1") == pytest.approx(0, abs=1e-9)
+
+    collapsed = np.zeros(1024)
+    for _ in range(9):  # a window full of one expert: nothing of the earlier traffic is left
+        metrics.observe_step(gate_of(collapsed, np.empty(0), [1024, 0, 0]))
+    assert drift(distribution="prompt_entropy") == pytest.approx(psi(np.array([1, 0, 0, 0]), histogram[0]))
+    assert drift(distribution="top1") == pytest.approx(psi(np.array([1, 0, 0]), np.array([0.5, 0.3, 0.2])))
+
+
+def test_positions_without_a_gate_and_entropies_over_the_maximum_do_not_break_drift(tmp_path: Path) -> None:
+    metrics = with_profile(tmp_path, profile_of(np.full(10, 0.9), [0.5, 0.3, 0.2]))
+    metrics.observe_step(gate_of(np.array([1.0001, math.nan] * 600), np.empty(0), [300, 180, 120]))
+    assert value(metrics, "xlora_gate_drift_psi", distribution="prompt_entropy") == pytest.approx(0)
+    assert value(metrics, "xlora_gate_drift_psi", distribution="top1") == pytest.approx(0)
+
+
+def test_a_bundle_without_a_profile_has_no_drift(metrics: Metrics) -> None:
+    metrics.observe_step(gate_of(np.full(600, 0.5), np.empty(0), [600, 0, 0]))
+    assert b"xlora_gate_drift_psi{" not in metrics.render()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"phases": {"prompt": {}}}, "phases.generated is missing"),
+        ({"entropy": 0.5}, "phases is missing"),
+        ({"counts": [1, 2]}, "one count fewer"),
+        ({"counts": [0, 0, 0, 0]}, "not all 0"),
+        ({"edges": [0, 0.5, 0.25, 0.75, 1]}, "rising edges"),
+        ({"counts": ["many"]}, "list of numbers"),
+        ({"top1_share": {"math": 1}}, "top1_share.code is missing"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_named_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], said: str
+) -> None:
+    profile = profile_of(np.full(10, 0.9), [0.5, 0.3, 0.2])
+    if changed.keys() & {"counts", "edges"}:
+        profile["phases"]["generated"]["entropy_ratio"] |= changed
+    elif "top1_share" in changed:
+        profile["phases"]["generated"] |= changed
+    else:
+        profile = changed
+    metrics = with_profile(tmp_path, profile)
+    assert said in caplog.text
+    assert b"xlora_gate_drift_psi{" not in metrics.render()
+
+
+def test_the_demos_own_profile_does_not_drift_from_itself() -> None:
+    manifest = json.loads((Path(__file__).parents[1] / "model_store/demo/bundle.json").read_text())
+    drift = GateDrift(manifest["gate_profile"], [expert["name"] for expert in manifest["experts"]])
+    profile = manifest["gate_profile"]["phases"]["generated"]
+    ratios = np.repeat(np.arange(20) / 20 + 0.025, np.array(profile["entropy_ratio"]["counts"]) // 10)
+    top1 = [round(len(ratios) * share) for share in profile["top1_share"].values()]
+    drift.observe(GateStats(generated_entropy=(ratios * math.log(4)).astype(np.float32).tobytes(), top1=top1))
+    assert drift.index("generated_entropy") < 1e-3
+    assert drift.index("top1") < 1e-6
+    assert math.isnan(drift.index("prompt_entropy"))
+
+
 def test_every_name_of_the_design_is_there(metrics: Metrics) -> None:
     metrics.requests.labels("/generate", "ok").inc()
     families = {family.name for family in text_string_to_metric_families(metrics.render().decode())}
@@ -85,7 +198,7 @@ def test_every_name_of_the_design_is_there(metrics: Metrics) -> None:
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_latency_seconds"),
         *("queue_time_seconds", "step_seconds", "rows", "lookahead_drafts", "prompt_tokens", "generated_tokens"),
         *("requests", "requests_running", "requests_waiting", "kv_blocks_used_ratio", "prefix_cache_tokens"),
-        *("speculated_tokens", "preemptions"),
+        *("speculated_tokens", "preemptions", "gate_drift_psi"),
     ]
     assert {f"xlora_{name}" for name in expected} <= families
 

@@ -1,0 +1,213 @@
+"""Prometheus' rules, Grafana's dashboard and the compose files of docker/, against the code and each other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from service.metrics import Metrics
+from service.settings import Settings
+
+DOCKER = Path(__file__).parents[1] / "docker"
+PROMETHEUS = DOCKER / "prometheus"
+RULES = sorted(PROMETHEUS.glob("rules/*.yml"))
+UNIT_TESTS = PROMETHEUS / "tests/rules_test.yml"
+DASHBOARD = DOCKER / "grafana/dashboards/xlora.json"
+
+
+def load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text("utf-8"))
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for path in RULES for group in load(path)["groups"] for rule in group["rules"]]
+
+
+def promtool_finds_nothing(promtool: str, *arguments: str | Path) -> None:
+    done = subprocess.run([promtool, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def known_series() -> set[str]:
+    """Every series that a scrape of the service or a recording rule can bring."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    names = {name for given in registry._collector_to_names.values() for name in given}
+    names |= {f"{name}_{part}" for name in names for part in ("bucket", "sum", "count")}
+    return names | {"up"} | {rule["record"] for rule in rules() if "record" in rule}
+
+
+def series_in(expression: str) -> set[str]:
+    return set(re.findall(r"(?:\w+:)?xlora_\w+(?::\w+)?", re.sub(r"\{[^}]*\}", "", expression)))
+
+
+def test_prometheus_configuration(promtool):
+    promtool_finds_nothing(promtool, "check", "config", "--lint-fatal", PROMETHEUS / "prometheus.yml")
+
+
+def test_rules_are_well_formed(promtool):
+    promtool_finds_nothing(promtool, "check", "rules", "--lint-fatal", *RULES)
+
+
+def test_rules_record_and_fire_as_their_unit_tests_say(promtool):
+    promtool_finds_nothing(promtool, "test", "rules", UNIT_TESTS)
+
+
+def test_every_alert_has_a_unit_test_in_which_it_fires():
+    tested = {
+        case["alertname"]
+        for test in load(UNIT_TESTS)["tests"]
+        for case in test.get("alert_rule_test", ())
+        if case.get("exp_alerts")
+    }
+    assert {rule["alert"] for rule in rules() if "alert" in rule} == tested
+
+
+def test_rules_read_series_that_exist():
+    for rule in rules():
+        assert series_in(rule["expr"]) <= known_series(), rule
+
+
+def test_the_two_configurations_differ_in_the_key_only():
+    plain, keyed = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.keys.yml")
+    assert keyed["scrape_configs"][0].pop("authorization") == {"credentials_file": "/run/secrets/xlora_admin_key"}
+    assert plain == keyed
+
+
+def panels(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for panel in node.get("panels", ()):
+        yield panel
+        yield from panels(panel)
+
+
+def test_dashboard_reads_series_that_exist():
+    for panel in panels(json.loads(DASHBOARD.read_text())):
+        for target in panel.get("targets", ()):
+            assert series_in(target["expr"]) <= known_series(), (panel["title"], target)
+
+
+def test_dashboard_uses_the_provisioned_data_source_and_panels_do_not_overlap():
+    source = load(DOCKER / "grafana/provisioning/datasources/prometheus.yml")["datasources"][0]
+    dashboard = json.loads(DASHBOARD.read_text())
+    taken: set[tuple[int, int]] = set()
+    assert [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"] == [
+        *("Overview", "Latency", "Gate", "Engine")
+    ]
+    ids = [panel["id"] for panel in panels(dashboard)]
+    assert len(set(ids)) == len(ids)
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["datasource"] == {"type": source["type"], "uid": source["uid"]}
+            assert panel["description"], panel["title"]
+
+
+def test_dashboard_shows_every_metric_of_the_service():
+    text = DASHBOARD.read_text() + "".join(rule["expr"] for rule in rules() if "record" in rule)
+    registry = Metrics(CollectorRegistry()).registry
+    families = [family.name for collector in registry._collector_to_names for family in collector.describe()]
+    assert [name for name in families if name not in text] == []
+
+
+class ComposeLoader(yaml.SafeLoader):
+    """YAML with Compose's own tags: `!reset` takes out what an earlier file has given."""
+
+
+ComposeLoader.add_constructor("!reset", lambda loader, node: None)
+
+
+def compose(name: str) -> dict[str, Any]:
+    loaded = yaml.load((DOCKER / name).read_text("utf-8"), ComposeLoader)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_containers_are_locked_down_limited_and_health_checked():
+    overlay = compose("compose.replicas.yaml")["services"]["proxy"]
+    for name, container in {**compose("compose.yaml")["services"], "proxy": overlay}.items():
+        assert container["read_only"] is True, name
+        assert container["cap_drop"] == ["ALL"], name
+        assert container["security_opt"] == ["no-new-privileges:true"], name
+        assert set(container["deploy"]["resources"]["limits"]) == {"cpus", "memory"}, name
+        assert container["healthcheck"]["test"][0] == "CMD", name
+        assert all(port.startswith("127.0.0.1:") for port in container.get("ports", ())), name
+        assert not container.get("privileged"), name
+        user = container.get("user", "10001:10001")  # the Dockerfile's, where compose does not say
+        assert int(user.split(":")[0]) > 0, name
+    assert "USER 10001:10001" in (DOCKER.parent / "Dockerfile").read_text()
+
+
+def test_start_waits_for_health_and_images_are_pinned():
+    services = compose("compose.yaml")["services"]
+    proxy = compose("compose.replicas.yaml")["services"]["proxy"]
+    for name, needed in (("prometheus", "xlora"), ("grafana", "prometheus")):
+        assert services[name]["depends_on"] == {needed: {"condition": "service_healthy"}}
+    assert proxy["depends_on"] == {"xlora": {"condition": "service_healthy"}}
+    for container in (services["prometheus"], services["grafana"], proxy):
+        assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*", container["image"])
+
+
+def test_the_service_has_time_to_drain():
+    container = compose("compose.yaml")["services"]["xlora"]
+    flag, seconds = container["command"][1:]
+    assert flag == "--drain-seconds"
+    default = re.fullmatch(r"\$\{DRAIN_SECONDS:-(\d+)\}", seconds)
+    assert default is not None
+    assert int(default[1]) + 5 <= int(container["stop_grace_period"].removesuffix("s"))
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml", "compose.keys.yaml", "compose.replicas.yaml"])
+def test_variables_are_settings_and_what_is_named_exists(name):
+    """An XLORA_ variable that is no setting would keep the service from starting; a missing file would be a directory."""
+    whole = compose(name)
+    for container in whole["services"].values():
+        for variable in container.get("environment", {}):
+            if variable.startswith("XLORA_"):
+                assert variable.removeprefix("XLORA_").lower() in Settings.model_fields
+        for volume in container.get("volumes", ()):
+            source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
+            assert (DOCKER / source).exists() if source.startswith(".") else source in whole["volumes"]
+        for secret in container.get("secrets", ()):
+            assert secret in whole["secrets"]
+
+
+def test_env_example_lists_every_variable_with_its_default():
+    files = [path.read_text() for path in DOCKER.glob("compose*.yaml")]
+    used = dict(found for text in files for found in re.findall(r"\$\{(\w+):-([^}]*)\}", text))
+    lines = (DOCKER / ".env.example").read_text().splitlines()
+    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == used
+
+
+def test_secrets_are_not_in_the_repository_or_the_image():
+    assert {"/docker/.env", "/docker/secrets/"} <= set((DOCKER.parent / ".gitignore").read_text().splitlines())
+    assert "!docker" not in (DOCKER.parent / ".dockerignore").read_text()
+
+
+def test_the_service_is_scraped_where_it_listens():
+    target = load(PROMETHEUS / "prometheus.yml")["scrape_configs"][0]["dns_sd_configs"][0]
+    assert target["names"] == ["xlora"]
+    assert compose("compose.yaml")["services"]["xlora"]["ports"][0].endswith(f":{target['port']}")
+
+
+def test_caddyfile_is_valid_and_does_not_buffer():
+    path = DOCKER / "caddy/Caddyfile"
+    assert re.search(r"^\s*flush_interval -1$", path.read_text(), re.M)
+    caddy = shutil.which("caddy")
+    if caddy is None:
+        pytest.skip("caddy is not installed (Debian: apt-get install caddy)")
+    command = [caddy, "validate", "--adapter", "caddyfile", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
