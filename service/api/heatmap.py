@@ -155,7 +155,7 @@ def _colours(share: float) -> tuple[str, str]:
     """Fill and ink of a cell at a share 0 to 1 of the range."""
     place = min(max(share, 0.0), 1.0) * (len(_VIRIDIS) - 1)
     red, green, blue = (round(float(np.interp(place, range(len(_VIRIDIS)), channel))) for channel in _VIRIDIS.T)
-    return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if share < 0.55 else "#000000"
+    return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if share < 0.43 else "#000000"
 
 
 def _range(weights: FloatArray) -> tuple[float, float]:
