@@ -88,16 +88,60 @@ class GenerateAnswer(BaseModel):
     usage: Usage
 
 
-class ScalingsAnswer(BaseModel):
-    """The answer of POST /scalings."""
+class ScalingsGroups(BaseModel):
+    """The gate by site, layer or module type: means over the selected positions and the group's selected sites."""
+
+    granularity: str
+    experts: list[str]
+    names: list[str] = Field(
+        description="A layer is named by its prefix (model.layers.0); a site outside any layer by itself."
+    )
+    mean: list[list[float]] = Field(description="[E] per group.")
+    entropy: list[float | None] = Field(description="Nats per group; null where every row is all-zero.")
+    top1: list[list[float]] = Field(description="[E] per group: share of the positions at which the expert leads.")
+
+
+class GateSummary(BaseModel):
+    """One text in a few numbers, over the selected positions and sites."""
+
+    totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
+    top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
+    entropy: float | None = Field(description="Nats, mean over the positions; null where every row is all-zero.")
+
+
+class TextScalings(GateSummary):
+    """One text of several."""
+
+    tokens: list[TokenText]
+    scalings: Scalings | None = Field(None, description="With granularity token.")
+    groups: ScalingsGroups | None = Field(None, description="With any other granularity.")
+    shares: dict[str, float | None] = Field(
+        description="Mean over the positions of |w| / sum |w|, w a position's mean weights; divergence is of these."
+    )
+
+
+class ScalingsAnswer(GateSummary):
+    """The answer of POST /scalings to one text."""
 
     id: str
     model: str
     tokens: list[TokenText]
-    scalings: Scalings
-    totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
-    top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
+    scalings: Scalings | None = Field(None, description="With granularity token.")
+    groups: ScalingsGroups | None = Field(None, description="With any other granularity.")
     usage: dict[str, int]
+
+
+class ScalingsBatchAnswer(BaseModel):
+    """The answer of POST /scalings to a list of texts, in its order."""
+
+    id: str
+    model: str
+    texts: list[TextScalings]
+    divergence: list[list[float | None]] = Field(
+        description="[texts, texts]: Jensen-Shannon divergence of two texts' shares over all experts, in nats: 0 where "
+        "they are equal, ln 2 where no expert acts in both; null where every row of one text is all-zero."
+    )
+    usage: dict[str, int] = Field(description="Sums over the texts.")
 
 
 class TokenizeAnswer(BaseModel):

@@ -63,7 +63,19 @@ SCALINGS_BODIES: Any = {
         "summary": "Every site, as a float16 array",
         "value": {"prompt": "12 + 30", "return_scalings": "full", "scalings_dtype": "float16"},
     },
+    "sites": {
+        "summary": "Two positions by module type, as a table",
+        "value": {
+            "prompt": "12 + 30",
+            "granularity": "module_type",
+            "select": {"start": 1, "stop": 3},
+            "format": "csv",
+        },
+    },
+    "map": {"summary": "A heat map of tokens and experts", "value": {"prompt": "12 + 30", "format": "svg"}},
+    "divergence": {"summary": "How differently two texts are read", "value": {"prompt": ["12 + 30", "def add("]}},
 }
+SCALINGS_CSV = "text,module_type,math,code,entropy_nats\r\n0,q_proj,0.93,0.07,0.21\r\n"
 SCALINGS_ANSWER: dict[str, Any] = {
     "id": "scal-0a1b2c3d",
     "model": "demo",
@@ -71,6 +83,7 @@ SCALINGS_ANSWER: dict[str, Any] = {
     "scalings": {**_SCALINGS, "start": 0},
     "totals": {"math": 0.94, "code": 0.06},
     "top1": {"math": 1.0, "code": 0.0},
+    "entropy": 0.19,
     "usage": {"prompt_tokens": 2, "forward_passes": 1, "scaling_rows": 2},
 }
 TOKENIZE_BODIES: Any = {"text": {"summary": "A text", "value": {"text": "12 + 30 ="}}}

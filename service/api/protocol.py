@@ -20,6 +20,8 @@ MAX_STOP_CHARACTERS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
+MAX_TEXTS = 64  # of one POST /scalings
+MAX_SELECTED = 16_384  # names or numbers in one list of Select
 DEFAULT_MAX_TOKENS = 128
 
 _INT32 = 2**31 - 1
@@ -33,6 +35,18 @@ def _prompt(value: object) -> object:
     if isinstance(value, list) and all(type(item) is int for item in value):
         return value
     raise ValueError("must be a string or a list of token ids")
+
+
+def _texts(value: object) -> object:
+    """One message for a union of four types."""
+    if isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value)):
+        return value
+    if isinstance(value, list) and len(value) <= MAX_TEXTS:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(item, list) and all(type(id) is int for id in item) for item in value):
+            return value
+    raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_TEXTS} of either kind")
 
 
 def _stops(value: object) -> object:
@@ -66,6 +80,12 @@ _PROMPT_SCHEMA = {
         {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
     ]
 }
+_TEXTS_SCHEMA = {
+    "anyOf": [
+        *_PROMPT_SCHEMA["anyOf"],
+        *({"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS} for one in _PROMPT_SCHEMA["anyOf"]),
+    ]
+}
 _STOP_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
@@ -90,9 +110,14 @@ _BIAS_SCHEMA = {
 }
 
 Prompt = Annotated[str | list[int], BeforeValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+Texts = Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_texts), WithJsonSchema(_TEXTS_SCHEMA)]
 Stops = Annotated[list[str] | None, BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
 LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
+Position = Annotated[int, Field(ge=0, le=_INT32)]
+Names = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=512)]], Field(min_length=1, max_length=MAX_SELECTED)
+]
 Float = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -185,14 +210,77 @@ class GenerateBody(SamplingFields, XLoraFields):
     )
 
 
+class Select(Body):
+    """A part of the rows [positions, sites, experts]. Order and repetition in its lists change nothing."""
+
+    start: Position | None = Field(None, description="First position; 0 when absent.")
+    stop: Position | None = Field(
+        None, description="The position after the last; the end of the text when absent or beyond it."
+    )
+    sites: Names | None = Field(None, description="Names of /info; a site must satisfy all three lists that are there.")
+    layers: Annotated[list[Position], Field(min_length=1, max_length=MAX_SELECTED)] | None = Field(
+        None, description="Decoder layers: the first number in a site's name."
+    )
+    module_types: Names | None = Field(None, description="Last parts of sites' names, as q_proj.")
+    experts: Names | None = Field(
+        None, description="The columns shown. Entropy, leads and divergence still see every expert."
+    )
+
+    @model_validator(mode="after")
+    def _some_position(self) -> Select:
+        if self.stop is not None and self.stop <= (self.start or 0):
+            raise ValueError("stop must be greater than start")
+        return self
+
+
 class ScalingsBody(Body):
     """POST /scalings."""
 
-    prompt: Prompt = Field(description="Text, or token ids.")
-    return_scalings: Literal["mean", "full"] | None = Field(None, description="mean when absent.")
-    scalings_dtype: Literal["float32", "float16"] | None = Field(
-        None, description='Type of the array that "full" returns; float32 when absent.'
+    prompt: Texts = Field(description="Text, or token ids; or a list of either, answered as `texts`.")
+    return_scalings: Literal["mean", "full"] | None = Field(
+        None,
+        description='mean when absent; "full" adds every site, and needs granularity token and format json or npy.',
     )
+    scalings_dtype: Literal["float32", "float16"] | None = Field(
+        None, description='Type of the array that "full" or format npy returns; float32 when absent.'
+    )
+    granularity: Literal["token", "site", "layer", "module_type"] | None = Field(
+        None,
+        description="One row of weights per position (mean over the sites; when absent), or per site, decoder layer or "
+        "module type (mean over the positions and the group's sites).",
+    )
+    select: Select | None = Field(None, description="A part of the positions, sites and experts; all when absent.")
+    format: Literal["json", "npy", "csv", "png", "svg"] | None = Field(
+        None,
+        description="json when absent. npy: the rows [rows, experts], or [positions, sites, experts] with "
+        '"full". csv: the rows with names and entropy. svg, png: a heat map of the rows; png needs matplotlib on the '
+        "server. npy, svg and png take one text.",
+    )
+
+    @property
+    def texts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or several."""
+        if self.is_batch:
+            return self.prompt  # type: ignore[return-value]
+        return [self.prompt]  # type: ignore[return-value]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the prompt is a list of prompts."""
+        return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ScalingsBody:
+        full = self.return_scalings == "full"
+        if full and (self.granularity or "token") != "token":
+            raise ValueError('return_scalings "full" needs granularity "token"')
+        if full and (self.format or "json") not in ("json", "npy"):
+            raise ValueError('return_scalings "full" needs format "json" or "npy"')
+        if self.scalings_dtype is not None and not full and self.format != "npy":
+            raise ValueError('scalings_dtype needs return_scalings "full" or format "npy"')
+        if self.is_batch and self.format in ("npy", "png", "svg"):
+            raise ValueError(f'prompt must be one text, not a list of texts, for format "{self.format}"')
+        return self
 
 
 class TokenizeBody(Body):

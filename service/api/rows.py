@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,16 @@ class Rows:
 class RowFormat:
     """Turns the engine's bytes into Rows, and Rows into the `scalings` object."""
 
-    def __init__(self, info: EngineInfo, dtype: str | None = None) -> None:
-        self._experts = [expert["name"] for expert in info.experts]
-        self._sites = info.sites
+    def __init__(
+        self,
+        info: EngineInfo,
+        dtype: str | None = None,
+        sites: Sequence[str] | None = None,
+        experts: Sequence[str] | None = None,
+    ) -> None:
+        """`sites` and `experts` name what the documented rows have, where that is not everything."""
+        self._experts = [expert["name"] for expert in info.experts] if experts is None else experts
+        self._sites = info.sites if sites is None else sites
         self._dtype = np.dtype(dtype or "float32")
 
     def parse(self, gate: GateRows) -> Rows:
@@ -109,8 +117,13 @@ def join(parts: list[Rows]) -> Rows | None:
     )
 
 
-def encode_npy(array: npt.NDArray[Any]) -> str:
-    """base64 of the array as a .npy file."""
+def npy(array: npt.NDArray[Any]) -> bytes:
+    """The array as a .npy file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def encode_npy(array: npt.NDArray[Any]) -> str:
+    """base64 of the array as a .npy file."""
+    return base64.b64encode(npy(array)).decode()

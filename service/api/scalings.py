@@ -1,8 +1,16 @@
-"""POST /scalings: the scaling pass alone over a text, to look at the gate without generating."""
+"""POST /scalings: the scaling pass alone over texts, to look at the gate without generating.
+
+What is looked at, and in what grouping, is gate_view.py; pictures are heatmap.py.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,30 +18,45 @@ import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api.answers import ScalingsAnswer
+from service.api import heatmap
+from service.api.answers import ScalingsAnswer, ScalingsBatchAnswer
 from service.api.errors import GENERATION_ERRORS, documented
-from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES
+from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
+from service.api.gate_view import View, divergence, over_sites, shares, summarise
 from service.api.protocol import ScalingsBody
 from service.api.record import RequestRecord, record_of
-from service.api.rows import RowFormat, Rows, join
+from service.api.rows import FloatArray, RowFormat, Rows, join, npy
 from service.api.run import CLIENT_CLOSED_REQUEST
 from service.api.sse import ClientGoneError, until_disconnect
 from service.api.state import Service, new_id, service_of
 from service.engine.client import Client
-from service.engine.request import Request, SequenceUsage
-from service.errors import InternalError
+from service.engine.request import EngineInfo, Request, SequenceUsage
+from service.errors import InternalError, InvalidRequestError
+
+MAX_WEIGHTS = 1 << 26  # float32 numbers that the rows of one call may have
 
 router = APIRouter(tags=["generation"])
+
+_MEDIA_TYPES = {
+    "json": "application/json",
+    "npy": "application/octet-stream",
+    "csv": "text/csv; charset=utf-8",
+    "png": "image/png",
+    "svg": "image/svg+xml",
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_CONTENT = {
+    "application/json": {"example": SCALINGS_ANSWER},
+    "text/csv": {"schema": {"type": "string"}, "example": SCALINGS_CSV},
+    **dict.fromkeys(("application/octet-stream", "image/png", "image/svg+xml"), _BINARY),
+}
 
 
 @router.post(
     "/scalings",
-    summary="The gate's weights over a text",
-    response_model=ScalingsAnswer,
-    responses={
-        200: {"content": {"application/json": {"example": SCALINGS_ANSWER}}},
-        **documented(*GENERATION_ERRORS),
-    },
+    summary="The gate's weights over a text, or over several",
+    response_model=ScalingsAnswer | ScalingsBatchAnswer,
+    responses={200: {"content": _CONTENT}, **documented(*GENERATION_ERRORS)},
 )
 async def scalings(
     http_request: HttpRequest,
@@ -47,61 +70,217 @@ async def scalings(
     except ClientGoneError:
         record.outcome = "cancelled"
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(content, media_type="application/json")
+    return Response(content, media_type=_MEDIA_TYPES[body.format or "json"])
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text and the rows of its selected positions, over the selected sites, of all experts."""
+
+    ids: list[int]  # of the selected positions
+    pieces: list[str]
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What one text looks like at the asked granularity: one row per token or group, one column per expert."""
+
+    names: list[str]
+    mean: FloatArray  # [rows, E]
+    entropy: list[float | None]
+    top1: list[list[float]]  # [rows, E]; of groups only
 
 
 async def answer(body: ScalingsBody, service: Service, record: RequestRecord) -> bytes:
-    """The whole answer as JSON."""
-    ids = await service.codec.prompt_ids(body.prompt)
-    request = Request(new_id("scal"), ids, None, body.return_scalings or "mean", 0)
-    format = RowFormat(service.info, body.scalings_dtype)
-    record.model, record.response_id, record.prompt_tokens = service.info.model, request.id, len(ids)
+    """The whole answer in the asked format. Raises InvalidRequestError before anything is computed."""
+    prompts = [await service.codec.prompt_ids(prompt) for prompt in body.texts]
+    view = View.of(body, service.info)
+    positions = [view.positions(len(ids)) for ids in prompts]
+    _check_sizes(body, view, positions, service.info)
+    id, kind = new_id("scal"), "full" if view.needs_sites else "mean"
+    requests = [
+        Request(f"{id}-{number}" if number else id, ids[: span.stop], None, kind, span.start)  # type: ignore[arg-type]
+        for number, (ids, span) in enumerate(zip(prompts, positions, strict=True))
+    ]
+    tokens = sum(len(request.prompt_token_ids) for request in requests)
+    record.model, record.response_id, record.prompt_tokens = service.info.model, id, tokens
+    format = RowFormat(service.info)
     now = asyncio.get_running_loop().time()
-    with service.admission.admit([request], now):
-        rows, usage = await scaling_rows(service.client, request, format, now + service.settings.request_timeout)
-    record.queue_seconds = usage.queue_seconds
-    service.metrics.prompt_tokens.inc(len(ids))
-    experts = [expert["name"] for expert in service.info.experts]
-    pieces = service.codec.pieces(ids)
-    document = {
-        "id": request.id,
-        "model": service.info.model,
-        "tokens": [{"id": id, "text": text} for id, text in zip(ids, pieces, strict=True)],
-        "scalings": format.document(rows, 0),
-        "usage": {
-            "prompt_tokens": len(ids),
-            "forward_passes": usage.forward_passes,
-            "scaling_rows": usage.scaling_rows,
-        },
-        **summary(rows, experts),
+    with service.admission.admit(requests, now):
+        found = await scaling_rows(service.client, requests, format, now + service.settings.request_timeout)
+    usages = [usage for _, usage in found]
+    record.queue_seconds = min(usage.queue_seconds for usage in usages)
+    service.metrics.prompt_tokens.inc(tokens)
+    usage = {
+        "prompt_tokens": tokens,
+        "forward_passes": sum(usage.forward_passes for usage in usages),
+        "scaling_rows": sum(usage.scaling_rows for usage in usages),
     }
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def rendered() -> bytes:
+        texts = []
+        for request, (rows, _) in zip(requests, found, strict=True):
+            ids = request.prompt_token_ids
+            start = request.scalings_start or 0
+            texts.append(Text(ids[start:], service.codec.pieces(ids)[start:], view.seen(rows)))
+        return Renderer(body, view, service.info).render(texts, {"id": id, "model": service.info.model}, usage)
+
+    return await asyncio.to_thread(rendered)
 
 
 async def scaling_rows(
-    client: Client, request: Request, format: RowFormat, deadline: float | None = None
-) -> tuple[Rows, SequenceUsage]:
-    """Runs the scaling pass and returns one row per position. Raises TimedOutError at the deadline."""
-    parts: list[Rows] = []
-    usage = SequenceUsage()
-    async with client.submit(request, deadline=deadline) as outputs:
+    client: Client, requests: Sequence[Request], format: RowFormat, deadline: float | None = None
+) -> list[tuple[Rows, SequenceUsage]]:
+    """Runs the scaling passes; one row per position from each request's `scalings_start` on (0 when None).
+
+    Raises TimedOutError at the deadline.
+    """
+    parts: dict[str, list[Rows]] = {request.id: [] for request in requests}
+    usages = {request.id: SequenceUsage() for request in requests}
+    async with client.submit(*requests, deadline=deadline) as outputs:
         async for output in outputs:
             if output.finish_reason == "error":
                 raise InternalError(output.error or "the engine could not go on with this request")
             if output.gate is not None:
-                parts.append(format.parse(output.gate))
-            usage = output.usage or usage
-    rows = join(parts)
-    if rows is None or len(rows.mean) != len(request.prompt_token_ids):
-        raise InternalError("the engine did not return a gate row for every position")
-    return rows, usage
+                parts[output.request_id].append(format.parse(output.gate))
+            usages[output.request_id] = output.usage or usages[output.request_id]
+    found = []
+    for request in requests:
+        rows = join(parts[request.id])
+        if rows is None or len(rows.mean) != len(request.prompt_token_ids) - (request.scalings_start or 0):
+            raise InternalError("the engine did not return a gate row for every position")
+        found.append((rows, usages[request.id]))
+    return found
 
 
-def summary(rows: Rows, experts: list[str]) -> dict[str, Any]:
-    """Each expert's mean weight, and the share of positions at which it leads."""
-    totals = rows.mean.mean(axis=0, dtype=np.float64).tolist()
-    leads = np.bincount(rows.mean.argmax(axis=1), minlength=len(experts)) / len(rows.mean)
-    return {
-        "totals": dict(zip(experts, totals, strict=True)),
-        "top1": dict(zip(experts, leads.tolist(), strict=True)),
-    }
+class Renderer:
+    """Turns texts with their rows into the answer's bytes. It takes time: not for the event loop."""
+
+    def __init__(self, body: ScalingsBody, view: View, info: EngineInfo) -> None:
+        self._body = body
+        self._view = view
+        self._format = RowFormat(info, body.scalings_dtype, view.site_names, view.expert_names)
+
+    def render(self, texts: Sequence[Text], head: dict[str, Any], usage: dict[str, int]) -> bytes:
+        """`head` and `usage` are of the JSON document."""
+        match self._body.format:
+            case None | "json":
+                document = head | self._document(texts) | {"usage": usage}
+                return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+            case "npy":
+                return self._npy(texts[0])
+            case "csv":
+                return self._csv(texts)
+            case kind:
+                return self._image(texts[0], kind, head["model"])
+
+    def _document(self, texts: Sequence[Text]) -> dict[str, Any]:
+        if not self._body.is_batch:
+            return self._one(texts[0])
+        found = [shares(text.rows) for text in texts]
+        return {
+            "texts": [
+                self._one(text) | {"shares": self._by_expert([_finite(share) for share in one])}
+                for text, one in zip(texts, found, strict=True)
+            ],
+            "divergence": [[_finite(divergence(p, q)) for q in found] for p in found],
+        }
+
+    def _one(self, text: Text) -> dict[str, Any]:
+        summary = summarise(text.rows)
+        return {
+            "tokens": [{"id": id, "text": piece} for id, piece in zip(text.ids, text.pieces, strict=True)],
+            **self._rows(text),
+            "totals": self._by_expert(summary.mean.tolist()),
+            "top1": self._by_expert(summary.top1.tolist()),
+            "entropy": _finite(summary.entropy),
+        }
+
+    def _rows(self, text: Text) -> dict[str, Any]:
+        """`scalings` or `groups`."""
+        view = self._view
+        if view.granularity == "token":
+            return {"scalings": self._format.document(view.columns(text.rows), text.rows.start)}
+        table = self._table(text)
+        return {
+            "groups": {
+                "granularity": view.granularity,
+                "experts": view.expert_names,
+                "names": table.names,
+                "mean": table.mean,
+                "entropy": table.entropy,
+                "top1": table.top1,
+            }
+        }
+
+    def _by_expert(self, values: Sequence[float | None]) -> dict[str, float | None]:
+        """Values of all experts -> those of the selected, by name."""
+        return {name: values[index] for name, index in zip(self._view.expert_names, self._view.experts, strict=True)}
+
+    def _table(self, text: Text) -> Table:
+        view, rows = self._view, text.rows
+        if view.granularity == "token":
+            mean = np.ascontiguousarray(rows.mean[:, view.experts])
+            return Table(text.pieces, mean, [_finite(value) for value in rows.entropy.tolist()], [])
+        groups = view.groups()
+        found = [summarise(over_sites(rows, sites)) for sites in groups.values()]
+        return Table(
+            list(groups),
+            np.stack([summary.mean[view.experts] for summary in found]).astype(np.float32),
+            [_finite(summary.entropy) for summary in found],
+            [summary.top1[view.experts].tolist() for summary in found],
+        )
+
+    def _npy(self, text: Text) -> bytes:
+        rows = self._view.columns(text.rows)
+        array = self._table(text).mean if rows.full is None else rows.full
+        return npy(array.astype(self._body.scalings_dtype or "float32"))
+
+    def _csv(self, texts: Sequence[Text]) -> bytes:
+        view = self._view
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer)
+        names = ["position", "token_id", "token"] if view.granularity == "token" else [view.granularity]
+        writer.writerow(["text", *names, *view.expert_names, "entropy_nats"])
+        for number, text in enumerate(texts):
+            table = self._table(text)
+            for row, (name, weights, entropy) in enumerate(zip(table.names, table.mean, table.entropy, strict=True)):
+                where = [text.rows.start + row, text.ids[row]] if view.granularity == "token" else []
+                values = [f"{weight:.9g}" for weight in weights.tolist()]
+                writer.writerow([number, *where, name, *values, "" if entropy is None else f"{entropy:.9g}"])
+        return buffer.getvalue().encode()
+
+    def _image(self, text: Text, kind: str, model: str) -> bytes:
+        view, table = self._view, self._table(text)
+        labels = table.names
+        if view.granularity == "token":
+            labels = [f"{text.rows.start + row}│{piece}" for row, piece in enumerate(table.names)]
+        last = text.rows.end - 1
+        what = "token" if view.granularity == "token" else view.granularity.replace("_", " ")
+        title = f"{model}: weight by {what}, positions {text.rows.start} to {last}"
+        draw = heatmap.svg if kind == "svg" else heatmap.png
+        return draw(title, labels, view.expert_names, table.mean)
+
+
+def _check_sizes(body: ScalingsBody, view: View, positions: Sequence[range], info: EngineInfo) -> None:
+    """Raises InvalidRequestError for what this server cannot draw, or cannot hold."""
+    if body.format == "png":
+        heatmap.check_matplotlib()
+    if body.format in ("png", "svg"):
+        rows = len(positions[0]) if view.granularity == "token" else len(view.groups())
+        heatmap.check_size(rows, len(view.experts))
+    per_position = len(info.experts) * (len(info.sites) if view.needs_sites else 1)
+    weights = sum(map(len, positions)) * per_position
+    if weights > MAX_WEIGHTS:
+        raise InvalidRequestError(
+            f"the rows have {weights} weights ({per_position} per position); at most {MAX_WEIGHTS} are allowed",
+            param="select",
+            code="too_large",
+            hint="take fewer texts, or fewer positions with select.start and select.stop",
+        )
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None

@@ -33,7 +33,7 @@ async def _run(arguments: argparse.Namespace) -> tuple[list[str], list[str], Row
     async with local_engine(arguments) as (client, codec):
         ids = await codec.prompt_ids(read_prompt(arguments))
         request = Request(new_id("cli"), ids, None, "mean", 0)
-        rows, _ = await scaling_rows(client, request, RowFormat(client.info))
+        ((rows, _),) = await scaling_rows(client, [request], RowFormat(client.info))
         return codec.pieces(ids), [expert["name"] for expert in client.info.experts], rows
 
 
