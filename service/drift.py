@@ -51,7 +51,8 @@ class Window:
 
     def total(self) -> Counts:
         """[bins]."""
-        return np.array(self._blocks).sum(axis=0)
+        total: Counts = np.array(self._blocks).sum(axis=0)
+        return total
 
 
 class GateDrift:

@@ -33,6 +33,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
+_COMPILED_ROW_COST = 0.2
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 _CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -87,7 +88,7 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
-    return Engine(runner, scheduler, info, start_compilation(runner, options))
+    return Engine(runner, scheduler, info, start_compilation(runner, scheduler, options))
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
@@ -100,7 +101,7 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     return steps
 
 
-def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilation | None:
+def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: EngineOptions) -> Compilation | None:
     """With --compile, on a CPU. Raises SettingsError where it cannot work."""
     if not options.compile:
         return None
@@ -111,6 +112,7 @@ def start_compilation(runner: ModelRunner, options: EngineOptions) -> Compilatio
 
     def use(step: CompiledStep) -> None:
         runner.compiled = step
+        scheduler.row_cost = _COMPILED_ROW_COST
 
     return Compilation(runner.model, options, use)
 
