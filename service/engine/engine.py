@@ -189,7 +189,8 @@ class Engine:
             sequence.usage.queue_seconds = time.monotonic() - sequence.arrival_time
         sequence.scaling.computed = share.scaling_end
         sequence.real.computed = share.real_end
-        sequence.scored = max(sequence.scored, share.scores.stop)
+        if share.scores:
+            sequence.scored = share.scores.stop
         accepted, reason = self._verify(sequence, sampled)
         if reason is not None:
             sequence.give_up_drafts()

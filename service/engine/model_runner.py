@@ -100,12 +100,15 @@ class ModelRunner:
             token_rows += range(real + share.real_end - share.samples, real + share.real_end)
             first = scaling + share.predict_start - 1
             prediction_rows += range(first, first + share.predict_count)
-            score_rows += (real + position for position in share.scores)
+            if share.scores:
+                score_rows += range(real + share.scores.start, real + share.scores.stop)
         batch = self._batch(segments, token_rows + prediction_rows + score_rows)
-        self._write_fixed_rows(shares)
+        steered = [share for share in shares if share.sequence.request.steering is not None]
+        self._write_fixed_rows(steered)
         step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
         output = step.forward(batch, self.kv_cache)
-        self._steer(output.gate_logits, segments)
+        if steered:
+            self._steer(output.gate_logits, segments)
         result = self._read(output.logits, shares)
         result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
         return result
@@ -191,9 +194,10 @@ class ModelRunner:
             first = share.predict_start - len(share.sequence.tokens)
             drafts = share.sequence.drafts
             rows += (SampleRow(share.sequence, drafts[: first + i]) for i in range(share.predict_count))
-        ids = sample(logits[: len(rows)], rows) if rows else []
+        scores = logits.shape[0] - len(rows)
+        ids = sample(logits[: len(rows)] if scores else logits, rows) if rows else []
         tokens, predictions = iter(token_outputs(logits[:split], rows[:split], ids[:split])), iter(ids[split:])
-        scored = iter(_score(logits[len(rows) :], shares) if len(logits) > len(rows) else [])
+        scored = iter(_score(logits[len(rows) :], shares)) if scores else iter(())
         return RunResult(
             [list(islice(tokens, share.samples)) for share in shares],
             [list(islice(predictions, share.predict_count)) for share in shares],

@@ -26,6 +26,7 @@ from service.engine.sequence import Sequence, Stream
 _TURNS_PER_CHOICE = 4  # requests that may arrive later and still come before each next choice of one
 _MOST_PASSES = 16  # of smaller ones past one for which there is no room
 _MOST_SEATS = 0.75  # for the choices of one request
+_NONE = range(0)
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Scheduled:
     samples: int  # the last so many real rows, from the last accepted position on: their logits give the next tokens
     predict_start: int  # the logits of the scaling rows before positions predict_start ...
     predict_count: int  # ... to predict_start + predict_count - 1 predict those
+    scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
 
     @property
     def scaling_end(self) -> int:
@@ -55,11 +57,6 @@ class Scheduled:
     def rows(self) -> int:
         """Rows of the flat batch."""
         return self.scaling_count + self.real_count
-
-    @property
-    def scores(self) -> range:
-        """Prompt positions whose real rows' logits give the logprob of the prompt's next token."""
-        return range(max(self.real_start, self.sequence.scored), min(self.real_end, self.sequence.score_end))
 
 
 @dataclass(slots=True)
@@ -137,8 +134,10 @@ class Scheduler:
         """Chooses the rows of the next step and makes sure that every one has its block."""
         plan = Plan()
         budget = self.max_num_batched_tokens
-        decoding = [sequence for sequence in self.running if sequence.prefilled]
-        prefilling = [sequence for sequence in self.running if not sequence.prefilled]
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self.running:
+            (decoding if sequence.prefilled else prefilling).append(sequence)
         self._scorable = self.max_scored_rows
         streams = max(1, len(self.running))
         self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
@@ -172,6 +171,8 @@ class Scheduler:
 
     def _even_share(self, prefilling: list[Sequence], budget: int) -> int:
         """The most rows that one prompt may have in this step, with a view to those that can be admitted."""
+        if not prefilling and not self.waiting:
+            return budget
         needs = [self._share(sequence, budget).rows for sequence in prefilling]
         found = list(self.running)
         if self.waiting and self._has_room(self.waiting[0]):
@@ -216,12 +217,15 @@ class Scheduler:
         # Where the gate is frozen, every position's scalings are known.
         real_ready = hypothesis if scaling_start >= sequence.gate_end else scaling_start
         real_count = min(real_ready - real_start, budget) if sequence.generates else 0
-        if sequence.scored < sequence.score_end:
+        scoring = sequence.scored < sequence.score_end
+        if scoring:
             real_count = min(real_count, max(0, sequence.scored - real_start) + self._scorable)
         scaling_count = min(min(hypothesis, sequence.gate_end) - scaling_start, budget - real_count)
         share = Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
         if sequence.generates:
             share.samples = max(0, share.real_end - (known - 1))
+            if scoring:
+                share.scores = range(max(real_start, sequence.scored), min(share.real_end, sequence.score_end))
             self._ask_predictions(share, known, hypothesis)
         return share
 
@@ -322,7 +326,7 @@ class Scheduler:
             most = min(most, sequence.scored)  # the logits of the others are still wanted
         most //= self.blocks.block_size
         real = self._find(sequence, sequence.real, most)
-        if sequence.request.has_fixed_gate:
+        if sequence.fixed_gate:
             return [], real
         scaling = self._find(sequence, sequence.scaling, len(real))
         return scaling, real[: len(scaling)]

@@ -68,6 +68,7 @@ class Sequence:
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
+    fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
 
@@ -78,7 +79,8 @@ class Sequence:
         asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
         self.score_end = self.prompt_len - 1 if asked else 0
         self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
-        if self.request.has_fixed_gate:
+        self.fixed_gate = self.request.has_fixed_gate
+        if self.fixed_gate:
             self.gate_end = 0
         self._ngrams = NgramIndex(self.tokens)
 
@@ -122,12 +124,12 @@ class Sequence:
     @property
     def gate_row_end(self) -> int:
         """Positions below it have a gate that follows from the text and the request's gate_key: they can be cached."""
-        return sys.maxsize if self.request.has_fixed_gate else self.gate_end
+        return sys.maxsize if self.fixed_gate else self.gate_end
 
     @property
     def prefilled(self) -> bool:
         """Whether the stream that goes first has passed the prompt."""
-        return (self.real if self.request.has_fixed_gate else self.scaling).computed >= self.prompt_len
+        return (self.real if self.fixed_gate else self.scaling).computed >= self.prompt_len
 
     def hypothesis(self, start: int, end: int) -> list[int]:
         """Token ids of positions start .. end - 1."""

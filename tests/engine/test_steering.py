@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from service.engine import wire
 from service.engine.engine import Engine
 from service.engine.request import GateWeight, Request, SamplingParams, Steering
 from service.engine.sampler import SampleRow, sample
@@ -423,6 +425,17 @@ def test_refused_by_the_checkpoint(tiny: Tiny, engines: Engines) -> None:
     for steering in (Steering(only=()), BY_LAYER):
         with pytest.raises(InvalidRequestError, match="no scaling pass"):
             engines.build().add(Request("a", PROMPT, None, steering=steering))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_crosses_the_wire(name: str) -> None:
+    """Tuples of weights and of layers come out as they went in, not as lists."""
+    made = greedy("a", PROMPT, 4, steering=GATES[name])
+    encoded = msgspec.msgpack.encode(wire.Submit(made))
+    decoded = msgspec.msgpack.decode(encoded, type=wire.ToEngine)
+    assert isinstance(decoded, wire.Submit)
+    assert decoded.request == made
+    assert decoded.request.gate_key == made.gate_key
 
 
 def test_layers_of_sites() -> None:
