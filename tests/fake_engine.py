@@ -216,7 +216,7 @@ def fake_info(directory: Path) -> EngineInfo:
         device="cpu",
         experts=[{"name": name, "description": f"{name} expert"} for name in EXPERTS],
         sites=SITES,
-        xlora_config={"xlora_depth": 1},
+        xlora_config={"xlora_depth": 1, "enable_softmax": True, "layerwise_scalings": True},
         dummy_row=gate_row(0).tolist(),
         vocab_size=259,
         eos_token_ids=[258],

@@ -84,6 +84,8 @@ class GenerateAnswer(BaseModel):
     id: str
     model: str
     seed: int
+    experts: dict[str, Any] | None = Field(None, description="As in the request, where it is steered.")
+    gate: dict[str, Any] | None = Field(None, description="As in the request, where it changes the gate.")
     outputs: list[Output]
     usage: Usage
 

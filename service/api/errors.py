@@ -34,7 +34,6 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
 }
 _FIELDS = sorted({name for body in _BODIES.values() for name in body.model_fields})
-_STEERING = frozenset({"experts", "gate.temperature", "gate.top_k"})  # designed, and not there yet
 _SHOWN_CHARACTERS = 60
 
 
@@ -125,7 +124,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
 
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
     param = ".".join(location)
-    if param.removeprefix("xlora.") in _STEERING or (path.startswith("/v1/") and param in UNSUPPORTED):
+    if path.startswith("/v1/") and param in UNSUPPORTED:
         return InvalidRequestError(
             f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
         )

@@ -30,6 +30,15 @@ GENERATE_BODIES: Any = {
         "summary": "With one row of scalings per generated token",
         "value": {"prompt": "12 + 30 =", "max_tokens": 8, "return_scalings": "mean", "seed": 7},
     },
+    "experts": {
+        "summary": "Steered: the gate chooses among all experts but one, and decides more sharply",
+        "value": {
+            "prompt": "12 + 30 =",
+            "max_tokens": 8,
+            "experts": {"exclude": ["code"]},
+            "gate": {"temperature": 0.5},
+        },
+    },
     "stream": {
         "summary": "As server-sent events, ending before a line break",
         "value": {"prompt": "def add(a, b):", "max_tokens": 32, "stop": "\n", "stream": True},

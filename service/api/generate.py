@@ -65,7 +65,7 @@ class GenerateWriter:
         return event(self._head() | {"usage": self._usage()})
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._run.id, "model": self._run.info.model, "seed": self._run.seed}
+        return {"id": self._run.id, "model": self._run.info.model, "seed": self._run.seed, **self._run.steering}
 
     def _usage(self) -> dict[str, object]:
         generation = self._run.generation

@@ -1,26 +1,31 @@
-"""The names a request may give as `model`. Virtual models (the base alone, one expert) will be more entries here.
-
-This file knows names; what a name means to the engine is a field of Virtual when steering is there.
-"""
+"""The names a request may give as `model`: the mixture, its base alone, and each expert alone, always with weight 1."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service.api.protocol import Experts, XLoraFields
 from service.engine.request import EngineInfo
-from service.errors import NotFoundError
+from service.errors import InvalidRequestError, NotFoundError
 
 
 @dataclass(frozen=True, slots=True)
 class Virtual:
-    """One name."""
+    """One name, and the `experts` it stands for."""
 
     id: str
+    experts: Experts | None = None  # None = as the gate decides
 
 
 def available(info: EngineInfo) -> list[Virtual]:
-    """Every name this server answers to."""
-    return [Virtual(info.model)]
+    """Every name this server answers to. An expert called "base" has none of its own."""
+    base = Virtual(f"{info.model}/base", Experts.model_validate({"only": []}))
+    alone = [
+        Virtual(f"{info.model}/{name}", Experts.model_validate({"weights": {name: 1}}))
+        for expert in info.experts
+        if (name := expert["name"]) != "base"
+    ]
+    return [Virtual(info.model), base, *alone]
 
 
 def resolve(name: str | None, info: EngineInfo) -> Virtual:
@@ -36,3 +41,16 @@ def resolve(name: str | None, info: EngineInfo) -> Virtual:
             hint=f"one of: {', '.join(known)}",
         )
     return known[name]
+
+
+def steered(virtual: Virtual, xlora: XLoraFields) -> XLoraFields:
+    """The caller's wishes, with what the name stands for. Raises InvalidRequestError where both choose experts."""
+    if virtual.experts is None:
+        return xlora
+    if xlora.experts is not None:
+        raise InvalidRequestError(
+            f"the model {virtual.id!r} already says which experts act",
+            param="xlora.experts",
+            hint="leave `experts` out, or give the mixture's name as `model`",
+        )
+    return xlora.model_copy(update={"experts": virtual.experts})

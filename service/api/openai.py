@@ -1,6 +1,7 @@
 """OpenAI's routes: /v1/completions, /v1/chat/completions and /v1/models, over the same calls as POST /generate.
 
-What is ours travels as `xlora`: in the body; in the answer and each chunk (`seed`, and what the engine did); and in
+What is ours travels as `xlora`: in the body; in the answer and each chunk (`seed`, `experts` and `gate` where the
+request is steered, by its `model` or its `xlora`, and what the engine did); and in
 each choice (`scalings`, when asked for).
 """
 
@@ -56,14 +57,14 @@ async def completions(
     service: ServiceDependency,
 ) -> Response:
     """Several prompts at once; the choices of prompt i have the indices i * n to i * n + n - 1."""
-    models.resolve(body.model, service.info)
+    xlora = models.steered(models.resolve(body.model, service.info), body.extension)
     prompts = [await service.codec.prompt_ids(prompt) for prompt in body.prompt]
     run = Run(
         service,
         new_id("cmpl"),
         prompts,
         body,
-        body.extension,
+        xlora,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
@@ -82,10 +83,10 @@ async def chat_completions(
     service: ServiceDependency,
 ) -> Response:
     """The messages become a prompt by the model's own chat template."""
-    models.resolve(body.model, service.info)
+    xlora = models.steered(models.resolve(body.model, service.info), body.extension)
     prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    run = Run(service, new_id("chatcmpl"), [prompt], body, body.extension, logprobs=logprobs)
+    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs)
     return await respond(http_request, run, ChatWriter(run, body), body.stream)
 
 
@@ -114,6 +115,7 @@ class _Frame:
         self._usage_last = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
         self._run = run
+        self._wishes = {"seed": run.seed, **run.steering}
         self._head = {
             "id": run.id,
             "object": object,
@@ -128,7 +130,7 @@ class _Frame:
 
     def event(self, choice: dict[str, Any]) -> bytes:
         """One chunk."""
-        chunk = self._head | {"choices": [choice], "xlora": {"seed": self._run.seed}}
+        chunk = self._head | {"choices": [choice], "xlora": self._wishes}
         if self._usage_always:
             chunk["usage"] = self._usage()
         elif self._usage_last:
@@ -152,7 +154,7 @@ class _Frame:
         }
 
     def _xlora(self) -> dict[str, Any]:
-        return {"seed": self._run.seed, **self._run.generation.cost()}
+        return self._wishes | self._run.generation.cost()
 
 
 class CompletionWriter:

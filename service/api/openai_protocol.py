@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from service.api.protocol import MAX_LOGPROBS, Body, SamplingFields, XLoraFields
+from service.api.protocol import MAX_LOGPROBS, MAX_NAME_CHARACTERS, Body, SamplingFields, XLoraFields
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024
@@ -23,7 +23,6 @@ UNSUPPORTED = frozenset(
     }
 )
 _NO_EFFECT = "Accepted because tools send it; changes nothing."
-_MAX_NAME_CHARACTERS = 512
 
 
 def _prompts(value: object) -> object:
@@ -50,7 +49,7 @@ _PROMPTS_SCHEMA = {
 }
 
 Prompts = Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
-Name = Annotated[str, Field(max_length=_MAX_NAME_CHARACTERS)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 
 
 class StreamOptions(Body):
@@ -212,7 +211,7 @@ class OpenAIAnswer(BaseModel):
     model: str
     system_fingerprint: str
     usage: OpenAIUsage
-    xlora: dict[str, Any] = Field(description="The seed and what the engine did.")
+    xlora: dict[str, Any] = Field(description="The seed, `experts` and `gate` as used, and what the engine did.")
 
 
 class CompletionLogprobs(BaseModel):

@@ -22,6 +22,9 @@ MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
 MAX_TEXTS = 64  # of one POST /scalings
 MAX_SELECTED = 16_384  # names or numbers in one list of Select
+MAX_EXPERTS = 1024
+MAX_GATE_WEIGHTS = 1024
+MAX_NAME_CHARACTERS = 512
 DEFAULT_MAX_TOKENS = 128
 
 _INT32 = 2**31 - 1
@@ -74,6 +77,15 @@ def _logit_bias(value: object) -> object:
     return {key: float(bias) for key, bias in value.items()}
 
 
+def _layer_weights(value: object) -> object:
+    """A number is one entry for every site."""
+    if type(value) in (int, float):
+        return [{"weight": value}]
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return value
+    raise ValueError('must be a number or a list such as [{"weight": 1, "layers": [0, 3]}]')
+
+
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -106,6 +118,31 @@ _BIAS_SCHEMA = {
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
         },
         {"type": "null"},
+    ]
+}
+
+_WEIGHT_SCHEMA = {"type": "number", "minimum": -100, "maximum": 100}
+_LAYERS_SCHEMA = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 0}}
+_LAYER_WEIGHTS_SCHEMA = {
+    "anyOf": [
+        _WEIGHT_SCHEMA,
+        {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_GATE_WEIGHTS,
+            "items": {
+                "type": "object",
+                "required": ["weight"],
+                "additionalProperties": False,
+                "properties": {
+                    "weight": _WEIGHT_SCHEMA,
+                    "layers": {
+                        "anyOf": [_LAYERS_SCHEMA, {"type": "null"}],
+                        "description": "The first and the last layer, both included; every site when absent.",
+                    },
+                },
+            },
+        },
     ]
 }
 
@@ -165,9 +202,54 @@ class SamplingFields(Body):
         return self.max_tokens
 
 
+class LayerWeight(Body):
+    """The weight of one expert at every site, or at those of some layers."""
+
+    weight: Annotated[float, Field(ge=-100, le=100)]
+    layers: Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_length=2, max_length=2)] | None = None
+
+
+ExpertName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
+ExpertNames = Annotated[list[ExpertName], Field(max_length=MAX_EXPERTS)]
+LayerWeights = Annotated[
+    list[LayerWeight], BeforeValidator(_layer_weights), WithJsonSchema(_LAYER_WEIGHTS_SCHEMA), Field(min_length=1)
+]
+
+
+class Experts(Body):
+    """Which experts act. The names are those of GET /info."""
+
+    only: ExpertNames | None = Field(
+        None, description="The gate chooses among these alone; [] is the base model without experts."
+    )
+    exclude: ExpertNames | None = Field(
+        None, description="The gate chooses among the others; with `only`, among those of it that are not named here."
+    )
+    weights: Annotated[dict[ExpertName, LayerWeights], Field(max_length=MAX_EXPERTS)] | None = Field(
+        None,
+        description="A fixed gate: each expert's weight, from -100 to 100, where 1 is the expert as it was trained and "
+        'experts that are not named are 0. A list gives weights by layers, as [{"weight": 1}, {"weight": 0.5, '
+        '"layers": [0, 3]}]: the last entry that covers a layer counts. No classifier runs, and no top-k; goes with no '
+        "other field of `experts`, nor with the gate's temperature and top_k.",
+    )
+
+    @model_validator(mode="after")
+    def _weights_are_bounded(self) -> Experts:
+        entries = sum(len(weights) for weights in (self.weights or {}).values())
+        if entries > MAX_GATE_WEIGHTS:
+            raise ValueError(f"has {entries} weights; at most {MAX_GATE_WEIGHTS} are allowed")
+        return self
+
+
 class Gate(Body):
     """What a caller may change about the gate."""
 
+    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None, description="Of the gate's softmax, in place of the checkpoint's: lower is more decided."
+    )
+    top_k: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
+        None, description="Experts that act per site, in place of the checkpoint's; the number of experts is all."
+    )
     freeze_after: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
         None, description="From generated token n + 1 on, the weights that produced token n are used."
     )
@@ -190,6 +272,7 @@ class XLoraFields(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
         None, description="Only requests with the same salt share computed prompts."
     )
+    experts: Experts | None = Field(None, description="Which experts act; as the gate decides when absent.")
     gate: Gate | None = Field(None, description="Changes to the gate, for this request.")
 
     @model_validator(mode="after")

@@ -24,8 +24,10 @@ from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, Rows, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
 from service.api.state import Service
+from service.api.steering import as_used, steering_of
 from service.api.text import draw_seed
-from service.engine.request import Request, SamplingParams
+from service.engine.request import EngineInfo, Request, SamplingParams
+from service.engine.steering import with_checked_steering
 from service.errors import InvalidRequestError
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is there to read it
@@ -50,13 +52,14 @@ class Run:
         self.id = id
         self.codec = service.codec
         self.info = service.info
+        self.steering = as_used(xlora)
         self.row_format = RowFormat(service.info, xlora.scalings_dtype)
         self.wants_rows = xlora.return_scalings in ("mean", "full")
         self.timeout_seconds = _timeout(body, service.settings.request_timeout)
         self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs)
         _check_rows_start(xlora, prompts)
         requests = [
-            _request(f"{id}-{number}" if number else id, prompt, sampling, xlora)
+            _request(f"{id}-{number}" if number else id, prompt, sampling, xlora, service.info)
             for number, (prompt, sampling) in enumerate(zip(prompts, self.sampling, strict=True))
         ]
         self.generation = Generation(service.client, self.codec, requests, body.stop or [], self.row_format)
@@ -250,9 +253,9 @@ def _check_rows_start(xlora: XLoraFields, prompts: Sequence[list[int]]) -> None:
         )
 
 
-def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields) -> Request:
+def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields, info: EngineInfo) -> Request:
     """The engine's view of one prompt."""
-    return Request(
+    request = Request(
         id=id,
         prompt_token_ids=prompt,
         sampling=sampling,
@@ -260,4 +263,6 @@ def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraF
         scalings_start=xlora.scalings_start,
         cache_salt=xlora.cache_salt or "",
         freeze_after=xlora.gate.freeze_after if xlora.gate is not None else None,
+        steering=steering_of(xlora, info),
     )
+    return with_checked_steering(request, info)

@@ -44,9 +44,9 @@ def excluded_experts(steering: Steering, experts: int) -> list[int]:
 def fixed_row(weights: Sequence[GateWeight], sites: Sequence[str], experts: int) -> list[list[float]]:
     """A fixed gate as a row [S, E]."""
     row = [[0.0] * experts for _ in sites]
+    layers = [layer_of(site) for site in sites]
     for weight in weights:
-        for site, name in zip(row, sites, strict=True):
-            layer = layer_of(name)
+        for site, layer in zip(row, layers, strict=True):
             if weight.layers is None or (layer is not None and weight.layers[0] <= layer <= weight.layers[1]):
                 site[weight.expert] = weight.weight
     return row

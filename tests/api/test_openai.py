@@ -191,8 +191,9 @@ def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> 
         ("/v1/completions", {"logprobs": True}, "logprobs"),
         ("/v1/completions", {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
-        ("/v1/completions", {"xlora": {"experts": {"only": []}}}, "xlora.experts"),
-        ("/v1/completions", {"xlora": {"gate": {"top_k": 1}}}, "xlora.gate.top_k"),
+        ("/v1/completions", {"xlora": {"experts": {"only": [1]}}}, "xlora.experts.only.0"),
+        ("/v1/completions", {"xlora": {"gate": {"top_k": 0}}}, "xlora.gate.top_k"),
+        ("/v1/completions", {"experts": {"only": []}}, "experts"),
         ("/v1/completions", {"xlora": {"prompt": "a"}}, "xlora.prompt"),
         ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
         ("/v1/chat/completions", {"functions": []}, "functions"),
@@ -227,9 +228,13 @@ def test_a_close_name_is_suggested_inside_objects(http: TestClient) -> None:
 
 def test_models(http: TestClient) -> None:
     listed = http.get("/v1/models").json()
-    assert (listed["object"], [model["id"] for model in listed["data"]]) == ("list", ["fake"])
+    assert (listed["object"], [model["id"] for model in listed["data"]]) == (
+        "list",
+        ["fake", "fake/base", *(f"fake/{name}" for name in EXPERTS)],
+    )
     assert http.get("/v1/models/fake").json() == listed["data"][0]
-    assert error_of(http.get("/v1/models/fake/math"), 404)["code"] == "model_not_found"
+    assert http.get("/v1/models/fake/math").json() == listed["data"][2]
+    assert error_of(http.get("/v1/models/fake/maths"), 404)["code"] == "model_not_found"
     for path, body in ROUTES.items():
         assert error_of(http.post(path, json=body | {"model": "gpt-9"}), 404)["param"] == "model"
 

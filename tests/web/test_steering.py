@@ -97,7 +97,6 @@ def test_rows_without_experts_are_neutral(inspector: Page) -> None:
     expect(inspector.locator(".facts")).to_contain_text("none: no expert acts")
 
 
-@pytest.mark.xfail(strict=True, reason="the server does not take `experts` yet: remove this mark when it does")
 def test_one_expert_alone_on_the_server(inspector: Page) -> None:
     inspector.select_option("[name='a.experts']", "only")
     inspector.check("[name='a.chosen'][value=tales]")
