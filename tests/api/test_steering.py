@@ -112,11 +112,12 @@ def complete(demo: Server, **body: Any) -> tuple[list[str], Any]:
 
 def test_base_only_is_the_plain_decoder(demo: Server) -> None:
     path = ROOT / "model_store/demo/base"
-    tokenizer, decoder = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    decoder = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     status, answer = demo.post("/generate", {"prompt": PROMPT, "experts": {"only": []}, **GREEDY})
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
-        theirs = decoder.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        theirs = decoder.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
     assert (status, answer["outputs"][0]["token_ids"]) == (200, theirs.tolist())
     assert complete(demo, model="demo/base")[0] == [answer["outputs"][0]["text"]]
 
