@@ -28,7 +28,10 @@ def client(demo: Server) -> Iterator[openai.OpenAI]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["demo"]
+    assert [model.id for model in client.models.list()] == [
+        "demo",
+        *(f"demo/{name}" for name in ("base", "math", "code", "bio", "tales")),
+    ]
     assert client.models.retrieve("demo").owned_by == "xlora-service"
 
 
