@@ -92,6 +92,11 @@ def test_greedy_tokens_and_scalings(tmp_path: Path, variant: str) -> None:
     engine = Engines(tiny.as_stored()).build(max_num_batched_tokens=8, max_num_seqs=4)
     other = greedy("other", words(6, 13), 20)  # a neighbour in the same batches
     ours = run(engine, [greedy("a", prompt, STEPS, return_scalings="full", scalings_start=0)], joins={2: [other]})["a"]
+    again = run(engine, [greedy("b", prompt, STEPS, return_scalings="full", scalings_start=0)])["b"]
+    assert again.usage is not None
+    assert again.usage.cached_tokens > 0
+    assert again.tokens == ours.tokens
+    np.testing.assert_allclose(again.full, ours.full, atol=1e-5, rtol=0)
     text = prompt + ours.tokens[:-1]
     oracle = TwoPassOracle(tiny.path) if variant in NO_PEFT else tiny.oracle
     logits, scalings = oracle.forward(text)
