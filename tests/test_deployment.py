@@ -171,7 +171,7 @@ def test_the_service_has_time_to_drain():
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml", "compose.keys.yaml", "compose.replicas.yaml"])
 def test_variables_are_settings_and_what_is_named_exists(name):
-    """An XLORA_ variable that is no setting would keep the service from starting; a missing file is a directory."""
+    """An unknown XLORA_ variable keeps the service from starting; a missing file would be mounted as a directory."""
     whole = compose(name)
     for container in whole["services"].values():
         for variable in container.get("environment", {}):
