@@ -60,6 +60,11 @@ def check_matplotlib() -> None:
         )
 
 
+def token_labels(start: int, pieces: Sequence[str]) -> list[str]:
+    """Of rows that are tokens: position and text."""
+    return [f"{start + row}│{piece}" for row, piece in enumerate(pieces)]
+
+
 def svg(title: str, labels: Sequence[str], experts: Sequence[str], weights: FloatArray) -> bytes:
     """The map with the numbers in its cells. weights: [rows, experts]."""
     labels = [_shown(label, _LABEL_CHARACTERS) for label in labels]

@@ -255,7 +255,7 @@ class Renderer:
         view, table = self._view, self._table(text)
         labels = table.names
         if view.granularity == "token":
-            labels = [f"{text.rows.start + row}│{piece}" for row, piece in enumerate(table.names)]
+            labels = heatmap.token_labels(text.rows.start, table.names)
         last = text.rows.end - 1
         what = "token" if view.granularity == "token" else view.granularity.replace("_", " ")
         title = f"{model}: weight by {what}, positions {text.rows.start} to {last}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
+import importlib.util
 from pathlib import Path
 
 from rich.console import Console
 
+from service.api import heatmap
 from service.api.rows import RowFormat, Rows
 from service.api.scalings import scaling_rows
 from service.api.state import new_id
@@ -38,17 +39,12 @@ async def _run(arguments: argparse.Namespace) -> tuple[list[str], list[str], Row
 
 
 def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows) -> None:
-    """A PNG with a column per token and a row per expert."""
-    figures = importlib.import_module("matplotlib.figure")
-    figure = figures.Figure(figsize=(max(4.0, 1.5 + 0.3 * len(tokens)), 1.5 + 0.4 * len(experts)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(rows.mean.T, aspect="auto", cmap="viridis", vmin=0, vmax=max(1.0, float(rows.mean.max())))
-    axes.set_yticks(range(len(experts)), experts)
-    shown = [text.replace("\n", "⏎").replace("$", r"\$") for text in tokens]
-    axes.set_xticks(range(len(tokens)), shown, rotation=90, fontsize=8)
-    figure.colorbar(image, ax=axes, label="weight, mean over the sites")
+    """A PNG with a row per token and a column per expert, as POST /scalings draws it."""
+    heatmap.check_size(len(tokens), len(experts))
     try:
-        figure.savefig(path, dpi=120)
+        path.write_bytes(
+            heatmap.png("weight, mean over the sites", heatmap.token_labels(0, tokens), experts, rows.mean)
+        )
     except OSError as error:
         raise StartupError(f"cannot write {path}: {error.strerror}") from None
 
@@ -56,7 +52,5 @@ def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows)
 def _require_matplotlib(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise StartupError(f"--png {path}: the name must end in .png")
-    try:
-        importlib.import_module("matplotlib")
-    except ImportError:
-        raise StartupError("--png needs matplotlib", hint="pip install 'xlora-service[plot]'") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise StartupError("--png needs matplotlib", hint="pip install 'xlora-service[plot]'")

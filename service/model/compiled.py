@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.export import Dim
 
@@ -30,15 +31,28 @@ _MANY = 16  # rows, from which on a second package may pay
 
 
 def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
-    """What a compiled step depends on, as 32 hexadecimal digits: shapes, configuration, code, versions and CPU."""
+    """What a compiled step depends on, as 32 hexadecimal digits: shapes, configuration, code, versions and CPU.
+
+    Not on which kernels the linears prefer: any choice is right, and it is measured anew in every process.
+    """
     step = DecodeStep(model)
     config = model.config.to_dict() | {"_name_or_path": None}
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
     code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.py"))]
-    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability())
-    parts = (config, model.xlora_config, tensors, layout, threads, code, torch.__version__, cpu)
+    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags())
+    parts = (
+        config,
+        model.xlora_config,
+        tensors,
+        layout,
+        threads,
+        code,
+        torch.__version__,
+        transformers.__version__,
+        cpu,
+    )
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -79,6 +93,13 @@ def _least_rows(model: XLoraModel) -> list[int]:
     return [1, *([_MANY] if any(1 < linear.onednn_rows <= _MANY for linear in linears) else [])]
 
 
+def _cpu_flags() -> str:
+    """The instructions that this CPU has, where Linux tells: packages are compiled for all of them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def _package(folder: Path, least_rows: int) -> Path:
     return folder / f"rows-{least_rows}.pt2"
 
@@ -91,7 +112,9 @@ class CompiledStep:
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
         self._packages: dict[int, Any] = {}  # by least rows, most first
-        for least_rows in reversed(_least_rows(model)):
+        for least_rows in (_MANY, 1):
+            if least_rows == _MANY and not _package(folder, least_rows).exists():
+                continue
             package = torch._inductor.aoti_load_package(str(_package(folder, least_rows)))
             constants = {name: state[name] for name in package.get_constant_fqns()}
             package.load_constants(constants, check_full_update=True, user_managed=True)

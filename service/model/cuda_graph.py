@@ -141,8 +141,10 @@ class CapturedSteps:
 
             def step() -> tuple[Tensor, Tensor]:
                 # The experts act on every row: scaling rows have the dummy row's scalings.
-                logits, gate_logits = self._step(inputs, inputs[3], tables, cache.keys, cache.values, cache.gate_rows)
-                return logits, gate_logits
+                outputs: tuple[Tensor, Tensor] = self._step(
+                    inputs, inputs[3], tables, cache.keys, cache.values, cache.gate_rows
+                )
+                return outputs
 
             try:
                 self._captured[rows, width] = self._capture(step)

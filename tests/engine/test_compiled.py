@@ -25,6 +25,7 @@ from service.engine.options import EngineOptions
 from service.engine.request import GateWeight, Steering
 from service.errors import SettingsError
 from service.model.compiled import CompiledStep, compile_step, fingerprint
+from service.model.linear import XLoraLinear
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
 from tests.model.tiny import Tiny, Variant
 
@@ -43,6 +44,7 @@ class Compiled:
     def __init__(self, tiny: Tiny, folder: Path, **xlora: Any) -> None:
         self.engines = Engines(tiny.variant(**xlora) if xlora else tiny.as_stored())
         model = self.engines.model
+        self.folder = folder / "step"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler uses deprecated parts of torch
             compile_step(model, model.kv_layout(4), folder / "step", threads=1)
@@ -153,6 +155,20 @@ def test_fingerprint(tiny: Tiny) -> None:
         fingerprint(other, other.kv_layout(4), 1),
     ]
     assert len({name, *different}) == 5
+
+
+def test_what_was_compiled_is_loaded_whatever_kernels_are_preferred_now(compiled: Compiled) -> None:
+    """Which kernel is faster is measured in every process, and two processes may disagree."""
+    model = compiled.engines.model
+    linears = [module for module in model.causal_lm.modules() if isinstance(module, XLoraLinear)]
+    with pytest.MonkeyPatch.context() as patch:
+        for linear in linears:
+            patch.setattr(linear, "onednn_rows", 64 if linear.onednn_rows == 16 else 16)
+        other = CompiledStep(compiled.folder, model, 4)
+    engine = compiled.build()
+    engine._runner.compiled = other
+    request = greedy("r", words(3, 9), 12, return_scalings="full")
+    assert_same(run(engine, [request]), run(compiled.build(), [request]))
 
 
 def test_compiles_in_the_background_and_finds_it_again(engines: Engines, tmp_path: Path) -> None:
