@@ -215,8 +215,8 @@ def test_scalings_of_a_text(inspector: Page, demo_server: Server) -> None:
 
 
 def test_live_strip(inspector: Page, demo_server: Server) -> None:
-    """Running requests and the rate come from /metrics; the page needs a few seconds to have seen two samples."""
-    inspector.fill("[name=max_tokens]", "600")
+    """Running requests and the rate come from /metrics; the page needs some seconds to have seen two samples."""
+    inspector.fill("[name=max_tokens]", "8000")
     inspector.locator("summary", has_text="More sampling").click()
     inspector.check("[name=ignore_eos]")
     inspector.click("#run")
