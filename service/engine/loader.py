@@ -62,7 +62,12 @@ def load_checkpoint_and_model(
     )
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     model = load_model(
-        checkpoint, device=device, dtype=dtype, quantization=options.quantization, on_progress=on_progress
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        quantization=options.quantization,
+        max_model_len=options.max_model_len,
+        on_progress=on_progress,
     )
     return model, checkpoint
 

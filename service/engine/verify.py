@@ -71,7 +71,9 @@ def _generate(
     on_progress: Callable[[str], None],
 ) -> tuple[list[int], list[int], Tensor, Tensor]:
     """Prompt, generated tokens, their logprobs and the scalings [T, S, E] of the whole text but its last token."""
-    model = load_model(checkpoint, device=device, dtype=dtype, on_progress=on_progress)
+    model = load_model(
+        checkpoint, device=device, dtype=dtype, max_model_len=options.max_model_len, on_progress=on_progress
+    )
     engine = build_engine(model, checkpoint, options)
     on_progress("generating")
     vocabulary = engine.info.vocab_size

@@ -28,6 +28,7 @@ from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.quantised import Quantization, quantise
+from service.model.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.targets import adapt, refusal
 
 
@@ -160,12 +161,19 @@ def resolve_sites(checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> list[st
 
 
 def load_causal_lm(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    max_model_len: int | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
-    """Loads the base through transformers, in eval mode, with its attention routed to ours.
+    """Loads the base through transformers, in eval mode, with its attention routed to ours and its RoPE settled for
+    texts of up to `max_model_len` tokens (None: as many as the base takes).
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
-    where the family cannot be served exactly (family.py), or its RoPE depends on the longest row of a batch.
+    where the family cannot be served exactly (family.py, rope.py).
     """
     skeleton = build_skeleton(checkpoint.base_path)
     refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
@@ -184,21 +192,10 @@ def load_causal_lm(
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
             raise CheckpointError(f"{checkpoint.base_path}: {defect.replace('_', ' ')} in the base's weights: {names}")
     causal_lm.set_attn_implementation(ATTENTION)
+    settle_longrope(causal_lm, max_model_len, on_progress)
     if quantization is not None:
         quantise(causal_lm, quantization, device)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
-    """Raises CheckpointError for RoPE whose angles depend on the longest row of the batch ("dynamic")."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]  # as Gemma 3 has it
-    kinds = {one.get("rope_type", "default") for one in (rope, *per_layer_type)}
-    if refused := kinds & {"dynamic", "longrope"}:
-        raise CheckpointError(
-            f"{source}/config.json: rope_type {'/'.join(refused)!r}: rotations depend on the longest row of a batch",
-            hint="supported: default, linear, yarn, llama3",
-        )
 
 
 def load_model(
@@ -207,10 +204,18 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     quantization: Quantization | None = None,
+    max_model_len: int | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
     on_progress(f"loading base model from {checkpoint.base_path}")
-    causal_lm = load_causal_lm(checkpoint, device=device, dtype=dtype, quantization=quantization)
+    causal_lm = load_causal_lm(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=max_model_len,
+        on_progress=on_progress,
+    )
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
     return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)

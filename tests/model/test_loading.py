@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.checkpoint import Expert, LoraWeights
 from service.errors import CheckpointError
 from service.model.linear import XLoraLinear
-from service.model.xlora_model import load_causal_lm, load_model, refuse_length_dependent_rope, resolve_sites
-from tests.model.tiny import CPU, Tiny, run_once
+from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.xlora_model import XLoraModel, load_causal_lm, load_model, resolve_sites
+from tests.engine.driver import words
+from tests.model.tiny import CPU, Tiny, assert_same, run_once
 
 
 def test_sites_without_a_stored_order(tiny: Tiny) -> None:
@@ -69,6 +71,64 @@ def test_dynamic_rope_of_one_layer_type_is_refused() -> None:
     config: Any = AutoConfig.for_model("gemma3_text", rope_parameters=rope)
     with pytest.raises(CheckpointError, match="dynamic"):
         refuse_length_dependent_rope(config, "here")
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 24,
+    "short_factor": [1.0, 1.1, 1.2, 1.4],
+    "long_factor": [2.0, 3.0, 5.0, 8.0],
+}
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Phi-3 with a head of 8: four frequencies; first trained on 24 tokens."""
+    config = {"rope_parameters": LONGROPE, "max_position_embeddings": 96, "original_max_position_embeddings": 24}
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    path = tmp_path_factory.mktemp("longrope") / "bundle"
+    return Tiny(path, architecture="phi3", experts=["math", "code"], targets=targets, base_config=config)
+
+
+@pytest.mark.parametrize(("max_model_len", "length"), [(24, 24), (24, 7), (96, 25), (96, 60), (None, 60)])
+def test_longrope_has_one_set_of_frequencies(longrope: Tiny, max_model_len: int | None, length: int) -> None:
+    """The short ones where no text can be longer than 24, the long ones otherwise: a whole text has PEFT's numbers,
+    in chunks and amid rows of other lengths.
+    """
+    base = load_causal_lm(longrope.checkpoint, device=CPU, dtype=torch.float32, max_model_len=max_model_len)
+    model = XLoraModel(longrope.checkpoint, base, device=CPU, dtype=torch.float32)
+    tokens = words(3, length)
+    expected = longrope.oracle.logits(tokens), longrope.oracle.scalings(tokens)
+    assert_same(run_once(model, tokens, [5, length - 5]), expected)
+
+
+def test_longrope_factors_matter(longrope: Tiny) -> None:
+    """The negative control of the test above: the other factors give other logits."""
+    base = load_causal_lm(longrope.checkpoint, device=CPU, dtype=torch.float32, max_model_len=96)
+    model = XLoraModel(longrope.checkpoint, base, device=CPU, dtype=torch.float32)
+    tokens = words(3, 20)
+    logits, _ = run_once(model, tokens)
+    assert (logits - longrope.oracle.logits(tokens)).abs().max() > 0.01
+
+
+def test_longrope_of_one_layer_type_is_settled() -> None:
+    """Gemma 3 keeps frequencies per layer type; the other type's stay what they are."""
+    rope = {"full_attention": LONGROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    config: Any = AutoConfig.for_model(
+        "gemma3_text", rope_parameters=rope, head_dim=8, num_hidden_layers=2, hidden_size=32, vocab_size=64,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, max_position_embeddings=96,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    causal_lm = AutoModelForCausalLM.from_config(config)
+    rotary: Any = causal_lm.model.rotary_emb
+    short, sliding = rotary.full_attention_inv_freq.clone(), rotary.sliding_attention_inv_freq.clone()
+    settle_longrope(causal_lm, 96)
+    torch.testing.assert_close(rotary.full_attention_inv_freq * torch.tensor([2.0, 3.0, 5.0, 8.0]),
+                               short * torch.tensor([1.0, 1.1, 1.2, 1.4]))  # fmt: skip
+    assert torch.equal(rotary.sliding_attention_inv_freq, sliding)
+    causal_lm(input_ids=torch.zeros(1, 4, dtype=torch.int64))  # neither changes back in a forward
+    assert not torch.equal(rotary.full_attention_inv_freq, short)
 
 
 def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
