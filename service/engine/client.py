@@ -22,7 +22,7 @@ import msgspec
 
 from service.engine import wire
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, SequenceOutput, StepOutput, StepStats
+from service.engine.request import EngineInfo, GateSettings, Request, SequenceOutput, StepOutput, StepStats
 from service.errors import StartupError, TimedOutError, UnavailableError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
@@ -121,6 +121,12 @@ class Client(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices."""
 
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests submitted from now on; the caller has checked the settings."""
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether the steps' statistics are to bring what the classifier says."""
+
     async def close(self) -> None:
         """Ends the engine."""
 
@@ -208,8 +214,19 @@ class EngineClient:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.drop(request_id, index)
+        self._send(wire.Abort(request_id, index))
+
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests submitted from now on; the caller has checked the settings."""
+        self._send(wire.SetGate(settings))
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether the steps' statistics are to bring what the classifier says."""
+        self._send(wire.LogScalings(enabled))
+
+    def _send(self, message: wire.ToEngine) -> None:
         if self._connection is not None:
-            self._connection.send(wire.Abort(request_id, index))
+            self._connection.send(message)
 
     async def close(self) -> None:
         """Ends the process: it leaves when its socket closes, and is killed when it does not."""

@@ -8,8 +8,18 @@ from collections.abc import Collection
 
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
+from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.engine.request import (
+    EngineInfo,
+    FinishReason,
+    GateSettings,
+    Request,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+)
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.steering import with_checked_steering
@@ -29,6 +39,8 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)
+        self._gate = CHECKPOINT_GATE  # of requests to come
+        self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
 
     @property
@@ -43,13 +55,16 @@ class Engine:
         context or than the whole KV pool, steering that this model cannot follow, token ids that it does not have.
         """
         request = with_checked_steering(request, self.info)
+        if self._top_k is not None:
+            request = with_top_k(request, self._top_k)
         self._check_ids(request)
+        self._check_scores(request)
         self._check_fits(request)
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
         now = time.monotonic()
         choices = 1 if request.sampling is None else request.sampling.n
-        self._sequences[request.id] = [Sequence.of(request, index, now) for index in range(choices)]
+        self._sequences[request.id] = [Sequence.of(request, index, now, self._gate) for index in range(choices)]
         for sequence in self._sequences[request.id]:
             self._scheduler.add(sequence)
 
@@ -58,6 +73,21 @@ class Engine:
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._drop(sequence)
+
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of the requests that are added from now on; the settings have been checked. Others keep theirs."""
+        stored = stored_settings(self.info.xlora_config)
+        weight = weight_ratio(settings, stored)
+        self._gate = AdmittedGate(self._runner.dummy_row(settings, weight), weight)
+        self._top_k = settings.top_k_lora or len(self.info.experts)
+        if settings.top_k_lora == stored.top_k_lora:
+            self._top_k = None
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether steps report what the classifier says, for the scalings log."""
+        self._runner.logs_scalings = enabled
+        for sequence in (one for choices in self._sequences.values() for one in choices):
+            sequence.unlogged.clear()  # what was computed meanwhile is not in it
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
@@ -92,12 +122,25 @@ class Engine:
                     param=param,
                 )
 
+    def _check_scores(self, request: Request) -> None:
+        if request.score_from is None:
+            return
+        sampling, last = request.sampling, len(request.prompt_token_ids) - 1
+        if not 1 <= request.score_from <= last:
+            raise InvalidRequestError(
+                f"score_from is {request.score_from}; tokens 1 to {last} can be scored", param="score_from"
+            )
+        if sampling is None or sampling.max_tokens or sampling.n > 1 or sampling.prompt_logprobs is None:
+            raise InvalidRequestError("scores need prompt_logprobs, max_tokens 0 and n 1", param="score_from")
+        if request.return_scalings != "none":
+            raise InvalidRequestError("scores come without scalings", param="return_scalings")
+
     def _check_fits(self, request: Request) -> None:
         output = 0 if request.sampling is None else request.sampling.max_tokens
         total = len(request.prompt_token_ids) + output
         if not request.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
-        if request.sampling is not None and output < 1:
+        if request.sampling is not None and output < 1 and request.score_from is None:
             raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
         if total > self.info.max_model_len:
             raise InvalidRequestError(
@@ -134,6 +177,7 @@ class Engine:
         outputs = [self._advance(number, share, result, stats) for number, share in enumerate(plan.scheduled)]
         ending = any(output.finish_reason is not None for output in outputs)
         rows, stats.gate = self._runner.report(plan, result, flush=ending)
+        stats.logged = self._runner.logged(plan)
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
             sequence, output.gate = share.sequence, gate
@@ -203,6 +247,8 @@ class Engine:
         """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
         if not sequence.generates:
             return [], "length" if sequence.scaling.computed == sequence.prompt_len else None
+        if sequence.scores_only:
+            return [], "length" if sequence.scored == sequence.score_end else None
         for count, token in enumerate(sampled, start=1):
             drafted = sequence.accept(token.id)
             reason = self._finish_reason(sequence, token.id)

@@ -78,7 +78,9 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
     keep_freed_memory()
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, model.device, max_model_len, options)
-    runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
+    runner = ModelRunner(
+        model, KVCache.allocate(layout, num_blocks, model.dummy_row, spare_rows=options.max_num_batched_tokens)
+    )
     if model.device.type == "cuda" and options.cuda_graphs:
         runner.captured = capture_steps(runner, options.max_num_seqs, max_model_len)
     scheduler = Scheduler(

@@ -10,8 +10,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from service.engine import admitted_gate, scalings_log
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.request import GateRows, GateStats, Steering, TokenOutput
+from service.engine.request import GateRows, GateSettings, GateStats, LoggedRows, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
@@ -74,6 +75,7 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
+        self.logs_scalings = False
         self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
@@ -105,10 +107,14 @@ class ModelRunner:
         batch = self._batch(segments, token_rows + prediction_rows + score_rows)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
+        admitted_gate.write_dummy_rows(self.kv_cache, shares)
+        admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments))
         step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
+        if self.logs_scalings:
+            self._log(output.gate_logits, segments)
         result = self._read(output.logits, shares)
         result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
         return result
@@ -130,6 +136,25 @@ class ModelRunner:
                 row = fixed_row(steering.weights, self.model.sites[:sites], experts)
                 [slot] = self._slots(share.sequence.real, 0, 1)
                 self.kv_cache.gate_rows[slot] = torch.tensor(row, device=self.model.device)
+
+    def dummy_row(self, settings: GateSettings, weight: float) -> bytes | None:
+        """The gate row of the scaling pass under `settings`, times `weight`; None where it is the model's own."""
+        row = self.model.classifier.dummy_row_of(settings.scaling_pass_value, settings.top_k_lora) * weight
+        return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
+
+    def _log(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+        """Keeps what the classifier said until it is known to be kept."""
+        said = self.model.classifier.before_top_k(gate_logits).to("cpu", copy=True)
+        for segment in segments:
+            if segment.is_scaling and segment.share.sequence.is_served:
+                rows = said[segment.row : segment.row + segment.count]
+                scalings_log.keep(segment.share.sequence, segment.start, rows)
+
+    def logged(self, plan: Plan) -> list[LoggedRows]:
+        """What has become final for the scalings log, of the plan's sequences; call it when drafts are verified."""
+        if not self.logs_scalings:
+            return []
+        return [rows for share in plan.scheduled for rows in scalings_log.take_final(share.sequence)]
 
     def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
         """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
@@ -211,7 +236,7 @@ class ModelRunner:
         Called when the drafts have been verified and before any block is released.
         """
         rows: dict[int, GateRows | None] = {}
-        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.generates)
+        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.is_served)
         if spans:
             slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
             stored = self.kv_cache.gate_rows.index_select(0, self._tensor(slots))
@@ -247,14 +272,16 @@ class ModelRunner:
         values = [token for s in segments for token in s.share.sequence.hypothesis(s.start, s.start + s.count)]
         values += (position for s in segments for position in range(s.start, s.start + s.count))
         values += (slot for s in segments for slot in self._slots(s.stream, s.start, s.count))
-        values += [cache.dummy_slot] * scaling_rows
+        for s in scaling:
+            values += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
         values += (slot for s in real for slot in self._gate_slots(s.share.sequence, s.start, s.count))
         values += (slot for s in scaling for slot in self._new_gate_slots(s))
         values += [cache.scratch_slot] * (row_count - scaling_rows)
         sizes = [len(values), len(logit_rows), *map(len, tables)]
         packed = self._tensor([*values, *logit_rows, *(block for table in tables for block in table)])
         rows, logit_index, *views = packed.split_with_sizes(sizes)
-        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[])
+        gated = any(s.share.sequence.gate.dummy_row is not None for s in scaling)
+        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[], scaling_rows_are_gated=gated)
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 
@@ -334,6 +361,12 @@ def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:
         segments.append(_Segment(share, share.sequence.real, share.real_start, share.real_count, False, row))
         row += share.real_count
     return segments
+
+
+def _other_weights(segments: list[_Segment]) -> dict[int, float]:
+    """The real rows under another global weight than the checkpoint's, and that weight."""
+    others = [s for s in segments if not s.is_scaling and s.share.sequence.gate.weight != 1.0]
+    return {row: s.share.sequence.gate.weight for s in others for row in range(s.row, s.row + s.count)}
 
 
 def _one_row_each(segments: list[_Segment]) -> list[_Segment]:

@@ -68,8 +68,22 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
+class GateSettings:
+    """What an operator may change at run time, by PEFT's names; it holds for the requests that are admitted later."""
+
+    scaling_pass_value: float | None  # None = 1 / number of experts
+    top_k_lora: int | None  # None = all experts act
+    global_scaling_weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens."""
+    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens.
+
+    With `score_from` nothing is generated either: the log-probabilities of the prompt's tokens from that one on are
+    wanted (at least one, and never the first), as if they had been generated. `sampling` then has max_tokens 0 and
+    says with how many alternatives (prompt_logprobs).
+    """
 
     id: str
     prompt_token_ids: list[int]
@@ -79,6 +93,7 @@ class Request:
     cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
     freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
     steering: Steering | None = None
+    score_from: int | None = None  # position of the first token to be scored; freezing counts from it
 
     @property
     def gate_key(self) -> tuple[object, ...]:
@@ -162,6 +177,17 @@ class GateStats:
 
 
 @dataclass(slots=True)
+class LoggedRows:
+    """What the classifier said of consecutive positions of one choice: after softmax, before top-k and steering."""
+
+    request_id: str
+    index: int
+    start: int  # position of the first row
+    count: int
+    rows: bytes  # float32 [count, S, E]; S is 1 where all sites share a row
+
+
+@dataclass(slots=True)
 class StepStats:
     """One step of the engine, for metrics. Without rows it is only the load, as an abort has left it."""
 
@@ -178,6 +204,7 @@ class StepStats:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     gate: GateStats = field(default_factory=GateStats)
+    logged: list[LoggedRows] = field(default_factory=list)  # while the scalings log is on
 
 
 @dataclass(slots=True)

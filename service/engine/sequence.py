@@ -14,8 +14,10 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.engine.drafting import Drafter, NgramIndex
+from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate
 from service.engine.request import Request, SamplingParams, SequenceUsage
 
 # What is expected of drafts before any has been judged.
@@ -53,6 +55,7 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     arrival_time: float  # seconds, monotonic
+    gate: AdmittedGate = CHECKPOINT_GATE
     drafts: list[int] = field(default_factory=list)
     drafters: list[Drafter] = field(default_factory=list)  # whose each draft is
     scaling: Stream = field(default_factory=Stream)
@@ -66,7 +69,10 @@ class Sequence:
     passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
+    logged: int = 0  # positions below it are in the scalings log, if they are to be
+    unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, rows (scalings_log.py)
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+    scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
     score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
@@ -75,20 +81,24 @@ class Sequence:
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
         sampling = self.request.sampling
+        score_from = self.request.score_from
         self.generates = sampling is not None
+        self.scores_only = score_from is not None
+        self.scored = 0 if score_from is None else score_from - 1
         asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
         self.score_end = self.prompt_len - 1 if asked else 0
-        self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
+        generated_from = self.prompt_len if score_from is None else score_from
+        self.gate_end = sys.maxsize if freeze_after is None else generated_from + freeze_after - 1
         self.fixed_gate = self.request.has_fixed_gate
         if self.fixed_gate:
             self.gate_end = 0
         self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
-    def of(cls, request: Request, index: int, arrival_time: float) -> Sequence:
+    def of(cls, request: Request, index: int, arrival_time: float, gate: AdmittedGate = CHECKPOINT_GATE) -> Sequence:
         """A fresh sequence of `request`."""
         tokens = list(request.prompt_token_ids)
-        return cls(request, index, tokens, len(tokens), arrival_time)
+        return cls(request, index, tokens, len(tokens), arrival_time, gate)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -97,14 +107,19 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_served(self) -> bool:
+        """Whether it is what the metrics and the scalings log are about: text for somebody, not a look at the gate."""
+        return self.generates and not self.scores_only
+
+    @property
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def hypothesis_len(self) -> int:
-        """Positions of the hypothesis."""
-        return len(self.tokens) + len(self.drafts)
+        """Positions of the hypothesis that need rows."""
+        return len(self.tokens) + len(self.drafts) - self.scores_only
 
     @property
     def room_for_drafts(self) -> int:
@@ -141,6 +156,7 @@ class Sequence:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
         self.scaling.rewind()
         self.real.rewind()
+        self.unlogged.clear()
         self.drafts.clear()
         self.drafters.clear()
 

@@ -27,7 +27,7 @@ import msgspec
 
 from service.engine import wire
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, StepOutput
+from service.engine.request import EngineInfo, GateSettings, Request, StepOutput
 from service.errors import InternalError, RequestError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
@@ -48,6 +48,12 @@ class EngineSurface(Protocol):
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees everything a request, or one of its choices, holds."""
+
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests added from now on."""
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether steps report what the classifier says."""
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
@@ -121,12 +127,17 @@ class Worker:
                 self._send(wire.Step(engine.report()))
 
     def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
-        if isinstance(message, wire.Abort):
-            engine.abort(message.request_id, message.index)
-        elif isinstance(message, wire.Submit):
-            self._send(self._submit(engine, message.request))
-        elif isinstance(message, wire.Ping):
-            self._send(wire.Pong())
+        match message:
+            case wire.Abort(request_id, index):
+                engine.abort(request_id, index)
+            case wire.Submit(request):
+                self._send(self._submit(engine, request))
+            case wire.SetGate(settings):
+                engine.set_gate(settings)
+            case wire.LogScalings(enabled):
+                engine.log_scalings(enabled)
+            case wire.Ping():
+                self._send(wire.Pong())
 
     def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
         try:

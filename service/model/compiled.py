@@ -136,7 +136,8 @@ class CompiledStep:
             rows, table = _with_idle_row(rows, kv_cache), table.expand(_MIN, -1)
         if table.shape[1] < _MIN:
             table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
-        first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
+        gated = self._scaling_pass_has_experts or batch.scaling_rows_are_gated
+        first = 0 if gated else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
         run = next(package for least, package in self._packages.items() if count >= least)
         logits, gate_logits = run(
             rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows

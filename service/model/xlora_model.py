@@ -113,7 +113,7 @@ class XLoraModel:
         Real rows must have their scalings stored by an earlier forward.
         """
         scaling_rows = batch.num_scaling_rows
-        first = 0 if self.scaling_pass_has_experts else scaling_rows
+        first = 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else scaling_rows
         self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
         self.gate.least_rows = batch.rows.shape[1]
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
