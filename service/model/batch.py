@@ -59,7 +59,8 @@ class Batch:
     """T rows. `rows` is one int64 tensor [5, T], so that a step costs one copy to the device; its lines by name below.
 
     Scaling rows read the dummy row's gate slot, or one with another gate for them; rows that bring no scalings of their
-    own to keep write to the scratch slot (kv_cache.py has both). So the rows of every step look alike, and a captured step needs no cases.
+    own to keep write to the scratch slot (kv_cache.py has both). So the rows of every step look alike, and a captured
+    step needs no cases.
     """
 
     rows: Tensor

@@ -27,6 +27,7 @@ from service.errors import SettingsError
 from service.model.compiled import CompiledStep, compile_step, fingerprint
 from service.model.linear import XLoraLinear
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
+from tests.engine.test_gate_settings import run_mixed
 from tests.model.tiny import Tiny, Variant
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
@@ -108,6 +109,14 @@ def test_steered_equals_eager(compiled: Compiled, lookahead: bool) -> None:
     assert compiled.calls - before > 20, "the compiled step was not used"
     alone = run(compiled.build(), [replace(requests[5], freeze_after=None)])["r5"]
     assert alone.tokens == expected["r5"].tokens
+
+
+def test_gate_settings_equal_eager(compiled: Compiled, lookahead: bool) -> None:
+    """Dummy rows and global weights of single requests, in one batch: the compiled step knows neither."""
+    expected = run_mixed(compiled.engines.build(lookahead=lookahead))
+    before = compiled.calls
+    assert_same(run_mixed(compiled.build(lookahead=lookahead)), expected)
+    assert compiled.calls - before > 20, "the compiled step was not used"
 
 
 def test_equals_peft(tiny: Tiny, compiled: Compiled) -> None:
