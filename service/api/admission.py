@@ -61,13 +61,14 @@ class Admission:
         self._wait_seconds = 1.0  # smoothed, from submission to first token
 
     @contextmanager
-    def admit(self, requests: Sequence[Request], now: float) -> Iterator[Ticket]:
+    def admit(self, requests: Sequence[Request], now: float, *, continued: bool = False) -> Iterator[Ticket]:
         """Holds a place for the length of the block. Raises OverloadedError when there is none.
 
-        What is over a bound by itself is admitted when nothing else is queued: it would never be otherwise.
+        What is over a bound by itself is admitted when nothing else is queued: it would never be otherwise. So is what
+        continues a call that has been admitted before.
         """
         ticket = Ticket(self, requests, now)
-        if self.queued_choices:
+        if self.queued_choices and not continued:
             self._check("choices", self.queued_choices + ticket.choices, self._max_choices, "--max-queued-requests")
             self._check("prompt tokens", self.queued_tokens + ticket.tokens, self._max_tokens, "--max-queued-tokens")
         self.queued_choices += ticket.choices

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import JSONResponse
 
+from service.api.admin import gate_state
 from service.api.answers import DetokenizeAnswer, Health, Info, Status, TokenizeAnswer
 from service.api.errors import BODY_ERRORS, documented
 from service.api.examples import DETOKENIZE_BODIES, TOKENIZE_BODIES
@@ -74,6 +75,7 @@ async def info(service: ServiceDependency) -> Response:
         "n_layers": len(engine.sites),
         "xlora_config": engine.xlora_config,
         "dummy_row": engine.dummy_row,
+        "gate": gate_state(service),
         "limits": {
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.max_num_seqs,

@@ -20,6 +20,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
+MAX_SETTINGS = 8  # of one POST /compare
 MAX_TEXTS = 64  # of one POST /scalings
 MAX_SELECTED = 16_384  # names or numbers in one list of Select
 MAX_EXPERTS = 1024
@@ -164,8 +165,8 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class SamplingFields(Body):
-    """The sampling schema that every generating route shares; names and meanings are OpenAI's."""
+class OneTextFields(Body):
+    """How one text is sampled; names and meanings are OpenAI's."""
 
     max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
         None, description=f"Most tokens to generate; {DEFAULT_MAX_TOKENS} when absent, or what still fits the context."
@@ -193,13 +194,18 @@ class SamplingFields(Body):
         description='Seconds from arrival; what is unfinished then ends with finish_reason "timeout", or with 504 if '
         "there is no token yet. The server's --request-timeout when absent, and at most.",
     )
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
-    stream: bool | None = Field(None, description="Server-sent events, one per token.")
 
     @property
     def wanted_tokens(self) -> int | None:
         """The most tokens the caller wants."""
         return self.max_tokens
+
+
+class SamplingFields(OneTextFields):
+    """The sampling schema that every generating route shares."""
+
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
+    stream: bool | None = Field(None, description="Server-sent events, one per token.")
 
 
 class LayerWeight(Body):
@@ -255,7 +261,14 @@ class Gate(Body):
     )
 
 
-class XLoraFields(Body):
+class SteeringFields(Body):
+    """How a request differs from the gate as it is."""
+
+    experts: Experts | None = Field(None, description="Which experts act; as the gate decides when absent.")
+    gate: Gate | None = Field(None, description="Changes to the gate, for this request.")
+
+
+class XLoraFields(SteeringFields):
     """What is ours: fields of POST /generate, and the object `xlora` of OpenAI's routes."""
 
     return_scalings: Literal["none", "mean", "full"] | None = Field(
@@ -272,8 +285,6 @@ class XLoraFields(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
         None, description="Only requests with the same salt share computed prompts."
     )
-    experts: Experts | None = Field(None, description="Which experts act; as the gate decides when absent.")
-    gate: Gate | None = Field(None, description="Changes to the gate, for this request.")
 
     @model_validator(mode="after")
     def _scalings_fields_need_scalings(self) -> XLoraFields:
@@ -290,6 +301,67 @@ class GenerateBody(SamplingFields, XLoraFields):
     prompt: Prompt = Field(description="Text, or token ids.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
+    )
+
+
+class CompareSetting(SteeringFields):
+    """One of the gates that a comparison is about."""
+
+    label: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = Field(
+        None, description="Comes back with the output."
+    )
+    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+        None, description="An output that is there already: it is judged, and none is generated under this setting."
+    )
+
+
+class CompareBody(OneTextFields):
+    """POST /compare."""
+
+    prompt: Prompt = Field(description="Text, or token ids.")
+    settings: Annotated[list[CompareSetting], Field(min_length=1, max_length=MAX_SETTINGS)] = Field(
+        description="The gates to compare; {} is the gate as it is. Everything else, the seed included, is shared."
+    )
+    return_scalings: Literal["none", "mean", "full"] | None = Field(
+        None, description="The weights that made each generated token: none, mean over the sites, or of every site."
+    )
+    scalings_dtype: Literal["float32", "float16"] | None = Field(
+        None, description='Type of the array that "full" returns; float32 when absent.'
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+        None, description="Only requests with the same salt share computed prompts."
+    )
+
+    @model_validator(mode="after")
+    def _dtype_needs_full(self) -> CompareBody:
+        if self.scalings_dtype is not None and self.return_scalings != "full":
+            raise ValueError('scalings_dtype needs return_scalings "full"')
+        return self
+
+
+class GateBody(Body):
+    """PATCH /gate: what is absent stays as it is. Null has a meaning here, as in PEFT's setters."""
+
+    scaling_pass_value: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None, description="The gate of the scaling pass; null is 1 / number of experts."
+    )
+    top_k_lora: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
+        None, description="Experts that act per site, in both passes; null is all."
+    )
+    global_scaling_weight: Annotated[float, Field(ge=-100, le=100)] = Field(
+        1.0, description="Factor on what the experts add; not part of returned scalings."
+    )
+
+
+class LogBody(Body):
+    """PUT /scalings/log."""
+
+    enabled: bool = Field(description="Whether rows are taken from now on; those that are there stay.")
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = Field(
+        None, description="Most positions kept, the newest; 65536 when absent."
+    )
+    max_bytes: Annotated[int, Field(ge=1, le=1 << 28)] | None = Field(
+        None, description="Most memory for them; 64 MiB when absent."
     )
 
 
@@ -340,6 +412,13 @@ class ScalingsBody(Body):
         "server. npy, svg and png take one text.",
     )
 
+    perplexity: bool | None = Field(
+        None,
+        description="Adds how likely each token is under X-LoRA, under the base model and under each selected expert "
+        "alone with weight 1, and the perplexities. It runs the text once more for each of them, with logits; needs "
+        "granularity token and format json or csv.",
+    )
+
     @property
     def texts(self) -> list[str] | list[list[int]]:
         """The prompts, one or several."""
@@ -361,6 +440,10 @@ class ScalingsBody(Body):
             raise ValueError('return_scalings "full" needs format "json" or "npy"')
         if self.scalings_dtype is not None and not full and self.format != "npy":
             raise ValueError('scalings_dtype needs return_scalings "full" or format "npy"')
+        if self.perplexity and (self.granularity or "token") != "token":
+            raise ValueError('perplexity needs granularity "token"')
+        if self.perplexity and (self.format or "json") not in ("json", "csv"):
+            raise ValueError('perplexity needs format "json" or "csv"')
         if self.is_batch and self.format in ("npy", "png", "svg"):
             raise ValueError(f'prompt must be one text, not a list of texts, for format "{self.format}"')
         return self

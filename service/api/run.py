@@ -19,7 +19,7 @@ from fastapi import Response
 
 from service.api.admission import Ticket
 from service.api.choice import Generation, Piece
-from service.api.protocol import MAX_CHOICES, SamplingFields, XLoraFields
+from service.api.protocol import MAX_CHOICES, OneTextFields, SamplingFields, XLoraFields
 from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, Rows, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
@@ -55,7 +55,7 @@ class Run:
         self.steering = as_used(xlora)
         self.row_format = RowFormat(service.info, xlora.scalings_dtype)
         self.wants_rows = xlora.return_scalings in ("mean", "full")
-        self.timeout_seconds = _timeout(body, service.settings.request_timeout)
+        self.timeout_seconds = timeout_of(body, service.settings.request_timeout)
         self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs)
         _check_rows_start(xlora, prompts)
         requests = [
@@ -213,7 +213,8 @@ class RowEvents:
         return document
 
 
-def _timeout(body: SamplingFields, limit: float) -> float:
+def timeout_of(body: OneTextFields, limit: float) -> float:
+    """Seconds that a call may take. Raises InvalidRequestError above the server's limit."""
     if body.timeout is not None and body.timeout > limit:
         raise InvalidRequestError(
             f"timeout is {body.timeout:g}; this server allows {limit:g} seconds at most (--request-timeout)",

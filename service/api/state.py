@@ -10,10 +10,12 @@ import uuid
 from fastapi import Request as HttpRequest
 
 from service.api.admission import Admission
+from service.api.scalings_log import ScalingsLog
 from service.api.text import TextCodec
 from service.engine.client import Client
+from service.engine.gate_settings import stored_settings
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, SamplingParams
+from service.engine.request import EngineInfo, GateSettings, Request, SamplingParams, StepStats
 from service.errors import EngineLostError, StartupError, UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
@@ -36,6 +38,8 @@ class Service:
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
+        self._gate: GateSettings | None = None
+        self._scalings_log: ScalingsLog | None = None
 
     @property
     def state(self) -> str:
@@ -67,13 +71,34 @@ class Service:
         """What is served; raises UnavailableError before it is."""
         return self.client.info
 
+    @property
+    def gate(self) -> GateSettings:
+        """What requests are admitted under; raises UnavailableError before something is served."""
+        return self._gate or stored_settings(self.info.xlora_config)
+
+    @gate.setter
+    def gate(self, settings: GateSettings) -> None:
+        self._gate = settings
+
+    @property
+    def scalings_log(self) -> ScalingsLog:
+        """Raises UnavailableError before something is served."""
+        if self._scalings_log is None:
+            self._scalings_log = ScalingsLog(self.info)
+        return self._scalings_log
+
+    def _on_step(self, stats: StepStats) -> None:
+        self.metrics.observe_step(stats)
+        if stats.logged:
+            self.scalings_log.add(stats.logged)
+
     async def start(self) -> None:
         """Loads the model and runs one short generation. Raises StartupError."""
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
         codec = TextCodec(self.info)
         self.metrics.describe_engine(self.info)
         await self._warm_up()
-        self.client.on_step = self.metrics.observe_step
+        self.client.on_step = self._on_step
         self._codec = codec
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from service.api.chat import ChatTemplate
-from service.api.protocol import DEFAULT_MAX_TOKENS, MAX_SEED, SamplingFields
+from service.api.protocol import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
 from service.engine.detokenizer import Detokenizer, special_token_ids
 from service.engine.request import EngineInfo, SamplingParams
 from service.errors import InvalidRequestError
@@ -95,7 +95,7 @@ class TextCodec:
 
     def sampling(
         self,
-        body: SamplingFields,
+        body: OneTextFields,
         prompt_tokens: int,
         *,
         logprobs: int | None = None,

@@ -117,7 +117,8 @@ def run_mixed(engine: Engine) -> Any:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"lookahead": False}, {"max_num_batched_tokens": 7}, {"blocks": 40, "max_model_len": 80}, {"prefix_cache": False},
+    {}, {"lookahead": False}, {"max_num_batched_tokens": 7},
+    {"blocks": 40, "max_model_len": 80}, {"prefix_cache": False},
 ], ids=str)  # fmt: skip
 def test_running_requests_keep_theirs(engines: Engines, options: dict[str, Any]) -> None:
     """Every setting in one batch with every other, with chunks, preemption and shared prompts; then those of the
