@@ -61,8 +61,7 @@ class GateObserver:
             self._in_prompt += [True] * before_last + [False] * (span.count - before_last)
         if all(span.sequence.request.return_scalings == "none" for span in spans):
             return [None] * len(spans)
-        summary = summarise(scalings)
-        return [gate_rows(span, scalings, summary, self._num_sites) for span in spans]
+        return gate_rows(spans, scalings, self._num_sites)
 
     def statistics(self, *, flush: bool) -> GateStats:
         """Statistics of what has been collected, once there is enough of it, or at once with `flush`."""
@@ -73,24 +72,24 @@ class GateObserver:
         return stats
 
 
-def gate_rows(span: ReportSpan, scalings: Tensor, summary: GateSummary, num_sites: int) -> GateRows | None:
-    """The rows of `span` its request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
-    request = span.sequence.request
-    if request.return_scalings == "none":
-        return None
-    wanted = request.scalings_start
-    skip = max(0, (span.sequence.prompt_len - 1 if wanted is None else wanted) - span.start)
-    if skip >= span.count:
-        return None
-    rows = slice(span.offset + skip, span.offset + span.count)
-    full = scalings[rows].expand(-1, num_sites, -1) if request.return_scalings == "full" else None
-    return GateRows(
-        start=span.start + skip,
-        count=span.count - skip,
-        mean=_bytes(summary.mean[rows]),
-        entropy=_bytes(summary.entropy[rows]),
-        full=None if full is None else _bytes(full),
-    )
+def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -> list[GateRows | None]:
+    """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
+    summary = summarise(scalings)
+    mean, entropy = summary.mean.numpy(), summary.entropy.numpy()  # slices of arrays cost a tenth of tensors'
+    some_full = any(span.sequence.request.return_scalings == "full" for span in spans)
+    full = scalings.expand(-1, num_sites, -1).cpu().numpy() if some_full else None
+    found: list[GateRows | None] = []
+    for span in spans:
+        request = span.sequence.request
+        wanted = span.sequence.prompt_len - 1 if request.scalings_start is None else request.scalings_start
+        skip = max(0, wanted - span.start)
+        if request.return_scalings == "none" or skip >= span.count:
+            found.append(None)
+            continue
+        rows = slice(span.offset + skip, span.offset + span.count)
+        own = full[rows].tobytes() if full is not None and request.return_scalings == "full" else None
+        found.append(GateRows(span.start + skip, span.count - skip, mean[rows].tobytes(), entropy[rows].tobytes(), own))
+    return found
 
 
 def gate_stats(summary: GateSummary, in_prompt: SequenceOf[bool]) -> GateStats:

@@ -20,7 +20,6 @@ from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
-from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
@@ -250,8 +249,8 @@ class ModelRunner:
     def _report_alone(self, share: Scheduled, scalings: Tensor) -> GateRows | None:
         """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
         for span in report_spans([share.sequence]):
-            new = scalings[span.start - share.scaling_start :]
-            return gate_rows(span, new, summarise(new), len(self.model.sites))
+            [rows] = gate_rows([span], scalings[span.start - share.scaling_start :], len(self.model.sites))
+            return rows
         return None
 
     def flush(self) -> GateStats:

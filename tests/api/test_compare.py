@@ -56,7 +56,7 @@ def test_given_outputs_are_judged_not_written(http: TestClient, engine: FakeEngi
     assert all(one.score_from == 10 and one.sampling and not one.sampling.max_tokens for one in scores)
     assert {tuple(one.prompt_token_ids[10:]) for one in scores} == {(80, 81), (80, 81, 82)}
     assert answer["log_likelihood"]["sum"] == [[-1.0, -1.5, -1.0]] * 3
-    assert [output["text"] for output in answer["outputs"]] == ["PQ", "PQR", "PQ"]
+    assert [output["text"] for output in answer["outputs"]] == ["qr", "qrs", "qr"]
     assert [output["finish_reason"] for output in answer["outputs"]] == [None] * 3
     assert answer["usage"]["scored_tokens"] == 10
 
