@@ -12,7 +12,7 @@
 export function likelihoodTable({ outputs, log_likelihood: { sum, per_token: perToken } }) {
   const section = document.createElement("section");
   const [heading, hint, table] = ["h2", "p", "table"].map((tag) => document.createElement(tag));
-  section.className = "result likelihood";
+  section.className = "likelihood";
   section.setAttribute("aria-label", "Log-likelihood");
   heading.textContent = "Log-likelihood, nats per token";
   hint.className = "hint";
