@@ -7,7 +7,7 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= model_store/demo
 ARGS     ?=
-BENCH    ?= vs_peft lookahead vs_base speculation prefix_cache context throughput batch_invariance
+BENCH    ?= vs_peft lookahead vs_base speculation prefix_cache context throughput observability batch_invariance
 IMAGE    ?= xlora-service:latest
 
 BIN := .venv/bin

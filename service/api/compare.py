@@ -40,6 +40,7 @@ MAX_SCORED_TOKENS = 1 << 16  # of all settings over all outputs
 router = APIRouter(tags=["generation"])
 
 _GateKey = tuple[Steering | None, int | None]  # equal gates judge equally
+_ScoreKey = tuple[_GateKey, tuple[int, ...]]  # a gate's judgement of an output
 
 
 @router.post(
@@ -81,6 +82,11 @@ class Output:
     logprobs: list[float] | None = None  # under its own gate; None until they are known
     pieces: list[Piece] = field(default_factory=list)
 
+    @property
+    def key(self) -> _ScoreKey:
+        """Of its own gate's judgement."""
+        return self.gate, tuple(self.ids)
+
 
 class Comparison:
     """One call, checked."""
@@ -114,6 +120,8 @@ class Comparison:
         if self._written:
             await self._generate(record, deadline)
         scores = await self._judge(deadline)
+        for output in self._outputs:
+            output.logprobs = scores.get(output.key)
         return {
             "id": self._id,
             "model": self._service.info.model,
@@ -146,11 +154,11 @@ class Comparison:
             output.ids = [token.id for token in tokens]
             output.logprobs = [token.logprob or 0.0 for token in tokens]
 
-    async def _judge(self, deadline: float) -> dict[tuple[_GateKey, tuple[int, ...]], list[float]]:
+    async def _judge(self, deadline: float) -> dict[_ScoreKey, list[float]]:
         """Log-probabilities of every output under every gate, each computed once; what the time was too short for is
         left out.
         """
-        known = {(one.gate, tuple(one.ids)): one.logprobs for one in self._outputs if one.logprobs is not None}
+        known = {one.key: one.logprobs for one in self._outputs if one.logprobs is not None}
         wanted = {(judge.gate, tuple(text.ids)) for judge in self._outputs for text in self._outputs if text.ids}
         keys = sorted(wanted - known.keys(), key=repr)
         requests = [self._score(f"{self._id}-score-{number}", key) for number, key in enumerate(keys)]
@@ -164,19 +172,16 @@ class Comparison:
             return known
         return known | {key: found[request.id] for key, request in zip(keys, requests, strict=True)}
 
-    def _score(self, id: str, key: tuple[_GateKey, tuple[int, ...]]) -> Request:
+    def _score(self, id: str, key: _ScoreKey) -> Request:
         (steering, freeze_after), ids = key
         salt = self._body.cache_salt or ""
         tokens = [*self._prompt, *ids]
         return score_request(id, tokens, len(self._prompt), steering, freeze_after=freeze_after, cache_salt=salt)
 
-    def _matrix(self, scores: dict[tuple[_GateKey, tuple[int, ...]], list[float]]) -> dict[str, Any]:
+    def _matrix(self, scores: dict[_ScoreKey, list[float]]) -> dict[str, Any]:
         rows = [[scores.get((judge.gate, tuple(text.ids))) for text in self._outputs] for judge in self._outputs]
         sums = [[None if cell is None else math.fsum(cell) for cell in row] for row in rows]
         means = [[math.fsum(cell) / len(cell) if cell else None for cell in row] for row in rows]
-        for text, output in enumerate(self._outputs):
-            if output.logprobs is None:
-                output.logprobs = rows[text][text]
         return {"sum": sums, "per_token": means}
 
     def _document(self, index: int, output: Output) -> dict[str, Any]:

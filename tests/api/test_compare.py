@@ -58,6 +58,7 @@ def test_given_outputs_are_judged_not_written(http: TestClient, engine: FakeEngi
     assert answer["log_likelihood"]["sum"] == [[-1.0, -1.5, -1.0]] * 3
     assert [output["text"] for output in answer["outputs"]] == ["qr", "qrs", "qr"]
     assert [output["finish_reason"] for output in answer["outputs"]] == [None] * 3
+    assert [token["logprob"] for token in answer["outputs"][1]["tokens"]] == [-0.5] * 3
     assert answer["usage"]["scored_tokens"] == 10
 
 

@@ -31,6 +31,7 @@ TINY = {
     "prefix_cache": ["--prefix-tokens", "200", "--repeats", "1"],
     "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1", "--eager-only"],
     "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1", "--eager-only"],
+    "observability": ["--clients", "2", "--tokens", "4", "--repeats", "1"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
 }  # fmt: skip
 
