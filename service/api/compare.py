@@ -180,7 +180,7 @@ class Comparison:
 
     def _matrix(self, scores: dict[_ScoreKey, list[float]]) -> dict[str, Any]:
         rows = [[scores.get((judge.gate, tuple(text.ids))) for text in self._outputs] for judge in self._outputs]
-        sums = [[None if cell is None else math.fsum(cell) for cell in row] for row in rows]
+        sums = [[math.fsum(cell) if cell else None for cell in row] for row in rows]
         means = [[math.fsum(cell) / len(cell) if cell else None for cell in row] for row in rows]
         return {"sum": sums, "per_token": means}
 
