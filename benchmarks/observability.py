@@ -31,7 +31,7 @@ from benchmarks.common import DEMO, ROOT, Bar, emit, print_row, prompt_tokens
 from benchmarks.http_client import stream_generate
 from tests.server_process import free_port
 
-_READY_SECONDS = 120.0
+_READY_SECONDS = 240.0
 
 
 @dataclass(frozen=True)
