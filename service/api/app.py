@@ -53,7 +53,7 @@ def create_app(
             starting.cancel()
             with suppress(asyncio.CancelledError):
                 await starting
-            await client.close()
+            await service.close()
 
     app = FastAPI(
         title="X-LoRA service",

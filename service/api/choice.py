@@ -13,7 +13,7 @@ from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.detokenizer import StopStrings
 from service.engine.request import EngineInfo, Request, SequenceOutput, SequenceUsage, TokenOutput
-from service.errors import InternalError, TimedOutError
+from service.errors import InternalError, InvalidRequestError, TimedOutError
 
 
 @dataclass(slots=True)
@@ -51,6 +51,8 @@ class Choice:
             self._rows.add(output.gate)
         if output.usage is not None:
             self.usage = output.usage
+        if output.finish_reason == "error" and output.error_param is not None:
+            raise InvalidRequestError(output.error or "", param=output.error_param)
         if output.finish_reason == "error":
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1

@@ -144,7 +144,7 @@ def _known_fields(location: list[str], path: str) -> list[str]:
     for name in location[:-1]:
         if name in model.model_fields:
             model = _model_in(model.model_fields[name].annotation) or model
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

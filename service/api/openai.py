@@ -67,6 +67,7 @@ async def completions(
         xlora,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        form=await service.forms.of(body.response_format),
     )
     return await respond(http_request, run, CompletionWriter(run, body), body.stream)
 
@@ -86,7 +87,8 @@ async def chat_completions(
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
     prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs)
+    form = await service.forms.of(body.response_format)
+    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs, form=form)
     return await respond(http_request, run, ChatWriter(run, body), body.stream)
 
 

@@ -151,12 +151,6 @@ class Message(Body):
         return message if self.name is None else message | {"name": self.name}
 
 
-class ResponseFormat(Body):
-    """The form of the answer."""
-
-    type: Literal["text"]
-
-
 class ChatBody(OpenAIFields):
     """POST /v1/chat/completions."""
 
@@ -165,7 +159,6 @@ class ChatBody(OpenAIFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives per token; needs logprobs."
     )
-    response_format: ResponseFormat | None = Field(None, description=_NO_EFFECT)
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=_NO_EFFECT)
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description=_NO_EFFECT + " Only empty.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description=_NO_EFFECT)

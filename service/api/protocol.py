@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -164,6 +164,34 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class JsonSchema(Body):
+    """A JSON Schema, as OpenAI's clients send it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = Field(description="Yours; changes nothing.")
+    description: Annotated[str, Field(max_length=4096)] | None = Field(None, description="Yours; changes nothing.")
+    schema_: dict[str, Any] = Field(alias="schema", description="What the answer must fit.")
+    strict: bool | None = Field(None, description="The schema is enforced in any case.")
+
+
+class ResponseFormat(Body):
+    """What the answer must be, from its first token to its last."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"] = Field(
+        description="Any text; some JSON object; JSON that fits `json_schema`; a match of `pattern`."
+    )
+    json_schema: JsonSchema | None = Field(None, description="With type json_schema.")
+    pattern: str | None = Field(
+        None, description="With type regex: all of the answer matches it. Without look-around and back-references."
+    )
+
+    @model_validator(mode="after")
+    def _type_has_its_field(self) -> ResponseFormat:
+        for field, type in (("json_schema", "json_schema"), ("pattern", "regex")):
+            if (getattr(self, field) is not None) != (self.type == type):
+                raise ValueError(f'type "{type}" goes with `{field}`, and neither without the other')
+        return self
+
+
 class SamplingFields(Body):
     """The sampling schema that every generating route shares; names and meanings are OpenAI's."""
 
@@ -187,6 +215,7 @@ class SamplingFields(Body):
         None, description="Generation ends with the first of these tokens."
     )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
+    response_format: ResponseFormat | None = Field(None, description="What the answer must be; any text when absent.")
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
     timeout: Annotated[float, Field(ge=1, le=86_400)] | None = Field(
         None,
@@ -195,6 +224,12 @@ class SamplingFields(Body):
     )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
     stream: bool | None = Field(None, description="Server-sent events, one per token.")
+
+    @model_validator(mode="after")
+    def _a_form_has_an_end(self) -> SamplingFields:
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("ignore_eos goes with no response_format but text: the form says where the text ends")
+        return self
 
     @property
     def wanted_tokens(self) -> int | None:

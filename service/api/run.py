@@ -26,7 +26,7 @@ from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
 from service.api.state import Service
 from service.api.steering import as_used, steering_of
 from service.api.text import draw_seed
-from service.engine.request import EngineInfo, Request, SamplingParams
+from service.engine.request import EngineInfo, Request, SamplingParams, TextForm
 from service.engine.steering import with_checked_steering
 from service.errors import InvalidRequestError
 
@@ -47,6 +47,7 @@ class Run:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        form: TextForm | None = None,
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
         self.id = id
@@ -56,7 +57,7 @@ class Run:
         self.row_format = RowFormat(service.info, xlora.scalings_dtype)
         self.wants_rows = xlora.return_scalings in ("mean", "full")
         self.timeout_seconds = _timeout(body, service.settings.request_timeout)
-        self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs)
+        self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs, form)
         _check_rows_start(xlora, prompts)
         requests = [
             _request(f"{id}-{number}" if number else id, prompt, sampling, xlora, service.info)
@@ -228,6 +229,7 @@ def _sampling(
     prompts: Sequence[list[int]],
     logprobs: int | None,
     prompt_logprobs: int | None,
+    form: TextForm | None,
 ) -> list[SamplingParams]:
     """The parameters of each prompt: they differ in max_tokens alone, where that is what still fits."""
     if len(prompts) * (body.n or 1) > MAX_CALL_CHOICES:
@@ -238,7 +240,7 @@ def _sampling(
         )
     seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
     return [
-        service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs, form=form)
         for prompt in prompts
     ]
 

@@ -10,6 +10,7 @@ import uuid
 from fastapi import Request as HttpRequest
 
 from service.api.admission import Admission
+from service.api.forms import TextForms
 from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.options import EngineOptions
@@ -36,6 +37,7 @@ class Service:
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
+        self._forms: TextForms | None = None
 
     @property
     def state(self) -> str:
@@ -63,6 +65,13 @@ class Service:
         return self._codec
 
     @property
+    def forms(self) -> TextForms:
+        """The judge of forms of text; made when it is first needed."""
+        if self._forms is None:
+            self._forms = TextForms(self.info)
+        return self._forms
+
+    @property
     def info(self) -> EngineInfo:
         """What is served; raises UnavailableError before it is."""
         return self.client.info
@@ -78,6 +87,12 @@ class Service:
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
+
+    async def close(self) -> None:
+        """Ends the engine, and what judges forms of text."""
+        await self.client.close()
+        if self._forms is not None:
+            self._forms.close()
 
     async def _warm_up(self) -> None:
         sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)

@@ -5,11 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
+from service.engine.grammar import Grammar, Grammars
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.engine.request import (
+    EngineInfo,
+    Failure,
+    FinishReason,
+    Request,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+)
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.steering import with_checked_steering
@@ -17,12 +28,19 @@ from service.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
+_COMPILING_SECONDS = 0.05  # a step with nothing else to do waits so long for a grammar
+
 
 class Engine:
     """Serves any number of requests over one model. Single-threaded: call add, abort and step from one place."""
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, info: EngineInfo, compilation: Compilation | None = None
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        grammars: Grammars,
+        compilation: Compilation | None = None,
     ) -> None:
         self.info = info
         self.compilation = compilation  # of the decode step, with --compile
@@ -30,6 +48,8 @@ class Engine:
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
+        self._grammars = grammars
+        self._compiling: dict[str, Future[Grammar]] = {}  # by request id: those that are not queued before it is done
 
     @property
     def blocks(self) -> BlockManager:
@@ -50,8 +70,10 @@ class Engine:
         now = time.monotonic()
         choices = 1 if request.sampling is None else request.sampling.n
         self._sequences[request.id] = [Sequence.of(request, index, now) for index in range(choices)]
-        for sequence in self._sequences[request.id]:
-            self._scheduler.add(sequence)
+        if request.sampling is not None and request.sampling.form is not None:
+            self._compiling[request.id] = self._grammars.find(request.sampling.form)
+        else:
+            self._queue(request.id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
@@ -61,11 +83,14 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> StepOutput:
         """Advances every scheduled sequence by one forward pass."""
         started = time.perf_counter()
+        refused = self._queue_compiled() if self._compiling else []
+        if refused or not self._scheduler.has_work():
+            return StepOutput(refused, self._with_load(StepStats()))
         plan = self._scheduler.schedule()
         try:
             result = self._runner.run(plan)
@@ -121,12 +146,39 @@ class Engine:
                 hint="shorten the prompt, lower max_tokens, or start the server with a larger --kv-memory",
             )
 
+    def _queue(self, request_id: str, grammar: Grammar | None = None) -> None:
+        for sequence in self._sequences[request_id]:
+            sequence.grammar = None if grammar is None else grammar.start()
+            self._scheduler.add(sequence)
+
+    def _queue_compiled(self) -> list[SequenceOutput]:
+        """Queues the requests whose grammar is there; returns the end of those for which there is none. Waits a little
+        if there is nothing else to do.
+        """
+        if not self._scheduler.has_work():
+            wait(self._compiling.values(), _COMPILING_SECONDS, FIRST_COMPLETED)
+        refused: list[SequenceOutput] = []
+        for request_id, future in [item for item in self._compiling.items() if item[1].done()]:
+            error = future.exception()
+            if error is None:
+                del self._compiling[request_id]
+                self._queue(request_id, future.result())
+                continue
+            failure = Failure.of(error, "compiling failed") if isinstance(error, Exception) else Failure(str(error))
+            for sequence in list(self._sequences[request_id]):
+                self._drop(sequence)
+                refused.append(_failed(sequence, failure))
+        return refused
+
     def _drop(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        siblings = self._sequences[sequence.request.id]
+        request_id = sequence.request.id
+        if request_id not in self._compiling:
+            self._scheduler.remove(sequence)
+        siblings = self._sequences[request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._sequences[sequence.request.id]
+            del self._sequences[request_id]
+            self._compiling.pop(request_id, None)
 
     def _postprocess(self, plan: Plan, result: RunResult, started: float) -> StepOutput:
         """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
@@ -155,7 +207,7 @@ class Engine:
         _, number = max((share.rows, number) for number, share in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
         self._drop(sequence)
-        output = _failed(sequence, "the server is out of memory")
+        output = _failed(sequence, Failure("the server is out of memory"))
         stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
         return StepOutput([output], self._with_load(stats))
 
@@ -176,7 +228,7 @@ class Engine:
                 output.prompt_logprobs = result.prompt_logprobs[number]
         except Exception as raised:
             logger.exception("request %s failed", sequence.request.id)
-            error = f"the engine failed on this request ({type(raised).__name__})"
+            error = Failure.of(raised, "the engine failed on this request")
         return output if error is None else _failed(sequence, error)
 
     def _accept(
@@ -215,11 +267,20 @@ class Engine:
         params = sequence.sampling
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return "stop"
+        if sequence.grammar is not None and sequence.grammar.finished:
+            return "stop"
         return "length" if sequence.output_len >= params.max_tokens else None
 
 
-def _failed(sequence: Sequence, error: str) -> SequenceOutput:
-    return SequenceOutput(sequence.request.id, sequence.index, finish_reason="error", usage=sequence.usage, error=error)
+def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request.id,
+        sequence.index,
+        finish_reason="error",
+        usage=sequence.usage,
+        error=failure.message,
+        error_param=failure.param,
+    )
 
 
 def _count(share: Scheduled, stats: StepStats) -> None:

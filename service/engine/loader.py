@@ -18,6 +18,7 @@ from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
 from service.engine.engine import Engine
+from service.engine.grammar import GrammarCompiler, Grammars
 from service.engine.model_runner import ModelRunner
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
@@ -93,7 +94,8 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
-    return Engine(runner, scheduler, info, start_compilation(runner, scheduler, options))
+    grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
+    return Engine(runner, scheduler, info, grammars, start_compilation(runner, scheduler, options))
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.request import GateRows, GateStats, Steering, TokenOutput
+from service.engine.request import Failure, GateRows, GateStats, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
@@ -43,7 +43,7 @@ class RunResult:
     prompt_logprobs: list[list[TokenOutput]] = field(default_factory=list)  # of the tokens after positions `scores`
     scalings: list[Tensor | None] = field(default_factory=list)  # [scaling_count, S, E] of a scaling pass alone: they
     # are stored nowhere
-    errors: list[str | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
+    errors: list[Failure | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
 
     def extend(self, other: RunResult) -> None:
         """Adds other sequences' results, but for their scalings."""
@@ -182,7 +182,7 @@ class ModelRunner:
                 result.extend(self._sample(logits[rows], [share]))
             except Exception as error:
                 logger.exception("sampling failed for request %s", share.sequence.request.id)
-                result.extend(RunResult([[]], [[]], [[]], errors=[f"sampling failed ({type(error).__name__})"]))
+                result.extend(RunResult([[]], [[]], [[]], errors=[Failure.of(error, "sampling failed")]))
         return result
 
     def _sample(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:

@@ -9,16 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from service.errors import InvalidRequestError
+
 ReturnScalings = Literal["none", "mean", "full"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """What a generated text must be, from its first token to its last: exactly one of the two."""
+
+    json_schema: str | None = None  # JSON that fits this schema
+    regex: str | None = None  # a match of this expression
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
 
-    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, temperature,
-    top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows none.
+    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
+    forbids gets -inf), temperature, top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows
+    none.
     """
 
     max_tokens: int = 128
@@ -36,6 +47,7 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
+    form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +143,21 @@ class SequenceUsage:
     queue_seconds: float = 0.0  # submission to first scheduled step
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one sequence cannot go on."""
+
+    message: str
+    param: str | None = None  # the field of the request that is to blame; None: it is our fault
+
+    @classmethod
+    def of(cls, error: Exception, what: str) -> Failure:
+        """What an exception comes to, raised while `what` happened."""
+        if isinstance(error, InvalidRequestError):
+            return cls(error.message, error.param)
+        return cls(f"{what} ({type(error).__name__})")
+
+
 @dataclass(slots=True)
 class SequenceOutput:
     """What one step brought one choice: tokens (none during prefill, several where drafts were right), gate rows,
@@ -146,6 +173,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
+    error_param: str | None = None  # the field of the request that is to blame; None: it is our fault
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from service.engine.drafting import Drafter, NgramIndex
+from service.engine.grammar import Cursor
 from service.engine.request import Request, SamplingParams, SequenceUsage
 
 # What is expected of drafts before any has been judged.
@@ -60,6 +61,7 @@ class Sequence:
     reported: int = 0
     scored: int = 0  # prompt positions below it have had the logprob of the token after them sent
     output_counts: Counter[int] = field(default_factory=Counter)
+    grammar: Cursor | None = None  # after the accepted output; None: any text
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
     turn: int = 0  # its place in the queue (scheduler.py)
@@ -159,6 +161,8 @@ class Sequence:
     def copy_ahead(self, count: int) -> None:
         """Extends the hypothesis by up to `count` tokens of what followed the last ones earlier in the text."""
         copied = self._ngrams.continuation(self.drafts, count)
+        if copied and self.grammar is not None:  # a forbidden token is never sampled
+            copied = copied[: max(0, self.grammar.fitting([*self.drafts, *copied]) - len(self.drafts))]
         if copied:
             self.draft(copied, self.copying)
 
@@ -190,6 +194,8 @@ class Sequence:
             self._cut(0)
         self.tokens.append(token)
         self.output_counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
         self.lookahead.idle_tokens += 1
         self.copying.idle_tokens += 1
         return right
