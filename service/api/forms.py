@@ -235,6 +235,8 @@ def _check_regex(pattern: str, param: str) -> None:
         raise InvalidRequestError(
             f"`{param}` has {len(pattern)} characters; at most {MAX_REGEX_CHARACTERS} are allowed", param=param
         )
+    if any("\ud800" <= character <= "\udfff" for character in pattern):
+        raise InvalidRequestError(f"`{param}` has half of a surrogate pair, which is no text", param=param)
     size = regex_size(pattern)
     if size > MAX_REGEX_SIZE:
         raise InvalidRequestError(

@@ -18,7 +18,10 @@ from service.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
+# Between the parts of JSON. A model that was not trained on JSON would go on with spaces and line breaks for ever.
+_JSON: JsonCompileOptions = {"whitespace_pattern": " ?"}
 _CACHED = 64  # grammars kept, the last used ones
 # Of the lexer and the parser, at each step: a mask takes some 10 ms at worst.
 _MOST_STATES = 20_000
@@ -122,14 +125,12 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         if form.json_schema is not None:
-            source = LLMatcher.grammar_from_json_schema(form.json_schema)
+            source = LLMatcher.grammar_from_json_schema(form.json_schema, overrides=_JSON)
         else:
             source = LLMatcher.grammar_from_regex(form.regex or "")
         matcher = LLMatcher(self._load_tokenizer(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise refusal(_reason(matcher))
-        if matcher.is_stopped() and not matcher.is_accepting():
-            raise refusal("no text has this form")
         grammar = Grammar(matcher, -(-self._vocab_size // 8))
         grammar.start().allowed()
         return grammar
@@ -166,9 +167,10 @@ class Grammars:
 
 
 def _exhausted(matcher: LLMatcher) -> InvalidRequestError:
-    if matcher.is_error():
-        return refusal(f"the form of text is too complex: {_reason(matcher)}", hint="simplify it")
-    return refusal("no token of this model's vocabulary can continue the text in the form asked for")
+    reason = _reason(matcher) if matcher.is_error() else "NoExtension"
+    if not reason.startswith("NoExtension"):
+        return refusal(f"the form of text is too complex: {reason}", hint="simplify it")
+    return refusal("no text of this model's vocabulary has the form asked for")
 
 
 def _reason(matcher: LLMatcher) -> str:
