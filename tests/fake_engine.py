@@ -151,6 +151,12 @@ class FakeEngine:
         elif choice.computed >= prompt:
             self._speak(choice, output)
         output.gate = self._rows(request, first, choice.computed)
+        for row in map(gate_row, range(max(first, prompt - 1), choice.computed if request.sampling else 0)):
+            if row.any():
+                choice.usage.gate_positions += 1
+                choice.usage.gate_entropy_sum += entropy_of(row)
+                before = choice.usage.gate_share_sum or [0.0] * len(EXPERTS)
+                choice.usage.gate_share_sum = (np.array(before) + row.mean(axis=0)).tolist()
         if request.sampling is not None and request.sampling.prompt_logprobs is not None and choice.index == 0:
             read = request.prompt_token_ids[first + 1 : choice.computed + 1]
             output.prompt_logprobs = [self._token(token, request.sampling.prompt_logprobs) for token in read]

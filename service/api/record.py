@@ -69,7 +69,7 @@ class RequestRecord:
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     total_seconds: float = 0.0
-    gate_entropy_nats: float | None = None  # mean over the positions whose rows were asked for
+    gate_entropy_nats: float | None = None  # mean over the positions that produced tokens
     top_expert: str | None = None
 
     def finish(self, crashed: bool) -> None:

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import numpy as np
 import orjson
 from fastapi import Request as HttpRequest
 from fastapi import Response
@@ -21,7 +20,7 @@ from service.api.admission import Ticket
 from service.api.choice import Generation, Piece
 from service.api.protocol import MAX_CHOICES, SamplingFields, XLoraFields
 from service.api.record import RequestRecord, record_of
-from service.api.rows import RowFormat, Rows, join
+from service.api.rows import RowFormat, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
 from service.api.state import Service
 from service.api.steering import as_used, steering_of
@@ -148,15 +147,12 @@ class Observer:
         self._clock = asyncio.get_running_loop().time
         self._started = self._clock()
         self._last: dict[int, float] = {}  # by choice
-        self._rows: list[Rows] = []
         record.prompt_tokens = generation.prompt_tokens
 
     def observe(self, piece: Piece) -> None:
         """One piece has come."""
         now = self._clock()
         self._ticket.started(self._generation.choices[piece.index].request.id, now)
-        if piece.rows is not None:
-            self._rows.append(piece.rows)
         if piece.token is None:
             return
         if not self._last:
@@ -184,12 +180,13 @@ class Observer:
         record.finish_reasons = [choice.finish_reason for choice in self._generation.choices]
         if "timeout" in record.finish_reasons:
             record.outcome = "timeout"
-        if self._rows:
-            entropy = np.concatenate([rows.entropy for rows in self._rows])
-            weight = np.abs(np.concatenate([rows.mean for rows in self._rows])).sum(axis=0)
-            known = entropy[np.isfinite(entropy)]
-            record.gate_entropy_nats = float(known.mean()) if len(known) else None
-            record.top_expert = self._experts[int(weight.argmax())] if weight.any() else None
+        usages = [choice.usage for choice in self._generation.choices]
+        positions = sum(usage.gate_positions for usage in usages)
+        if positions:
+            record.gate_entropy_nats = sum(usage.gate_entropy_sum for usage in usages) / positions
+            known = [usage.gate_share_sum for usage in usages if usage.gate_positions]
+            shares = [sum(column) for column in zip(*known, strict=True)]
+            record.top_expert = self._experts[max(range(len(shares)), key=shares.__getitem__)]
 
 
 def scalings_of(run: Run, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -141,6 +141,10 @@ class SequenceUsage:
     accepted_tokens: int = 0  # ... and kept
     cached_tokens: int = 0  # prompt positions not computed because another choice or request had
     queue_seconds: float = 0.0  # submission to first scheduled step
+    gate_positions: int = 0  # that produced tokens, have a leader, and were summarised; a choice that the engine has
+    # ended has all of them here, one that the caller ends (a stop string) perhaps not the latest
+    gate_entropy_sum: float = 0.0  # over those, nats
+    gate_share_sum: list[float] = field(default_factory=list)  # [E], over those, of the site mean of p
 
 
 @dataclass(frozen=True, slots=True)
