@@ -30,13 +30,15 @@ WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"}
 
 # What the GPU benchmarks and tests start from: the machines they run on have not even the message formats installed.
 BARE = ("service.engine.loader",)
-MESSAGES = {"msgspec", "orjson"}
+MESSAGES = {"msgspec", "orjson", "llguidance"}
 
 TORCH_FREE = (
     "service.api",
     "service.engine.block_manager",
     "service.engine.client",
     "service.engine.detokenizer",
+    "service.engine.grammar",
+    "service.engine.grammar_check",
     "service.engine.request",
     "service.engine.scheduler",
     "service.engine.sequence",

@@ -39,6 +39,10 @@ GENERATE_BODIES: Any = {
             "gate": {"temperature": 0.5},
         },
     },
+    "regex": {
+        "summary": "Held to a regular expression",
+        "value": {"prompt": "12 + 30 =", "response_format": {"type": "regex", "pattern": " [0-9]{1,3}"}},
+    },
     "stream": {
         "summary": "As server-sent events, ending before a line break",
         "value": {"prompt": "def add(a, b):", "max_tokens": 32, "stop": "\n", "stream": True},
@@ -128,6 +132,25 @@ COMPLETION_EVENTS = (
     '"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
 )
 CHAT_BODIES: Any = {
+    "json": {
+        "summary": "JSON that fits a schema",
+        "value": {
+            "messages": [{"role": "user", "content": "Compute 48 + 87."}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "sum",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"sum": {"type": "integer"}},
+                        "required": ["sum"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+            "max_tokens": 32,
+        },
+    },
     "chat": {
         "summary": "One question",
         "value": {"model": "demo", "messages": [{"role": "user", "content": "Compute 48 + 87."}], "max_tokens": 8},
