@@ -25,7 +25,7 @@ from service.api.regex_size import regex_size
 from service.engine.grammar import refusal
 from service.engine.grammar_check import Verdict
 from service.engine.request import EngineInfo, TextForm
-from service.errors import InvalidRequestError, OverloadedError
+from service.errors import InvalidRequestError, OverloadedError, UnavailableError
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
@@ -36,6 +36,7 @@ MAX_REGEX_SIZE = 10_000
 MAX_COMPILE_SECONDS = 3.0
 
 _CACHED = 256  # verdicts kept
+_START_SECONDS = 60.0
 _MOST_WAITING = 16  # new forms in the queue
 _SHOWN_CHARACTERS = 60
 
@@ -114,7 +115,9 @@ class _Trial:
         process = self._process
         if process is None:
             process = self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            self._ask(process, TextForm(regex="a"), 60.0)  # starting is not the form's fault
+            if self._ask(process, TextForm(regex="a"), _START_SECONDS) is None:  # that is not the form's fault
+                self.end()
+                raise UnavailableError("the process that compiles forms of text did not start")
         verdict = self._ask(process, form, self._seconds)
         if verdict is not None:
             return verdict.error

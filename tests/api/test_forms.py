@@ -205,6 +205,16 @@ def test_a_trial_that_dies_refuses_its_form_alone(http: TestClient) -> None:
     assert post(http, {"type": "regex", "pattern": "two"}).status_code == 200
 
 
+def test_a_trial_that_does_not_start_is_our_fault(http: TestClient) -> None:
+    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
+    forms._trial.end()
+    command, forms._trial._command = forms._trial._command, ["false"]
+    response = post(http, {"type": "regex", "pattern": "three"})
+    assert "did not start" in error_of(response, 503)["message"]
+    forms._trial._command = command
+    assert post(http, {"type": "regex", "pattern": "three"}).status_code == 200
+
+
 def test_many_new_forms_at_once_are_too_many(http: TestClient) -> None:
     forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
     forms._waiting = 16

@@ -169,7 +169,8 @@ def build(
     )
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length, experts=[{}] * 2, sites=[])
     info.vocab_size = VOCABULARY
-    return Engine(runner, scheduler, info), runner, scheduler
+    grammars: Any = None  # nobody asks for a form of text
+    return Engine(runner, scheduler, info, grammars), runner, scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 8, **sampling: Any) -> Request:
