@@ -52,7 +52,7 @@ _REASONS = {
     413: "The body is too large",
     429: "The queue is full; Retry-After says when to come again",
     500: "Our fault",
-    503: "Loading, draining, or the engine has died",
+    503: "Loading, draining, or the engine has died: nothing was begun",
     504: "The deadline passed before the first token",
 }
 BODY_ERRORS = (400, 408, 413, 503)

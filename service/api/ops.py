@@ -1,4 +1,7 @@
-"""Routes for operators: probes, metrics, what is served, and the tokenizer."""
+"""Routes for operators: probes, metrics, what is served, and the tokenizer.
+
+The probes answer HEAD as well: load balancers ask so.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ ServiceDependency = Annotated[Service, Depends(service_of)]
 _RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not so: `status` says why"}}
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", tags=["operation"], summary="Is the process fine?", response_model=Status, responses=_RED)
 async def livez(service: ServiceDependency) -> Response:
     """200 while the process and the engine are fine, also while the model loads; 503 when the engine died or hangs."""
@@ -27,12 +31,14 @@ async def livez(service: ServiceDependency) -> Response:
     return _status("engine dead" if dead else "ok", 503 if dead else 200)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["operation"], summary="Can it serve?", response_model=Status, responses=_RED)
 async def readyz(service: ServiceDependency) -> Response:
     """200 after the model has loaded and a warm-up generation has run, until the server is told to stop."""
     return _status(service.state, 200 if service.ready else 503)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
 async def health(service: ServiceDependency) -> Response:
     """Always 200; `status` is ok, loading, draining or engine dead."""

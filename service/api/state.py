@@ -14,7 +14,7 @@ from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo, Request, SamplingParams
-from service.errors import EngineLostError, StartupError, UnavailableError
+from service.errors import EngineLostError, RequestError, StartupError, UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -86,7 +86,7 @@ class Service:
                 async for output in outputs:
                     if output.finish_reason == "error":
                         raise StartupError(f"the warm-up generation failed: {output.error}")
-        except UnavailableError as error:
+        except RequestError as error:
             raise StartupError(f"the warm-up generation failed: {error.message}") from None
 
 

@@ -23,7 +23,7 @@ import msgspec
 from service.engine import wire
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo, Request, SequenceOutput, StepOutput, StepStats
-from service.errors import StartupError, TimedOutError, UnavailableError, XLoraError
+from service.errors import InternalError, StartupError, TimedOutError, UnavailableError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
 
@@ -176,8 +176,9 @@ class EngineClient:
     async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
         """Queues requests and yields what the engine says about them. Leaving the block early aborts them.
 
-        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when the
-        engine is or goes away, and TimedOutError at the deadline (in the time of the event loop).
+        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when there
+        is no engine, InternalError when it goes away after it has been asked, and TimedOutError at the deadline (in
+        the time of the event loop).
         """
         if self._dead is not None:
             raise EngineDiedError(f"the engine is gone: {self._dead}")
@@ -264,9 +265,9 @@ class EngineClient:
 
     def _lose(self, reason: str) -> None:
         self._dead = reason
-        gone: UnavailableError = EngineDiedError(f"the engine is gone: {reason}")
+        gone = InternalError(f"the engine is gone: {reason}", code="engine_dead")
         if self._closing:
-            gone = UnavailableError("the server is stopping", code="stopping", hint="send the request again")
+            gone = InternalError("the server stopped", code="stopping", hint="send the request again")
         else:
             logger.error("%s", reason)
         for stream in set(self._streams.values()):

@@ -116,5 +116,5 @@ def test_closing_tells_the_unfinished_why(client: ThreadClient) -> None:
         assert wait_for(lambda: client.engine.choices)
         started = time.monotonic()
         http.portal.call(client.close)  # type: ignore[union-attr]
-        assert error_of(cut.result(), 503)["code"] == "stopping"
+        assert error_of(cut.result(), 500)["code"] == "stopping"
         assert time.monotonic() - started < 1

@@ -160,7 +160,8 @@ def test_a_surprise_is_a_500_without_its_story(http: TestClient, client: ThreadC
 
 
 def test_a_dead_engine_is_503_and_red(http: TestClient) -> None:
-    assert error_of(http.post("/generate", json={"prompt": [POISON]}), 503)["code"] == "engine_dead"
+    """500 for who was in it: a proxy sends a 503 to another server, and no prompt may kill one engine after another."""
+    assert error_of(http.post("/generate", json={"prompt": [POISON]}), 500)["code"] == "engine_dead"
     response = http.post("/generate", json={"prompt": "a"})
     assert error_of(response, 503)["code"] == "engine_dead"
     assert response.headers["retry-after"] == "5"

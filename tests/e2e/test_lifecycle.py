@@ -55,14 +55,14 @@ def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_engine_ends_the_service(tiny_bundle: Path, tmp_path: Path, how: signal.Signals) -> None:
-    """The API process outlives its engine just long enough to say so: 503 with a reason, probes red, exit code 3."""
+    """The API process outlives its engine just long enough to say so: 500 with a reason, probes red, exit code 3."""
     flags = ("--model", str(tiny_bundle), "--threads", "1", "--engine-timeout", "1")
     with (tmp_path / "stderr").open("wb") as log, server(*flags, stderr=log) as running:
         assert running.get("/livez")[0] == 200
         engine = engine_process(running)
         engine.send_signal(how)
         status, answer = running.post("/generate", honest_body(1))  # waits where the engine does not answer
-        assert status == 503
+        assert status == 500
         assert "engine" in answer["error"]["message"]
         assert running.get("/livez")[0] == 503
         assert running.get("/readyz")[0] == 503
