@@ -27,6 +27,7 @@ _SERVE_FLAGS = (
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )
+_PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
@@ -74,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", "service.commands.check", "check a checkpoint on disk")
     check.add_argument("directory", metavar="DIR", help="directory or hub id")
     check.add_argument("--verify", action="store_true", help="load it, and compare with a plain uncached computation")
-    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype"))
+    check.add_argument("--plan", action="store_true", help="print what it takes of the memory, without loading it")
+    check.add_argument(
+        "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"
+    )
+    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype", *_PLAN_FLAGS))
     convert = _command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle")
     convert.add_argument("source", metavar="SRC", help="a bundle, a PEFT or original X-LoRA save; directory or hub id")
     convert.add_argument("target", metavar="DST", help="the bundle's directory; must not exist or be empty")

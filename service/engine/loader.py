@@ -35,7 +35,7 @@ _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requ
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _COMPILED_ROW_COST = 0.2
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
-_CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
+CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
 def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Engine:
@@ -77,7 +77,7 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
     layout = model.kv_layout(options.block_size)
-    num_blocks = plan_blocks(layout, model.device, max_model_len, options)
+    num_blocks = plan_blocks(layout, max_model_len, options, free_device_bytes(model.device))
     runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
     if model.device.type == "cuda" and options.cuda_graphs:
         runner.captured = capture_steps(runner, options.max_num_seqs, max_model_len)
@@ -171,16 +171,22 @@ def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
     return wanted or limit
 
 
-def plan_blocks(layout: KVLayout, device: torch.device, max_model_len: int, options: EngineOptions) -> int:
+def free_device_bytes(device: torch.device) -> int | None:
+    """What is free on a GPU now; None on a CPU, whose memory others share."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def plan_blocks(layout: KVLayout, max_model_len: int, options: EngineOptions, free_bytes: int | None) -> int:
     """How many KV blocks fit the budget, and never more than max_num_seqs requests of full length could use.
 
-    Raises StartupError when not even one request of max_model_len fits.
+    `free_bytes` of a GPU once the weights are loaded, None on a CPU. Raises StartupError when not even one request of
+    max_model_len fits.
     """
     one = layout.blocks_for(max_model_len)
     most = one * options.max_num_seqs
     budget = options.kv_memory_bytes
-    if budget is None and device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+    if budget is None and free_bytes is not None:
+        budget = int(free_bytes * CUDA_KV_SHARE)
     if budget is None:
         budget = max(_CPU_KV_BYTES, one * layout.block_bytes)
     blocks = min(most, budget // layout.block_bytes)

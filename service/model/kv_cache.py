@@ -30,9 +30,17 @@ class KVLayout:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: keys and values of every layer, plus a gate row per slot."""
-        keys_and_values = 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
-        gate_row = 4 * self.gate_sites * self.experts
-        return (keys_and_values + gate_row) * self.block_size
+        return (self.kv_slot_bytes + self.gate_row_bytes) * self.block_size
+
+    @property
+    def kv_slot_bytes(self) -> int:
+        """Bytes of the keys and values of one position."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def gate_row_bytes(self) -> int:
+        """Bytes of the gate row of one position."""
+        return 4 * self.gate_sites * self.experts
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks one request of `tokens` positions needs: two streams."""
@@ -59,6 +67,11 @@ class KVCache:
         gate_rows = torch.zeros(slots + 1, layout.gate_sites, layout.experts, device=dummy_row.device)
         gate_rows[-1] = dummy_row
         return cls(keys, values, gate_rows)
+
+    @property
+    def bytes(self) -> int:
+        """What the tensors take, the scratch block and the dummy row included."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.gate_rows))
 
     @property
     def num_blocks(self) -> int:

@@ -68,8 +68,9 @@ class XLoraModel:
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm)
-        self.dummy_row = self.classifier.dummy_row().to(device)
-        self.scaling_pass_has_experts = bool(self.dummy_row.any())
+        dummy_row = self.classifier.dummy_row()
+        self.dummy_row = dummy_row.to(device)
+        self.scaling_pass_has_experts = bool(dummy_row.any())
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -175,9 +176,7 @@ def load_causal_lm(
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
     where the family cannot be served exactly (family.py, rope.py).
     """
-    skeleton = build_skeleton(checkpoint.base_path)
-    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
-    refuse_unsupported(skeleton, checkpoint.base_path)
+    _checked_skeleton(checkpoint)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.base_path,
         dtype=dtype,
@@ -196,6 +195,26 @@ def load_causal_lm(
     if quantization is not None:
         quantise(causal_lm, quantization, device)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _checked_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    skeleton: PreTrainedModel = build_skeleton(checkpoint.base_path, dtype)
+    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
+    refuse_unsupported(skeleton, checkpoint.base_path)
+    return skeleton
+
+
+def outline_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None
+) -> XLoraModel:
+    """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
+
+    Raises CheckpointError as load_model does for what the weights' values do not decide.
+    """
+    skeleton, meta = _checked_skeleton(checkpoint, dtype), torch.device("meta")
+    if quantization is not None:
+        quantise(skeleton, quantization, meta)
+    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype)
 
 
 def load_model(
