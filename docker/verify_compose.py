@@ -211,13 +211,13 @@ def check_dashboard(compose: Compose) -> None:
 def check_replicas(compose: Compose, traffic: Traffic) -> None:
     """A stopped container costs no request; a killed one at most the four that may be in it."""
     for command, allowed in (("stop", 0), ("kill", len(TRAFFIC) + 1)):
-        before = traffic.statuses.copy()
+        before, served = traffic.statuses.copy(), traffic.statuses[200]
         victim = compose.containers("xlora")[0]
         subprocess.run([compose.engine, command, victim], check=True, capture_output=True)
-        time.sleep(10)
+        wait(f"20 requests served after {command}", 180, lambda: traffic.statuses[200] >= served + 20)
         after = traffic.statuses - before
         failed = sum(count for status, count in after.items() if status != 200)
-        if failed > allowed or after[200] < 10:
+        if failed > allowed:
             sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
         print(f"{command} of one container: {after[200]} requests served, {failed} lost")
         subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
