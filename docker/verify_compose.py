@@ -112,16 +112,16 @@ class Traffic:
         self.url = url
         self.statuses: Counter[int] = Counter()
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._send, args=(number,)) for number in range(4)]
+        self.threads = [threading.Thread(target=self._send, args=(number,)) for number in range(4)]
 
     def __enter__(self) -> Traffic:
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join()
 
     def _send(self, number: int) -> None:
@@ -208,20 +208,19 @@ def check_dashboard(compose: Compose) -> None:
     print(f"{total} dashboard queries have results")
 
 
-def check_replicas(compose: Compose, traffic: Traffic) -> None:
-    """A stopped container costs no request; a killed one at most the four that may be in it."""
-    for command, allowed in (("stop", 0), ("kill", len(TRAFFIC) + 1)):
-        before, served = traffic.statuses.copy(), traffic.statuses[200]
-        victim = compose.containers("xlora")[0]
-        subprocess.run([compose.engine, command, victim], check=True, capture_output=True)
-        wait(f"20 requests served after {command}", 180, lambda: traffic.statuses[200] >= served + 20)
-        after = traffic.statuses - before
-        failed = sum(count for status, count in after.items() if status != 200)
-        if failed > allowed:
-            sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
-        print(f"{command} of one container: {after[200]} requests served, {failed} lost")
-        subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
-        wait("both are scraped again", 180, lambda: up(compose) == ["1", "1"])
+def check_loss(compose: Compose, traffic: Traffic, command: str, allowed: int) -> None:
+    """Takes one of two containers away under traffic: at most `allowed` requests may fail. Then brings it back."""
+    before, served = traffic.statuses.copy(), traffic.statuses[200]
+    victim = compose.containers("xlora")[0]
+    subprocess.run([compose.engine, command, victim], check=True, capture_output=True)
+    wait(f"20 requests served after {command}", 180, lambda: traffic.statuses[200] >= served + 20)
+    after = traffic.statuses - before
+    failed = sum(count for status, count in after.items() if status != 200)
+    if failed > allowed:
+        sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
+    print(f"{command} of one container: {after[200]} requests served, {failed} lost", flush=True)
+    subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
+    wait("both are scraped again", 180, lambda: up(compose) == ["1", "1"])
 
 
 def up(compose: Compose) -> list[str]:
@@ -256,7 +255,8 @@ def main() -> int:
                 sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
             print(f"{traffic.statuses[200]} requests, all answered with 200")
             if arguments.replicas:
-                check_replicas(compose, traffic)
+                check_loss(compose, traffic, "stop", allowed=0)
+                check_loss(compose, traffic, "kill", allowed=len(traffic.threads))
     finally:
         compose.run("down", "-v", check=False)
     print("compose verified")
