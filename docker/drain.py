@@ -22,7 +22,7 @@ def post(port: int, body: dict[str, object]) -> urllib.request.addinfourl:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    answer: urllib.request.addinfourl = urllib.request.urlopen(request, timeout=60)
+    answer: urllib.request.addinfourl = urllib.request.urlopen(request, timeout=180)
     return answer
 
 
