@@ -62,11 +62,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(*flags: str, ready_seconds: float = 90.0, **popen: Any) -> Iterator[Server]:
-    """Starts `xlora-serve serve`, waits until it is ready, and ends it with SIGTERM."""
+def server(*flags: str, ready_seconds: float = 90.0, root: Path = ROOT, **popen: Any) -> Iterator[Server]:
+    """Starts `xlora-serve serve` of the checkout at `root`, waits until it is ready, and ends it with SIGTERM."""
     port = free_port()
     command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
-    running = Server(port, subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **popen))
+    running = Server(port, subprocess.Popen(command, cwd=root, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **popen))
     try:
         _wait_ready(running, ready_seconds)
         yield running

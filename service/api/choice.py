@@ -105,26 +105,37 @@ class Generation:
             for _ in range(request.sampling.n if request.sampling else 0):
                 self.choices.append(Choice(len(self.choices), request, codec, stops, ends, format))
 
-    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[Piece, None]:
-        """Every piece as it comes. At the deadline (in the time of the event loop) all choices end.
+    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[list[Piece], None]:
+        """Every piece as it comes; those that came together are one list, in order. At the deadline (in the time of the
+        event loop) all choices end.
 
         Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
         """
         try:
             async with self._client.submit(*self.requests, deadline=deadline) as outputs:
                 async for output in outputs:
-                    choice = self.choices[self._first[output.request_id] + output.index]
-                    self.prompt_logprobs[output.request_id] += output.prompt_logprobs
-                    for piece in choice.accept(output):
-                        yield piece
-                    if choice.finish_reason is not None and output.finish_reason is None:
-                        self._client.abort(output.request_id, output.index)
+                    pieces: list[Piece] = []
+                    try:
+                        for one in (output, *outputs.ready()):
+                            pieces += self._accept(one)
+                    finally:
+                        if pieces:
+                            yield pieces
         except TimedOutError:
             if not any(choice.tokens for choice in self.choices):
                 raise
-            for choice in self.choices:
-                if choice.finish_reason is None:
-                    yield choice.end("timeout")
+            yield [choice.end("timeout") for choice in self.choices if choice.finish_reason is None]
+
+    def _accept(self, output: SequenceOutput) -> Iterator[Piece]:
+        """What one output brought; ends the choice in the engine where it has ended by its text."""
+        choice = self.choices[self._first[output.request_id] + output.index]
+        if choice.finish_reason is not None:
+            return  # it came together with the one that brought the end
+        if output.prompt_logprobs:
+            self.prompt_logprobs[output.request_id] += output.prompt_logprobs
+        yield from choice.accept(output)
+        if choice.finish_reason is not None and output.finish_reason is None:
+            self._client.abort(output.request_id, output.index)
 
     @property
     def prompt_tokens(self) -> int:

@@ -76,8 +76,8 @@ class Run:
         start = request.scalings_start
         return len(request.prompt_token_ids) - 1 if start is None else start
 
-    async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece, None]:
-        """Every piece, while the queue's accounts, the metrics and the record are kept."""
+    async def pieces(self, record: RequestRecord) -> AsyncGenerator[list[Piece], None]:
+        """Every piece, with those that came together, while the queue's accounts, the metrics and the record are kept."""
         service, generation = self._service, self.generation
         now = asyncio.get_running_loop().time
         record.model, record.response_id, record.sampling = self.info.model, self.id, self.sampling[0]
@@ -85,9 +85,9 @@ class Run:
             observer = Observer(service, generation, ticket, record)
             try:
                 async with aclosing(generation.pieces(now() + self.timeout_seconds)) as stream:
-                    async for piece in stream:
-                        observer.observe(piece)
-                        yield piece
+                    async for together in stream:
+                        observer.observe(together)
+                        yield together
                 observer.finish()
             finally:
                 observer.close()
@@ -123,15 +123,16 @@ async def respond(http_request: HttpRequest, run: Run, writer: Writer, stream: b
 async def _whole(run: Run, writer: Writer, record: RequestRecord) -> bytes:
     pieces: dict[int, list[Piece]] = defaultdict(list)
     async with aclosing(run.pieces(record)) as stream:
-        async for piece in stream:
-            pieces[piece.index].append(piece)
+        async for together in stream:
+            for piece in together:
+                pieces[piece.index].append(piece)
     return orjson.dumps(writer.document(pieces), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 async def _events(run: Run, writer: Writer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
     async with aclosing(run.pieces(record)) as stream:
-        async for piece in stream:
-            yield writer.event(piece)
+        async for together in stream:
+            yield b"".join([writer.event(piece) for piece in together])
     yield writer.last_event() + DONE
 
 
@@ -150,22 +151,31 @@ class Observer:
         self._rows: list[Rows] = []
         record.prompt_tokens = generation.prompt_tokens
 
-    def observe(self, piece: Piece) -> None:
-        """One piece has come."""
+    def observe(self, pieces: Sequence[Piece]) -> None:
+        """Some pieces have come, at once."""
         now = self._clock()
-        self._ticket.started(self._generation.choices[piece.index].request.id, now)
-        if piece.rows is not None:
-            self._rows.append(piece.rows)
-        if piece.token is None:
-            return
-        if not self._last:
-            self._record.first_token_seconds = time.perf_counter() - self._record.started
-            self._metrics.time_to_first_token.observe(now - self._started)
-            self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
-        if piece.index in self._last:
-            self._metrics.inter_token_latency.observe(now - self._last[piece.index])
-        self._last[piece.index] = now
-        self._metrics.generated_tokens.inc()
+        tokens = 0
+        for piece in pieces:
+            if piece.rows is not None:
+                self._rows.append(piece.rows)
+            last = self._last.get(piece.index)
+            if last is None:
+                self._ticket.started(self._generation.choices[piece.index].request.id, now)
+            if piece.token is None:
+                continue
+            if not self._last:
+                self._begin(now)
+            if last is not None:
+                self._metrics.inter_token_latency.observe(now - last)
+            self._last[piece.index] = now
+            tokens += 1
+        self._metrics.generated_tokens.inc(tokens)
+
+    def _begin(self, now: float) -> None:
+        """The first token of all has come."""
+        self._record.first_token_seconds = time.perf_counter() - self._record.started
+        self._metrics.time_to_first_token.observe(now - self._started)
+        self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
 
     def finish(self) -> None:
         """The last piece has come."""
