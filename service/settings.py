@@ -92,8 +92,10 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     max_header_bytes: ByteSize = Field(32 << 10, ge=1024, description="largest request line and headers, as 32KiB")
-    max_queued_requests: int = Field(
-        128, ge=1, description="most choices waiting for their first token; more are refused with 429"
+    max_queued_requests: PositiveInt | None = Field(
+        None,
+        description="most choices waiting beside the --max-num-seqs that run; more are refused with 429; "
+        "default: half of --max-num-seqs",
     )
     max_queued_tokens: int = Field(
         131_072, ge=1, description="most prompt tokens of requests waiting for their first token; more are refused"

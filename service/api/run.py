@@ -160,7 +160,9 @@ class Observer:
                 self._rows.append(piece.rows)
             last = self._last.get(piece.index)
             if last is None:
-                self._ticket.started(self._generation.choices[piece.index].request.id, now)
+                self._ticket.started(self._generation.choices[piece.index].request.id)
+            if piece.finish_reason is not None:
+                self._ticket.ended(now, self._generation.choices[piece.index].usage.queue_seconds)
             if piece.token is None:
                 continue
             if not self._last:
