@@ -55,7 +55,7 @@ class Admission:
     """The accounts of everything queued or running."""
 
     def __init__(self, seats: int, max_waiting: int | None, max_tokens: int) -> None:
-        """`max_waiting` None is half the seats: who is admitted waits for half the time that a choice takes, or less."""
+        """`max_waiting` None is half the seats: who is admitted waits for at most half the time that a choice takes."""
         self.running = 0  # callers between submission and end
         self.choices = 0  # of all callers, not ended
         self.queued_tokens = 0
@@ -97,7 +97,7 @@ class Admission:
 
     @property
     def expected_wait_seconds(self) -> float:
-        """How long one more choice would wait for its seat: with every seat taken, one is free every `service / seats`."""
+        """How long one more choice would wait: of seats that are all taken, one is free every service / seats."""
         if self.choices < self._seats:
             return 0.0
         return (self.waiting + 1) * self._service_seconds / self._seats

@@ -45,6 +45,11 @@ class Choice:
         self._stops = StopStrings(stops)
         self._rows = RowBuffer(format)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last piece has been made."""
+        return self.finish_reason is not None
+
     def accept(self, output: SequenceOutput) -> Iterator[Piece]:
         """One piece per token up to the end, and one without a token when the end came alone."""
         if output.gate is not None:
@@ -56,7 +61,7 @@ class Choice:
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
             yield self._piece(token, output.finish_reason if position == last else None)
-            if self.finish_reason is not None:
+            if self.ended:
                 return  # by a stop string, perhaps: tokens after it do not count
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
@@ -124,17 +129,17 @@ class Generation:
         except TimedOutError:
             if not any(choice.tokens for choice in self.choices):
                 raise
-            yield [choice.end("timeout") for choice in self.choices if choice.finish_reason is None]
+            yield [choice.end("timeout") for choice in self.choices if not choice.ended]
 
     def _accept(self, output: SequenceOutput) -> Iterator[Piece]:
         """What one output brought; ends the choice in the engine where it has ended by its text."""
         choice = self.choices[self._first[output.request_id] + output.index]
-        if choice.finish_reason is not None:
+        if choice.ended:
             return  # it came together with the one that brought the end
         if output.prompt_logprobs:
             self.prompt_logprobs[output.request_id] += output.prompt_logprobs
         yield from choice.accept(output)
-        if choice.finish_reason is not None and output.finish_reason is None:
+        if choice.ended and output.finish_reason is None:
             self._client.abort(output.request_id, output.index)
 
     @property

@@ -77,7 +77,7 @@ class Run:
         return len(request.prompt_token_ids) - 1 if start is None else start
 
     async def pieces(self, record: RequestRecord) -> AsyncGenerator[list[Piece], None]:
-        """Every piece, with those that came together, while the queue's accounts, the metrics and the record are kept."""
+        """Lists of pieces that came together, while the queue's accounts, the metrics and the record are kept."""
         service, generation = self._service, self.generation
         now = asyncio.get_running_loop().time
         record.model, record.response_id, record.sampling = self.info.model, self.id, self.sampling[0]

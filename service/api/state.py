@@ -34,9 +34,7 @@ class Service:
         self.loaded_at = 0  # seconds since 1970
         self.draining = False  # told to stop: what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
-        self.admission = Admission(
-            settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens
-        )
+        self.admission = Admission(settings.max_num_seqs, settings.max_queued_requests, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
 
     @property
