@@ -138,9 +138,10 @@ class Generation:
             return  # it came together with the one that brought the end
         if output.prompt_logprobs:
             self.prompt_logprobs[output.request_id] += output.prompt_logprobs
-        yield from choice.accept(output)
-        if choice.ended and output.finish_reason is None:
-            self._client.abort(output.request_id, output.index)
+        for piece in choice.accept(output):
+            if piece.finish_reason is not None and output.finish_reason is None:
+                self._client.abort(output.request_id, output.index)
+            yield piece
 
     @property
     def prompt_tokens(self) -> int:
