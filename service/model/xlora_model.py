@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
 
 from service.checkpoint import Checkpoint
 from service.errors import CheckpointError
@@ -27,6 +28,8 @@ from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.parallel import Part, Shards, split
+from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.targets import adapt, refusal
@@ -58,16 +61,23 @@ class XLoraModel:
     """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
 
     def __init__(
-        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        causal_lm: PreTrainedModel,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        shards: Shards | None = None,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
         self.expert_names = [expert.name for expert in checkpoint.experts]
-        self.sites = resolve_sites(checkpoint, causal_lm)
+        self.sites = resolve_sites(checkpoint, causal_lm if shards is None else shards.skeleton)
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
-        self.gate = self._swap_linears(checkpoint, causal_lm)
+        self.gate = self._swap_linears(checkpoint, causal_lm, shards)
+        self._kv_split = 1 if shards is None else shards.kv_split
         self.dummy_row = self.classifier.dummy_row().to(device)
         self.scaling_pass_has_experts = bool(self.dummy_row.any())
         prefix = causal_lm.base_model_prefix
@@ -75,8 +85,12 @@ class XLoraModel:
         setattr(causal_lm, prefix, self._tap)
         self.causal_lm = causal_lm
 
-    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> Gate:
-        stacks = [stack_experts(checkpoint.experts, site, self.dtype, self.device) for site in self.sites]
+    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards | None) -> Gate:
+        parts = [Part(site) if shards is None else shards.part(site) for site in self.sites]
+        stacks = [
+            part.of(stack_experts(checkpoint.experts, site, self.dtype, self.device))
+            for site, part in zip(self.sites, parts, strict=True)
+        ]
         gate = Gate(
             [stack.ranks for stack in stacks],
             layerwise=checkpoint.xlora.layerwise_scalings,
@@ -85,10 +99,10 @@ class XLoraModel:
         )
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
         head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
-        for number, (site, stack) in enumerate(zip(self.sites, stacks, strict=True)):
-            parent, _, name = site.rpartition(".")
-            module = causal_lm.get_submodule(site)
-            adapted = adapt(module, stack, gate, number, is_head=module is head)
+        for number, (site, part, stack) in enumerate(zip(self.sites, parts, stacks, strict=True)):
+            parent, _, name = part.path.rpartition(".")
+            is_head = causal_lm.get_submodule(site) is head
+            adapted = adapt(causal_lm.get_submodule(part.path), stack, gate, number, is_head=is_head)
             setattr(causal_lm.get_submodule(parent), name, adapted)
         return gate
 
@@ -98,7 +112,7 @@ class XLoraModel:
         heads = config.num_attention_heads
         return KVLayout(
             layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // self._kv_split,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             block_size=block_size,
             gate_sites=self.classifier.stored_sites,
@@ -167,10 +181,12 @@ def load_causal_lm(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
+    ranks: Ranks | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
     """Loads the base through transformers, in eval mode, with its attention routed to ours and its RoPE settled for
-    texts of up to `max_model_len` tokens (None: as many as the base takes).
+    texts of up to `max_model_len` tokens (None: as many as the base takes). With `ranks`, the weights are this rank's
+    shards, and every rank must load at the same time.
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
     where the family cannot be served exactly (family.py, rope.py).
@@ -185,6 +201,7 @@ def load_causal_lm(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        distributed_config=None if ranks is None else DistributedConfig(tp_plan="auto", tp_size=ranks.size),
     )
     causal_lm, loading = loaded
     for defect in ("missing_keys", "mismatched_keys"):
@@ -205,9 +222,12 @@ def load_model(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
+    ranks: Ranks | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
-    """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
+    """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
+    afterwards: stacks are copies.
+    """
     on_progress(f"loading base model from {checkpoint.base_path}")
     causal_lm = load_causal_lm(
         checkpoint,
@@ -215,7 +235,9 @@ def load_model(
         dtype=dtype,
         quantization=quantization,
         max_model_len=max_model_len,
+        ranks=ranks,
         on_progress=on_progress,
     )
+    shards = None if ranks is None else split(causal_lm, build_skeleton(checkpoint.base_path), ranks)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
-    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)
+    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards)
