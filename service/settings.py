@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     )
     block_size: int = Field(16, ge=1, description="positions in one KV block")
     threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that compute the model together, each with a part of it (and a GPU of its own)"
+    )
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     compile: bool = Field(

@@ -42,6 +42,7 @@ POISON = 2  # a prompt with this token id makes step() raise
 UNFIT = 3  # a prompt with this token id is refused by add()
 FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone
 HANGING = 5  # a prompt with this token id makes step() never return
+Progress = Callable[[str], None]
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
@@ -232,18 +233,18 @@ def fake_info(directory: Path) -> EngineInfo:
     )
 
 
-def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """The loader that tests name instead of service.engine.loader:load_engine."""
     on_progress("reading the fake bundle")
     return FakeEngine(fake_info(Path(options.model)))
 
 
-def load_slow_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_slow_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """The same at 5 ms a step."""
     return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)
 
 
-def load_killed_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_killed_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """A machine that is too small: the kernel ends the process while it loads."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still here")

@@ -55,7 +55,10 @@ TYPES_ONLY = {
     for leaf in ("service.drift", "service.metrics")
 }
 # Modules that may touch the environment, and why.
-ENVIRONMENT = {"service.settings": "the only reader of the environment"}
+ENVIRONMENT = {
+    "service.settings": "the only reader of the environment",
+    "service.engine.group": "gloo takes its network interface, and transformers its GPU, from nowhere else",
+}
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         kv_memory_bytes=settings.kv_memory,
         block_size=settings.block_size,
         threads=settings.threads,
+        tensor_parallel=settings.tensor_parallel,
         lookahead=settings.lookahead,
         cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
+from service.engine.group import Leader
 from service.engine.request import GateRows, GateStats, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
@@ -74,6 +75,7 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
+        self.leader: Leader | None = None  # of a tensor-parallel group
         self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
@@ -105,7 +107,8 @@ class ModelRunner:
         batch = self._batch(segments, token_rows + prediction_rows + score_rows)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
-        step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
+        eager = self.captured or self.leader or self.model
+        step = self.compiled if self.compiled is not None and batch.is_decode else eager
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
@@ -128,8 +131,8 @@ class ModelRunner:
             if steering is not None and steering.weights is not None and share.real_start == 0:
                 sites, experts = self.kv_cache.gate_rows.shape[1:]
                 row = fixed_row(steering.weights, self.model.sites[:sites], experts)
-                [slot] = self._slots(share.sequence.real, 0, 1)
-                self.kv_cache.gate_rows[slot] = torch.tensor(row, device=self.model.device)
+                slots = self._slots(share.sequence.real, 0, 1)
+                self._store_gate_rows(slots, torch.tensor([row], device=self.model.device))
 
     def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
         """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
@@ -141,8 +144,13 @@ class ModelRunner:
                 rows += range(segment.row, segment.row + segment.count)
                 slots += self._new_gate_slots(segment)
         for steering, (rows, slots) in steered.items():
-            scalings = self._scalings(gate_logits[self._tensor(rows)], steering)
-            self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), scalings)
+            self._store_gate_rows(slots, self._scalings(gate_logits[self._tensor(rows)], steering))
+
+    def _store_gate_rows(self, slots: list[int], rows: Tensor) -> None:
+        """Writes gate rows [n, S, E]; those that a forward makes it writes itself."""
+        self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), rows)
+        if self.leader is not None:
+            self.leader.store_gate_rows(slots, rows)
 
     def _scalings(self, gate_logits: Tensor, steering: Steering | None) -> Tensor:
         """Gate logits [n, S, E] to scalings, as one request wants them."""

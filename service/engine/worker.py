@@ -16,10 +16,12 @@ import contextlib
 import gc
 import importlib
 import logging
+import os
 import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
@@ -59,7 +61,8 @@ class EngineSurface(Protocol):
         """The load without a step."""
 
 
-LoadEngine = Callable[[EngineOptions, Callable[[str], None]], EngineSurface]
+# With options, what to call with progress, and what to call from another thread when a part of the engine is lost.
+LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
 
 
 class _Disconnected(Exception):
@@ -75,6 +78,7 @@ class Worker:
         self._reader = wire.FrameReader()
         self._decoder = msgspec.msgpack.Decoder(wire.ToEngine)
         self._encoder = wire.FrameEncoder()
+        self._sending = threading.Lock()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
 
@@ -100,6 +104,8 @@ class Worker:
             self._loop(engine)
         except (_Disconnected, ConnectionError):
             raise
+        except XLoraError as error:
+            return self._fail(error.message, error.hint)
         except Exception as error:
             logger.exception("the engine failed")
             return self._fail(f"the engine failed: {type(error).__name__}: {error}")
@@ -108,7 +114,7 @@ class Worker:
         messages = self._receive(wait=True)
         if not isinstance(messages[0], wire.Start):
             raise TypeError(f"the first message must be Start, not {type(messages[0]).__name__}")
-        return self._load(messages[0].options, lambda text: self._send(wire.Progress(text)))
+        return self._load(messages[0].options, lambda text: self._send(wire.Progress(text)), self._lose)
 
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
@@ -152,7 +158,15 @@ class Worker:
         return messages
 
     def _send(self, message: wire.FromEngine) -> None:
-        self._socket.sendall(self._encoder.encode(message))
+        with self._sending:
+            self._socket.sendall(self._encoder.encode(message))
+
+    def _lose(self, reason: str) -> NoReturn:
+        """Says why and ends the process, from another thread: the main one may wait for what will never come."""
+        with contextlib.suppress(OSError):
+            self._fail(reason)
+        _linger(self._socket)
+        os._exit(1)
 
     def _fail(self, message: str, hint: str | None = None) -> int:
         self._send(wire.Failed(message, hint))
@@ -174,8 +188,10 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
 
-    def load(options: EngineOptions, on_progress: Callable[[str], None]) -> EngineSurface:
-        return import_loader(loader, on_progress)(options, on_progress)
+    def load(
+        options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]
+    ) -> EngineSurface:
+        return import_loader(loader, on_progress)(options, on_progress, on_lost)
 
     with socket.socket(fileno=int(argv[1])) as connection:
         status = Worker(connection, load).run()

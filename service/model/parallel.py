@@ -4,10 +4,10 @@
     rowwise     W_r [out, in/N]    A's columns likewise, B whole    y = sum over ranks, then the bias
     embedding   W_r [V/N, H]       A's columns likewise, B whole    y = sum over ranks
 
-Experts need no communication of their own: A_r x_r, the gate and B are linear, so W_r x_r + B((A_r x_r) * g) is summed
-as one. The gate is the same on every rank, and so is all that is not split. transformers reads each rank's part of the
-weights and does what a plan asks of other modules (a mixture's experts); its own wrappers around linear layers would not
-survive the experts, so ours take their place. Knows modules and shapes, neither processes nor how they found each other.
+Experts need no communication of their own: all of W_r x_r + B((A_r x_r) * g) is linear in x_r, so it is summed as one.
+The gate is the same on every rank, and so is all that is not split. transformers reads each rank's part of the weights,
+and does what a plan asks of other modules (a mixture's experts); its wrappers around linear layers would not survive
+the experts, so ours take their place. Knows modules and shapes, neither processes nor how they found each other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from service.errors import CheckpointError
 from service.model.experts import ExpertStack
 from service.model.parallel_plan import COLUMN, GATHERED, LINEAR, ROW, VOCABULARY, Ranks, planned, splits_heads
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

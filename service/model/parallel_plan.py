@@ -73,7 +73,9 @@ def check_plan(skeleton: Any, size: int, base: Path) -> None:
         if _is_attention(module):
             own = {styles.get(f"{name}.{child}") for child, part in module.named_children() if is_plain_linear(part)}
             if own & COLUMN and own - COLUMN - ROW:
-                _refuse(base, f"the plan of the family {skeleton.config.model_type!r} divides only some heads of {name}")
+                _refuse(
+                    base, f"the plan of the family {skeleton.config.model_type!r} divides only some heads of {name}"
+                )
     _check_sizes(list(_sizes(skeleton, styles)), size)
 
 

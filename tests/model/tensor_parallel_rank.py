@@ -1,6 +1,6 @@
 """One rank of a tensor-parallel group without an engine: runs texts through its part of each bundle, saves what came.
 
-    python -m tests.model.tensor_parallel_rank RANK SIZE PORT OUT BUNDLE...
+python -m tests.model.tensor_parallel_rank RANK SIZE PORT OUT BUNDLE...
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from safetensors.torch import save_file
 
 from service.checkpoint import load_checkpoint
 from service.model.parallel_plan import Ranks
-from service.model.xlora_model import load_model
+from service.model.xlora_model import XLoraModel, load_model
 from tests.engine.driver import words
 from tests.model.tiny import CPU, OneRequest
 
 LENGTH, CHUNKS = 24, (10, 1, 1, 12)
+
+
+def matrix_bytes(model: XLoraModel) -> int:
+    """Of the base's weight matrices, those that are one counted once."""
+    matrices = [parameter for parameter in model.causal_lm.parameters() if parameter.dim() == 2]
+    return sum({matrix.data_ptr(): matrix.nbytes for matrix in matrices}.values())
 
 
 def main(ranks: Ranks, port: int, out: Path, bundles: list[Path]) -> None:
@@ -33,7 +39,7 @@ def main(ranks: Ranks, port: int, out: Path, bundles: list[Path]) -> None:
         logits, scalings = request.run(words(5, LENGTH), CHUNKS)
         found = {"logits": logits, "scalings": scalings.contiguous(), "gate_rows": request.cache.gate_rows}
         found["kv_heads"] = torch.tensor(request.cache.keys[0].shape[2])
-        found["bytes"] = torch.tensor(sum(parameter.nbytes for parameter in model.causal_lm.parameters()))
+        found["matrix_bytes"] = torch.tensor(matrix_bytes(model))
         save_file(found, out / f"{bundle.name}.{ranks.rank}")
     dist.destroy_process_group()
 
