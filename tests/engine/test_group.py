@@ -68,13 +68,13 @@ def pair() -> Iterator[Pair]:
 def requests(vocabulary: int) -> list[Request]:
     """One of every kind: what is special about each is decided by rank 0, and must reach the others."""
     shared = words(9, 17, vocabulary)
-    sampling = SamplingParams(max_tokens=12, temperature=0.8, seed=4, ignore_eos=True, n=3, prompt_logprobs=1)
+    sampling = SamplingParams(max_tokens=8, temperature=0.8, seed=4, ignore_eos=True, n=3, prompt_logprobs=1)
     return [
-        greedy("greedy", words(1, 37, vocabulary), 20, return_scalings="full", scalings_start=0),
-        sampled("sampled", words(2, 21, vocabulary), 20, seed=7, temperature=0.9),
+        greedy("greedy", words(1, 37, vocabulary), 12, return_scalings="full", scalings_start=0),
+        sampled("sampled", words(2, 21, vocabulary), 12, seed=7, temperature=0.9),
         Request("choices", shared, sampling),
-        greedy("only", shared, 12, steering=Steering(only=(1, 2)), return_scalings="full"),
-        greedy("cool", shared, 12, steering=Steering(temperature=0.3, top_k=1), return_scalings="full"),
+        greedy("only", shared, 8, steering=Steering(only=(1, 2)), return_scalings="full"),
+        greedy("cool", shared, 8, steering=Steering(temperature=0.3, top_k=1), return_scalings="full"),
         greedy(
             "fixed",
             shared,
@@ -83,7 +83,7 @@ def requests(vocabulary: int) -> list[Request]:
             return_scalings="full",
         ),
         greedy("frozen", words(3, 9, vocabulary), 12, freeze_after=3, return_scalings="full"),
-        greedy("copies", words(4, 6, vocabulary) * 4, 20),
+        greedy("copies", words(4, 6, vocabulary) * 4, 12),
         Request("gate", words(5, 30, vocabulary), None, return_scalings="full"),
     ]
 
@@ -113,9 +113,12 @@ def test_the_demo_serves_every_kind_of_request_as_in_one_process(pair: Pair) -> 
 
 
 def test_preempted_requests_are_computed_again(pair: Pair) -> None:
-    layout = 2 * 2 * 4 * 32 * 4 * 4 + 28 * 4 * 4 * 4  # keys, values and gate rows of a block of four positions
-    few = {"kv_memory_bytes": 70 * layout, "max_model_len": 64, "speculative_tokens": 0}
+    block = 4 * (
+        1024 + 448
+    )  # bytes of four positions' keys and values, of this rank's one KV head, and of their gate rows
+    few = {"kv_memory_bytes": 70 * block, "max_model_len": 64, "speculative_tokens": 0}
     ours = pair.engine(DEMO, **few)
+    assert ours.blocks.num_blocks == 70
     asked = [greedy(f"r{number}", words(number, 12, 1000), 40) for number in range(4)]
     result = run(ours, asked)
     assert result.preemptions > 0
@@ -125,9 +128,9 @@ def test_preempted_requests_are_computed_again(pair: Pair) -> None:
     }
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["phi3", "mixtral"])
 def test_families(pair: Pair, tmp_path: Path, family: str) -> None:
-    """A window and soft caps; whole attention; a mixture whose experts are divided as well."""
+    """Every rank attends with all heads; a mixture whose experts are divided as well."""
     path = build(tmp_path / family, family, **FAMILIES[family])
     assert_same(pair.engine(path), alone(path), requests(320))
 
@@ -192,7 +195,9 @@ def test_on_a_machine_with_gpus_each_rank_needs_one(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_rank_says_before_it_ends_is_passed_on(tmp_path: Path) -> None:
     group = Group(2)
+    [follower] = group._followers
     try:
+        group.receive(follower)  # it has started
         group.load(EngineOptions(str(tmp_path / "nowhere"), tensor_parallel=2))
         with pytest.raises(EngineLostError, match=r"rank 1 of 2 failed: .*nowhere"):
             group.agree_on_blocks(1)
