@@ -85,6 +85,7 @@ class Group:
         self._decided = threading.Event()  # `_reason` is there
         self._lock = threading.Lock()
         self._closing = False
+        self._joined = False
         self._followers = [_Follower(rank, self._take_note) for rank in range(1, size)]
 
     def join(self) -> None:
@@ -99,6 +100,7 @@ class Group:
                     "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
                 )
                 join_collectives(self.ranks, store)
+                self._joined = True
             except (RuntimeError, OSError) as error:
                 raise self.failure(error) from error
 
@@ -142,7 +144,7 @@ class Group:
         self._closing = True
         for follower in self._followers:
             follower.end()
-        if dist.is_initialized():
+        if self._joined:
             dist.destroy_process_group()
 
     def _take_note(self, rank: int, what: str) -> None:

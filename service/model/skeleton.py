@@ -5,6 +5,7 @@ from __future__ import annotations
 from service.checkpoint import Checkpoint
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.parallel_plan import check_plan
+from service.model.rope import refuse_length_dependent_rope
 from service.model.xlora_model import resolve_sites
 
 
@@ -18,6 +19,7 @@ def check_divisible(checkpoint: Checkpoint, ranks: int) -> None:
     cannot be divided among so many.
     """
     skeleton = build_skeleton(checkpoint.base_path)
+    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
     refuse_unsupported(skeleton, checkpoint.base_path)
     check_plan(skeleton, ranks, checkpoint.base_path)
     resolve_sites(checkpoint, skeleton)

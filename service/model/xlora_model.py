@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -194,16 +196,7 @@ def load_causal_lm(
     skeleton = build_skeleton(checkpoint.base_path)
     refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
     refuse_unsupported(skeleton, checkpoint.base_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.base_path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        distributed_config=None if ranks is None else DistributedConfig(tp_plan="auto", tp_size=ranks.size),
-    )
-    causal_lm, loading = loaded
+    causal_lm, loading = _from_pretrained(checkpoint.base_path, dtype, ranks)
     for defect in ("missing_keys", "mismatched_keys"):
         if loading[defect]:
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
@@ -213,6 +206,29 @@ def load_causal_lm(
     if quantization is not None:
         quantise(causal_lm, quantization, device)
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _from_pretrained(base: Path, dtype: torch.dtype, ranks: Ranks | None) -> tuple[Any, dict[str, Any]]:
+    """The base as transformers loads it, and its report. Raises CheckpointError where it does not divide it."""
+    divided = {} if ranks is None else {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks.size)}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **divided,
+        )
+    except ValueError as error:
+        if ranks is None:
+            raise
+        raise CheckpointError(  # older versions want more to be divisible than check_plan does
+            f"{base}: transformers {transformers.__version__} does not divide it: {error}",
+            hint="use a newer version, or another --tensor-parallel",
+        ) from error
+    return loaded  # type: ignore[no-any-return]
 
 
 def load_model(
