@@ -32,6 +32,7 @@ TINY = {
     "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1", "--eager-only"],
     "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1", "--eager-only"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
+    "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
 }  # fmt: skip
 
 
