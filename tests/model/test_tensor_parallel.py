@@ -71,10 +71,11 @@ def outcome(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             for rank in range(2)
         ]
         try:
-            assert [rank.wait(240) for rank in ranks] == [0, 0]
+            assert [rank.wait(600) for rank in ranks] == [0, 0]
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
         del store
     return out
 
