@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from service.engine.group import join_collectives
 from service.engine.loader import (
@@ -67,7 +66,7 @@ class Follower:
 
     def _join(self, size: int, port: int) -> None:
         self._ranks = Ranks(self._rank, size)
-        join_collectives(self._ranks, dist.TCPStore("127.0.0.1", port, is_master=False))
+        join_collectives(self._ranks, port)
 
     def _load(self, options: EngineOptions) -> None:
         self._options, self._model, self._cache = options, None, None  # what was there makes room first

@@ -94,15 +94,12 @@ class Group:
             self.receive(follower)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
+            self.tell({"join": {"size": self.ranks.size, "port": port}})
             try:
-                self.tell({"join": {"size": self.ranks.size, "port": port}})
-                store = dist.TCPStore(
-                    "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-                )
-                join_collectives(self.ranks, store)
-                self._joined = True
+                join_collectives(self.ranks, port, listener.detach())
             except (RuntimeError, OSError) as error:
                 raise self.failure(error) from error
+        self._joined = True
 
     def load(self, options: EngineOptions) -> None:
         """Tells the others to load their shards; this rank must do so at the same time."""
@@ -110,7 +107,7 @@ class Group:
 
     def agree_on_blocks(self, own: int) -> int:
         """The least number of KV blocks of all ranks, which every rank then allocates. Raises EngineLostError."""
-        blocks = min([own, *(self.receive(follower)["blocks"] for follower in self._followers)])
+        blocks: int = min([own, *(self.receive(follower)["blocks"] for follower in self._followers)])
         self.tell({"allocate": blocks})
         return blocks
 
@@ -217,8 +214,13 @@ class _Follower:
         self._on_end(self.rank, failed or _describe_end(self.process))
 
 
-def join_collectives(ranks: Ranks, store: dist.TCPStore) -> None:
-    """Makes this process a member of the group that meets at `store`; with GPUs, it takes the one of its rank."""
+def join_collectives(ranks: Ranks, port: int, listener: int | None = None) -> None:
+    """Makes this process a member of the group that meets at `port` of the loopback interface; rank 0 brings the socket
+    that listens there. With GPUs, each takes the one of its rank.
+    """
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", port, is_master=listener is not None, wait_for_workers=False, master_listen_fd=listener
+    )
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.rank)
         torch.cuda.set_device(device)

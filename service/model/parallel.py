@@ -123,7 +123,7 @@ class SummedEmbedding(nn.Module):
         return y
 
 
-def _linear(module: nn.Linear, name: str, style: str, whole: nn.Linear, ranks: Ranks) -> tuple[nn.Module, Part]:
+def _linear(module: Any, name: str, style: str, whole: nn.Linear, ranks: Ranks) -> tuple[nn.Module, Part]:
     """The module that takes the place of `module`, and this rank's part of it."""
     bias = None if module.bias is None else _local(module.bias)
     inner = nn.Linear(whole.in_features, whole.out_features, bias=False, device="meta")  # the sizes are not looked at
