@@ -130,11 +130,11 @@ def _linear(module: Any, name: str, style: str, whole: nn.Linear, ranks: Ranks) 
     inner.weight = _shard(module, name)
     inner.out_features, inner.in_features = inner.weight.shape
     if style in COLUMN:
-        inner.bias = bias
+        inner.register_parameter("bias", bias)
         return inner, Part(name, outputs=ranks.chunk(whole.out_features))
     path = f"{name}.inner"
     if style in GATHERED:
-        inner.bias = bias
+        inner.register_parameter("bias", bias)
         parts = [Ranks(rank, ranks.size).chunk(whole.out_features) for rank in range(ranks.size)]
         sizes = [part.stop - part.start for part in parts]
         return GatheredLinear(inner, sizes), Part(path, outputs=parts[ranks.rank])
