@@ -163,9 +163,9 @@ class Worker:
 
     def _lose(self, reason: str) -> NoReturn:
         """Says why and ends the process, from another thread: the main one may wait for what will never come."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the main thread, which may have noticed, closes the socket
             self._fail(reason)
-        _linger(self._socket)
+            _linger(self._socket)
         os._exit(1)
 
     def _fail(self, message: str, hint: str | None = None) -> int:
