@@ -62,6 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = _command(commands, "serve", "service.commands.serve", "serve a bundle over HTTP")
     _add_settings(serve, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
+    cluster = _command(commands, "cluster", "service.commands.cluster", "serve replicas of a bundle on Ray Serve")
+    cluster.add_argument("--replicas", type=_positive, default=1, metavar="N", help="how many (default 1)")
+    cluster.add_argument("--max-replicas", type=_positive, metavar="N", help="as many as the load needs, up to this")
+    cluster.add_argument("--address", help="a running Ray cluster, as host:6379; default: one of this machine alone")
+    _add_settings(cluster, (*_ENGINE_FLAGS, *(name for name in _SERVE_FLAGS if name != "max_header_bytes")))
     generate = _command(commands, "generate", "service.commands.generate", "generate text in the terminal")
     _add_prompt(generate)
     _add_sampling(generate)
@@ -119,6 +124,13 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             choices = get_args(field.annotation) if name in ("dtype", "log_level", "log_format") else None
             default = "" if field.default is None else f" (default {field.default})"
             group.add_argument(flag, dest=name, choices=choices, metavar=name.upper(), help=text + default)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:

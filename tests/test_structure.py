@@ -1,6 +1,6 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
+    cli, cluster -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
 
 Leaves may import drift and errors.
 
@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Bottom to top.
-LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", "terminal commands cli __main__")
+LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", "terminal commands cluster cli __main__")
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 WEB_FREE = ("service.engine", "service.model", "service.checkpoint")

@@ -55,7 +55,7 @@ async def health(service: ServiceDependency) -> Response:
 )
 async def metrics(service: ServiceDependency) -> Response:
     """Prometheus' text format."""
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(await service.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/info", tags=["operation"], summary="What is served", response_model=Info, responses=documented(503))

@@ -123,8 +123,7 @@ class Recorder:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        request_id = request_id_of(headers)
         trace = TraceParent.parse(headers.get("traceparent"))
         record = scope[_RECORD_KEY] = RequestRecord(request_id, scope["method"], scope["path"], trace)
 
@@ -152,6 +151,12 @@ class Recorder:
         logger.info("%s %s", record.method, record.path, extra={"fields": record.fields()})
         for writer in self._spans:
             writer.write(record)
+
+
+def request_id_of(headers: Headers) -> str:
+    """The caller's id for a request, or a new one where there is none that could stand in a log."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
 
 
 def record_of(scope: Scope) -> RequestRecord:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from fastapi import Request as HttpRequest
 
@@ -30,6 +31,7 @@ class Service:
         self.client = client
         self.settings = settings
         self.metrics = metrics
+        self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics  # what /metrics answers
         self.started_at = time.monotonic()
         self.loaded_at = 0  # seconds since 1970
         self.draining = False  # told to stop: what runs may end, nothing new begins
@@ -78,6 +80,9 @@ class Service:
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
+
+    async def _own_metrics(self) -> bytes:
+        return self.metrics.render()
 
     async def _warm_up(self) -> None:
         sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)
