@@ -31,7 +31,7 @@ help: ## this list
 
 .venv/.dev: .venv/.runtime
 	@echo "installing the test and development tools into .venv"
-	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot]'
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot,ray]'
 	@touch $@
 
 .venv-min/.test: pyproject.toml constraints-min.txt

@@ -253,3 +253,17 @@ def test_terminal_pieces() -> None:
 
 def test_modules_of_commands_have_a_run() -> None:
     assert all(callable(module.run) for module in (generate, scalings, serve))
+
+
+def test_cluster_without_ray_says_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["ray"] = None  # as if it were not installed
+from service import cli
+sys.exit(cli.main(["cluster"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        ["error: cluster needs Ray Serve", "hint: pip install 'xlora-service[ray]'"],
+    )

@@ -51,7 +51,8 @@ def series_in(expression: str) -> set[str]:
 
 
 def test_prometheus_configuration(promtool):
-    promtool_finds_nothing(promtool, "check", "config", "--lint-fatal", PROMETHEUS / "prometheus.yml")
+    for name in ("prometheus.yml", "prometheus.ray.yml"):
+        promtool_finds_nothing(promtool, "check", "config", "--lint-fatal", PROMETHEUS / name)
 
 
 def test_rules_are_well_formed(promtool):
@@ -81,6 +82,16 @@ def test_the_two_configurations_differ_in_the_key_only():
     plain, keyed = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.keys.yml")
     assert keyed["scrape_configs"][0].pop("authorization") == {"credentials_file": "/run/secrets/xlora_admin_key"}
     assert plain == keyed
+
+
+def test_the_configuration_for_ray_differs_in_the_target_and_the_replicas_label_only():
+    plain, ray = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.ray.yml")
+    [port] = {target.split(":")[1] for target in ray["scrape_configs"][0].pop("static_configs")[0]["targets"]}
+    assert int(port) == load(DOCKER / "ray-serve.yaml")["http_options"]["port"]
+    renamed = ray["scrape_configs"][0].pop("metric_relabel_configs")
+    assert [rule.get("target_label", rule.get("action")) for rule in renamed] == ["instance", "labeldrop"]
+    plain["scrape_configs"][0].pop("dns_sd_configs")
+    assert plain == ray
 
 
 def panels(node: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Bottom to top.
-LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", "terminal commands cluster cli __main__")
+TOP = "terminal commands cluster cli __main__"
+LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 WEB_FREE = ("service.engine", "service.model", "service.checkpoint")
@@ -34,6 +35,7 @@ MESSAGES = {"msgspec", "orjson"}
 
 TORCH_FREE = (
     "service.api",
+    "service.cluster",
     "service.engine.block_manager",
     "service.engine.client",
     "service.engine.detokenizer",
@@ -175,6 +177,15 @@ def torch(tree: Tree) -> list[str]:
     return _reaching(tree, TORCH_FREE, TORCH)
 
 
+def ray(tree: Tree) -> list[str]:
+    """Imports of ray outside service.cluster."""
+    return [
+        f"{found.source}:{found.line} imports {found.target}"
+        for found in tree.imports
+        if found.target.split(".")[0] == "ray" and not _within(found.source, ("service.cluster",))
+    ]
+
+
 def deferred(tree: Tree) -> list[str]:
     """First-party imports inside functions, which hide cycles."""
     return [
@@ -197,7 +208,7 @@ def environment(tree: Tree) -> list[str]:
     return problems
 
 
-RULES = (direction, web, bare, torch, deferred, environment)
+RULES = (direction, web, bare, torch, ray, deferred, environment)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +264,7 @@ VIOLATIONS = {
     "torch through a chain": (torch, "api/app.py", "from service.engine.engine import E"),
     "torch through a package": (torch, "engine/__init__.py", "from service.engine.engine import E"),
     "torch on try": (torch, "api/app.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+    "ray": (ray, "cli.py", "from ray import serve"),
     "deferred": (deferred, "cli.py", "def f():\n    from service.engine import engine"),
     "deferred in a method": (deferred, "api/app.py", "class A:\n    async def f(self):\n        import service.errors"),
     "os.environ": (environment, "cli.py", "import os\nos.environ['A']"),

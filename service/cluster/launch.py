@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray import serve
@@ -22,18 +21,18 @@ from service.settings import ENV_PREFIX, Settings
 _SECRETS = {"api_keys", "admin_keys"}
 _PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _OBJECT_STORE_BYTES = 128 << 20  # nothing of ours is in it
-_POLL_SECONDS = 0.2
 
 logger = logging.getLogger("xlora")
 
 
-def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None, address: str | None) -> int:
-    """Serves until SIGTERM (returns 0) or Ctrl-C (130), then drains. Raises StartupError."""
+def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None, address: str | None) -> NoReturn:
+    """Serves until a signal, then drains. Raises StartupError, SystemExit on SIGTERM, KeyboardInterrupt on Ctrl-C."""
     _check_secrets(settings, address)
     port = _free_port(settings) if address is None else settings.port
     given = settings.model_dump(mode="json", exclude_unset=True, exclude=_SECRETS)
     arguments = ClusterArguments(replicas=replicas, max_replicas=max_replicas, settings=given)
     with _cluster(address, (max_replicas or replicas) * (settings.threads or 1)):
+        _stop_on_signals()  # Ray's own handlers would abort the process
         serve.start(
             proxy_location="EveryNode",
             http_options=_http_options(settings, port),
@@ -42,7 +41,8 @@ def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None
         try:
             _deploy(arguments)
             logger.info("%d replicas on http://%s:%s", replicas, settings.host, port)
-            return _wait()
+            while True:
+                signal.pause()
         finally:
             serve.delete(APPLICATION)
             if address is None:
@@ -107,19 +107,13 @@ def _deploy(arguments: ClusterArguments) -> None:
         raise StartupError(f"the replicas did not start: {error}") from None
 
 
-def _wait() -> int:
-    """Blocks until a signal; a second one does not wait for the drain."""
-    came: list[int] = []
-    stop = threading.Event()
+def _stop_on_signals() -> None:
+    """From now on the first SIGTERM or Ctrl-C unwinds the command, whatever it is at; a second one just ends it."""
 
-    def note(number: int, _: Any) -> None:
-        came.append(number)
-        stop.set()
+    def stop(number: int, _: Any) -> None:
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
 
     for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, note)
-    while not stop.wait(_POLL_SECONDS):
-        pass
-    return 0 if came[0] == signal.SIGTERM else 128 + signal.SIGINT
+        signal.signal(one, stop)

@@ -28,6 +28,7 @@ from service.settings import Settings, load_settings
 APPLICATION = "xlora"
 
 _POLL_SECONDS = 0.05
+_DRAIN_POLL_SECONDS = 0.5  # Ray logs a line each time
 _SCRAPE_SECONDS = 5.0
 _PROBES = 8  # requests that wait for nothing: probes and scrapes
 _HEALTH_PERIOD_SECONDS = 1.0
@@ -118,7 +119,7 @@ def application(arguments: ClusterArguments) -> serve.Application:
         "max_queued_requests": settings.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "graceful_shutdown_timeout_s": settings.drain_seconds + _CLOSE_SECONDS,
-        "graceful_shutdown_wait_loop_s": _POLL_SECONDS,
+        "graceful_shutdown_wait_loop_s": _DRAIN_POLL_SECONDS,
         "health_check_period_s": _HEALTH_PERIOD_SECONDS,
         "request_router_config": RequestRouterConfig(
             request_router_class="service.cluster.router.PrefixRouter",

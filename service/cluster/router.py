@@ -11,7 +11,7 @@ from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 
-class PrefixRouter(ConsistentHashRouter):
+class PrefixRouter(ConsistentHashRouter):  # type: ignore[misc]  # mypy does not follow imports of ray
     """The replica of the session, unless it is `max_lead` requests busier than the least busy one."""
 
     def initialize_state(self, **kwargs: Any) -> None:

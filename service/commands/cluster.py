@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from service.api import logs
 from service.cli import given_settings
@@ -17,8 +18,8 @@ except ModuleNotFoundError as error:
     raise SettingsError("cluster needs Ray Serve", hint="pip install 'xlora-service[ray]'") from None
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> NoReturn:
     """Serves until a signal."""
     settings = load_settings(given_settings(arguments))
     logs.configure(settings.log_level, settings.log_format)
-    return run_until_signal(settings, arguments.replicas, arguments.max_replicas, arguments.address)
+    run_until_signal(settings, arguments.replicas, arguments.max_replicas, arguments.address)

@@ -63,8 +63,17 @@ def test_what_begins_differently_has_not(one, other):
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"\xff", b"{}", b'{"prompt": 3}', b'{"messages": ["x"]}', b'{"prompt": ' + b"[" * 100_000]
-    + [b'{"messages": []}'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"{}",
+        b'{"prompt": 3}',
+        b'{"messages": ["x"]}',
+        b'{"prompt": ' + b"[" * 100_000,
+        b'{"messages": []}',
+    ],
 )
 def test_no_key_for_what_no_replica_will_accept(body):
     """... or could make sense of: the router then picks any replica, and that says what is wrong."""
