@@ -29,6 +29,7 @@ SESSION_HEADER = "x-session-id"  # Ray's name for what its routers may keep toge
 GENERATING = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})  # they read the prefix cache
 
 _RAYS_OWN = "/-/"  # Ray's probes: /-/healthz, /-/routes
+_RAYS_STATUSES = frozenset({404, 408, 429, 500, 503})  # with these it answers for itself, in plain text; we in JSON
 _PREFIX_CHARACTERS = 256
 _PREFIX_TOKENS = 64
 
@@ -76,7 +77,7 @@ class _Answer:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             kind = headers.get("content-type", "")
-            if message["status"] >= 400 and not kind.startswith("application/json"):
+            if message["status"] in _RAYS_STATUSES and not kind.startswith("application/json"):
                 self._error = _rays_error(message["status"], headers)
                 return
             self._error = None

@@ -27,6 +27,7 @@ from service.settings import Settings, load_settings
 
 APPLICATION = "xlora"
 
+_DEPLOYMENT = "Replica"
 _POLL_SECONDS = 0.05
 _DRAIN_POLL_SECONDS = 0.5  # Ray logs a line each time
 _SCRAPE_SECONDS = 5.0
@@ -45,8 +46,6 @@ class ClusterArguments(BaseModel):
     settings: dict[str, Any] = {}
 
 
-@serve.deployment(name="Replica")
-@serve.ingress()  # type: ignore[untyped-decorator]
 class Replica:
     """What Ray asks of a replica."""
 
@@ -75,7 +74,7 @@ class Replica:
 
     async def _scrape_all(self) -> bytes:
         """The metrics of every replica, whichever of them is asked. One that does not answer is left out."""
-        handle = serve.get_deployment_handle(Replica.name, serve.get_replica_context().app_name)
+        handle = serve.get_deployment_handle(_DEPLOYMENT, serve.get_replica_context().app_name)
         response = handle.broadcast("collect")
         answers = await response.results_async(timeout_s=_SCRAPE_SECONDS, return_exceptions=True)
         return merged(dict(answer for answer in answers if not isinstance(answer, BaseException)))
@@ -127,7 +126,9 @@ def application(arguments: ClusterArguments) -> serve.Application:
         ),
         "ray_actor_options": {"num_cpus": threads, "num_gpus": int(gpus)},
     }
-    return Replica.options(**options).bind({**arguments.settings, "threads": threads})
+    return serve.deployment(name=_DEPLOYMENT, **options)(serve.ingress()(Replica)).bind(
+        {**arguments.settings, "threads": threads}
+    )
 
 
 def _scale(arguments: ClusterArguments, settings: Settings) -> dict[str, Any]:

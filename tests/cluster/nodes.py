@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ray.cluster_utils import Cluster
 
 _STORE_BYTES = 80 << 20
+_TRIES = 4
+
+
+def _patiently(add: Callable[[], Any]) -> Any:
+    """Ray gives a node 30 seconds to start, and a busy machine more."""
+    for _ in range(_TRIES - 1):
+        try:
+            return add()
+        except Exception as error:
+            print(f"trying again: {error}", file=sys.stderr)
+    return add()
 
 
 def main() -> None:
-    common: dict[str, Any] = {"object_store_memory": _STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.2", **common})
-    workers = [
-        cluster.add_node(num_cpus=2, node_ip_address=address, object_store_memory=_STORE_BYTES)
-        for address in ("127.0.0.3", "127.0.0.4")
+    cluster = Cluster()
+    added = [
+        _patiently(lambda arguments=arguments: cluster.add_node(object_store_memory=_STORE_BYTES, **arguments))
+        for arguments in (
+            {"node_ip_address": "127.0.0.2", "num_cpus": 0, "include_dashboard": False},
+            {"node_ip_address": "127.0.0.3", "num_cpus": 2},
+            {"node_ip_address": "127.0.0.4", "num_cpus": 2},
+        )
     ]
+    workers = added[1:]
     ids = [worker.node_id for worker in workers]
     print(json.dumps({"address": cluster.address, "workers": ids}), flush=True)
     for line in sys.stdin:

@@ -117,6 +117,11 @@ def test_what_a_replica_says_goes_through_with_one_id():
     assert answer.headers.get_list("x-request-id") == ["mine"]
 
 
+def test_plain_text_that_is_not_rays_goes_through():
+    """Starlette's refusal of a preflight request is one."""
+    assert ask(Front(proxy(400, parts=(b"Disallowed CORS origin",)))).text == "Disallowed CORS origin"
+
+
 def test_an_id_that_cannot_stand_in_a_log_is_replaced():
     answer = ask(Front(proxy()), headers={"X-Request-Id": "no spaces, please"})
     [given] = answer.headers.get_list("x-request-id")
