@@ -142,7 +142,7 @@ def tokens_of(streamed: list[Any]) -> list[int]:
 
 
 def test_every_endpoint_answers_through_the_proxy(cluster: Cluster) -> None:
-    paths = ("/", "/web/main.js", "/docs", "/openapi.json", "/livez", "/readyz", "/health", "/info", "/v1/models")
+    paths = ("/", "/web/app.js", "/docs", "/openapi.json", "/livez", "/readyz", "/health", "/info", "/v1/models")
     assert {path: cluster.get(path).status_code for path in paths} == dict.fromkeys(paths, 200)
     name = cluster.get("/info").json()["model"]
     chat = {"model": name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
