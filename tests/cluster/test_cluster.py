@@ -127,10 +127,12 @@ def prompt(number: int) -> list[int]:
 
 
 async def events(client: httpx.AsyncClient, cluster: Cluster, body: dict[str, Any]) -> AsyncIterator[Any]:
-    """The data of every event; the last is the text [DONE] where there is one."""
+    """The data of every event; the last is the text [DONE] or an error. An error instead of a stream comes alone."""
     request = {"ignore_eos": True, "temperature": 0, **body, "stream": True}
     async with client.stream("POST", f"{cluster.url}/generate", json=request, headers=HEADERS) as answer:
-        assert answer.status_code == 200
+        if answer.status_code != 200:
+            yield json.loads(await answer.aread())
+            return
         async for line in answer.aiter_lines():
             if line:
                 data = line.removeprefix("data: ")
@@ -243,8 +245,8 @@ def test_a_replica_whose_engine_died_is_replaced(cluster: Cluster) -> None:
 
 
 def test_a_killed_node_breaks_its_own_streams_only(cluster: Cluster) -> None:
-    """Each of those ends with an error event, the others get all their tokens, and the replica is replaced."""
-    numbers, tokens = range(100, 112), 200
+    """Each of those ends with an error, also what waited there; the others get all their tokens; the replica comes new."""
+    numbers, tokens, compared = range(100, 112), 600, 40
     before = set(cluster.metric("xlora_requests_running"))
 
     async def one(client: httpx.AsyncClient, number: int, started: asyncio.Event) -> list[Any]:
@@ -258,19 +260,20 @@ def test_a_killed_node_breaks_its_own_streams_only(cluster: Cluster) -> None:
         async with httpx.AsyncClient(timeout=SLOW_SECONDS, limits=httpx.Limits(max_connections=50)) as client:
             started = [asyncio.Event() for _ in numbers]
             streams = [asyncio.create_task(one(client, *pair)) for pair in zip(numbers, started, strict=True)]
-            await asyncio.wait([asyncio.create_task(event.wait()) for event in started[:SEATS]])
+            while sum(event.is_set() for event in started) < 2 * SEATS:  # every seat of both replicas is taken
+                await asyncio.sleep(0.01)
             cluster.kill_node(0)
             return await asyncio.gather(*streams)
 
     answers = asyncio.run(load())
     broken = [streamed for streamed in answers if streamed[-1] != "[DONE]"]
-    assert broken
+    assert any(len(streamed) > 1 for streamed in broken)
     assert len(broken) < len(answers)
     assert {streamed[-1]["error"]["code"] for streamed in broken} == {"replica_lost"}
     until(lambda: whole(cluster) and len(set(cluster.metric("xlora_requests_running")) - before) == 1)
     for number, streamed in zip(numbers, answers, strict=True):
-        body = {"prompt": prompt(number), "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": prompt(number), "max_tokens": compared, "temperature": 0, "ignore_eos": True}
         expected = cluster.post("/generate", body).json()["outputs"][0]["token_ids"]
         got = tokens_of(streamed)
-        assert got == expected[: len(got)]
+        assert got[:compared] == expected[: len(got)]
         assert streamed in broken or len(got) == tokens
