@@ -245,7 +245,7 @@ def test_a_replica_whose_engine_died_is_replaced(cluster: Cluster) -> None:
 
 
 def test_a_killed_node_breaks_its_own_streams_only(cluster: Cluster) -> None:
-    """Each of those ends with an error, also what waited there; the others get all their tokens; the replica comes new."""
+    """Each of those ends with an error, the others get all their tokens, and the replica is replaced."""
     numbers, tokens, compared = range(100, 112), 600, 40
     before = set(cluster.metric("xlora_requests_running"))
 
