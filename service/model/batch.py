@@ -6,6 +6,7 @@ one AttentionGroup are contiguous. The batch knows nothing of requests, sampling
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,7 @@ class Batch:
     num_scaling_rows: int
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
+    attend: Callable[..., Tensor] | None = None  # attention.py's Backend, where it is not to be the device's
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)
     kv_slots: Tensor = field(init=False)  # where each row's key and value are written

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import service.model as package
+from service.model import decode_kernels
 from service.model.batch import AttentionGroup, Batch
 from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache, KVLayout
@@ -40,7 +41,7 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.py"))]
+    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*")) if path.is_file()]
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags())
     parts = (
         config,
@@ -64,11 +65,17 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         Path(scratch, folder.name).mkdir()
+        if _has_kernels(model):
+            decode_kernels.build(_kernels(Path(scratch, folder.name)), threads)
         for least_rows in _least_rows(model):
             torch._inductor.aoti_compile_and_package(
                 _export(model, layout, least_rows),
                 package_path=str(_package(Path(scratch, folder.name), least_rows)),
-                inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": threads},
+                inductor_configs={
+                    "aot_inductor.package_constants_in_so": False,
+                    "cpp.threads": threads,
+                    **decode_kernels.inductor_configs(),
+                },
             )
         os.replace(Path(scratch, folder.name), folder)
 
@@ -80,7 +87,7 @@ def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.expor
     example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
     with torch.no_grad():
         return torch.export.export(
-            DecodeStep(model, least_rows),
+            DecodeStep(model, least_rows, kernels=_has_kernels(model)),
             (*example, cache.keys, cache.values, cache.gate_rows),
             dynamic_shapes=({1: rows}, {0: gated}, {0: rows, 1: width}, pool, pool, gate_rows),
             strict=False,
@@ -100,6 +107,14 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def _has_kernels(model: XLoraModel) -> bool:
+    return model.dtype in decode_kernels.DTYPES
+
+
+def _kernels(folder: Path) -> Path:
+    return folder / "kernels.so"
+
+
 def _package(folder: Path, least_rows: int) -> Path:
     return folder / f"rows-{least_rows}.pt2"
 
@@ -111,6 +126,8 @@ class CompiledStep:
         """Loads and tries it. Raises RuntimeError or KeyError for a package that does not belong to this model."""
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
+        if _has_kernels(model):
+            decode_kernels.load(_kernels(folder))
         self._packages: dict[int, Any] = {}  # by least rows, most first
         for least_rows in (_MANY, 1):
             if least_rows == _MANY and not _package(folder, least_rows).exists():

@@ -6,9 +6,12 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor]
 
 class Gate(nn.Module):
     """Spreads scalings [n, S, E] over the ranks of the stacked experts, once per forward for all sites.
@@ -32,6 +35,7 @@ class Gate(nn.Module):
         self._spread: list[Tensor] = []
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
+        self.decode_linear: DecodeLinear | None = None  # set while a step is traced whose linears are one call each
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:

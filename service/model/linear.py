@@ -50,6 +50,9 @@ class XLoraLinear(AdaptedModule):
         own: dict[str, Any] = self._parameters
         experts: dict[str, Any] = self._buffers
         gate = self.gate
+        if gate.decode_linear is not None:
+            stack = (experts["lora_a"], experts["lora_b_t"], gate.at(self.site)) if gate.active else (None, None, None)
+            return gate.decode_linear(x, own["weight"], own["bias"], *stack, gate.first_row)
         linear = _onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
         y = linear(x, own["weight"], own["bias"])
         if gate.active:
