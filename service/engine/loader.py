@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable
 
 import torch
@@ -112,8 +111,6 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
         return None
     if runner.model.device.type != "cpu":
         raise SettingsError("--compile is for the CPU")
-    if shutil.which("g++") is None:
-        raise SettingsError("--compile needs a C++ compiler, and g++ was not found", hint="install g++")
 
     def use(step: CompiledStep) -> None:
         runner.compiled = step

@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import os
 import platform
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from service.model.linear import XLoraLinear
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 _MIN = 2  # torch.export takes a size of 1 for a constant
+_SCRATCH = "compiling-"
+_ABANDONED_SECONDS = 6 * 3600
 _MANY = 16  # rows, from which on a second package may pay
 
 
@@ -60,10 +64,11 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
 def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
     """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all.
 
-    Takes about half a minute per package. Raises whatever torch.export or the C++ compiler has to say.
+    Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever torch.export or the C++ compiler has to say.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    _remove_abandoned(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_SCRATCH) as scratch:
         Path(scratch, folder.name).mkdir()
         if _has_kernels(model):
             decode_kernels.build(_kernels(Path(scratch, folder.name)), threads)
@@ -77,7 +82,19 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
                     **decode_kernels.inductor_configs(),
                 },
             )
-        os.replace(Path(scratch, folder.name), folder)
+        try:
+            os.replace(Path(scratch, folder.name), folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another server was faster, and its package is as good.
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what processes that were killed while compiling have left."""
+    for scratch in cache.glob(f"{_SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.export.ExportedProgram:

@@ -2,7 +2,7 @@
 //
 // Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
 // knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
-// Storage is float or bfloat16, arithmetic is float. A row's result does not depend on how many rows there are.
+// Storage is float or bfloat16, arithmetic is float.
 //
 // The functions at the end are what torch's AOTInductor calls, by the names and types of its C interface (C shim).
 // kernels/__init__.py declares the operators and says what they compute.
@@ -120,7 +120,7 @@ inline void dots(const float* x, int64_t x_stride, const W* w, int64_t depth, fl
     for (int m = 0; m < ROWS; m++)
         for (int n = 0; n < COLUMNS; n++) {
             float value = sum[m * COLUMNS + n];
-            for (int64_t rest = k; rest < depth; rest++) value += x[m * x_stride + rest] * to_float(w[n * depth + rest]);
+            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * x_stride + rest], to_float(w[n * depth + rest]), value);
             out[m * out_stride + n] = value;
         }
 }
@@ -170,7 +170,8 @@ void widen_chunk(const float* narrow, int64_t rank, const W* b, int64_t stride, 
     for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, rank, b + n, stride, out + n);
     for (; n < count; n++)
         for (int m = 0; m < ROWS; m++)
-            for (int64_t r = 0; r < rank; r++) out[m * kChunk + n] += narrow[m * rank + r] * to_float(b[r * stride + n]);
+            for (int64_t r = 0; r < rank; r++)
+                out[m * kChunk + n] = std::fma(narrow[m * rank + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
 }
 
 template <typename W>
