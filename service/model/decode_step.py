@@ -33,6 +33,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self._least_rows = least_rows
         self._kernels = kernels
+        self._own_linears = kernels and least_rows == 1  # for many rows the BLAS libraries are as good
         self.causal_lm = model.causal_lm
         self.classifier = model.classifier
         self.gate = model.gate
@@ -54,10 +55,12 @@ class DecodeStep(nn.Module):
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
         if self._kernels:
-            batch.attend, self.gate.decode_linear = decode_kernels.attend, decode_kernels.adapted_linear
+            batch.attend = decode_kernels.attend
+        if self._own_linears:
+            self.gate.decode_linear = decode_kernels.adapted_linear
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         self.gate.least_rows = self._least_rows
-        with decode_kernels.PlainLinears() if self._kernels else nullcontext():
+        with decode_kernels.PlainLinears() if self._own_linears else nullcontext():
             logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
             gate_logits = self.classifier.logits(hidden)
         self.gate.clear()  # torch.export wants every module as it was
