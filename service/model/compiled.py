@@ -45,7 +45,7 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*")) if path.is_file()]
+    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*"))]  # .py, .cpp
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags())
     parts = (
         config,
@@ -64,7 +64,8 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
 def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
     """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all.
 
-    Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever torch.export or the C++ compiler has to say.
+    Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever
+    torch.export or the C++ compiler has to say.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)

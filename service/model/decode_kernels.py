@@ -1,4 +1,4 @@
-"""The operators of decode_kernels.cpp: what they compute, how they are built, and how a compiled step comes to call them.
+"""The operators of decode_kernels.cpp: what they compute, how they are built, how a compiled step comes to call them.
 
     decode_linear       y = W x + b, and from row `first_row` on + B ((A x) * g)
     decode_attention    one query row per stream over the keys and values of its blocks, read where they lie
@@ -94,7 +94,7 @@ def attend(
 
 
 class PlainLinears(TorchFunctionMode):
-    """What is traced under it multiplies with these kernels where it says F.linear: head, classifier, unadapted ones."""
+    """What is traced under it multiplies with these kernels where it says F.linear: head, classifier and the like."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and args[0].dtype in DTYPES:

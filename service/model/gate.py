@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor]
 
+
 class Gate(nn.Module):
     """Spreads scalings [n, S, E] over the ranks of the stacked experts, once per forward for all sites.
 

@@ -1,4 +1,4 @@
-"""The C++ kernels of compiled steps, called as a compiled step calls them, against torch and the reference attention."""
+"""The C++ kernels of compiled steps, called as a compiled step calls them, against torch and the reference."""
 
 from __future__ import annotations
 
