@@ -32,7 +32,8 @@ _HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
 _LINEAR = (*[_HANDLE] * 2, *[_OPTIONAL] * 4, "int64_t")
 _ATTENTION = (*[_HANDLE] * 5, "double", "int64_t", "double")
 
-_library = torch.library.Library("xlora", "DEF")
+_new_library: Any = torch.library.Library  # has no types
+_library = _new_library("xlora", "DEF")
 _library.define(
     "decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b_t, Tensor? gate, SymInt first_row)"
     " -> Tensor",
@@ -45,14 +46,16 @@ _library.define(
 )
 
 
-@torch.library.register_fake("xlora::decode_linear", lib=_library)
-def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.register_fake("xlora::decode_attention", lib=_library)
-def _(query: Tensor, *_: Any) -> Tensor:
+def _fake_attention(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
+
+
+torch.library.register_fake("xlora::decode_linear", _fake_linear, lib=_library)
+torch.library.register_fake("xlora::decode_attention", _fake_attention, lib=_library)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
