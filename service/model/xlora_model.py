@@ -27,8 +27,10 @@ from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.norms import replace_norms
 from service.model.quantised import Quantization, quantise
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.siblings import join_siblings
 from service.model.targets import adapt, refusal
 
 
@@ -68,6 +70,8 @@ class XLoraModel:
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm)
+        replace_norms(causal_lm)
+        join_siblings(causal_lm)
         self.dummy_row = self.classifier.dummy_row().to(device)
         self.scaling_pass_has_experts = bool(self.dummy_row.any())
         prefix = causal_lm.base_model_prefix
