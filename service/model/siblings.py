@@ -85,18 +85,15 @@ def _joined(linears: Sequence[XLoraLinear]) -> tuple[Tensor | None, Tensor | Non
     biased = sum(linear.bias is not None for linear in linears)
     if sum(linear.weight.numel() for linear in linears) > _SMALL or biased not in (0, len(linears)):
         return None, None
-    joined: list[Tensor | None] = []
-    for name in ("weight", "bias"):
-        whole = (
-            torch.cat([getattr(linear, name).detach() for linear in linears]) if name == "weight" or biased else None
-        )
-        joined.append(whole)
-        if whole is not None:
-            for linear, own in zip(
-                linears, whole.split_with_sizes([linear.out_features for linear in linears]), strict=True
-            ):
-                setattr(linear, name, nn.Parameter(own, requires_grad=False))
-    return joined[0], joined[1]
+    return _join(linears, "weight"), _join(linears, "bias") if biased else None
+
+
+def _join(linears: Sequence[XLoraLinear], name: str) -> Tensor:
+    whole = torch.cat([linear.get_parameter(name).detach() for linear in linears])
+    parts = whole.split_with_sizes([linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        setattr(linear, name, nn.Parameter(part, requires_grad=False))
+    return whole
 
 
 def join_siblings(causal_lm: Any) -> None:
