@@ -7,7 +7,7 @@ HOST     ?= 127.0.0.1
 PORT     ?= 8000
 MODEL    ?= model_store/demo
 ARGS     ?=
-BENCH    ?= vs_peft lookahead vs_base speculation prefix_cache context throughput batch_invariance
+BENCH    ?= vs_peft lookahead vs_base speculation prefix_cache context throughput observability batch_invariance
 IMAGE    ?= xlora-service:latest
 
 BIN := .venv/bin
@@ -16,10 +16,10 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install serve test test-slow test-min fuzz check format bench demo image verify-image clean
+.PHONY: help install serve test test-slow test-min fuzz check format bench demo image verify-image verify-compose clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-13s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 # Two stamps: serving needs the runtime dependencies only, testing and checking the rest as well.
 .venv/.runtime: pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ help: ## this list
 
 .venv/.dev: .venv/.runtime
 	@echo "installing the test and development tools into .venv"
-	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot]'
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot,ray]'
 	@touch $@
 
 .venv-min/.test: pyproject.toml constraints-min.txt
@@ -77,8 +77,12 @@ demo: .venv/.dev ## train the demo bundle again (40 minutes on 2 cores)
 image: ## build the container image (docker, or buildah where there is no docker)
 	@IMAGE=$(IMAGE) docker/verify.sh build
 
-verify-image: ## build the image, run it locked down, and check that it serves
+verify-image: ## before a release: build the image, run it locked down, and check that it serves and drains
 	@IMAGE=$(IMAGE) docker/verify.sh
+
+verify-compose: ## before a release: bring compose up, alone and with replicas; ARGS=--stand-ins without images
+	@python3 docker/verify_compose.py $(ARGS)
+	@python3 docker/verify_compose.py --replicas $(ARGS)
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-min .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

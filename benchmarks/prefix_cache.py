@@ -13,7 +13,6 @@ position, the prompt's included, must be the same.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
-from benchmarks.http_client import stream_generate
+from benchmarks.http_client import run, stream_generate
 from tests.server_process import server
 
 _QUESTION = 16
@@ -72,7 +71,7 @@ def through_http(model: Path, length: int, repeats: int, threads: int | None) ->
                 prompts(model, length, pair), (firsts, seconds), (False, True), strict=True
             ):
                 body = {"prompt": prompt, "max_tokens": _TOKENS, "temperature": 0, "ignore_eos": True}
-                answer = asyncio.run(stream_generate(running.port, body))
+                answer = run(stream_generate(running.port, body))
                 cached = answer.usage["cached_tokens"]
                 if (cached > length // 2) != shared:
                     raise RuntimeError(f"{cached} cached tokens in request {1 + shared} of a pair")

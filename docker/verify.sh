@@ -1,20 +1,22 @@
 #!/bin/bash
 # Builds the image and checks what an operator relies on: it runs read-only, without capabilities and not as root, becomes
-# ready, generates tokens, passes its own HEALTHCHECK, and ends with exit code 0 on SIGTERM.
+# ready, generates tokens, passes its own HEALTHCHECK, does without a compiler and says so where it should compile, and on
+# SIGTERM under load completes its streams, refuses new requests with 503, and ends with exit code 0.
+# Run it before a release; it takes minutes the first time, most of them for torch.
 #
-#   docker/verify.sh          build and check           docker/verify.sh build     build only
+#   docker/verify.sh    build and check        docker/verify.sh build    build only        docker/verify.sh check    check only
 #
 # Uses docker where a daemon answers, else buildah and podman (no daemon needed). Variables:
 #   IMAGE          tag to build (xlora-service:latest)
 #   BUILD_ARGS     more arguments for the build, such as --build-arg PIP_ARGS=...
 #   PORT           loopback port for the check (8000)
-#   BASE_ROOTFS    directory of a root file system that stands in for python:3.11-slim where images cannot be pulled
+#   BASE_ROOTFS    directory of a root file system that stands in for the Dockerfile's base where images cannot be pulled
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 image=${IMAGE:-xlora-service:latest}
 port=${PORT:-8000}
-base=python:3.11-slim
+base=$(sed -n 's/^ARG BASE=//p' Dockerfile)
 name=xlora-verify-$$
 work=$(mktemp -d)
 engine=
@@ -38,7 +40,8 @@ default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 CONF
-    command -v crun >/dev/null || sed -i '/^\[engine\]/a runtime = "runc"' "$work/containers.conf"
+    # runc where there is one: crun refuses mixed cgroup hierarchies.
+    command -v runc >/dev/null && sed -i '/^\[engine\]/a runtime = "runc"' "$work/containers.conf"
     export CONTAINERS_CONF=$work/containers.conf
 }
 
@@ -85,7 +88,7 @@ fetch() { python3 -c 'import sys, urllib.request as u; sys.stdout.write(u.urlope
 wait_ready() {
     local begin=$SECONDS
     until fetch "http://127.0.0.1:$port/readyz" >/dev/null 2>&1; do
-        [ $((SECONDS - begin)) -lt 120 ] || { "$engine" logs "$name" 2>&1 | tail -n 40; fail "not ready after 120 s"; }
+        [ $((SECONDS - begin)) -lt 300 ] || { "$engine" logs "$name" 2>&1 | tail -n 40; fail "not ready after 300 s"; }
         [ "$("$engine" inspect "$name" --format '{{.State.Running}}')" = true ] || { "$engine" logs "$name" 2>&1 | tail -n 40; fail "the container stopped"; }
         sleep 0.5
     done
@@ -120,9 +123,22 @@ check_user() {
     say "user id" "$uid"
 }
 
-check_stops() {
+check_compile_does_without_a_compiler() {
+    local said
+    said=$("$engine" run --rm --read-only --tmpfs /tmp "$image" generate --compile --prompt "2 + 3 =" --max-tokens 1 2>&1) \
+        || fail "--compile without a compiler ends: $said"
+    grep -q 'serving without: .*g++ was not found' <<<"$said" || fail "--compile without a compiler says: $said"
+    say "--compile without g++" "serves eagerly, and says so"
+}
+
+# SIGTERM while four streams run: they must come to their end, and a newcomer must be told to go elsewhere.
+check_drains() {
     local code begin=$SECONDS
-    "$engine" stop -t 30 "$name" >/dev/null 2>&1
+    python3 docker/drain.py "$port" "$engine" kill --signal TERM "$name" || fail "draining under load"
+    until [ "$("$engine" inspect "$name" --format '{{.State.Running}}')" = false ]; do
+        [ $((SECONDS - begin)) -lt 150 ] || fail "still running 150 s after SIGTERM"
+        sleep 0.2
+    done
     code=$("$engine" inspect "$name" --format '{{.State.ExitCode}}')
     [ "$code" = 0 ] || { "$engine" logs "$name" 2>&1 | tail -n 20; fail "exit code $code after SIGTERM"; }
     say "exit code after SIGTERM" "$code ($((SECONDS - begin)) s)"
@@ -137,16 +153,17 @@ else
     fail "needs docker with a running daemon, or buildah and podman"
 fi
 
-build
+[ "${1:-}" = check ] || build
 say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | awk '{printf "%.0f MB", $1 / 1e6}')"
 [ "${1:-}" != build ] || exit 0
 
 # Host networking also works where no bridge can be made; the service then listens on loopback only.
 "$engine" run -d --name "$name" --network host --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-    -e XLORA_HOST=127.0.0.1 -e "XLORA_PORT=$port" "$image" >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; fail "the container does not start"; }
+    -e XLORA_HOST=127.0.0.1 -e "XLORA_PORT=$port" -e XLORA_DRAIN_SECONDS=120 "$image" >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; fail "the container does not start"; }
 wait_ready
 check_generates
 check_health
 check_user
-check_stops
+check_compile_does_without_a_compiler
+check_drains
 echo "image verified"

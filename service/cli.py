@@ -19,14 +19,15 @@ from service.settings import Settings
 
 _ENGINE_FLAGS = (
     *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
-    *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "lookahead", "speculative_tokens"),
-    *("prefix_cache", "cuda_graphs", "compile", "compile_cache", "allow_outside", "log_level"),
+    *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
+    *("speculative_tokens", "prefix_cache", "cuda_graphs", "compile", "compile_cache", "allow_outside", "log_level"),
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_header_bytes", "max_queued_requests", "max_queued_tokens"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )
+PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
@@ -62,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = _command(commands, "serve", "service.commands.serve", "serve a bundle over HTTP")
     _add_settings(serve, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
+    cluster = _command(commands, "cluster", "service.commands.cluster", "serve replicas of a bundle on Ray Serve")
+    cluster.add_argument("--replicas", type=_positive, default=1, metavar="N", help="how many (default 1)")
+    cluster.add_argument("--max-replicas", type=_positive, metavar="N", help="as many as the load needs, up to this")
+    cluster.add_argument("--address", help="a running Ray cluster, as host:6379; default: one of this machine alone")
+    _add_settings(cluster, (*_ENGINE_FLAGS, *(name for name in _SERVE_FLAGS if name != "max_header_bytes")))
     generate = _command(commands, "generate", "service.commands.generate", "generate text in the terminal")
     _add_prompt(generate)
     _add_sampling(generate)
@@ -74,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", "service.commands.check", "check a checkpoint on disk")
     check.add_argument("directory", metavar="DIR", help="directory or hub id")
     check.add_argument("--verify", action="store_true", help="load it, and compare with a plain uncached computation")
-    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype"))
+    check.add_argument("--plan", action="store_true", help="print what it takes of the memory, without loading it")
+    check.add_argument(
+        "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"
+    )
+    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype", *PLAN_FLAGS))
     convert = _command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle")
     convert.add_argument("source", metavar="SRC", help="a bundle, a PEFT or original X-LoRA save; directory or hub id")
     convert.add_argument("target", metavar="DST", help="the bundle's directory; must not exist or be empty")
@@ -119,6 +129,13 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             choices = get_args(field.annotation) if name in ("dtype", "log_level", "log_format") else None
             default = "" if field.default is None else f" (default {field.default})"
             group.add_argument(flag, dest=name, choices=choices, metavar=name.upper(), help=text + default)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ XLoraError
     ├── PayloadTooLargeError   413
     ├── OverloadedError        429  try again later
     ├── HeadersTooLargeError   431
-    ├── InternalError          500  our fault
-    ├── UnavailableError       503  loading, draining, or the engine has died
+    ├── InternalError          500  our fault; also when the engine is lost with the request in it
+    ├── UnavailableError       503  loading, draining, or the engine has died: nothing was begun, another server may
     └── TimedOutError          504  the deadline passed before the first token
 
 This file knows HTTP status codes and no framework. A leaf: it imports nothing of ours.
@@ -146,7 +146,7 @@ class InternalError(RequestError):
 
 
 class UnavailableError(RequestError):
-    """The engine is loading, draining or dead."""
+    """The engine is loading, draining or dead, and has not seen the request: a proxy may send it elsewhere."""
 
     status = 503
     type = "server_error"

@@ -80,7 +80,10 @@ class Settings(BaseSettings):
     )
     block_size: int = Field(16, ge=1, description="positions in one KV block")
     threads: PositiveInt | None = Field(None, description="CPU threads of the engine; default: all cores but one")
-    lookahead: bool = Field(True, description="draft the next token in the scaling pass (exact, and faster)")
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that compute the model together, each with a part of it (and a GPU of its own)"
+    )
+    lookahead: bool = Field(True, description="draft the next token in the scaling pass (drafts are exact, and faster)")
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     compile: bool = Field(
         False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
@@ -92,8 +95,10 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(True, description="keep computed prompts and answers for later requests to continue")
     max_body_bytes: ByteSize = Field(4 << 20, ge=1024, description="largest request body, as 4MiB")
     max_header_bytes: ByteSize = Field(32 << 10, ge=1024, description="largest request line and headers, as 32KiB")
-    max_queued_requests: int = Field(
-        128, ge=1, description="most choices waiting for their first token; more are refused with 429"
+    max_queued_requests: PositiveInt | None = Field(
+        None,
+        description="most choices waiting beside the --max-num-seqs that run; more are refused with 429; "
+        "default: half of --max-num-seqs",
     )
     max_queued_tokens: int = Field(
         131_072, ge=1, description="most prompt tokens of requests waiting for their first token; more are refused"
@@ -111,7 +116,8 @@ class Settings(BaseSettings):
     api_keys: SecretStr | None = Field(None, description="API keys, separated by commas")
     admin_key_file: str | None = Field(
         None,
-        description="file of keys for /metrics, /health and /info, which then take no other; good for all else too",
+        description="file of keys for /metrics, /health, /info, /gate and /scalings/log, which then take no other; "
+        "good for all else too",
     )
     admin_keys: SecretStr | None = Field(None, description="admin keys, separated by commas")
     cors_origins: str | None = Field(
@@ -128,6 +134,13 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="debug, info, warning or error")
     allow_outside: bool = Field(False, description="let the bundle name files outside its directory")
+
+    @property
+    def most_waiting(self) -> int:
+        """Choices that may wait for a seat. Half the seats unless said otherwise: then who is admitted waits for at
+        most half the time that a choice takes.
+        """
+        return max(1, self.max_num_seqs // 2) if self.max_queued_requests is None else self.max_queued_requests
 
 
 def load_settings(flags: dict[str, object] | None = None) -> Settings:

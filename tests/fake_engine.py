@@ -23,7 +23,9 @@ from service.engine.request import (
     EngineInfo,
     FinishReason,
     GateRows,
+    GateSettings,
     GateStats,
+    LoggedRows,
     Request,
     SequenceOutput,
     SequenceUsage,
@@ -42,6 +44,7 @@ POISON = 2  # a prompt with this token id makes step() raise
 UNFIT = 3  # a prompt with this token id is refused by add()
 FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone
 HANGING = 5  # a prompt with this token id makes step() never return
+Progress = Callable[[str], None]
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 
 
@@ -101,6 +104,8 @@ class FakeEngine:
         self.steps = 0
         self.burst = 1
         self.requests: list[Request] = []  # every one that was added
+        self.gates: list[GateSettings] = []  # every one that was set
+        self.logs_scalings = False
         self._reply: list[int] = Tokenizer.from_file(info.tokenizer_path).encode(REPLY).ids
 
     def add(self, request: Request) -> None:
@@ -113,6 +118,12 @@ class FakeEngine:
     def abort(self, request_id: str, index: int | None = None) -> None:
         self.aborted.append((request_id, index))
         self.choices = [c for c in self.choices if c.request.id != request_id or index not in (None, c.index)]
+
+    def set_gate(self, settings: GateSettings) -> None:
+        self.gates.append(settings)
+
+    def log_scalings(self, enabled: bool) -> None:
+        self.logs_scalings = enabled
 
     def has_work(self) -> bool:
         return bool(self.choices)
@@ -146,13 +157,19 @@ class FakeEngine:
         output = SequenceOutput(request.id, choice.index, usage=choice.usage)
         if FAULTY in request.prompt_token_ids:
             output.finish_reason, output.error = "error", "its sampling failed"
-        elif choice.computed == prompt and request.sampling is None:
+        elif choice.computed == prompt and (request.sampling is None or request.score_from is not None):
             output.finish_reason = "length"
         elif choice.computed >= prompt:
             self._speak(choice, output)
         output.gate = self._rows(request, first, choice.computed)
+        for row in map(gate_row, range(max(first, prompt - 1), choice.computed if request.sampling else 0)):
+            if row.any():
+                choice.usage.gate_positions += 1
+                choice.usage.gate_entropy_sum += entropy_of(row)
+                before = choice.usage.gate_share_sum or [0.0] * len(EXPERTS)
+                choice.usage.gate_share_sum = (np.array(before) + row.mean(axis=0)).tolist()
         if request.sampling is not None and request.sampling.prompt_logprobs is not None and choice.index == 0:
-            read = request.prompt_token_ids[first + 1 : choice.computed + 1]
+            read = request.prompt_token_ids[max(first + 1, request.score_from or 0) : choice.computed + 1]
             output.prompt_logprobs = [self._token(token, request.sampling.prompt_logprobs) for token in read]
         return output
 
@@ -202,7 +219,17 @@ class FakeEngine:
             kv_blocks_used=len(self.choices),
             kv_blocks_total=4,
             gate=gate,
+            logged=self._take_log(),
         )
+
+    def _take_log(self) -> list[LoggedRows]:
+        """One row per step of every choice there is."""
+        if not self.logs_scalings:
+            return []
+        return [
+            LoggedRows(one.request.id, one.index, one.computed - 1, 1, gate_row(one.computed - 1).tobytes())
+            for one in self.choices
+        ]
 
 
 def fake_info(directory: Path) -> EngineInfo:
@@ -216,7 +243,14 @@ def fake_info(directory: Path) -> EngineInfo:
         device="cpu",
         experts=[{"name": name, "description": f"{name} expert"} for name in EXPERTS],
         sites=SITES,
-        xlora_config={"xlora_depth": 1, "enable_softmax": True, "layerwise_scalings": True},
+        xlora_config={
+            "xlora_depth": 1,
+            "enable_softmax": True,
+            "layerwise_scalings": True,
+            "scaling_pass_value": 0.0,
+            "top_k_lora": None,
+            "global_scaling_weight": 1.0,
+        },
         dummy_row=gate_row(0).tolist(),
         vocab_size=259,
         eos_token_ids=[258],
@@ -232,18 +266,18 @@ def fake_info(directory: Path) -> EngineInfo:
     )
 
 
-def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """The loader that tests name instead of service.engine.loader:load_engine."""
     on_progress("reading the fake bundle")
     return FakeEngine(fake_info(Path(options.model)))
 
 
-def load_slow_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_slow_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """The same at 5 ms a step."""
     return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)
 
 
-def load_killed_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> FakeEngine:
+def load_killed_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """A machine that is too small: the kernel ends the process while it loads."""
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("still here")

@@ -10,13 +10,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass
@@ -62,11 +63,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(*flags: str, ready_seconds: float = 90.0, **popen: Any) -> Iterator[Server]:
-    """Starts `xlora-serve serve`, waits until it is ready, and ends it with SIGTERM."""
+def server(
+    *flags: str,
+    command: str = "serve",
+    ready_seconds: float = 90.0,
+    root: Path = ROOT,
+    env: Mapping[str, str] = _NOTHING,
+    **popen: Any,
+) -> Iterator[Server]:
+    """Starts `xlora-serve serve`, or another command that serves, of the checkout at `root`, waits until it is ready,
+    and ends it with SIGTERM.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--log-level", "warning", *flags]
-    running = Server(port, subprocess.Popen(command, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **popen))
+    line = [sys.executable, "-m", "service", command, "--port", str(port), "--log-level", "warning", *flags]
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | env
+    running = Server(port, subprocess.Popen(line, cwd=root, env=variables, **popen))
     try:
         _wait_ready(running, ready_seconds)
         yield running

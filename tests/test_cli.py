@@ -253,3 +253,40 @@ def test_terminal_pieces() -> None:
 
 def test_modules_of_commands_have_a_run() -> None:
     assert all(callable(module.run) for module in (generate, scalings, serve))
+
+
+def test_check_prints_a_memory_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "model_store/demo", "--plan", "--gpu-memory", "1GiB", "--max-num-seqs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "memory       cuda, bfloat16, 1.00 GiB" in lines
+    assert lines[-1].endswith("2 requests of 8,192 tokens at once (--max-num-seqs 2)")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan", "--gpu-memory", "80GBB"], "error: --gpu-memory: '80GBB' is not a size"),
+        (["--plan", "--gpu-memory", "2MiB"], "error: the weights need"),
+        (["--plan", "--gpu-memory", "1GiB", "--device", "cpu"], "error: --gpu-memory with --device cpu"),
+        (["--gpu-memory", "1GiB"], "error: --gpu-memory with no --plan"),
+        (["--verify", "--quantization", "int8"], "error: --quantization with no --plan"),
+        (["--plan", "--kv-memory", "1MiB"], "error: one request of 8192 tokens needs"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "model_store/demo", *flags]) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_cluster_without_ray_says_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["ray"] = None  # as if it were not installed
+from service import cli
+sys.exit(cli.main(["cluster"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        ["error: cluster needs Ray Serve", "hint: pip install 'xlora-service[ray]'"],
+    )

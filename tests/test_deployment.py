@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def series_in(expression: str) -> set[str]:
 
 
 def test_prometheus_configuration(promtool):
-    promtool_finds_nothing(promtool, "check", "config", "--lint-fatal", PROMETHEUS / "prometheus.yml")
+    for name in ("prometheus.yml", "prometheus.ray.yml"):
+        promtool_finds_nothing(promtool, "check", "config", "--lint-fatal", PROMETHEUS / name)
 
 
 def test_rules_are_well_formed(promtool):
@@ -81,6 +82,16 @@ def test_the_two_configurations_differ_in_the_key_only():
     plain, keyed = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.keys.yml")
     assert keyed["scrape_configs"][0].pop("authorization") == {"credentials_file": "/run/secrets/xlora_admin_key"}
     assert plain == keyed
+
+
+def test_the_configuration_for_ray_differs_in_the_target_and_the_replicas_label_only():
+    plain, ray = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.ray.yml")
+    [port] = {target.split(":")[1] for target in ray["scrape_configs"][0].pop("static_configs")[0]["targets"]}
+    assert int(port) == load(DOCKER / "ray-serve.yaml")["http_options"]["port"]
+    renamed = ray["scrape_configs"][0].pop("metric_relabel_configs")
+    assert [rule.get("target_label", rule.get("action")) for rule in renamed] == ["instance", "labeldrop"]
+    plain["scrape_configs"][0].pop("dns_sd_configs")
+    assert plain == ray
 
 
 def panels(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,13 +137,32 @@ class ComposeLoader(yaml.SafeLoader):
     """YAML with Compose's own tags: `!reset` takes out what an earlier file has given."""
 
 
-ComposeLoader.add_constructor("!reset", lambda loader, node: None)
+ComposeLoader.add_constructor("!reset", lambda loader, node: loader.construct_sequence(node))
 
 
 def compose(name: str) -> dict[str, Any]:
     loaded = yaml.load((DOCKER / name).read_text("utf-8"), ComposeLoader)
     assert isinstance(loaded, dict)
     return loaded
+
+
+@pytest.mark.parametrize("path", sorted(DOCKER.glob("compose*.yaml")), ids=lambda path: path.stem)
+def test_compose_files_fit_the_schema(path, tmp_path):
+    """The schema is inside check-jsonschema: nothing is fetched. It does not know tags, so those are resolved first."""
+    plain = tmp_path / "compose.json"
+    plain.write_text(json.dumps(compose(path.name)))
+    finds_nothing("check-jsonschema", "--builtin-schema", "vendor.compose-spec", plain)
+
+
+def test_the_dockerfile_is_clean():
+    finds_nothing("hadolint", "--failure-threshold", "info", DOCKER.parent / "Dockerfile")
+
+
+def finds_nothing(tool: str, *arguments: str | Path) -> None:
+    """Runs a tool of this environment."""
+    command = [Path(sys.executable).parent / tool, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_containers_are_locked_down_limited_and_health_checked():
@@ -202,15 +232,12 @@ def test_the_service_is_scraped_where_it_listens():
     assert compose("compose.yaml")["services"]["xlora"]["ports"][0].endswith(f":{target['port']}")
 
 
-def test_caddyfile_is_valid_and_does_not_buffer():
-    path = DOCKER / "caddy/Caddyfile"
-    assert re.search(r"^\s*flush_interval -1$", path.read_text(), re.M)
-    caddy = shutil.which("caddy")
-    if caddy is None:
-        pytest.skip("caddy is not installed (Debian: apt-get install caddy)")
-    version = subprocess.run([caddy, "version"], capture_output=True, text=True, check=True).stdout
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 7):
-        pytest.skip(f"caddy {version.strip()} does not know request_buffers; 2.7 or newer does")
-    command = [caddy, "validate", "--adapter", "caddyfile", "--config", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_proxy_listens_and_looks_where_compose_says():
+    text = (DOCKER / "haproxy/haproxy.cfg").read_text()
+    proxy = compose("compose.replicas.yaml")["services"]["proxy"]
+    assert "bind :8000" in text
+    assert proxy["ports"][0].endswith(":8000")
+    assert re.search(r"server-template \w+ \d+ xlora:8000 ", text)
+    timeout = re.search(r"timeout server (\d+)s", text)
+    assert timeout is not None
+    assert int(timeout[1]) > Settings().request_timeout

@@ -9,7 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.api.app import create_app
+from service.cli import build_parser
+from service.engine.client import EngineClient
+from service.metrics import Metrics
+from service.settings import Settings
+
 ROOT = Path(__file__).parent.parent
+FLAGS = "| flag | default | |"
+DOCUMENTS = sorted(path for path in ROOT.glob("**/*.md") if not any(part.startswith(".") for part in path.parts))
 
 
 def test_from_peft_to_an_endpoint(tmp_path: Path) -> None:
@@ -34,3 +45,53 @@ def test_from_peft_to_an_endpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['math', 'code', 'bio', 'tales']"
     assert (tmp_path / "my-model/bundle.json").exists()
+
+
+def table(header: str) -> str:
+    """The rows of the README's table that begins so."""
+    return (ROOT / "README.md").read_text().split(f"\n{header}\n")[1].split("\n\n")[0]
+
+
+def test_the_endpoint_table_has_every_route() -> None:
+    paths = create_app(EngineClient(), Settings(), Metrics(CollectorRegistry())).openapi()["paths"]
+    written = table("| endpoint | what it does |")
+    assert [path for path in paths if f"{path}`" not in written] == []
+    methods = {path: [name.upper() for name in operations] for path, operations in paths.items()}
+    rows = {path: row for row in written.splitlines() for path in paths if f"{path}`" in row}
+    assert [(path, name) for path, names in methods.items() for name in names if f"`{name}" not in rows[path]] == []
+
+
+def test_the_configuration_table_has_every_flag_of_serve_and_no_other() -> None:
+    written = set(re.findall(r"--[a-z][a-z-]+", "".join(row.split("|")[1] for row in table(FLAGS).splitlines())))
+    commands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert isinstance(commands.choices, dict)
+    assert written == set(commands.choices["serve"]._option_string_actions) - {"-h", "--help"}
+
+
+def test_the_configuration_table_has_the_defaults() -> None:
+    """Numbers and names in code quotes or alone; what is prose or a size is not compared."""
+    compared = {}
+    for row in table(FLAGS).splitlines()[1:]:
+        flags, default = (cell.strip() for cell in row.split("|")[1:3])
+        names = [name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", flags)]
+        pairs = zip(names, default.split(", "), strict=False)
+        compared |= {name: word.strip("`") for name, word in pairs if re.fullmatch(r"\d+|`[^`]+`", word)}
+    assert len(compared) >= 10
+    assert {name: str(getattr(Settings(), name)).removesuffix(".0") for name in compared} == compared
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        file = document.parent / name if name else document
+        assert file.exists(), target
+        assert not heading or heading in anchors(file.read_text()), target
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a renderer gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

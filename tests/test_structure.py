@@ -1,6 +1,6 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
+    cli, cluster -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
 
 Leaves may import drift and errors.
 
@@ -22,7 +22,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Bottom to top.
-LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", "terminal commands cli __main__")
+TOP = "terminal commands cluster cli __main__"
+LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 WEB_FREE = ("service.engine", "service.model", "service.checkpoint")
@@ -30,13 +31,16 @@ WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"}
 
 # What the GPU benchmarks and tests start from: the machines they run on have not even the message formats installed.
 BARE = ("service.engine.loader",)
-MESSAGES = {"msgspec", "orjson"}
+MESSAGES = {"msgspec", "orjson", "llguidance"}
 
 TORCH_FREE = (
     "service.api",
+    "service.cluster",
     "service.engine.block_manager",
     "service.engine.client",
     "service.engine.detokenizer",
+    "service.engine.grammar",
+    "service.engine.grammar_check",
     "service.engine.request",
     "service.engine.scheduler",
     "service.engine.sequence",
@@ -55,7 +59,10 @@ TYPES_ONLY = {
     for leaf in ("service.drift", "service.metrics")
 }
 # Modules that may touch the environment, and why.
-ENVIRONMENT = {"service.settings": "the only reader of the environment"}
+ENVIRONMENT = {
+    "service.settings": "the only reader of the environment",
+    "service.engine.group": "gloo takes its network interface, and transformers its GPU, from nowhere else",
+}
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,15 @@ def torch(tree: Tree) -> list[str]:
     return _reaching(tree, TORCH_FREE, TORCH)
 
 
+def ray(tree: Tree) -> list[str]:
+    """Imports of ray outside service.cluster."""
+    return [
+        f"{found.source}:{found.line} imports {found.target}"
+        for found in tree.imports
+        if found.target.split(".")[0] == "ray" and not _within(found.source, ("service.cluster",))
+    ]
+
+
 def deferred(tree: Tree) -> list[str]:
     """First-party imports inside functions, which hide cycles."""
     return [
@@ -197,7 +213,7 @@ def environment(tree: Tree) -> list[str]:
     return problems
 
 
-RULES = (direction, web, bare, torch, deferred, environment)
+RULES = (direction, web, bare, torch, ray, deferred, environment)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +269,7 @@ VIOLATIONS = {
     "torch through a chain": (torch, "api/app.py", "from service.engine.engine import E"),
     "torch through a package": (torch, "engine/__init__.py", "from service.engine.engine import E"),
     "torch on try": (torch, "api/app.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+    "ray": (ray, "cli.py", "from ray import serve"),
     "deferred": (deferred, "cli.py", "def f():\n    from service.engine import engine"),
     "deferred in a method": (deferred, "api/app.py", "class A:\n    async def f(self):\n        import service.errors"),
     "os.environ": (environment, "cli.py", "import os\nos.environ['A']"),

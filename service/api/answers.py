@@ -90,6 +90,93 @@ class GenerateAnswer(BaseModel):
     usage: Usage
 
 
+class CompareOutput(BaseModel):
+    """What one setting wrote, or was given."""
+
+    index: int
+    label: str | None
+    experts: dict[str, Any] | None = Field(None, description="As in the request.")
+    gate: dict[str, Any] | None = Field(None, description="As in the request.")
+    text: str
+    token_ids: list[int]
+    tokens: list[Token] = Field(description="With log-probabilities under the output's own setting.")
+    finish_reason: str | None = Field(description="null for an output that was given.")
+    scalings: Scalings | None = None
+
+
+class LogLikelihood(BaseModel):
+    """[settings, outputs], nats: row i judges column j. null where there are no tokens, or no time was left."""
+
+    sum: list[list[float | None]]
+    per_token: list[list[float | None]]
+
+
+class CompareUsage(Usage):
+    """What the comparison cost; the engine's numbers are those of the generation."""
+
+    scored_tokens: int
+
+
+class CompareAnswer(BaseModel):
+    """The answer of POST /compare."""
+
+    id: str
+    model: str
+    seed: int
+    outputs: list[CompareOutput]
+    log_likelihood: LogLikelihood
+    usage: CompareUsage
+
+
+class GateValues(BaseModel):
+    """By PEFT's names."""
+
+    scaling_pass_value: float | None = Field(description="null is 1 / number of experts.")
+    top_k_lora: int | None = Field(description="null is all.")
+    global_scaling_weight: float
+
+
+class GateState(GateValues):
+    """What holds for requests that arrive now, and what the checkpoint says."""
+
+    checkpoint: GateValues
+
+
+class LogState(BaseModel):
+    """The scalings log: switch, bounds, and how full it is."""
+
+    enabled: bool
+    max_tokens: int
+    max_bytes: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int = Field(description="Pushed out by newer ones since the log was cleared.")
+
+
+class LogSummary(LogState):
+    """And what its rows say: the classifier's, before top-k and steering."""
+
+    sequences: int = Field(description="Runs of consecutive positions of one choice.")
+    lengths: dict[str, int] = Field(description="How many runs there are of each length.")
+    totals: dict[str, float] | None = Field(description="Mean weight of each expert.")
+    top1: dict[str, float] | None = Field(description="Share of the positions at which it leads.")
+
+
+class Likelihood(BaseModel):
+    """How likely the selected tokens are under one model."""
+
+    perplexity: float | None = Field(description="exp of the mean negative logprob.")
+    logprobs: list[float | None] = Field(description="Of each token, nats; null for the text's first.")
+
+
+class Perplexity(BaseModel):
+    """Whether the gate chose well: where an expert alone or the base has the larger logprob, it did not."""
+
+    xlora: Likelihood
+    base: Likelihood
+    experts: dict[str, Likelihood] = Field(description="Each selected expert alone, with weight 1.")
+
+
 class ScalingsGroups(BaseModel):
     """The gate by site, layer or module type: means over the selected positions and the group's selected sites."""
 
@@ -109,6 +196,7 @@ class GateSummary(BaseModel):
     totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
     top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
     entropy: float | None = Field(description="Nats, mean over the positions; null where every row is all-zero.")
+    perplexity: Perplexity | None = Field(None, description="Where asked for.")
 
 
 class TextScalings(GateSummary):
@@ -189,7 +277,8 @@ class Info(BaseModel):
     sites: list[str]
     n_layers: int
     xlora_config: dict[str, Any]
-    dummy_row: list[list[float]]
+    dummy_row: list[list[float]] = Field(description="The checkpoint's gate of the scaling pass.")
+    gate: GateState = Field(description="As GET /gate.")
     limits: dict[str, int]
     weights_sha256: str
     gate_profile: dict[str, Any] | None

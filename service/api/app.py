@@ -11,7 +11,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import errors, generate, openai, ops, scalings, web
+from service.api import admin, compare, errors, generate, openai, ops, scalings, web
 from service.api.record import Recorder, SpanWriter
 from service.api.security import OPEN_PATHS, BodyLimit, Guard, Keys
 from service.api.state import Service, run_startup
@@ -19,7 +19,15 @@ from service.engine.client import Client
 from service.metrics import Metrics
 from service.settings import Settings
 
-_RECORDED = ("/generate", "/scalings", "/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions")
+_RECORDED = (
+    "/generate",
+    "/compare",
+    "/scalings",
+    "/tokenize",
+    "/detokenize",
+    "/v1/completions",
+    "/v1/chat/completions",
+)
 _DESCRIPTION = """
 Serves an X-LoRA model: several LoRA experts, mixed per token and per layer by a small gate. Every answer can say how.
 
@@ -53,7 +61,7 @@ def create_app(
             starting.cancel()
             with suppress(asyncio.CancelledError):
                 await starting
-            await client.close()
+            await service.close()
 
     app = FastAPI(
         title="X-LoRA service",
@@ -69,7 +77,7 @@ def create_app(
     )
     app.state.service = service
     errors.install(app)
-    for module in (generate, openai, scalings, ops):
+    for module in (generate, compare, openai, scalings, ops, admin):
         app.include_router(module.router)
     web.install(app)
     _finish_schema(app, bool(api_keys))
@@ -86,7 +94,7 @@ def _cors(settings: Settings) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=headers,
             expose_headers=["X-Request-Id", "Retry-After"],
         )

@@ -13,7 +13,7 @@ from service.api.text import TextCodec
 from service.engine.client import Client
 from service.engine.detokenizer import StopStrings
 from service.engine.request import EngineInfo, Request, SequenceOutput, SequenceUsage, TokenOutput
-from service.errors import InternalError, TimedOutError
+from service.errors import InternalError, InvalidRequestError, TimedOutError
 
 
 @dataclass(slots=True)
@@ -45,18 +45,25 @@ class Choice:
         self._stops = StopStrings(stops)
         self._rows = RowBuffer(format)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last piece has been made."""
+        return self.finish_reason is not None
+
     def accept(self, output: SequenceOutput) -> Iterator[Piece]:
         """One piece per token up to the end, and one without a token when the end came alone."""
         if output.gate is not None:
             self._rows.add(output.gate)
         if output.usage is not None:
             self.usage = output.usage
+        if output.finish_reason == "error" and output.error_param is not None:
+            raise InvalidRequestError(output.error or "", param=output.error_param)
         if output.finish_reason == "error":
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
             yield self._piece(token, output.finish_reason if position == last else None)
-            if self.finish_reason is not None:
+            if self.ended:
                 return  # by a stop string, perhaps: tokens after it do not count
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
@@ -105,26 +112,38 @@ class Generation:
             for _ in range(request.sampling.n if request.sampling else 0):
                 self.choices.append(Choice(len(self.choices), request, codec, stops, ends, format))
 
-    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[Piece, None]:
-        """Every piece as it comes. At the deadline (in the time of the event loop) all choices end.
+    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[list[Piece], None]:
+        """Every piece as it comes; those that came together are one list, in order. At the deadline (in the time of the
+        event loop) all choices end.
 
         Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
         """
         try:
             async with self._client.submit(*self.requests, deadline=deadline) as outputs:
                 async for output in outputs:
-                    choice = self.choices[self._first[output.request_id] + output.index]
-                    self.prompt_logprobs[output.request_id] += output.prompt_logprobs
-                    for piece in choice.accept(output):
-                        yield piece
-                    if choice.finish_reason is not None and output.finish_reason is None:
-                        self._client.abort(output.request_id, output.index)
+                    pieces: list[Piece] = []
+                    try:
+                        for one in (output, *outputs.ready()):
+                            pieces += self._accept(one)
+                    finally:
+                        if pieces:
+                            yield pieces
         except TimedOutError:
             if not any(choice.tokens for choice in self.choices):
                 raise
-            for choice in self.choices:
-                if choice.finish_reason is None:
-                    yield choice.end("timeout")
+            yield [choice.end("timeout") for choice in self.choices if not choice.ended]
+
+    def _accept(self, output: SequenceOutput) -> Iterator[Piece]:
+        """What one output brought; ends the choice in the engine where it has ended by its text."""
+        choice = self.choices[self._first[output.request_id] + output.index]
+        if choice.ended:
+            return  # it came together with the one that brought the end
+        if output.prompt_logprobs:
+            self.prompt_logprobs[output.request_id] += output.prompt_logprobs
+        for piece in choice.accept(output):
+            if piece.finish_reason is not None and output.finish_reason is None:
+                self._client.abort(output.request_id, output.index)
+            yield piece
 
     @property
     def prompt_tokens(self) -> int:

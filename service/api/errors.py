@@ -15,7 +15,15 @@ from starlette.exceptions import HTTPException
 
 from service.api.answers import ErrorAnswer
 from service.api.openai_protocol import UNSUPPORTED, ChatBody, CompletionBody
-from service.api.protocol import DetokenizeBody, GenerateBody, ScalingsBody, TokenizeBody
+from service.api.protocol import (
+    CompareBody,
+    DetokenizeBody,
+    GateBody,
+    GenerateBody,
+    LogBody,
+    ScalingsBody,
+    TokenizeBody,
+)
 from service.errors import (
     InternalError,
     InvalidRequestError,
@@ -27,7 +35,10 @@ from service.errors import (
 
 _BODIES: dict[str, type[BaseModel]] = {
     "/generate": GenerateBody,
+    "/compare": CompareBody,
     "/scalings": ScalingsBody,
+    "/scalings/log": LogBody,
+    "/gate": GateBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/completions": CompletionBody,
@@ -52,7 +63,7 @@ _REASONS = {
     413: "The body is too large",
     429: "The queue is full; Retry-After says when to come again",
     500: "Our fault",
-    503: "Loading, draining, or the engine has died",
+    503: "Loading, draining, or the engine has died: nothing was begun",
     504: "The deadline passed before the first token",
 }
 BODY_ERRORS = (400, 408, 413, 503)
@@ -98,8 +109,8 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
     """The first of pydantic's errors as one of ours; an unknown field goes before all others."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    location = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(location) or None
+    location = [f"[{part}]" if isinstance(part, int) else part for part in first["loc"] if part != "body"]
+    param = _path(location) or None
     if first["type"] == "json_invalid":
         return InvalidRequestError(
             f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json"
@@ -123,7 +134,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
 
 
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
-    param = ".".join(location)
+    param = _path(location)
     if path.startswith("/v1/") and param in UNSUPPORTED:
         return InvalidRequestError(
             f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
@@ -136,6 +147,11 @@ def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
     )
 
 
+def _path(location: Sequence[str]) -> str:
+    """settings, 1, experts, only -> settings[1].experts.only, as OpenAI writes it."""
+    return ".".join(location).replace(".[", "[")
+
+
 def _known_fields(location: list[str], path: str) -> list[str]:
     """The fields of the object at the end of `location`."""
     if path not in _BODIES:
@@ -144,7 +160,7 @@ def _known_fields(location: list[str], path: str) -> list[str]:
     for name in location[:-1]:
         if name in model.model_fields:
             model = _model_in(model.model_fields[name].annotation) or model
-    return sorted(model.model_fields)
+    return sorted(field.alias or name for name, field in model.model_fields.items())
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -39,6 +39,10 @@ GENERATE_BODIES: Any = {
             "gate": {"temperature": 0.5},
         },
     },
+    "regex": {
+        "summary": "Held to a regular expression",
+        "value": {"prompt": "12 + 30 =", "response_format": {"type": "regex", "pattern": " [0-9]{1,3}"}},
+    },
     "stream": {
         "summary": "As server-sent events, ending before a line break",
         "value": {"prompt": "def add(a, b):", "max_tokens": 32, "stop": "\n", "stream": True},
@@ -66,6 +70,65 @@ GENERATE_EVENTS = (
     '"speculation":{"tokens":0,"accepted":0}}}\n\n'
     "data: [DONE]\n\n"
 )
+COMPARE_BODIES: Any = {
+    "experts": {
+        "summary": "X-LoRA, one expert alone, and the base model",
+        "value": {
+            "prompt": "12 + 30 =",
+            "max_tokens": 8,
+            "temperature": 0,
+            "settings": [
+                {"label": "X-LoRA"},
+                {"label": "math", "experts": {"weights": {"math": 1}}},
+                {"label": "base", "experts": {"only": []}},
+            ],
+        },
+    },
+    "given": {
+        "summary": "An output that is there already, judged by two settings",
+        "value": {
+            "prompt": "12 + 30 =",
+            "settings": [{"token_ids": [220, 87]}, {"experts": {"only": []}, "token_ids": [220, 87]}],
+        },
+    },
+}
+COMPARE_ANSWER: dict[str, Any] = {
+    "id": "cmp-5f0c6c7e",
+    "model": "demo",
+    "seed": 7,
+    "outputs": [
+        {
+            "index": 0,
+            "label": "X-LoRA",
+            "text": " 42",
+            "finish_reason": "length",
+            "token_ids": [220, 87],
+            "tokens": [{"id": 220, "text": " ", "logprob": -0.1}, {"id": 87, "text": "42", "logprob": -0.3}],
+        },
+        {
+            "index": 1,
+            "label": "base",
+            "experts": {"only": []},
+            "text": " 52",
+            "finish_reason": "length",
+            "token_ids": [220, 91],
+            "tokens": [{"id": 220, "text": " ", "logprob": -0.2}, {"id": 91, "text": "52", "logprob": -1.2}],
+        },
+    ],
+    "log_likelihood": {"sum": [[-0.4, -6.2], [-2.6, -1.4]], "per_token": [[-0.2, -3.1], [-1.3, -0.7]]},
+    "usage": {**_USAGE, "prompt_tokens": 12, "completion_tokens": 4, "scored_tokens": 8},
+}
+GATE_BODIES: Any = {
+    "top_k": {
+        "summary": "One expert per site, at half strength",
+        "value": {"top_k_lora": 1, "global_scaling_weight": 0.5},
+    },
+    "uniform": {"summary": "All experts in the scaling pass, 1/E each", "value": {"scaling_pass_value": None}},
+}
+LOG_BODIES: Any = {
+    "on": {"summary": "The newest 4096 positions", "value": {"enabled": True, "max_tokens": 4096}},
+    "off": {"summary": "Off; the rows stay", "value": {"enabled": False}},
+}
 SCALINGS_BODIES: Any = {
     "mean": {"summary": "Mean over the sites", "value": {"prompt": "12 + 30"}},
     "full": {
@@ -80,6 +143,10 @@ SCALINGS_BODIES: Any = {
             "select": {"start": 1, "stop": 3},
             "format": "csv",
         },
+    },
+    "perplexity": {
+        "summary": "Whether the gate chose well",
+        "value": {"prompt": "12 + 30", "perplexity": True, "format": "csv"},
     },
     "map": {"summary": "A heat map of tokens and experts", "value": {"prompt": "12 + 30", "format": "svg"}},
     "divergence": {"summary": "How differently two texts are read", "value": {"prompt": ["12 + 30", "def add("]}},
@@ -128,6 +195,25 @@ COMPLETION_EVENTS = (
     '"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
 )
 CHAT_BODIES: Any = {
+    "json": {
+        "summary": "JSON that fits a schema",
+        "value": {
+            "messages": [{"role": "user", "content": "Compute 48 + 87."}],
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "sum",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"sum": {"type": "integer"}},
+                        "required": ["sum"],
+                        "additionalProperties": False,
+                    },
+                },
+            },
+            "max_tokens": 32,
+        },
+    },
     "chat": {
         "summary": "One question",
         "value": {"model": "demo", "messages": [{"role": "user", "content": "Compute 48 + 87."}], "max_tokens": 8},

@@ -34,7 +34,8 @@ async def generate(
 ) -> Response:
     """The scalings of a generated token are those of the position that produced it, its predecessor."""
     prompt = await service.codec.prompt_ids(body.prompt)
-    run = Run(service, new_id("gen"), [prompt], body, body, logprobs=body.logprobs)
+    form = await service.forms.of(body.response_format)
+    run = Run(service, new_id("gen"), [prompt], body, body, logprobs=body.logprobs, form=form)
     return await respond(http_request, run, GenerateWriter(run), body.stream)
 
 

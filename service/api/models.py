@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.api.protocol import Experts, XLoraFields
+from service.api.fields import Experts, XLoraFields
 from service.engine.request import EngineInfo
 from service.errors import InvalidRequestError, NotFoundError
 

@@ -67,6 +67,7 @@ async def completions(
         xlora,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        form=await service.forms.of(body.response_format),
     )
     return await respond(http_request, run, CompletionWriter(run, body), body.stream)
 
@@ -86,7 +87,8 @@ async def chat_completions(
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
     prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs)
+    form = await service.forms.of(body.response_format)
+    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs, form=form)
     return await respond(http_request, run, ChatWriter(run, body), body.stream)
 
 
@@ -115,6 +117,7 @@ class _Frame:
         self._usage_last = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
         self._run = run
+        self._told_tokens = 0  # that chunks have brought so far
         self._wishes = {"seed": run.seed, **run.steering}
         self._head = {
             "id": run.id,
@@ -126,13 +129,14 @@ class _Frame:
 
     def document(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A whole answer."""
-        return self._head | {"choices": choices, "usage": self._usage(), "xlora": self._xlora()}
+        return self._head | {"choices": choices, "usage": self._whole_usage(), "xlora": self._xlora()}
 
-    def event(self, choice: dict[str, Any]) -> bytes:
-        """One chunk."""
+    def event(self, piece: Piece, choice: dict[str, Any]) -> bytes:
+        """One chunk: `choice` is what it says of the piece."""
+        self._told_tokens += piece.token is not None
         chunk = self._head | {"choices": [choice], "xlora": self._wishes}
         if self._usage_always:
-            chunk["usage"] = self._usage()
+            chunk["usage"] = self._usage(self._told_tokens)
         elif self._usage_last:
             chunk["usage"] = None
         return event(chunk)
@@ -141,11 +145,14 @@ class _Frame:
         """The chunk without choices, for who asked for the usage."""
         if not self._usage_last:
             return b""
-        return event(self._head | {"choices": [], "usage": self._usage(), "xlora": self._xlora()})
+        return event(self._head | {"choices": [], "usage": self._whole_usage(), "xlora": self._xlora()})
 
-    def _usage(self) -> dict[str, Any]:
+    def _whole_usage(self) -> dict[str, Any]:
+        return self._usage(self._run.generation.completion_tokens)
+
+    def _usage(self, completion: int) -> dict[str, Any]:
         generation = self._run.generation
-        prompt, completion = generation.prompt_tokens, generation.completion_tokens
+        prompt = generation.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -177,7 +184,7 @@ class CompletionWriter:
         """One chunk; a choice's first has the echo."""
         choice = self._part(piece.index, [piece])
         scalings = self._rows.of(piece)
-        return self._frame.event(choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
+        return self._frame.event(piece, choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""
@@ -259,7 +266,7 @@ class ChatWriter:
             "finish_reason": piece.finish_reason,
         }
         scalings = self._rows.of(piece)
-        return self._frame.event(choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
+        return self._frame.event(piece, choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""

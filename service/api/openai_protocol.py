@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from service.api.protocol import MAX_LOGPROBS, MAX_NAME_CHARACTERS, Body, SamplingFields, XLoraFields
+from service.api.fields import MAX_LOGPROBS, MAX_NAME_CHARACTERS, Body, SamplingFields, XLoraFields
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024
@@ -151,12 +151,6 @@ class Message(Body):
         return message if self.name is None else message | {"name": self.name}
 
 
-class ResponseFormat(Body):
-    """The form of the answer."""
-
-    type: Literal["text"]
-
-
 class ChatBody(OpenAIFields):
     """POST /v1/chat/completions."""
 
@@ -165,7 +159,6 @@ class ChatBody(OpenAIFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives per token; needs logprobs."
     )
-    response_format: ResponseFormat | None = Field(None, description=_NO_EFFECT)
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=_NO_EFFECT)
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description=_NO_EFFECT + " Only empty.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description=_NO_EFFECT)

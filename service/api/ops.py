@@ -1,4 +1,7 @@
-"""Routes for operators: probes, metrics, what is served, and the tokenizer."""
+"""Routes for operators: probes, metrics, what is served, and the tokenizer.
+
+The probes answer HEAD as well: load balancers ask so.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import JSONResponse
 
+from service.api.admin import gate_state
 from service.api.answers import DetokenizeAnswer, Health, Info, Status, TokenizeAnswer
 from service.api.errors import BODY_ERRORS, documented
 from service.api.examples import DETOKENIZE_BODIES, TOKENIZE_BODIES
@@ -20,6 +24,7 @@ ServiceDependency = Annotated[Service, Depends(service_of)]
 _RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not so: `status` says why"}}
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", tags=["operation"], summary="Is the process fine?", response_model=Status, responses=_RED)
 async def livez(service: ServiceDependency) -> Response:
     """200 while the process and the engine are fine, also while the model loads; 503 when the engine died or hangs."""
@@ -27,12 +32,14 @@ async def livez(service: ServiceDependency) -> Response:
     return _status("engine dead" if dead else "ok", 503 if dead else 200)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["operation"], summary="Can it serve?", response_model=Status, responses=_RED)
 async def readyz(service: ServiceDependency) -> Response:
     """200 after the model has loaded and a warm-up generation has run, until the server is told to stop."""
     return _status(service.state, 200 if service.ready else 503)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
 async def health(service: ServiceDependency) -> Response:
     """Always 200; `status` is ok, loading, draining or engine dead."""
@@ -55,7 +62,7 @@ async def health(service: ServiceDependency) -> Response:
 )
 async def metrics(service: ServiceDependency) -> Response:
     """Prometheus' text format."""
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(await service.scrape(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/info", tags=["operation"], summary="What is served", response_model=Info, responses=documented(503))
@@ -74,6 +81,7 @@ async def info(service: ServiceDependency) -> Response:
         "n_layers": len(engine.sites),
         "xlora_config": engine.xlora_config,
         "dummy_row": engine.dummy_row,
+        "gate": gate_state(service),
         "limits": {
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.max_num_seqs,

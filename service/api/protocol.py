@@ -1,43 +1,30 @@
-"""The wire models of request bodies.
-
-Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
-file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in text.py. OpenAI's
-routes build on the same sampling and X-LoRA fields (openai_protocol.py).
-"""
+"""The wire models of our own routes' request bodies, made of the fields of fields.py."""
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-MAX_CHOICES = 16
-MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_LOGIT_BIAS = 1024
-MAX_SALT_CHARACTERS = 256
-MAX_SEED = 2**63 - 1
+from service.api.fields import (
+    INT32,
+    MAX_LOGPROBS,
+    MAX_NAME_CHARACTERS,
+    MAX_SALT_CHARACTERS,
+    PROMPT_SCHEMA,
+    Body,
+    OneTextFields,
+    Position,
+    Prompt,
+    SamplingFields,
+    SteeringFields,
+    TokenId,
+    XLoraFields,
+)
+
+MAX_SETTINGS = 8  # of one POST /compare
 MAX_TEXTS = 64  # of one POST /scalings
 MAX_SELECTED = 16_384  # names or numbers in one list of Select
-MAX_EXPERTS = 1024
-MAX_GATE_WEIGHTS = 1024
-MAX_NAME_CHARACTERS = 512
-DEFAULT_MAX_TOKENS = 128
-
-_INT32 = 2**31 - 1
-_TOKEN_ID = re.compile(r"[0-9]{1,10}")
-
-
-def _prompt(value: object) -> object:
-    """One message for a union of two types, where pydantic would give one per member."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(item) is int for item in value):
-        return value
-    raise ValueError("must be a string or a list of token ids")
 
 
 def _texts(value: object) -> object:
@@ -52,236 +39,16 @@ def _texts(value: object) -> object:
     raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_TEXTS} of either kind")
 
 
-def _stops(value: object) -> object:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
-        return None
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
-    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
-    return stops
-
-
-def _logit_bias(value: object) -> object:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
-        raise ValueError('must be an object from token ids to numbers, as {"42": -100}')
-    if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
-    if not all(type(bias) in (int, float) and math.isfinite(bias) and abs(bias) <= 100 for bias in value.values()):
-        raise ValueError("values must be numbers from -100 to 100")
-    return {key: float(bias) for key, bias in value.items()}
-
-
-def _layer_weights(value: object) -> object:
-    """A number is one entry for every site."""
-    if type(value) in (int, float):
-        return [{"weight": value}]
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        return value
-    raise ValueError('must be a number or a list such as [{"weight": 1, "layers": [0, 3]}]')
-
-
-_PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-    ]
-}
 _TEXTS_SCHEMA = {
     "anyOf": [
-        *_PROMPT_SCHEMA["anyOf"],
-        *({"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS} for one in _PROMPT_SCHEMA["anyOf"]),
+        *PROMPT_SCHEMA["anyOf"],
+        *({"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS} for one in PROMPT_SCHEMA["anyOf"]),
     ]
 }
-_STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
-        {
-            "type": "array",
-            "maxItems": MAX_STOPS,
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
-        },
-        {"type": "null"},
-    ]
-}
-_BIAS_SCHEMA = {
-    "anyOf": [
-        {
-            "type": "object",
-            "maxProperties": MAX_LOGIT_BIAS,
-            "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-        },
-        {"type": "null"},
-    ]
-}
-
-_WEIGHT_SCHEMA = {"type": "number", "minimum": -100, "maximum": 100}
-_LAYERS_SCHEMA = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 0}}
-_LAYER_WEIGHTS_SCHEMA = {
-    "anyOf": [
-        _WEIGHT_SCHEMA,
-        {
-            "type": "array",
-            "minItems": 1,
-            "maxItems": MAX_GATE_WEIGHTS,
-            "items": {
-                "type": "object",
-                "required": ["weight"],
-                "additionalProperties": False,
-                "properties": {
-                    "weight": _WEIGHT_SCHEMA,
-                    "layers": {
-                        "anyOf": [_LAYERS_SCHEMA, {"type": "null"}],
-                        "description": "The first and the last layer, both included; every site when absent.",
-                    },
-                },
-            },
-        },
-    ]
-}
-
-Prompt = Annotated[str | list[int], BeforeValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Texts = Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_texts), WithJsonSchema(_TEXTS_SCHEMA)]
-Stops = Annotated[list[str] | None, BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
-LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
-TokenId = Annotated[int, Field(ge=0, le=_INT32)]
-Position = Annotated[int, Field(ge=0, le=_INT32)]
 Names = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=512)]], Field(min_length=1, max_length=MAX_SELECTED)
 ]
-Float = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Body(BaseModel):
-    """Strict, closed, finite."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class SamplingFields(Body):
-    """The sampling schema that every generating route shares; names and meanings are OpenAI's."""
-
-    max_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
-        None, description=f"Most tokens to generate; {DEFAULT_MAX_TOKENS} when absent, or what still fits the context."
-    )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; 1 when absent.")
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Nucleus sampling; 1 (off) when absent."
-    )
-    top_k: Annotated[int, Field(ge=0, le=_INT32)] | None = Field(None, description="0 (off) when absent.")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 (off) when absent.")
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
-        None, description="Over prompt and output; 1 (off) when absent."
-    )
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Over the output.")
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Over the output.")
-    logit_bias: LogitBias = Field(None, description="Added to the logits of these token ids.")
-    stop: Stops = Field(None, description="Generation ends before the first of these strings.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = Field(
-        None, description="Generation ends with the first of these tokens."
-    )
-    ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
-    timeout: Annotated[float, Field(ge=1, le=86_400)] | None = Field(
-        None,
-        description='Seconds from arrival; what is unfinished then ends with finish_reason "timeout", or with 504 if '
-        "there is no token yet. The server's --request-timeout when absent, and at most.",
-    )
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(None, description="Choices; 1 when absent.")
-    stream: bool | None = Field(None, description="Server-sent events, one per token.")
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        """The most tokens the caller wants."""
-        return self.max_tokens
-
-
-class LayerWeight(Body):
-    """The weight of one expert at every site, or at those of some layers."""
-
-    weight: Annotated[float, Field(ge=-100, le=100)]
-    layers: Annotated[list[Annotated[int, Field(ge=0, le=_INT32)]], Field(min_length=2, max_length=2)] | None = None
-
-
-ExpertName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
-ExpertNames = Annotated[list[ExpertName], Field(max_length=MAX_EXPERTS)]
-LayerWeights = Annotated[
-    list[LayerWeight], BeforeValidator(_layer_weights), WithJsonSchema(_LAYER_WEIGHTS_SCHEMA), Field(min_length=1)
-]
-
-
-class Experts(Body):
-    """Which experts act. The names are those of GET /info."""
-
-    only: ExpertNames | None = Field(
-        None, description="The gate chooses among these alone; [] is the base model without experts."
-    )
-    exclude: ExpertNames | None = Field(
-        None, description="The gate chooses among the others; with `only`, among those of it that are not named here."
-    )
-    weights: Annotated[dict[ExpertName, LayerWeights], Field(max_length=MAX_EXPERTS)] | None = Field(
-        None,
-        description="A fixed gate: each expert's weight, from -100 to 100, where 1 is the expert as it was trained and "
-        'experts that are not named are 0. A list gives weights by layers, as [{"weight": 1}, {"weight": 0.5, '
-        '"layers": [0, 3]}]: the last entry that covers a layer counts. No classifier runs, and no top-k; goes with no '
-        "other field of `experts`, nor with the gate's temperature and top_k.",
-    )
-
-    @model_validator(mode="after")
-    def _weights_are_bounded(self) -> Experts:
-        entries = sum(len(weights) for weights in (self.weights or {}).values())
-        if entries > MAX_GATE_WEIGHTS:
-            raise ValueError(f"has {entries} weights; at most {MAX_GATE_WEIGHTS} are allowed")
-        return self
-
-
-class Gate(Body):
-    """What a caller may change about the gate."""
-
-    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
-        None, description="Of the gate's softmax, in place of the checkpoint's: lower is more decided."
-    )
-    top_k: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
-        None, description="Experts that act per site, in place of the checkpoint's; the number of experts is all."
-    )
-    freeze_after: Annotated[int, Field(ge=1, le=_INT32)] | None = Field(
-        None, description="From generated token n + 1 on, the weights that produced token n are used."
-    )
-
-
-class XLoraFields(Body):
-    """What is ours: fields of POST /generate, and the object `xlora` of OpenAI's routes."""
-
-    return_scalings: Literal["none", "mean", "full"] | None = Field(
-        None, description="The gate's weights of the experts: none, mean over the sites, or of every site."
-    )
-    scalings_start: Annotated[int, Field(ge=0, le=_INT32)] | None = Field(
-        None,
-        description="First position whose row is returned. When absent, the position that produced the first "
-        "generated token (the prompt's last), so that there is one row per generated token; 0 adds the prompt's rows.",
-    )
-    scalings_dtype: Literal["float32", "float16"] | None = Field(
-        None, description='Type of the array that "full" returns; float32 when absent.'
-    )
-    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
-        None, description="Only requests with the same salt share computed prompts."
-    )
-    experts: Experts | None = Field(None, description="Which experts act; as the gate decides when absent.")
-    gate: Gate | None = Field(None, description="Changes to the gate, for this request.")
-
-    @model_validator(mode="after")
-    def _scalings_fields_need_scalings(self) -> XLoraFields:
-        if self.scalings_start is not None and self.return_scalings in (None, "none"):
-            raise ValueError('scalings_start needs return_scalings "mean" or "full"')
-        if self.scalings_dtype is not None and self.return_scalings != "full":
-            raise ValueError('scalings_dtype needs return_scalings "full"')
-        return self
 
 
 class GenerateBody(SamplingFields, XLoraFields):
@@ -291,6 +58,74 @@ class GenerateBody(SamplingFields, XLoraFields):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
+
+
+class CompareSetting(SteeringFields):
+    """One of the gates that a comparison is about."""
+
+    label: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = Field(
+        None, description="Comes back with the output."
+    )
+    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+        None, description="An output that is there already: it is judged, and none is generated under this setting."
+    )
+
+
+class CompareBody(OneTextFields):
+    """POST /compare."""
+
+    prompt: Prompt = Field(description="Text, or token ids.")
+    settings: Annotated[list[CompareSetting], Field(min_length=1, max_length=MAX_SETTINGS)] = Field(
+        description="The gates to compare; {} is the gate as it is. Everything else, the seed included, is shared."
+    )
+    return_scalings: Literal["none", "mean", "full"] | None = Field(
+        None, description="The weights that made each generated token: none, mean over the sites, or of every site."
+    )
+    scalings_dtype: Literal["float32", "float16"] | None = Field(
+        None, description='Type of the array that "full" returns; float32 when absent.'
+    )
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = Field(
+        None, description="Only requests with the same salt share computed prompts."
+    )
+
+    @model_validator(mode="after")
+    def _dtype_needs_full(self) -> CompareBody:
+        if self.scalings_dtype is not None and self.return_scalings != "full":
+            raise ValueError('scalings_dtype needs return_scalings "full"')
+        return self
+
+
+class GateBody(Body):
+    """PATCH /gate: what is absent stays as it is. Null has a meaning here, as in PEFT's setters."""
+
+    scaling_pass_value: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None, description="The gate of the scaling pass; null is 1 / number of experts."
+    )
+    top_k_lora: Annotated[int, Field(ge=1, le=INT32)] | None = Field(
+        None, description="Experts that act per site, in both passes; null is all."
+    )
+    global_scaling_weight: Annotated[float, Field(ge=-100, le=100)] = Field(
+        1.0, description="Factor on what the experts add; not part of returned scalings."
+    )
+
+
+class LogBody(Body):
+    """PUT /scalings/log."""
+
+    enabled: bool = Field(description="Whether rows are taken from now on; those that are there stay.")
+    max_tokens: Annotated[int, Field(ge=1, le=1 << 24)] | None = Field(
+        None, description="Most positions kept, the newest; 65536 when absent."
+    )
+    max_bytes: Annotated[int, Field(ge=1, le=1 << 28)] | None = Field(
+        None, description="Most memory for them; 64 MiB when absent."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_need_a_log(self) -> LogBody:
+        for name in ("max_tokens", "max_bytes"):
+            if not self.enabled and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs enabled true")
+        return self
 
 
 class Select(Body):
@@ -340,6 +175,13 @@ class ScalingsBody(Body):
         "server. npy, svg and png take one text.",
     )
 
+    perplexity: bool | None = Field(
+        None,
+        description="Adds how likely each token is under X-LoRA, under the base model and under each selected expert "
+        "alone with weight 1, and the perplexities. It runs the text once more for each of them, with logits; needs "
+        "granularity token and format json or csv.",
+    )
+
     @property
     def texts(self) -> list[str] | list[list[int]]:
         """The prompts, one or several."""
@@ -361,6 +203,10 @@ class ScalingsBody(Body):
             raise ValueError('return_scalings "full" needs format "json" or "npy"')
         if self.scalings_dtype is not None and not full and self.format != "npy":
             raise ValueError('scalings_dtype needs return_scalings "full" or format "npy"')
+        if self.perplexity and (self.granularity or "token") != "token":
+            raise ValueError('perplexity needs granularity "token"')
+        if self.perplexity and (self.format or "json") not in ("json", "csv"):
+            raise ValueError('perplexity needs format "json" or "csv"')
         if self.is_batch and self.format in ("npy", "png", "svg"):
             raise ValueError(f'prompt must be one text, not a list of texts, for format "{self.format}"')
         return self

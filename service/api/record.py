@@ -69,7 +69,7 @@ class RequestRecord:
     queue_seconds: float | None = None
     first_token_seconds: float | None = None
     total_seconds: float = 0.0
-    gate_entropy_nats: float | None = None  # mean over the positions whose rows were asked for
+    gate_entropy_nats: float | None = None  # mean over the positions that produced tokens
     top_expert: str | None = None
 
     def finish(self, crashed: bool) -> None:
@@ -123,8 +123,7 @@ class Recorder:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        request_id = request_id_of(headers)
         trace = TraceParent.parse(headers.get("traceparent"))
         record = scope[_RECORD_KEY] = RequestRecord(request_id, scope["method"], scope["path"], trace)
 
@@ -152,6 +151,12 @@ class Recorder:
         logger.info("%s %s", record.method, record.path, extra={"fields": record.fields()})
         for writer in self._spans:
             writer.write(record)
+
+
+def request_id_of(headers: Headers) -> str:
+    """The caller's id for a request, or a new one where there is none that could stand in a log."""
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
 
 
 def record_of(scope: Scope) -> RequestRecord:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
+import functools
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class RowFormat:
             return document | {"start": start, "mean": [], "entropy": []}
         document |= {"start": rows.start, "mean": np.ascontiguousarray(rows.mean), "entropy": rows.entropy}
         if rows.full is not None:
-            document["full"] = encode_npy(rows.full.astype(self._dtype))
+            document["full"] = encode_npy(rows.full.astype(self._dtype, copy=False))
         return document
 
 
@@ -119,11 +120,17 @@ def join(parts: list[Rows]) -> Rows | None:
 
 def npy(array: npt.NDArray[Any]) -> bytes:
     """The array as a .npy file."""
+    return _npy_header(array.dtype.str, array.shape) + array.tobytes()
+
+
+@functools.lru_cache(256)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Costs more than the rest of a streamed token's scalings, and is the same for nearly all of them."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
 def encode_npy(array: npt.NDArray[Any]) -> str:
     """base64 of the array as a .npy file."""
-    return base64.b64encode(npy(array)).decode()
+    return binascii.b2a_base64(npy(array), newline=False).decode("ascii")

@@ -12,21 +12,20 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import numpy as np
 import orjson
 from fastapi import Request as HttpRequest
 from fastapi import Response
 
 from service.api.admission import Ticket
 from service.api.choice import Generation, Piece
-from service.api.protocol import MAX_CHOICES, SamplingFields, XLoraFields
+from service.api.fields import MAX_CHOICES, OneTextFields, SamplingFields, XLoraFields
 from service.api.record import RequestRecord, record_of
-from service.api.rows import RowFormat, Rows, join
+from service.api.rows import RowFormat, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
 from service.api.state import Service
 from service.api.steering import as_used, steering_of
 from service.api.text import draw_seed
-from service.engine.request import EngineInfo, Request, SamplingParams
+from service.engine.request import EngineInfo, Request, SamplingParams, TextForm
 from service.engine.steering import with_checked_steering
 from service.errors import InvalidRequestError
 
@@ -47,6 +46,7 @@ class Run:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        form: TextForm | None = None,
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
         self.id = id
@@ -55,8 +55,8 @@ class Run:
         self.steering = as_used(xlora)
         self.row_format = RowFormat(service.info, xlora.scalings_dtype)
         self.wants_rows = xlora.return_scalings in ("mean", "full")
-        self.timeout_seconds = _timeout(body, service.settings.request_timeout)
-        self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs)
+        self.timeout_seconds = timeout_of(body, service.settings.request_timeout)
+        self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs, form)
         _check_rows_start(xlora, prompts)
         requests = [
             _request(f"{id}-{number}" if number else id, prompt, sampling, xlora, service.info)
@@ -76,8 +76,8 @@ class Run:
         start = request.scalings_start
         return len(request.prompt_token_ids) - 1 if start is None else start
 
-    async def pieces(self, record: RequestRecord) -> AsyncGenerator[Piece, None]:
-        """Every piece, while the queue's accounts, the metrics and the record are kept."""
+    async def pieces(self, record: RequestRecord) -> AsyncGenerator[list[Piece], None]:
+        """Lists of pieces that came together, while the queue's accounts, the metrics and the record are kept."""
         service, generation = self._service, self.generation
         now = asyncio.get_running_loop().time
         record.model, record.response_id, record.sampling = self.info.model, self.id, self.sampling[0]
@@ -85,9 +85,9 @@ class Run:
             observer = Observer(service, generation, ticket, record)
             try:
                 async with aclosing(generation.pieces(now() + self.timeout_seconds)) as stream:
-                    async for piece in stream:
-                        observer.observe(piece)
-                        yield piece
+                    async for together in stream:
+                        observer.observe(together)
+                        yield together
                 observer.finish()
             finally:
                 observer.close()
@@ -123,15 +123,16 @@ async def respond(http_request: HttpRequest, run: Run, writer: Writer, stream: b
 async def _whole(run: Run, writer: Writer, record: RequestRecord) -> bytes:
     pieces: dict[int, list[Piece]] = defaultdict(list)
     async with aclosing(run.pieces(record)) as stream:
-        async for piece in stream:
-            pieces[piece.index].append(piece)
+        async for together in stream:
+            for piece in together:
+                pieces[piece.index].append(piece)
     return orjson.dumps(writer.document(pieces), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 async def _events(run: Run, writer: Writer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
     async with aclosing(run.pieces(record)) as stream:
-        async for piece in stream:
-            yield writer.event(piece)
+        async for together in stream:
+            yield b"".join([writer.event(piece) for piece in together])
     yield writer.last_event() + DONE
 
 
@@ -147,25 +148,33 @@ class Observer:
         self._clock = asyncio.get_running_loop().time
         self._started = self._clock()
         self._last: dict[int, float] = {}  # by choice
-        self._rows: list[Rows] = []
         record.prompt_tokens = generation.prompt_tokens
 
-    def observe(self, piece: Piece) -> None:
-        """One piece has come."""
+    def observe(self, pieces: Sequence[Piece]) -> None:
+        """Some pieces have come, at once."""
         now = self._clock()
-        self._ticket.started(self._generation.choices[piece.index].request.id, now)
-        if piece.rows is not None:
-            self._rows.append(piece.rows)
-        if piece.token is None:
-            return
-        if not self._last:
-            self._record.first_token_seconds = time.perf_counter() - self._record.started
-            self._metrics.time_to_first_token.observe(now - self._started)
-            self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
-        if piece.index in self._last:
-            self._metrics.inter_token_latency.observe(now - self._last[piece.index])
-        self._last[piece.index] = now
-        self._metrics.generated_tokens.inc()
+        tokens = 0
+        for piece in pieces:
+            last = self._last.get(piece.index)
+            if last is None:
+                self._ticket.started(self._generation.choices[piece.index].request.id)
+            if piece.finish_reason is not None:
+                self._ticket.ended(now, self._generation.choices[piece.index].usage.queue_seconds)
+            if piece.token is None:
+                continue
+            if not self._last:
+                self._begin(now)
+            if last is not None:
+                self._metrics.inter_token_latency.observe(now - last)
+            self._last[piece.index] = now
+            tokens += 1
+        self._metrics.generated_tokens.inc(tokens)
+
+    def _begin(self, now: float) -> None:
+        """The first token of all has come."""
+        self._record.first_token_seconds = time.perf_counter() - self._record.started
+        self._metrics.time_to_first_token.observe(now - self._started)
+        self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
 
     def finish(self) -> None:
         """The last piece has come."""
@@ -183,12 +192,13 @@ class Observer:
         record.finish_reasons = [choice.finish_reason for choice in self._generation.choices]
         if "timeout" in record.finish_reasons:
             record.outcome = "timeout"
-        if self._rows:
-            entropy = np.concatenate([rows.entropy for rows in self._rows])
-            weight = np.abs(np.concatenate([rows.mean for rows in self._rows])).sum(axis=0)
-            known = entropy[np.isfinite(entropy)]
-            record.gate_entropy_nats = float(known.mean()) if len(known) else None
-            record.top_expert = self._experts[int(weight.argmax())] if weight.any() else None
+        usages = [choice.usage for choice in self._generation.choices]
+        positions = sum(usage.gate_positions for usage in usages)
+        if positions:
+            record.gate_entropy_nats = sum(usage.gate_entropy_sum for usage in usages) / positions
+            known = [usage.gate_share_sum for usage in usages if usage.gate_positions]
+            shares = [sum(column) for column in zip(*known, strict=True)]
+            record.top_expert = self._experts[max(range(len(shares)), key=shares.__getitem__)]
 
 
 def scalings_of(run: Run, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -213,7 +223,8 @@ class RowEvents:
         return document
 
 
-def _timeout(body: SamplingFields, limit: float) -> float:
+def timeout_of(body: OneTextFields, limit: float) -> float:
+    """Seconds that a call may take. Raises InvalidRequestError above the server's limit."""
     if body.timeout is not None and body.timeout > limit:
         raise InvalidRequestError(
             f"timeout is {body.timeout:g}; this server allows {limit:g} seconds at most (--request-timeout)",
@@ -228,6 +239,7 @@ def _sampling(
     prompts: Sequence[list[int]],
     logprobs: int | None,
     prompt_logprobs: int | None,
+    form: TextForm | None,
 ) -> list[SamplingParams]:
     """The parameters of each prompt: they differ in max_tokens alone, where that is what still fits."""
     if len(prompts) * (body.n or 1) > MAX_CALL_CHOICES:
@@ -238,7 +250,7 @@ def _sampling(
         )
     seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
     return [
-        service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        service.codec.sampling(seeded, len(prompt), logprobs=logprobs, prompt_logprobs=prompt_logprobs, form=form)
         for prompt in prompts
     ]
 

@@ -23,10 +23,12 @@ from service.api.answers import ScalingsAnswer, ScalingsBatchAnswer
 from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
 from service.api.gate_view import View, divergence, over_sites, shares, summarise
+from service.api.perplexity import Columns, Likelihoods
 from service.api.protocol import ScalingsBody
 from service.api.record import RequestRecord, record_of
 from service.api.rows import FloatArray, RowFormat, Rows, join, npy
 from service.api.run import CLIENT_CLOSED_REQUEST
+from service.api.scoring import log_probabilities
 from service.api.sse import ClientGoneError, until_disconnect
 from service.api.state import Service, new_id, service_of
 from service.engine.client import Client
@@ -80,6 +82,7 @@ class Text:
     ids: list[int]  # of the selected positions
     pieces: list[str]
     rows: Rows
+    likelihoods: Likelihoods | None  # where asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +101,26 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord) ->
     view = View.of(body, service.info)
     positions = [view.positions(len(ids)) for ids in prompts]
     _check_sizes(body, view, positions, service.info)
+    columns = Columns(view.experts, view.expert_names)
+    if body.perplexity:
+        columns.check_size(positions)
     id, kind = new_id("scal"), "full" if view.needs_sites else "mean"
     requests = [
         Request(f"{id}-{number}" if number else id, ids[: span.stop], None, kind, span.start)  # type: ignore[arg-type]
         for number, (ids, span) in enumerate(zip(prompts, positions, strict=True))
     ]
+    scores = [
+        columns.requests(f"{request.id}-score", request.prompt_token_ids, span.start) if body.perplexity else []
+        for request, span in zip(requests, positions, strict=True)
+    ]
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     record.model, record.response_id, record.prompt_tokens = service.info.model, id, tokens
     format = RowFormat(service.info)
     now = asyncio.get_running_loop().time()
-    with service.admission.admit(requests, now):
-        found = await scaling_rows(service.client, requests, format, now + service.settings.request_timeout)
+    deadline, all_scores = now + service.settings.request_timeout, [one for own in scores for one in own]
+    with service.admission.admit([*requests, *all_scores], now):
+        found = await scaling_rows(service.client, requests, format, deadline)
+        logprobs = await log_probabilities(service.client, all_scores, deadline)
     usages = [usage for _, usage in found]
     record.queue_seconds = min(usage.queue_seconds for usage in usages)
     service.metrics.prompt_tokens.inc(tokens)
@@ -120,10 +132,12 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord) ->
 
     def rendered() -> bytes:
         texts = []
-        for request, (rows, _) in zip(requests, found, strict=True):
+        for request, (rows, _), judged in zip(requests, found, scores, strict=True):
             ids = request.prompt_token_ids
             start = request.scalings_start or 0
-            texts.append(Text(ids[start:], service.codec.pieces(ids)[start:], view.seen(rows)))
+            likelihoods = Likelihoods.of(columns, len(ids) - start, [logprobs[one.id] for one in judged])
+            pieces = service.codec.pieces(ids)[start:]
+            texts.append(Text(ids[start:], pieces, view.seen(rows), likelihoods if body.perplexity else None))
         return Renderer(body, view, service.info).render(texts, {"id": id, "model": service.info.model}, usage)
 
     return await asyncio.to_thread(rendered)
@@ -160,6 +174,7 @@ class Renderer:
     def __init__(self, body: ScalingsBody, view: View, info: EngineInfo) -> None:
         self._body = body
         self._view = view
+        self._columns = Columns(view.experts, view.expert_names)
         self._format = RowFormat(info, body.scalings_dtype, view.site_names, view.expert_names)
 
     def render(self, texts: Sequence[Text], head: dict[str, Any], usage: dict[str, int]) -> bytes:
@@ -195,6 +210,7 @@ class Renderer:
             "totals": self._by_expert(summary.mean.tolist()),
             "top1": self._by_expert(summary.top1.tolist()),
             "entropy": _finite(summary.entropy),
+            **({} if text.likelihoods is None else {"perplexity": self._columns.document(text.likelihoods)}),
         }
 
     def _rows(self, text: Text) -> dict[str, Any]:
@@ -242,13 +258,19 @@ class Renderer:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer)
         names = ["position", "token_id", "token"] if view.granularity == "token" else [view.granularity]
-        writer.writerow(["text", *names, *view.expert_names, "entropy_nats"])
+        judges = [f"logprob_{label}" for label in self._columns.labels] if self._body.perplexity else []
+        writer.writerow(["text", *names, *view.expert_names, "entropy_nats", *judges])
         for number, text in enumerate(texts):
             table = self._table(text)
             for row, (name, weights, entropy) in enumerate(zip(table.names, table.mean, table.entropy, strict=True)):
                 where = [text.rows.start + row, text.ids[row]] if view.granularity == "token" else []
-                values = [f"{weight:.9g}" for weight in weights.tolist()]
-                writer.writerow([number, *where, name, *values, "" if entropy is None else f"{entropy:.9g}"])
+                logprobs = [] if text.likelihoods is None else [column[row] for column in text.likelihoods.columns]
+                values = [*weights.tolist(), entropy, *logprobs]
+                writer.writerow([number, *where, name, *map(_number, values)])
+            if text.likelihoods is not None:
+                totals = [text.likelihoods.perplexity(column) for column in range(len(judges))]
+                blank = [""] * (len(view.expert_names) + 1)
+                writer.writerow([number, "", "", "perplexity", *blank, *map(_number, totals)])
         return buffer.getvalue().encode()
 
     def _image(self, text: Text, kind: str, model: str) -> bytes:
@@ -279,6 +301,11 @@ def _check_sizes(body: ScalingsBody, view: View, positions: Sequence[range], inf
             code="too_large",
             hint="take fewer texts, or fewer positions with select.start and select.stop",
         )
+
+
+def _number(value: float | None) -> str:
+    """A cell of a table."""
+    return "" if value is None else f"{value:.9g}"
 
 
 def _finite(value: float) -> float | None:

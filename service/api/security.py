@@ -16,7 +16,7 @@ from service.api.errors import error_response
 from service.errors import PayloadTooLargeError, RequestError, SettingsError, SlowBodyError, UnauthorizedError
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/"})  # and the inspector's files: the page that asks for the key
-ADMIN_PATHS = frozenset({"/metrics", "/health", "/info"})
+ADMIN_PATHS = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
 
 _SHORTEST_KEY = 8
 _BODY_SECONDS = 60.0

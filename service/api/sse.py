@@ -50,7 +50,12 @@ async def _disconnected(receive: Receive) -> None:
 
 def event(data: dict[str, Any]) -> bytes:
     """One event; numpy arrays become lists, NaN becomes null."""
-    return b"data: " + orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
+    return encoded_event(orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def encoded_event(data: bytes) -> bytes:
+    """One event from its JSON."""
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):
@@ -88,5 +93,5 @@ class EventStream(Response):
                     await body(data)
             except RequestError as error:
                 record_of(scope).outcome = "error"
-                await body(b"data: " + error_body(error) + b"\n\n")
+                await body(encoded_event(error_body(error)))
         await body(b"", more=False)

@@ -6,15 +6,19 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from fastapi import Request as HttpRequest
 
 from service.api.admission import Admission
+from service.api.forms import TextForms
+from service.api.scalings_log import ScalingsLog
 from service.api.text import TextCodec
 from service.engine.client import Client
+from service.engine.gate_settings import stored_settings
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, SamplingParams
-from service.errors import EngineLostError, StartupError, UnavailableError
+from service.engine.request import EngineInfo, GateSettings, Request, SamplingParams, StepStats
+from service.errors import EngineLostError, RequestError, StartupError, UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -30,12 +34,16 @@ class Service:
         self.client = client
         self.settings = settings
         self.metrics = metrics
+        self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics  # what /metrics answers
         self.started_at = time.monotonic()
         self.loaded_at = 0  # seconds since 1970
         self.draining = False  # told to stop: what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
-        self.admission = Admission(settings.max_queued_requests, settings.max_queued_tokens)
+        self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
+        self._gate: GateSettings | None = None
+        self._scalings_log: ScalingsLog | None = None
+        self._forms: TextForms | None = None
 
     @property
     def state(self) -> str:
@@ -63,9 +71,37 @@ class Service:
         return self._codec
 
     @property
+    def forms(self) -> TextForms:
+        """The judge of forms of text; made when it is first needed."""
+        if self._forms is None:
+            self._forms = TextForms(self.info)
+        return self._forms
+
+    @property
     def info(self) -> EngineInfo:
         """What is served; raises UnavailableError before it is."""
         return self.client.info
+
+    @property
+    def gate(self) -> GateSettings:
+        """What requests are admitted under; raises UnavailableError before something is served."""
+        return self._gate or stored_settings(self.info.xlora_config)
+
+    @gate.setter
+    def gate(self, settings: GateSettings) -> None:
+        self._gate = settings
+
+    @property
+    def scalings_log(self) -> ScalingsLog:
+        """Raises UnavailableError before something is served."""
+        if self._scalings_log is None:
+            self._scalings_log = ScalingsLog(self.info)
+        return self._scalings_log
+
+    def _on_step(self, stats: StepStats) -> None:
+        self.metrics.observe_step(stats)
+        if stats.logged:
+            self.scalings_log.add(stats.logged)
 
     async def start(self) -> None:
         """Loads the model and runs one short generation. Raises StartupError."""
@@ -73,11 +109,20 @@ class Service:
         codec = TextCodec(self.info)
         self.metrics.describe_engine(self.info)
         await self._warm_up()
-        self.client.on_step = self.metrics.observe_step
+        self.client.on_step = self._on_step
         self._codec = codec
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
+
+    async def close(self) -> None:
+        """Ends the engine, and what judges forms of text."""
+        await self.client.close()
+        if self._forms is not None:
+            self._forms.close()
+
+    async def _own_metrics(self) -> bytes:
+        return self.metrics.render()
 
     async def _warm_up(self) -> None:
         sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)
@@ -86,7 +131,7 @@ class Service:
                 async for output in outputs:
                     if output.finish_reason == "error":
                         raise StartupError(f"the warm-up generation failed: {output.error}")
-        except UnavailableError as error:
+        except RequestError as error:
             raise StartupError(f"the warm-up generation failed: {error.message}") from None
 
 
@@ -102,6 +147,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         kv_memory_bytes=settings.kv_memory,
         block_size=settings.block_size,
         threads=settings.threads,
+        tensor_parallel=settings.tensor_parallel,
         lookahead=settings.lookahead,
         cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,

@@ -9,14 +9,14 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from service.api.protocol import Experts, Gate, LayerWeight, XLoraFields
+from service.api.fields import Experts, Gate, LayerWeight, SteeringFields
 from service.engine.request import EngineInfo, GateWeight, Steering
 from service.errors import InvalidRequestError
 
 _SHOWN_CHARACTERS = 60
 
 
-def steering_of(xlora: XLoraFields, info: EngineInfo) -> Steering:
+def steering_of(xlora: SteeringFields, info: EngineInfo) -> Steering:
     """The engine's view. Raises InvalidRequestError for a name that is no expert's."""
     experts, gate = xlora.experts or Experts.model_validate({}), xlora.gate or Gate.model_validate({})
     places = {expert["name"]: place for place, expert in enumerate(info.experts)}
@@ -30,7 +30,7 @@ def steering_of(xlora: XLoraFields, info: EngineInfo) -> Steering:
     )
 
 
-def as_used(xlora: XLoraFields) -> dict[str, Any]:
+def as_used(xlora: SteeringFields) -> dict[str, Any]:
     """`experts` and `gate` for the answer, as a caller would write them; each only where it says something."""
     given = {}
     if xlora.experts is not None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from service.api.chat import ChatTemplate
-from service.api.protocol import DEFAULT_MAX_TOKENS, MAX_SEED, SamplingFields
+from service.api.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
 from service.engine.detokenizer import Detokenizer, special_token_ids
-from service.engine.request import EngineInfo, SamplingParams
+from service.engine.request import EngineInfo, SamplingParams, TextForm
 from service.errors import InvalidRequestError
 
 _THREAD_CHARACTERS = 20_000  # longer texts are tokenized in a thread: the event loop goes on
@@ -95,11 +95,12 @@ class TextCodec:
 
     def sampling(
         self,
-        body: SamplingFields,
+        body: OneTextFields,
         prompt_tokens: int,
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        form: TextForm | None = None,
     ) -> SamplingParams:
         """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
@@ -119,6 +120,7 @@ class TextCodec:
             seed=draw_seed() if body.seed is None else body.seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            form=form,
             **given,
         )
 

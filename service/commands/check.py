@@ -1,6 +1,7 @@
 """xlora-serve check DIR: a summary of a checkpoint, or everything that is wrong with it, one defect a line.
 
-With --verify the model is loaded as well, and compared with a plain computation.
+With --verify the model is loaded as well, and compared with a plain computation. With --plan it is not loaded: what it
+would take of the memory is printed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from rich.console import Console
 
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.checkpoint.report import describe, find_problems
-from service.cli import given_settings, print_error
-from service.settings import Settings, load_settings
+from service.cli import PLAN_FLAGS, given_settings, print_error
+from service.engine.options import EngineOptions
+from service.errors import SettingsError
+from service.settings import Settings, load_settings, parse_bytes
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when there is any defect, or when --verify finds a difference."""
     settings = load_settings(given_settings(arguments))
+    _check_flags(arguments, settings)
+    gpu_bytes = _gpu_bytes(arguments)
     overrides = Overrides.parse(settings.base, settings.expert, settings.ordering)
     problems = find_problems(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
     for problem in problems:
@@ -28,7 +33,54 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     checkpoint = load_checkpoint(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
     sys.stdout.write(f"{describe(checkpoint).rstrip()}\n")
+    if arguments.plan:
+        _plan(checkpoint, arguments.directory, settings, gpu_bytes)
     return _verify(checkpoint, arguments.directory, settings) if arguments.verify else 0
+
+
+def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
+    """Raises SettingsError for flags that nothing would look at."""
+    if not arguments.plan:
+        for name in ("gpu_memory", *PLAN_FLAGS):
+            if getattr(arguments, name) is not None:
+                raise SettingsError(f"--{name.replace('_', '-')} with no --plan", hint="it is for check DIR --plan")
+    elif arguments.gpu_memory is not None and settings.device == "cpu":
+        raise SettingsError("--gpu-memory with --device cpu", hint="it is for check DIR --plan on a GPU")
+    elif settings.tensor_parallel > 1:
+        raise SettingsError(
+            f"--plan is for one process, and XLORA_TENSOR_PARALLEL is {settings.tensor_parallel}", hint="unset it"
+        )
+
+
+def _gpu_bytes(arguments: argparse.Namespace) -> int | None:
+    """--gpu-memory in bytes. Raises SettingsError for what is no size."""
+    if arguments.gpu_memory is None:
+        return None
+    try:
+        size = parse_bytes(arguments.gpu_memory)
+    except ValueError as error:
+        raise SettingsError(f"--gpu-memory: {error}") from None
+    assert isinstance(size, int)
+    return size
+
+
+def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes: int | None) -> None:
+    """Prints the plan for the GPU that was described, or for the device that serve would take here."""
+    loader, plan = map(importlib.import_module, ("service.engine.loader", "service.engine.plan"))
+    options = EngineOptions(
+        model=directory,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        kv_memory_bytes=settings.kv_memory,
+        block_size=settings.block_size,
+        quantization=settings.quantization,
+    )
+    if gpu_bytes is None:
+        gpu_bytes = loader.free_device_bytes(loader.resolve_device(settings.device))
+    found = plan.plan_memory(checkpoint, options, gpu_bytes)
+    sys.stdout.write(f"{plan.describe_plan(found)}\n")
 
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:

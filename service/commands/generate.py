@@ -45,8 +45,9 @@ async def _run(arguments: argparse.Namespace, body: GenerateBody) -> None:
         generation = Generation(client, codec, [request], body.stop or [], RowFormat(client.info))
         console = Console(highlight=False, soft_wrap=True)
         styles = expert_styles(len(client.info.experts))
-        async for piece in generation.pieces():
-            console.print(Text(piece.text, style=_style(piece, styles)), end="")
+        async for pieces in generation.pieces():
+            for piece in pieces:
+                console.print(Text(piece.text, style=_style(piece, styles)), end="")
         console.print()
         if arguments.scalings:
             console.print(legend([expert["name"] for expert in client.info.experts], styles))

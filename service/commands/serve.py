@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -67,13 +68,8 @@ def uvloop_run(settings: Settings, listener: socket.socket) -> StartupError | En
 
 async def serve(settings: Settings, listener: socket.socket) -> StartupError | EngineLostError | None:
     """One server on one socket."""
-    registry = CollectorRegistry()
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
     failed = asyncio.Event()
-    client = EngineClient(timeout_seconds=settings.engine_timeout)
-    spans = [] if settings.otlp_endpoint is None else [SpanExport.to(settings.otlp_endpoint)]
-    app = create_app(client, settings, Metrics(registry), failed, spans)
+    app, spans = assemble(settings, failed)
     service: Service = app.state.service
     server = Server(configuration(app, settings), service)
     watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
@@ -85,6 +81,16 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
         for span in spans:
             await asyncio.to_thread(span.close)
     return service.error
+
+
+def assemble(settings: Settings, failed: asyncio.Event | None = None) -> tuple[FastAPI, list[SpanExport]]:
+    """The application with an engine process of its own, and what to close after it."""
+    registry = CollectorRegistry()
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    client = EngineClient(timeout_seconds=settings.engine_timeout)
+    spans = [] if settings.otlp_endpoint is None else [SpanExport.to(settings.otlp_endpoint)]
+    return create_app(client, settings, Metrics(registry), failed, spans), spans
 
 
 def configuration(app: Any, settings: Settings) -> uvicorn.Config:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, cast
@@ -22,8 +23,8 @@ import msgspec
 
 from service.engine import wire
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, SequenceOutput, StepOutput, StepStats
-from service.errors import StartupError, TimedOutError, UnavailableError, XLoraError
+from service.engine.request import EngineInfo, GateSettings, Request, SequenceOutput, StepOutput, StepStats
+from service.errors import InternalError, StartupError, TimedOutError, UnavailableError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
 
@@ -43,14 +44,19 @@ class EngineDiedError(UnavailableError):
 
 
 class OutputStream(AsyncIterator[SequenceOutput]):
-    """What the engine says about some requests, as it says it; ends after the last choice has ended."""
+    """What the engine says about some requests, as it says it; ends after the last choice has ended.
+
+    The reader wakes up once for all that one step brought: `ready` gives what else is there beside an iteration's item.
+    """
 
     def __init__(self, requests: Sequence[Request]) -> None:
+        self._loop = asyncio.get_running_loop()
         self.open_choices = {(one.id, index) for one in requests for index in range(choices_of(one))}
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.accepted: asyncio.Future[None] = self._loop.create_future()
         self._unanswered = {one.id for one in requests}
-        self._queue: asyncio.Queue[SequenceOutput | XLoraError] = asyncio.Queue()
-        self._pending = set(self.open_choices)  # choices whose end the reader has not seen
+        self._news: deque[SequenceOutput] = deque()
+        self._error: XLoraError | None = None  # comes after the news
+        self._reader: asyncio.Future[None] | None = None  # waits for news
 
     def accept(self, request_id: str) -> None:
         """The engine has queued one of the requests."""
@@ -65,32 +71,46 @@ class OutputStream(AsyncIterator[SequenceOutput]):
             return
         if output.finish_reason is not None:
             self.open_choices.discard(choice)
-        self._queue.put_nowait(output)
+        self._news.append(output)
+        self._wake()
 
     def fail(self, error: XLoraError) -> None:
-        """Nothing more will come, and this is why."""
+        """Nothing more will come, and this is why. Who has heard the end of every choice is not told."""
         if not self.accepted.done():
             self.accepted.set_exception(error)
-        self._queue.put_nowait(error)
+        if self.open_choices and self._error is None:
+            self._error = error
+        self._wake()
 
     def drop(self, request_id: str, index: int | None = None) -> None:
         """The reader wants no more of a request, or of one of its choices; the engine has nothing more to say."""
-        unwanted = {choice for choice in self._pending if choice[0] == request_id and index in (None, choice[1])}
-        self.open_choices -= unwanted
-        self._pending -= unwanted
+
+        def unwanted(id: str, number: int) -> bool:
+            return id == request_id and index in (None, number)
+
+        self.open_choices = {choice for choice in self.open_choices if not unwanted(*choice)}
+        self._news = deque(output for output in self._news if not unwanted(output.request_id, output.index))
+        self._wake()
+
+    def ready(self) -> list[SequenceOutput]:
+        """What has come and was not read yet; does not wait."""
+        news = list(self._news)
+        self._news.clear()
+        return news
 
     async def __anext__(self) -> SequenceOutput:
-        while self._pending:
-            item = await self._queue.get()
-            if isinstance(item, XLoraError):
-                raise item
-            choice = (item.request_id, item.index)
-            if choice not in self._pending:
-                continue
-            if item.finish_reason is not None:
-                self._pending.discard(choice)
-            return item
-        raise StopAsyncIteration
+        while not self._news:
+            if self._error is not None:
+                raise self._error
+            if not self.open_choices:
+                raise StopAsyncIteration
+            self._reader = self._loop.create_future()
+            await self._reader
+        return self._news.popleft()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
 
 def choices_of(request: Request) -> int:
@@ -120,6 +140,12 @@ class Client(Protocol):
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices."""
+
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests submitted from now on; the caller has checked the settings."""
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether the steps' statistics are to bring what the classifier says."""
 
     async def close(self) -> None:
         """Ends the engine."""
@@ -176,8 +202,9 @@ class EngineClient:
     async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
         """Queues requests and yields what the engine says about them. Leaving the block early aborts them.
 
-        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when the
-        engine is or goes away, and TimedOutError at the deadline (in the time of the event loop).
+        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when there
+        is no engine, InternalError when it goes away after it has been asked, and TimedOutError at the deadline (in
+        the time of the event loop).
         """
         if self._dead is not None:
             raise EngineDiedError(f"the engine is gone: {self._dead}")
@@ -208,8 +235,19 @@ class EngineClient:
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.drop(request_id, index)
+        self._send(wire.Abort(request_id, index))
+
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests submitted from now on; the caller has checked the settings."""
+        self._send(wire.SetGate(settings))
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether the steps' statistics are to bring what the classifier says."""
+        self._send(wire.LogScalings(enabled))
+
+    def _send(self, message: wire.ToEngine) -> None:
         if self._connection is not None:
-            self._connection.send(wire.Abort(request_id, index))
+            self._connection.send(message)
 
     async def close(self) -> None:
         """Ends the process: it leaves when its socket closes, and is killed when it does not."""
@@ -264,14 +302,14 @@ class EngineClient:
 
     def _lose(self, reason: str) -> None:
         self._dead = reason
-        gone: UnavailableError = EngineDiedError(f"the engine is gone: {reason}")
+        gone = InternalError(f"the engine is gone: {reason}", code="engine_dead")
         if self._closing:
-            gone = UnavailableError("the server is stopping", code="stopping", hint="send the request again")
+            gone = InternalError("the server stopped", code="stopping", hint="send the request again")
         else:
             logger.error("%s", reason)
         for stream in set(self._streams.values()):
-            stream.open_choices.clear()
             stream.fail(gone)
+            stream.open_choices.clear()
         if self.on_lost is not None and not self._closing:
             self.on_lost(reason)
 

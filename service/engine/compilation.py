@@ -1,14 +1,15 @@
 """Compiles the decode step beside the running engine: in a process of its own, at the lowest priority.
 
 The engine serves eagerly until the package is there, and switches between two steps. A package is kept in the cache
-directory under the fingerprint of all that it depends on, so the next start finds it. Where compiling fails, the reason
-is logged once and the engine goes on eagerly.
+directory under the fingerprint of all that it depends on, so the next start finds it; one that cannot be loaded is
+compiled again. Where compiling fails, the reason is logged once and the engine goes on eagerly.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,8 +37,8 @@ class Compilation:
         self._on_ready = on_ready
         self._path = cache_path(model, options)
         self._done = threading.Event()
-        if self._path.exists():
-            self._load()
+        if self._path.exists() and self._load("compiling it again"):
+            self._done.set()
         else:
             threading.Thread(target=self._run, name="compilation", daemon=True).start()
 
@@ -46,30 +47,43 @@ class Compilation:
         return self._done.wait(seconds)
 
     def _run(self) -> None:
-        command = [sys.executable, "-m", _WORKER, str(self._path)]
-        # The child reads its options, then waits for the end of the same pipe: it dies with this process.
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        ) as child:
-            assert child.stdin is not None
-            assert child.stderr is not None
-            child.stdin.write(json.dumps(asdict(self._options)).encode() + b"\n")
-            child.stdin.flush()
-            lines = child.stderr.read().decode(errors="replace").strip().splitlines()
-            child.stdin.close()
-        if child.returncode == 0:
-            self._load()
-            return
-        logger.warning("the step could not be compiled, serving without: %s", lines[-1] if lines else child.returncode)
+        reason = self._compile()
+        if reason is None:
+            self._load("serving without")
+        else:
+            logger.warning("the step could not be compiled, serving without: %s", reason)
         self._done.set()
 
-    def _load(self) -> None:
+    def _compile(self) -> str | None:
+        """Runs the compiling process to its end. Returns why there is no package, or None."""
+        if shutil.which("g++") is None:
+            return "it takes a C++ compiler, and g++ was not found (install g++)"
+        shutil.rmtree(self._path, ignore_errors=True)  # one that could not be loaded
+        command = [sys.executable, "-m", _WORKER, str(self._path)]
+        try:
+            # The child reads its options, then waits for the end of the same pipe: it dies with this process.
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            ) as child:
+                assert child.stdin is not None
+                assert child.stderr is not None
+                child.stdin.write(json.dumps(asdict(self._options)).encode() + b"\n")
+                child.stdin.flush()
+                lines = child.stderr.read().decode(errors="replace").strip().splitlines()
+        except OSError as error:  # no process could be started, or it was gone before it read anything
+            return str(error)
+        if child.returncode == 0:
+            return None
+        return lines[-1] if lines else f"the compiling process ended with {child.returncode}"
+
+    def _load(self, otherwise: str) -> bool:
         try:
             self._on_ready(CompiledStep(self._path, self._model, self._options.block_size))
-            logger.info("the compiled step is in use: %s", self._path)
-        except Exception:
-            logger.exception("the compiled step %s cannot be loaded, serving without", self._path)
-        self._done.set()
+        except Exception as error:
+            logger.warning("the compiled step %s cannot be loaded, %s: %r", self._path, otherwise, error)
+            return False
+        logger.info("the compiled step is in use: %s", self._path)
+        return True
 
 
 def cache_path(model: XLoraModel, options: EngineOptions) -> Path:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD = 3  # an unfinished UTF-8 character is at most three bytes, so at most three replacement characters
-_WINDOW_TOKENS = 16  # the window is cut back when it is longer than this ...
+_WINDOW_TOKENS = 8  # the window is cut back when it is longer than this ...
 _KEPT_TOKENS = range(4, 9)  # ... to the fewest of these many tokens that decode to the same tail
 _CONTEXT_TOKENS = 5  # of the prompt: some tokenizers drop a space at the very beginning of a text
 

@@ -5,11 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
+from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
+from service.engine.grammar import Grammar, Grammars
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.request import EngineInfo, FinishReason, Request, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.engine.request import (
+    EngineInfo,
+    Failure,
+    FinishReason,
+    GateSettings,
+    Request,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    TokenOutput,
+)
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
 from service.engine.steering import with_checked_steering
@@ -17,19 +30,30 @@ from service.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
+_COMPILING_SECONDS = 0.05  # a step with nothing else to do waits so long for a grammar
+
 
 class Engine:
     """Serves any number of requests over one model. Single-threaded: call add, abort and step from one place."""
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, info: EngineInfo, compilation: Compilation | None = None
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        grammars: Grammars,
+        compilation: Compilation | None = None,
     ) -> None:
         self.info = info
         self.compilation = compilation  # of the decode step, with --compile
         self._runner = runner
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)
+        self._gate = CHECKPOINT_GATE  # of requests to come
+        self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
+        self._grammars = grammars
+        self._compiling: dict[str, Future[Grammar]] = {}  # by request id: those that are not queued before it is done
 
     @property
     def blocks(self) -> BlockManager:
@@ -43,15 +67,20 @@ class Engine:
         context or than the whole KV pool, steering that this model cannot follow, token ids that it does not have.
         """
         request = with_checked_steering(request, self.info)
+        if self._top_k is not None:
+            request = with_top_k(request, self._top_k)
         self._check_ids(request)
+        self._check_scores(request)
         self._check_fits(request)
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
         now = time.monotonic()
         choices = 1 if request.sampling is None else request.sampling.n
-        self._sequences[request.id] = [Sequence.of(request, index, now) for index in range(choices)]
-        for sequence in self._sequences[request.id]:
-            self._scheduler.add(sequence)
+        self._sequences[request.id] = [Sequence.of(request, index, now, self._gate) for index in range(choices)]
+        if request.sampling is not None and request.sampling.form is not None:
+            self._compiling[request.id] = self._grammars.find(request.sampling.form)
+        else:
+            self._queue(request.id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
@@ -59,13 +88,33 @@ class Engine:
             if index is None or sequence.index == index:
                 self._drop(sequence)
 
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of the requests that are added from now on; the settings have been checked. Others keep theirs."""
+        stored = stored_settings(self.info.xlora_config)
+        weight = weight_ratio(settings, stored)
+        self._gate = AdmittedGate(self._runner.dummy_row(settings, weight), weight)
+        self._top_k = settings.top_k_lora or len(self.info.experts)
+        if settings.top_k_lora == stored.top_k_lora:
+            self._top_k = None
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether steps report what the classifier says, for the scalings log."""
+        if enabled == self._runner.logs_scalings:
+            return
+        self._runner.logs_scalings = enabled
+        for sequence in (one for choices in self._sequences.values() for one in choices):
+            sequence.unlogged.clear()  # what was computed meanwhile is not in it
+
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> StepOutput:
         """Advances every scheduled sequence by one forward pass."""
         started = time.perf_counter()
+        refused = self._queue_compiled() if self._compiling else []
+        if refused or not self._scheduler.has_work():
+            return StepOutput(refused, self._with_load(StepStats()))
         plan = self._scheduler.schedule()
         try:
             result = self._runner.run(plan)
@@ -92,12 +141,25 @@ class Engine:
                     param=param,
                 )
 
+    def _check_scores(self, request: Request) -> None:
+        if request.score_from is None:
+            return
+        sampling, last = request.sampling, len(request.prompt_token_ids) - 1
+        if not 1 <= request.score_from <= last:
+            raise InvalidRequestError(
+                f"score_from is {request.score_from}; tokens 1 to {last} can be scored", param="score_from"
+            )
+        if sampling is None or sampling.max_tokens or sampling.n > 1 or sampling.prompt_logprobs is None:
+            raise InvalidRequestError("scores need prompt_logprobs, max_tokens 0 and n 1", param="score_from")
+        if request.return_scalings != "none":
+            raise InvalidRequestError("scores come without scalings", param="return_scalings")
+
     def _check_fits(self, request: Request) -> None:
         output = 0 if request.sampling is None else request.sampling.max_tokens
         total = len(request.prompt_token_ids) + output
         if not request.prompt_token_ids:
             raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
-        if request.sampling is not None and output < 1:
+        if request.sampling is not None and output < 1 and request.score_from is None:
             raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
         if total > self.info.max_model_len:
             raise InvalidRequestError(
@@ -121,12 +183,39 @@ class Engine:
                 hint="shorten the prompt, lower max_tokens, or start the server with a larger --kv-memory",
             )
 
+    def _queue(self, request_id: str, grammar: Grammar | None = None) -> None:
+        for sequence in self._sequences[request_id]:
+            sequence.grammar = None if grammar is None else grammar.start()
+            self._scheduler.add(sequence)
+
+    def _queue_compiled(self) -> list[SequenceOutput]:
+        """Queues the requests whose grammar is there; returns the end of those for which there is none. Waits a little
+        if there is nothing else to do.
+        """
+        if not self._scheduler.has_work():
+            wait(self._compiling.values(), _COMPILING_SECONDS, FIRST_COMPLETED)
+        refused: list[SequenceOutput] = []
+        for request_id, future in [item for item in self._compiling.items() if item[1].done()]:
+            error = future.exception()
+            if error is None:
+                del self._compiling[request_id]
+                self._queue(request_id, future.result())
+                continue
+            failure = Failure.of(error, "compiling failed") if isinstance(error, Exception) else Failure(str(error))
+            for sequence in list(self._sequences[request_id]):
+                self._drop(sequence)
+                refused.append(_failed(sequence, failure))
+        return refused
+
     def _drop(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        siblings = self._sequences[sequence.request.id]
+        request_id = sequence.request.id
+        if request_id not in self._compiling:
+            self._scheduler.remove(sequence)
+        siblings = self._sequences[request_id]
         siblings.remove(sequence)
         if not siblings:
-            del self._sequences[sequence.request.id]
+            del self._sequences[request_id]
+            self._compiling.pop(request_id, None)
 
     def _postprocess(self, plan: Plan, result: RunResult, started: float) -> StepOutput:
         """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
@@ -134,6 +223,7 @@ class Engine:
         outputs = [self._advance(number, share, result, stats) for number, share in enumerate(plan.scheduled)]
         ending = any(output.finish_reason is not None for output in outputs)
         rows, stats.gate = self._runner.report(plan, result, flush=ending)
+        stats.logged = self._runner.logged(plan)
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
             sequence, output.gate = share.sequence, gate
@@ -155,7 +245,7 @@ class Engine:
         _, number = max((share.rows, number) for number, share in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
         self._drop(sequence)
-        output = _failed(sequence, "the server is out of memory")
+        output = _failed(sequence, Failure("the server is out of memory"))
         stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
         return StepOutput([output], self._with_load(stats))
 
@@ -176,7 +266,7 @@ class Engine:
                 output.prompt_logprobs = result.prompt_logprobs[number]
         except Exception as raised:
             logger.exception("request %s failed", sequence.request.id)
-            error = f"the engine failed on this request ({type(raised).__name__})"
+            error = Failure.of(raised, "the engine failed on this request")
         return output if error is None else _failed(sequence, error)
 
     def _accept(
@@ -203,6 +293,8 @@ class Engine:
         """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
         if not sequence.generates:
             return [], "length" if sequence.scaling.computed == sequence.prompt_len else None
+        if sequence.scores_only:
+            return [], "length" if sequence.scored == sequence.score_end else None
         for count, token in enumerate(sampled, start=1):
             drafted = sequence.accept(token.id)
             reason = self._finish_reason(sequence, token.id)
@@ -215,11 +307,20 @@ class Engine:
         params = sequence.sampling
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             return "stop"
+        if sequence.grammar is not None and sequence.grammar.finished:
+            return "stop"
         return "length" if sequence.output_len >= params.max_tokens else None
 
 
-def _failed(sequence: Sequence, error: str) -> SequenceOutput:
-    return SequenceOutput(sequence.request.id, sequence.index, finish_reason="error", usage=sequence.usage, error=error)
+def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
+    return SequenceOutput(
+        sequence.request.id,
+        sequence.index,
+        finish_reason="error",
+        usage=sequence.usage,
+        error=failure.message,
+        error_param=failure.param,
+    )
 
 
 def _count(share: Scheduled, stats: StepStats) -> None:

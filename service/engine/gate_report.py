@@ -7,6 +7,7 @@ preemption, are read from the cache, so what a request gets is complete and noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class GateObserver:
         self._num_sites = num_sites
         self._scalings: list[Tensor] = []  # each [n, S, E]
         self._in_prompt: list[bool] = []  # one per position: before the prompt's last
+        self._owners: list[Sequence] = []  # one per position
+        self._has_first = False  # a prompt's last position is among them
 
     def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
         """Takes in the rows [n, S, E] of `spans` (sequences that generate). Returns those asked for, one per span."""
@@ -59,38 +62,57 @@ class GateObserver:
         for span in spans:
             before_last = min(span.count, max(0, span.sequence.prompt_len - 1 - span.start))
             self._in_prompt += [True] * before_last + [False] * (span.count - before_last)
+            self._owners += [span.sequence] * span.count
+            self._has_first |= span.start < span.sequence.prompt_len <= span.start + span.count
         if all(span.sequence.request.return_scalings == "none" for span in spans):
             return [None] * len(spans)
-        summary = summarise(scalings)
-        return [gate_rows(span, scalings, summary, self._num_sites) for span in spans]
+        return gate_rows(spans, scalings, self._num_sites)
 
     def statistics(self, *, flush: bool) -> GateStats:
-        """Statistics of what has been collected, once there is enough of it, or at once with `flush`."""
-        if not self._in_prompt or (len(self._in_prompt) < _ENOUGH_POSITIONS and not flush):
+        """Statistics of what has been collected, once there is enough of it, or at once with `flush` or when there is
+        the first that a sequence has to say.
+        """
+        due = flush or self._has_first or len(self._in_prompt) >= _ENOUGH_POSITIONS
+        if not self._in_prompt or not due:
             return GateStats()
-        stats = gate_stats(summarise(torch.cat(self._scalings)), self._in_prompt)
-        self._scalings, self._in_prompt = [], []
+        summary = summarise(torch.cat(self._scalings))
+        stats = gate_stats(summary, self._in_prompt)
+        _credit(summary, self._in_prompt, self._owners)
+        self._scalings, self._in_prompt, self._owners, self._has_first = [], [], [], False
         return stats
 
 
-def gate_rows(span: ReportSpan, scalings: Tensor, summary: GateSummary, num_sites: int) -> GateRows | None:
-    """The rows of `span` its request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
-    request = span.sequence.request
-    if request.return_scalings == "none":
-        return None
-    wanted = request.scalings_start
-    skip = max(0, (span.sequence.prompt_len - 1 if wanted is None else wanted) - span.start)
-    if skip >= span.count:
-        return None
-    rows = slice(span.offset + skip, span.offset + span.count)
-    full = scalings[rows].expand(-1, num_sites, -1) if request.return_scalings == "full" else None
-    return GateRows(
-        start=span.start + skip,
-        count=span.count - skip,
-        mean=_bytes(summary.mean[rows]),
-        entropy=_bytes(summary.entropy[rows]),
-        full=None if full is None else _bytes(full),
-    )
+def _credit(summary: GateSummary, in_prompt: SequenceOf[bool], owners: SequenceOf[Sequence]) -> None:
+    """Adds to each sequence's usage what its positions from the prompt's last on did, where any expert acted."""
+    for prompt, owner, share, entropy in zip(
+        in_prompt, owners, summary.share.tolist(), summary.entropy.tolist(), strict=True
+    ):
+        if not prompt and not math.isnan(entropy):
+            usage = owner.usage
+            usage.gate_positions += 1
+            usage.gate_entropy_sum += entropy
+            before = usage.gate_share_sum or [0.0] * len(share)
+            usage.gate_share_sum = [sum(pair) for pair in zip(before, share, strict=True)]
+
+
+def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -> list[GateRows | None]:
+    """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
+    summary = summarise(scalings)
+    mean, entropy = summary.mean.numpy(), summary.entropy.numpy()  # slices of arrays cost a tenth of tensors'
+    some_full = any(span.sequence.request.return_scalings == "full" for span in spans)
+    full = scalings.expand(-1, num_sites, -1).cpu().numpy() if some_full else None
+    found: list[GateRows | None] = []
+    for span in spans:
+        request = span.sequence.request
+        wanted = span.sequence.prompt_len - 1 if request.scalings_start is None else request.scalings_start
+        skip = max(0, wanted - span.start)
+        if request.return_scalings == "none" or skip >= span.count:
+            found.append(None)
+            continue
+        rows = slice(span.offset + skip, span.offset + span.count)
+        own = full[rows].tobytes() if full is not None and request.return_scalings == "full" else None
+        found.append(GateRows(span.start + skip, span.count - skip, mean[rows].tobytes(), entropy[rows].tobytes(), own))
+    return found
 
 
 def gate_stats(summary: GateSummary, in_prompt: SequenceOf[bool]) -> GateStats:

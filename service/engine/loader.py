@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable
 
 import torch
@@ -18,14 +17,18 @@ from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.engine.block_manager import BlockManager
 from service.engine.compilation import Compilation
 from service.engine.engine import Engine
+from service.engine.grammar import GrammarCompiler, Grammars
+from service.engine.group import Group, Leader, check_options
 from service.engine.model_runner import ModelRunner
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
-from service.errors import SettingsError, StartupError
+from service.errors import SettingsError, StartupError, XLoraError
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.parallel_plan import Ranks
+from service.model.skeleton import check_divisible
 from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20
@@ -35,51 +38,112 @@ _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requ
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _COMPILED_ROW_COST = 0.2
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
-_CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
+CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
-def load_engine(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Engine:
-    """Loads everything and returns an idle engine.
+def load_engine(
+    options: EngineOptions,
+    on_progress: Callable[[str], None] = lambda _: None,
+    on_lost: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """Loads everything and returns an idle engine, with options.tensor_parallel > 1 in a group of processes.
 
     Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
-    machine that is too small.
+    machine that is too small. `on_lost` is called, from another thread, when a process of the group has ended.
     """
-    model, checkpoint = load_checkpoint_and_model(options, on_progress)
-    return build_engine(model, checkpoint, options)
+    if options.tensor_parallel == 1:
+        model, checkpoint = load_checkpoint_and_model(options, on_progress)
+        return build_engine(model, checkpoint, options)
+    check_options(options)
+    on_progress(f"starting {options.tensor_parallel} ranks")
+    group = Group(options.tensor_parallel, on_lost)
+    try:
+        checkpoint = read_checkpoint(options, on_progress)
+        check_divisible(checkpoint, options.tensor_parallel)  # what every rank would refuse is refused here
+        group.join()
+        return load_group_engine(group, checkpoint, options, on_progress)
+    except BaseException:
+        group.close()
+        raise
+
+
+def load_group_engine(
+    group: Group,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """An engine over a group whose ranks have joined; one that the group had before is not to be used any more."""
+    group.load(options)
+    try:
+        model = load_model_of(checkpoint, options, on_progress, group.ranks)
+    except XLoraError:
+        raise
+    except Exception as error:
+        raise group.failure(error) from error
+    return build_engine(model, checkpoint, options, group)
 
 
 def load_checkpoint_and_model(
-    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None
+    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None
 ) -> tuple[XLoraModel, Checkpoint]:
-    """The model on its device, and the checkpoint it came from. Sets torch's number of threads."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    torch.set_num_threads(options.threads or default_threads())
-    device = resolve_device(options.device)
+    """The model, or this rank's part of it, on its device, and the checkpoint it came from. Sets torch's number of
+    threads.
+    """
+    checkpoint = read_checkpoint(options, on_progress, verify_hashes=ranks is None)
+    return load_model_of(checkpoint, options, on_progress, ranks), checkpoint
+
+
+def read_checkpoint(
+    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None, *, verify_hashes: bool = True
+) -> Checkpoint:
+    """What the options name, without the base's weights."""
     on_progress(f"reading {options.model}")
     overrides = Overrides.parse(options.base, options.experts, options.ordering)
-    checkpoint = load_checkpoint(
-        options.model, overrides=overrides, allow_outside=options.allow_outside, on_progress=on_progress
+    return load_checkpoint(
+        options.model,
+        overrides=overrides,
+        allow_outside=options.allow_outside,
+        verify_hashes=verify_hashes,
+        on_progress=on_progress,
     )
+
+
+def load_model_of(
+    checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
+) -> XLoraModel:
+    """The model of a checkpoint, or this rank's part of it, on its device. Sets torch's number of threads."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
+    torch.set_num_threads(options.threads or default_threads(options.tensor_parallel))
+    device = resolve_device(options.device)
+    if ranks is not None and device.type == "cuda":
+        device = torch.device("cuda", ranks.rank)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = load_model(
+    return load_model(
         checkpoint,
         device=device,
         dtype=dtype,
         quantization=options.quantization,
         max_model_len=options.max_model_len,
+        ranks=ranks,
         on_progress=on_progress,
     )
-    return model, checkpoint
 
 
-def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
-    """Divides the memory and puts the parts together around a loaded model."""
+def build_engine(
+    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, group: Group | None = None
+) -> Engine:
+    """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it."""
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
     layout = model.kv_layout(options.block_size)
-    num_blocks = plan_blocks(layout, model.device, max_model_len, options)
-    runner = ModelRunner(model, KVCache.allocate(layout, num_blocks, model.dummy_row))
-    if model.device.type == "cuda" and options.cuda_graphs:
+    num_blocks = plan_blocks(layout, max_model_len, options, free_device_bytes(model.device))
+    if group is not None:
+        num_blocks = group.agree_on_blocks(num_blocks)
+    runner = ModelRunner(model, allocate_cache(model, num_blocks, options))
+    if group is not None:
+        runner.leader = Leader(model, group)
+    elif model.device.type == "cuda" and options.cuda_graphs:
         runner.captured = capture_steps(runner, options.max_num_seqs, max_model_len)
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
@@ -93,7 +157,14 @@ def build_engine(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
-    return Engine(runner, scheduler, info, start_compilation(runner, scheduler, options))
+    grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
+    return Engine(runner, scheduler, info, grammars, start_compilation(runner, scheduler, options))
+
+
+def allocate_cache(model: XLoraModel, num_blocks: int, options: EngineOptions) -> KVCache:
+    """The pool, with gate rows to spare for every row of a step."""
+    layout = model.kv_layout(options.block_size)
+    return KVCache.allocate(layout, num_blocks, model.dummy_row, spare_rows=options.max_num_batched_tokens)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
@@ -112,8 +183,6 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
         return None
     if runner.model.device.type != "cpu":
         raise SettingsError("--compile is for the CPU")
-    if shutil.which("g++") is None:
-        raise SettingsError("--compile needs a C++ compiler, and g++ was not found", hint="install g++")
 
     def use(step: CompiledStep) -> None:
         runner.compiled = step
@@ -122,9 +191,11 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
     return Compilation(runner.model, options, use)
 
 
-def default_threads() -> int:
-    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md)."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+def default_threads(ranks: int = 1) -> int:
+    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md). Each of
+    several ranks has an equal share.
+    """
+    return max(1, (len(os.sched_getaffinity(0)) - 1) // ranks)
 
 
 def keep_freed_memory() -> None:
@@ -171,16 +242,22 @@ def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
     return wanted or limit
 
 
-def plan_blocks(layout: KVLayout, device: torch.device, max_model_len: int, options: EngineOptions) -> int:
+def free_device_bytes(device: torch.device) -> int | None:
+    """What is free on a GPU now; None on a CPU, whose memory others share."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def plan_blocks(layout: KVLayout, max_model_len: int, options: EngineOptions, free_bytes: int | None) -> int:
     """How many KV blocks fit the budget, and never more than max_num_seqs requests of full length could use.
 
-    Raises StartupError when not even one request of max_model_len fits.
+    `free_bytes` of a GPU once the weights are loaded, None on a CPU. Raises StartupError when not even one request of
+    max_model_len fits.
     """
     one = layout.blocks_for(max_model_len)
     most = one * options.max_num_seqs
     budget = options.kv_memory_bytes
-    if budget is None and device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+    if budget is None and free_bytes is not None:
+        budget = int(free_bytes * CUDA_KV_SHARE)
     if budget is None:
         budget = max(_CPU_KV_BYTES, one * layout.block_bytes)
     blocks = min(most, budget // layout.block_bytes)
@@ -204,6 +281,8 @@ def _engine_info(
     device = str(model.device)
     if model.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(model.device)})"
+    if options.tensor_parallel > 1:
+        device = f"{options.tensor_parallel} ranks, the first on {device}"
     return EngineInfo(
         model=checkpoint.name,
         architecture=type(model.causal_lm).__name__,

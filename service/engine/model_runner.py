@@ -10,8 +10,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from service.engine import admitted_gate, scalings_log
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.request import GateRows, GateStats, Steering, TokenOutput
+from service.engine.group import Leader
+from service.engine.request import Failure, GateRows, GateSettings, GateStats, LoggedRows, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
@@ -19,7 +21,6 @@ from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
-from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
@@ -43,7 +44,7 @@ class RunResult:
     prompt_logprobs: list[list[TokenOutput]] = field(default_factory=list)  # of the tokens after positions `scores`
     scalings: list[Tensor | None] = field(default_factory=list)  # [scaling_count, S, E] of a scaling pass alone: they
     # are stored nowhere
-    errors: list[str | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
+    errors: list[Failure | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
 
     def extend(self, other: RunResult) -> None:
         """Adds other sequences' results, but for their scalings."""
@@ -74,6 +75,8 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
+        self.leader: Leader | None = None  # of a tensor-parallel group
+        self.logs_scalings = False
         self._observer = GateObserver(len(model.sites))
 
     def run(self, plan: Plan) -> RunResult:
@@ -105,10 +108,15 @@ class ModelRunner:
         batch = self._batch(segments, token_rows + prediction_rows + score_rows)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
-        step = self.compiled if self.compiled is not None and batch.is_decode else self.captured or self.model
+        admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
+        admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
+        eager = self.captured or self.leader or self.model
+        step = self.compiled if self.compiled is not None and batch.is_decode else eager
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
+        if self.logs_scalings:
+            self._log(output.gate_logits, segments)
         result = self._read(output.logits, shares)
         result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
         return result
@@ -128,8 +136,27 @@ class ModelRunner:
             if steering is not None and steering.weights is not None and share.real_start == 0:
                 sites, experts = self.kv_cache.gate_rows.shape[1:]
                 row = fixed_row(steering.weights, self.model.sites[:sites], experts)
-                [slot] = self._slots(share.sequence.real, 0, 1)
-                self.kv_cache.gate_rows[slot] = torch.tensor(row, device=self.model.device)
+                slots = self._slots(share.sequence.real, 0, 1)
+                self._store_gate_rows(slots, torch.tensor([row], device=self.model.device))
+
+    def dummy_row(self, settings: GateSettings, weight: float) -> bytes | None:
+        """The gate row of the scaling pass under `settings`, times `weight`; None where it is the model's own."""
+        row = self.model.classifier.dummy_row_of(settings.scaling_pass_value, settings.top_k_lora) * weight
+        return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
+
+    def _log(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+        """Keeps what the classifier said until it is known to be kept."""
+        said = self.model.classifier.before_top_k(gate_logits).to("cpu", copy=True)
+        for segment in segments:
+            if segment.is_scaling and segment.share.sequence.is_served:
+                rows = said[segment.row : segment.row + segment.count]
+                scalings_log.keep(segment.share.sequence, segment.start, rows)
+
+    def logged(self, plan: Plan) -> list[LoggedRows]:
+        """What has become final for the scalings log, of the plan's sequences; call it when drafts are verified."""
+        if not self.logs_scalings:
+            return []
+        return [rows for share in plan.scheduled for rows in scalings_log.take_final(share.sequence)]
 
     def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
         """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
@@ -141,8 +168,13 @@ class ModelRunner:
                 rows += range(segment.row, segment.row + segment.count)
                 slots += self._new_gate_slots(segment)
         for steering, (rows, slots) in steered.items():
-            scalings = self._scalings(gate_logits[self._tensor(rows)], steering)
-            self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), scalings)
+            self._store_gate_rows(slots, self._scalings(gate_logits[self._tensor(rows)], steering))
+
+    def _store_gate_rows(self, slots: list[int], rows: Tensor) -> None:
+        """Writes gate rows [n, S, E]; those that a forward makes it writes itself."""
+        self.kv_cache.gate_rows.index_copy_(0, self._tensor(slots), rows)
+        if self.leader is not None:
+            self.leader.store_gate_rows(slots, rows)
 
     def _scalings(self, gate_logits: Tensor, steering: Steering | None) -> Tensor:
         """Gate logits [n, S, E] to scalings, as one request wants them."""
@@ -182,7 +214,7 @@ class ModelRunner:
                 result.extend(self._sample(logits[rows], [share]))
             except Exception as error:
                 logger.exception("sampling failed for request %s", share.sequence.request.id)
-                result.extend(RunResult([[]], [[]], [[]], errors=[f"sampling failed ({type(error).__name__})"]))
+                result.extend(RunResult([[]], [[]], [[]], errors=[Failure.of(error, "sampling failed")]))
         return result
 
     def _sample(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:
@@ -211,7 +243,7 @@ class ModelRunner:
         Called when the drafts have been verified and before any block is released.
         """
         rows: dict[int, GateRows | None] = {}
-        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.generates)
+        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.is_served)
         if spans:
             slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
             stored = self.kv_cache.gate_rows.index_select(0, self._tensor(slots))
@@ -225,8 +257,8 @@ class ModelRunner:
     def _report_alone(self, share: Scheduled, scalings: Tensor) -> GateRows | None:
         """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
         for span in report_spans([share.sequence]):
-            new = scalings[span.start - share.scaling_start :]
-            return gate_rows(span, new, summarise(new), len(self.model.sites))
+            [rows] = gate_rows([span], scalings[span.start - share.scaling_start :], len(self.model.sites))
+            return rows
         return None
 
     def flush(self) -> GateStats:
@@ -247,14 +279,16 @@ class ModelRunner:
         values = [token for s in segments for token in s.share.sequence.hypothesis(s.start, s.start + s.count)]
         values += (position for s in segments for position in range(s.start, s.start + s.count))
         values += (slot for s in segments for slot in self._slots(s.stream, s.start, s.count))
-        values += [cache.dummy_slot] * scaling_rows
+        for s in scaling:
+            values += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
         values += (slot for s in real for slot in self._gate_slots(s.share.sequence, s.start, s.count))
         values += (slot for s in scaling for slot in self._new_gate_slots(s))
         values += [cache.scratch_slot] * (row_count - scaling_rows)
         sizes = [len(values), len(logit_rows), *map(len, tables)]
         packed = self._tensor([*values, *logit_rows, *(block for table in tables for block in table)])
         rows, logit_index, *views = packed.split_with_sizes(sizes)
-        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[])
+        gated = any(s.share.sequence.gate.dummy_row is not None for s in scaling)
+        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[], scaling_rows_are_gated=gated)
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 
@@ -334,6 +368,12 @@ def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:
         segments.append(_Segment(share, share.sequence.real, share.real_start, share.real_count, False, row))
         row += share.real_count
     return segments
+
+
+def _other_weights(segments: list[_Segment]) -> dict[int, float]:
+    """The real rows under another global weight than the checkpoint's, and that weight."""
+    others = [s for s in segments if not s.is_scaling and s.share.sequence.gate.weight != 1.0]
+    return {row: s.share.sequence.gate.weight for s in others for row in range(s.row, s.row + s.count)}
 
 
 def _one_row_each(segments: list[_Segment]) -> list[_Segment]:

@@ -21,7 +21,8 @@ class EngineOptions:
     max_num_batched_tokens: int = 1024
     kv_memory_bytes: int | None = None  # None = measured
     block_size: int = 16
-    threads: int | None = None  # None = all cores but one
+    threads: int | None = None  # of each rank; None = all cores but one, divided among the ranks
+    tensor_parallel: int = 1  # ranks that compute the model together, a process each
     lookahead: bool = True
     speculative_tokens: int = 8  # most tokens drafted per step from earlier text; 0 = none
     prefix_cache: bool = True

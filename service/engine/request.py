@@ -9,16 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from service.errors import InvalidRequestError
+
 ReturnScalings = Literal["none", "mean", "full"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """What a generated text must be, from its first token to its last: exactly one of the two."""
+
+    json_schema: str | None = None  # JSON that fits this schema
+    regex: str | None = None  # a match of this expression
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
 
-    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, temperature,
-    top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows none.
+    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
+    forbids gets -inf), temperature, top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows
+    none.
     """
 
     max_tokens: int = 128
@@ -36,6 +47,7 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
+    form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +80,22 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
+class GateSettings:
+    """What an operator may change at run time, by PEFT's names; it holds for the requests that are admitted later."""
+
+    scaling_pass_value: float | None  # None = 1 / number of experts
+    top_k_lora: int | None  # None = all experts act
+    global_scaling_weight: float
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens."""
+    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens.
+
+    With `score_from` nothing is generated either: the log-probabilities of the prompt's tokens from that one on are
+    wanted (at least one, and never the first), as if they had been generated. `sampling` then has max_tokens 0 and
+    says with how many alternatives (prompt_logprobs).
+    """
 
     id: str
     prompt_token_ids: list[int]
@@ -79,6 +105,7 @@ class Request:
     cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
     freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
     steering: Steering | None = None
+    score_from: int | None = None  # position of the first token to be scored; freezing counts from it
 
     @property
     def gate_key(self) -> tuple[object, ...]:
@@ -129,6 +156,25 @@ class SequenceUsage:
     accepted_tokens: int = 0  # ... and kept
     cached_tokens: int = 0  # prompt positions not computed because another choice or request had
     queue_seconds: float = 0.0  # submission to first scheduled step
+    gate_positions: int = 0  # that produced tokens, have a leader, and were summarised; a choice that the engine has
+    # ended has all of them here, one that the caller ends (a stop string) perhaps not the latest
+    gate_entropy_sum: float = 0.0  # over those, nats
+    gate_share_sum: list[float] = field(default_factory=list)  # [E], over those, of the site mean of p
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one sequence cannot go on."""
+
+    message: str
+    param: str | None = None  # the field of the request that is to blame; None: it is our fault
+
+    @classmethod
+    def of(cls, error: Exception, what: str) -> Failure:
+        """What an exception comes to, raised while `what` happened."""
+        if isinstance(error, InvalidRequestError):
+            return cls(error.message, error.param)
+        return cls(f"{what} ({type(error).__name__})")
 
 
 @dataclass(slots=True)
@@ -146,6 +192,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     usage: SequenceUsage | None = None
     error: str | None = None  # with finish_reason "error"
+    error_param: str | None = None  # the field of the request that is to blame; None: it is our fault
 
 
 @dataclass(slots=True)
@@ -159,6 +206,17 @@ class GateStats:
     generated_entropy: bytes = b""  # float32 [positions]
     weight: list[float] = field(default_factory=list)  # [E], sum over positions of the site mean of p = |g| / sum |g|
     top1: list[int] = field(default_factory=list)  # [E], positions whose largest site-mean p is this expert's
+
+
+@dataclass(slots=True)
+class LoggedRows:
+    """What the classifier said of consecutive positions of one choice: after softmax, before top-k and steering."""
+
+    request_id: str
+    index: int
+    start: int  # position of the first row
+    count: int
+    rows: bytes  # float32 [count, S, E]; S is 1 where all sites share a row
 
 
 @dataclass(slots=True)
@@ -178,6 +236,7 @@ class StepStats:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     gate: GateStats = field(default_factory=GateStats)
+    logged: list[LoggedRows] = field(default_factory=list)  # while the scalings log is on
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from service.engine.request import TokenOutput
 from service.engine.sequence import Sequence
-from service.model.transfer import to_device
+from service.model.transfer import bits_to_device, to_device
 
 _GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 _MASK = (1 << 64) - 1
@@ -41,6 +41,8 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
     logits = logits.float()
     if any(_needs_history(row.sequence) for row in rows):
         logits = _process_history(logits.clone(), rows)
+    if any(row.sequence.grammar is not None for row in rows):
+        logits = _forbid(logits, rows)
     random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature >= _GREEDY_BELOW]
     if not random:
         return logits.argmax(-1).tolist()
@@ -104,6 +106,15 @@ def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
                 amounts = to_device(list(counts.values()), logits.device, logits.dtype)
                 line[ids] -= params.presence_penalty + params.frequency_penalty * amounts
     return logits
+
+
+def _forbid(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    """logits [n, V] with what the rows' grammars do not allow at -inf; the given ones stay as they are."""
+    grammars = [(i, row.sequence.grammar, row.pending) for i, row in enumerate(rows)]
+    masks = [(i, grammar.allowed(pending)) for i, grammar, pending in grammars if grammar is not None]
+    index = to_device([i for i, _ in masks], logits.device)
+    allowed = bits_to_device([mask for _, mask in masks], logits.shape[-1], logits.device)
+    return logits.index_copy(0, index, logits.index_select(0, index).masked_fill_(~allowed, float("-inf")))
 
 
 def _filter(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:

@@ -99,7 +99,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
         self.row_cost = row_cost  # of one row, as a share of a step's fixed cost; 0: drafts are free
         self.max_scored_rows = max_scored_rows  # whose logits are kept for prompt_logprobs, in one step
-        self.dummy_row_key = dummy_row_key  # names the gate of the scaling pass
+        self.dummy_row_key = dummy_row_key  # the checkpoint's dummy row, as a name for it
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
@@ -111,9 +111,11 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
         request = sequence.request
+        gate = sequence.gate
+        dummy_row = self.dummy_row_key if gate.dummy_row is None else gate.dummy_row
         scope = request.cache_salt if self.prefix_cache else (request.id, sequence.arrival_time)
-        sequence.scaling.root = self._keys.root("scaling", scope, self.dummy_row_key)
-        sequence.real.root = self._keys.root("real", scope, self.dummy_row_key, request.gate_key)
+        sequence.scaling.root = self._keys.root("scaling", scope, dummy_row)
+        sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
         sequence.turn = self._requests + _TURNS_PER_CHOICE * sequence.index
         insort(self.waiting, sequence, key=lambda other: other.turn)

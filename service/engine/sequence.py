@@ -14,8 +14,11 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.engine.drafting import Drafter, NgramIndex
+from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate
+from service.engine.grammar import Cursor
 from service.engine.request import Request, SamplingParams, SequenceUsage
 
 # What is expected of drafts before any has been judged.
@@ -53,6 +56,7 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     arrival_time: float  # seconds, monotonic
+    gate: AdmittedGate = CHECKPOINT_GATE
     drafts: list[int] = field(default_factory=list)
     drafters: list[Drafter] = field(default_factory=list)  # whose each draft is
     scaling: Stream = field(default_factory=Stream)
@@ -60,13 +64,17 @@ class Sequence:
     reported: int = 0
     scored: int = 0  # prompt positions below it have had the logprob of the token after them sent
     output_counts: Counter[int] = field(default_factory=Counter)
+    grammar: Cursor | None = None  # after the accepted output; None: any text
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
     turn: int = 0  # its place in the queue (scheduler.py)
     passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
+    logged: int = 0  # positions below it are in the scalings log, if they are to be
+    unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, rows (scalings_log.py)
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+    scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
     score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
@@ -75,20 +83,24 @@ class Sequence:
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
         sampling = self.request.sampling
+        score_from = self.request.score_from
         self.generates = sampling is not None
+        self.scores_only = score_from is not None
+        self.scored = 0 if score_from is None else score_from - 1
         asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
         self.score_end = self.prompt_len - 1 if asked else 0
-        self.gate_end = sys.maxsize if freeze_after is None else self.prompt_len + freeze_after - 1
+        generated_from = self.prompt_len if score_from is None else score_from
+        self.gate_end = sys.maxsize if freeze_after is None else generated_from + freeze_after - 1
         self.fixed_gate = self.request.has_fixed_gate
         if self.fixed_gate:
             self.gate_end = 0
         self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
-    def of(cls, request: Request, index: int, arrival_time: float) -> Sequence:
+    def of(cls, request: Request, index: int, arrival_time: float, gate: AdmittedGate = CHECKPOINT_GATE) -> Sequence:
         """A fresh sequence of `request`."""
         tokens = list(request.prompt_token_ids)
-        return cls(request, index, tokens, len(tokens), arrival_time)
+        return cls(request, index, tokens, len(tokens), arrival_time, gate)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -97,14 +109,19 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_served(self) -> bool:
+        """Whether it is what the metrics and the scalings log are about: text for somebody, not a look at the gate."""
+        return self.generates and not self.scores_only
+
+    @property
     def output_len(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def hypothesis_len(self) -> int:
-        """Positions of the hypothesis."""
-        return len(self.tokens) + len(self.drafts)
+        """Positions of the hypothesis that need rows."""
+        return len(self.tokens) + len(self.drafts) - self.scores_only
 
     @property
     def room_for_drafts(self) -> int:
@@ -141,6 +158,7 @@ class Sequence:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
         self.scaling.rewind()
         self.real.rewind()
+        self.unlogged.clear()
         self.drafts.clear()
         self.drafters.clear()
 
@@ -159,6 +177,8 @@ class Sequence:
     def copy_ahead(self, count: int) -> None:
         """Extends the hypothesis by up to `count` tokens of what followed the last ones earlier in the text."""
         copied = self._ngrams.continuation(self.drafts, count)
+        if copied and self.grammar is not None:  # a forbidden token is never sampled
+            copied = copied[: max(0, self.grammar.fitting([*self.drafts, *copied]) - len(self.drafts))]
         if copied:
             self.draft(copied, self.copying)
 
@@ -190,6 +210,8 @@ class Sequence:
             self._cut(0)
         self.tokens.append(token)
         self.output_counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
         self.lookahead.idle_tokens += 1
         self.copying.idle_tokens += 1
         return right

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, StepOutput
+from service.engine.request import EngineInfo, GateSettings, Request, StepOutput
 from service.errors import (
     InternalError,
     InvalidRequestError,
@@ -41,6 +41,18 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
     request_id: str
     index: int | None = None
+
+
+class SetGate(msgspec.Struct, tag=True, frozen=True):
+    """The gate of requests submitted after this. Checked by the sender."""
+
+    settings: GateSettings
+
+
+class LogScalings(msgspec.Struct, tag=True, frozen=True):
+    """Whether steps are to bring what the classifier says, from now on."""
+
+    enabled: bool
 
 
 class Ping(msgspec.Struct, tag=True, frozen=True):
@@ -103,7 +115,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     output: StepOutput
 
 
-ToEngine = Start | Submit | Abort | Ping
+ToEngine = Start | Submit | Abort | SetGate | LogScalings | Ping
 FromEngine = Pong | Progress | Ready | Failed | Accepted | Rejected | Step
 
 _ERROR_KINDS: dict[str, type[RequestError]] = {

@@ -16,10 +16,12 @@ import contextlib
 import gc
 import importlib
 import logging
+import os
 import select
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn, Protocol
 
@@ -27,7 +29,7 @@ import msgspec
 
 from service.engine import wire
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, Request, StepOutput
+from service.engine.request import EngineInfo, GateSettings, Request, StepOutput
 from service.errors import InternalError, RequestError, XLoraError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
@@ -49,6 +51,12 @@ class EngineSurface(Protocol):
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees everything a request, or one of its choices, holds."""
 
+    def set_gate(self, settings: GateSettings) -> None:
+        """The gate of requests added from now on."""
+
+    def log_scalings(self, enabled: bool) -> None:
+        """Whether steps report what the classifier says."""
+
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
 
@@ -59,7 +67,8 @@ class EngineSurface(Protocol):
         """The load without a step."""
 
 
-LoadEngine = Callable[[EngineOptions, Callable[[str], None]], EngineSurface]
+# With options, what to call with progress, and what to call from another thread when a part of the engine is lost.
+LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
 
 
 class _Disconnected(Exception):
@@ -75,6 +84,7 @@ class Worker:
         self._reader = wire.FrameReader()
         self._decoder = msgspec.msgpack.Decoder(wire.ToEngine)
         self._encoder = wire.FrameEncoder()
+        self._sending = threading.Lock()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connection.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
 
@@ -100,6 +110,8 @@ class Worker:
             self._loop(engine)
         except (_Disconnected, ConnectionError):
             raise
+        except XLoraError as error:
+            return self._fail(error.message, error.hint)
         except Exception as error:
             logger.exception("the engine failed")
             return self._fail(f"the engine failed: {type(error).__name__}: {error}")
@@ -108,7 +120,7 @@ class Worker:
         messages = self._receive(wait=True)
         if not isinstance(messages[0], wire.Start):
             raise TypeError(f"the first message must be Start, not {type(messages[0]).__name__}")
-        return self._load(messages[0].options, lambda text: self._send(wire.Progress(text)))
+        return self._load(messages[0].options, lambda text: self._send(wire.Progress(text)), self._lose)
 
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
@@ -121,12 +133,17 @@ class Worker:
                 self._send(wire.Step(engine.report()))
 
     def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
-        if isinstance(message, wire.Abort):
-            engine.abort(message.request_id, message.index)
-        elif isinstance(message, wire.Submit):
-            self._send(self._submit(engine, message.request))
-        elif isinstance(message, wire.Ping):
-            self._send(wire.Pong())
+        match message:
+            case wire.Abort(request_id, index):
+                engine.abort(request_id, index)
+            case wire.Submit(request):
+                self._send(self._submit(engine, request))
+            case wire.SetGate(settings):
+                engine.set_gate(settings)
+            case wire.LogScalings(enabled):
+                engine.log_scalings(enabled)
+            case wire.Ping():
+                self._send(wire.Pong())
 
     def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
         try:
@@ -152,7 +169,15 @@ class Worker:
         return messages
 
     def _send(self, message: wire.FromEngine) -> None:
-        self._socket.sendall(self._encoder.encode(message))
+        with self._sending:
+            self._socket.sendall(self._encoder.encode(message))
+
+    def _lose(self, reason: str) -> NoReturn:
+        """Says why and ends the process, from another thread: the main one may wait for what will never come."""
+        with contextlib.suppress(OSError, ValueError):  # the main thread, which may have noticed, closes the socket
+            self._fail(reason)
+            _linger(self._socket)
+        os._exit(1)
 
     def _fail(self, message: str, hint: str | None = None) -> int:
         self._send(wire.Failed(message, hint))
@@ -174,8 +199,10 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
 
-    def load(options: EngineOptions, on_progress: Callable[[str], None]) -> EngineSurface:
-        return import_loader(loader, on_progress)(options, on_progress)
+    def load(
+        options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]
+    ) -> EngineSurface:
+        return import_loader(loader, on_progress)(options, on_progress, on_lost)
 
     with socket.socket(fileno=int(argv[1])) as connection:
         status = Worker(connection, load).run()

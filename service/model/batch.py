@@ -6,6 +6,7 @@ one AttentionGroup are contiguous. The batch knows nothing of requests, sampling
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -58,14 +59,17 @@ class AttentionGroup:
 class Batch:
     """T rows. `rows` is one int64 tensor [5, T], so that a step costs one copy to the device; its lines by name below.
 
-    Scaling rows read the dummy row's gate slot; rows that bring no scalings of their own to keep write to the scratch
-    slot (kv_cache.py has both). So the rows of every step look alike, and a captured step needs no cases.
+    Scaling rows read the dummy row's gate slot, or one with another gate for them; rows that bring no scalings of their
+    own to keep write to the scratch slot (kv_cache.py has both). So the rows of every step look alike, and a captured
+    step needs no cases.
     """
 
     rows: Tensor
     num_scaling_rows: int
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
+    scaling_rows_are_gated: bool = False  # whether a scaling row has another gate row than the model's dummy row
+    attend: Callable[..., Tensor] | None = None  # attention.py's Backend, where it is not to be the device's
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)
     kv_slots: Tensor = field(init=False)  # where each row's key and value are written

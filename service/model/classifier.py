@@ -70,25 +70,31 @@ class Classifier(nn.Module):
         `top_k` replace the config's.
         """
         softmax = self.config.enable_softmax
-        temperature = self.config.softmax_temperature if temperature is None else temperature
         top_k = self.config.top_k_lora if top_k is None else top_k
         if excluded:
             index = torch.tensor(excluded, device=logits.device)
             logits = logits.index_fill(-1, index, float("-inf") if softmax else 0.0)
-        if softmax:
-            if temperature != 1.0:
-                logits = logits / temperature
-            logits = logits.softmax(-1)
+        logits = self.before_top_k(logits, temperature)
         if top_k is None and not self.config.enable_softmax_topk:
             return logits
         return keep_top_k(logits, top_k, renormalise=self.config.enable_softmax_topk)
 
+    def before_top_k(self, logits: Tensor, temperature: float | None = None) -> Tensor:
+        """z [n, S, E] after the temperature softmax, where the config has one: what PEFT's scalings log holds."""
+        if not self.config.enable_softmax:
+            return logits
+        temperature = self.config.softmax_temperature if temperature is None else temperature
+        return (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+
     def dummy_row(self) -> Tensor:
-        """The gate row [S, E] of the scaling pass: `scaling_pass_value` after top-k, ties as CPU topk breaks them."""
-        value = self.config.scaling_pass_value
+        """The gate row [S, E] of the scaling pass, as the checkpoint has it."""
+        return self.dummy_row_of(self.config.scaling_pass_value, self.config.top_k_lora)
+
+    def dummy_row_of(self, value: float | None, top_k: int | None) -> Tensor:
+        """`value` (None: 1/E) for every expert, after top-k; ties as CPU topk breaks them."""
         value = 1.0 / self.num_experts if value is None else value
         row = torch.full((self.stored_sites, self.num_experts), value)
-        return keep_top_k(row, self.config.top_k_lora, renormalise=self.config.enable_softmax_topk)
+        return keep_top_k(row, top_k, renormalise=self.config.enable_softmax_topk)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Linear:

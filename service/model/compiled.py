@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import os
 import platform
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import service.model as package
+from service.model import decode_kernels
 from service.model.batch import AttentionGroup, Batch
 from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache, KVLayout
@@ -27,6 +30,8 @@ from service.model.linear import XLoraLinear
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 _MIN = 2  # torch.export takes a size of 1 for a constant
+_SCRATCH = "compiling-"
+_ABANDONED_SECONDS = 6 * 3600
 _MANY = 16  # rows, from which on a second package may pay
 
 
@@ -40,7 +45,7 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.py"))]
+    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*"))]  # .py, .cpp
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags())
     parts = (
         config,
@@ -59,18 +64,38 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
 def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
     """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all.
 
-    Takes about half a minute per package. Raises whatever torch.export or the C++ compiler has to say.
+    Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever
+    torch.export or the C++ compiler has to say.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    _remove_abandoned(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_SCRATCH) as scratch:
         Path(scratch, folder.name).mkdir()
+        if _has_kernels(model):
+            decode_kernels.build(_kernels(Path(scratch, folder.name)), threads)
         for least_rows in _least_rows(model):
             torch._inductor.aoti_compile_and_package(
                 _export(model, layout, least_rows),
                 package_path=str(_package(Path(scratch, folder.name), least_rows)),
-                inductor_configs={"aot_inductor.package_constants_in_so": False, "cpp.threads": threads},
+                inductor_configs={
+                    "aot_inductor.package_constants_in_so": False,
+                    "cpp.threads": threads,
+                    **decode_kernels.inductor_configs(),
+                },
             )
-        os.replace(Path(scratch, folder.name), folder)
+        try:
+            os.replace(Path(scratch, folder.name), folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another server was faster, and its package is as good.
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what processes that were killed while compiling have left."""
+    for scratch in cache.glob(f"{_SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.export.ExportedProgram:
@@ -80,7 +105,7 @@ def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.expor
     example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
     with torch.no_grad():
         return torch.export.export(
-            DecodeStep(model, least_rows),
+            DecodeStep(model, least_rows, kernels=_has_kernels(model)),
             (*example, cache.keys, cache.values, cache.gate_rows),
             dynamic_shapes=({1: rows}, {0: gated}, {0: rows, 1: width}, pool, pool, gate_rows),
             strict=False,
@@ -100,6 +125,14 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def _has_kernels(model: XLoraModel) -> bool:
+    return model.dtype in decode_kernels.DTYPES
+
+
+def _kernels(folder: Path) -> Path:
+    return folder / "kernels.so"
+
+
 def _package(folder: Path, least_rows: int) -> Path:
     return folder / f"rows-{least_rows}.pt2"
 
@@ -111,6 +144,8 @@ class CompiledStep:
         """Loads and tries it. Raises RuntimeError or KeyError for a package that does not belong to this model."""
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
+        if _has_kernels(model):
+            decode_kernels.load(_kernels(folder))
         self._packages: dict[int, Any] = {}  # by least rows, most first
         for least_rows in (_MANY, 1):
             if least_rows == _MANY and not _package(folder, least_rows).exists():
@@ -136,7 +171,8 @@ class CompiledStep:
             rows, table = _with_idle_row(rows, kv_cache), table.expand(_MIN, -1)
         if table.shape[1] < _MIN:
             table = table.expand(-1, _MIN)  # a block seen twice: positions mask the second
-        first = 0 if self._scaling_pass_has_experts else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
+        gated = self._scaling_pass_has_experts or batch.scaling_rows_are_gated
+        first = 0 if gated else min(batch.num_scaling_rows, rows.shape[1] - _MIN)
         run = next(package for least, package in self._packages.items() if count >= least)
         logits, gate_logits = run(
             rows, rows[3, first:], table.contiguous(), kv_cache.keys, kv_cache.values, kv_cache.gate_rows

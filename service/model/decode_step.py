@@ -9,9 +9,12 @@ Prefill, where a segment has many rows, stays with XLoraModel.forward.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
+from service.model import decode_kernels
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import XLoraModel
@@ -23,10 +26,14 @@ class DecodeStep(nn.Module):
     It holds no tensor of its own: `state()` names those of the model, which a compiled step is given to read.
     """
 
-    def __init__(self, model: XLoraModel, least_rows: int = 1) -> None:
-        """`least_rows` is a promise about T, which lets it choose kernels."""
+    def __init__(self, model: XLoraModel, least_rows: int = 1, *, kernels: bool = False) -> None:
+        """`least_rows` is a promise about T, which lets it choose kernels. `kernels`: it is to be traced, and calls
+        decode_kernels.
+        """
         super().__init__()
         self._least_rows = least_rows
+        self._kernels = kernels
+        self._own_linears = kernels and least_rows == 1  # for many rows the BLAS libraries are as good
         self.causal_lm = model.causal_lm
         self.classifier = model.classifier
         self.gate = model.gate
@@ -47,11 +54,17 @@ class DecodeStep(nn.Module):
         width = block_table.shape[1] * keys[0].shape[1]
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
+        if self._kernels:
+            batch.attend = decode_kernels.attend
+        if self._own_linears:
+            self.gate.decode_linear = decode_kernels.adapted_linear
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         self.gate.least_rows = self._least_rows
-        logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
+        with decode_kernels.PlainLinears() if self._own_linears else nullcontext():
+            logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
+            gate_logits = self.classifier.logits(hidden)
         self.gate.clear()  # torch.export wants every module as it was
-        gate_logits = self.classifier.logits(hidden)
+        self.gate.decode_linear = None
         gate_rows.index_copy_(0, batch.new_gate_slots, self.classifier.scalings(gate_logits))
         return logits, gate_logits
 

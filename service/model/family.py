@@ -34,12 +34,16 @@ class _Calls:
     lost: bool = False  # the forward's own keyword arguments did not arrive, so KV metadata cannot
 
 
-def build_skeleton(base: Path) -> Any:
-    """The base's modules without weights. Raises CheckpointError for an architecture that is no causal LM here."""
+def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
+    """The base's modules without weights, in `dtype` (None: the base's own). Raises CheckpointError for an architecture
+    that is no causal LM here.
+    """
     try:
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, dtype=config.dtype if dtype is None else dtype
+            )
     except (ValueError, KeyError, OSError) as error:  # an unknown model_type, remote code
         _refuse(base, f"transformers knows no causal language model for it: {str(error).splitlines()[0]}")
 

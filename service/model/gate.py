@@ -6,8 +6,13 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 from torch import Tensor, nn
+
+DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor]
 
 
 class Gate(nn.Module):
@@ -26,12 +31,13 @@ class Gate(nn.Module):
         for site, site_ranks in enumerate(ranks):
             for expert, rank in enumerate(site_ranks):
                 index += [(site if layerwise else 0) * len(site_ranks) + expert] * rank
-        self._widths = [sum(site_ranks) for site_ranks in ranks]
+        self._offsets = [0, *accumulate(sum(site_ranks) for site_ranks in ranks)]  # of each site in all ranks
         self.rank_index: Tensor  # int64 [sum of all ranks], into a flattened [S, E] row
         self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
-        self._spread: list[Tensor] = []
+        self._spread: Tensor | None = None  # [n, sum of all ranks]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
+        self.decode_linear: DecodeLinear | None = None  # set while a step is traced whose linears are one call each
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:
@@ -42,13 +48,18 @@ class Gate(nn.Module):
         self.first_row, self.active = first_row, True
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        spread = scalings.to(self._dtype).flatten(1).index_select(1, self.rank_index)
-        self._spread = list(spread.split_with_sizes(self._widths, 1))
+        self._spread = scalings.to(self._dtype).flatten(1).index_select(1, self.rank_index)
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""
-        self.active, self._spread, self.logit_rows = False, [], None
+        self.active, self._spread, self.logit_rows = False, None, None
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""
-        return self._spread[site]
+        return self.across(site, site)
+
+    def across(self, first: int, last: int) -> Tensor:
+        """Returns [n, R]: the same for the stacks of the sites first .. last one after another."""
+        assert self._spread is not None, "no scalings are set"
+        start = self._offsets[first]
+        return self._spread.narrow(1, start, self._offsets[last + 1] - start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +40,23 @@ class XLoraLinear(AdaptedModule):
         self.register_parameter("bias", base.bias)
         self.register_buffer("lora_a", stack.a, persistent=False)
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
-        on_cpu = base.weight.device.type == "cpu" and base.weight.dtype == torch.float32
-        rows = next(rows for elements, rows in _ONEDNN_ROWS if base.weight.numel() >= elements)
-        self.onednn_rows = rows if on_cpu and onednn_is_faster() else _NEVER
+        self.onednn_rows = onednn_rows(base.weight)
+        self.siblings: tuple[Siblings, int] | None = None  # who computes this with others, and its number among them
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
+        if self.siblings is not None and not torch.compiler.is_exporting():
+            siblings, number = self.siblings
+            return siblings.output(x, number)
         # Read from their dictionaries: as attributes they are found through nn.Module's slow __getattr__.
         own: dict[str, Any] = self._parameters
         experts: dict[str, Any] = self._buffers
         gate = self.gate
-        linear = _onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
+        if gate.decode_linear is not None:
+            a, b_t = (experts["lora_a"], experts["lora_b_t"]) if gate.active else (None, None)
+            scalings = gate.at(self.site) if gate.active else None
+            return gate.decode_linear(x, own["weight"], own["bias"], a, b_t, scalings, gate.first_row)
+        linear = onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
         y = linear(x, own["weight"], own["bias"])
         if gate.active:
             first = gate.first_row
@@ -58,8 +64,24 @@ class XLoraLinear(AdaptedModule):
             y.view(-1, self.out_features)[first:].addmm_(narrow, experts["lora_b_t"])
         return y
 
+    __call__ = forward  # nobody hooks into it, and nn.Module's own costs as much as a small addition
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+
+class Siblings(Protocol):
+    """Computes several linears on one input at once (siblings.py)."""
+
+    def output(self, x: Tensor, number: int, /) -> Tensor:
+        """x [1, T, in] -> [1, T, out] of one of them."""
+
+
+def onednn_rows(weight: Tensor) -> int:
+    """From how many rows on oneDNN is the faster one for this weight."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not onednn_is_faster():
+        return _NEVER
+    return next(rows for elements, rows in _ONEDNN_ROWS if weight.numel() >= elements)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear by oneDNN, through the operator that torch's own compiler emits. The weight stays as it is.
 
     oneDNN generates code for every shape it meets (0.4 ms and 0.6 MB each, kept), so long prefills are filled up with
@@ -89,4 +111,4 @@ def onednn_is_faster() -> bool:
         return time.perf_counter() - started
 
     with torch.inference_mode():
-        return 1.2 * min(seconds(_onednn_linear) for _ in range(8)) < min(seconds(F.linear) for _ in range(8))
+        return 1.2 * min(seconds(onednn_linear) for _ in range(8)) < min(seconds(F.linear) for _ in range(8))

@@ -75,6 +75,8 @@ def quantise(causal_lm: nn.Module, kind: Quantization, device: torch.device) -> 
         if is_plain_linear(module) and module is not head:
             parent, _, leaf = name.rpartition(".")
             setattr(causal_lm.get_submodule(parent), leaf, QuantisedLinear(as_linear(module), kind, device))
+    if device.type == "meta":  # the library has kept a table of its own there, and would use it for real weights
+        load_bitsandbytes().functional.name2qmap.pop("dynamic", None)
 
 
 def load_bitsandbytes() -> Any:

@@ -17,3 +17,12 @@ def to_device(values: Sequence[object], device: torch.device, dtype: torch.dtype
     if device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def bits_to_device(rows: Sequence[bytes], width: int, device: torch.device) -> Tensor:
+    """Bool [rows, width]: of each row of bytes the first `width` bits, lowest of a byte first. Copied as packed."""
+    packed = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+    return bits.flatten(1)[:, :width].bool()

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
 from service.errors import CheckpointError
@@ -27,8 +30,12 @@ from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.norms import replace_norms
+from service.model.parallel import Part, Shards, split
+from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.siblings import join_siblings
 from service.model.targets import adapt, refusal
 
 
@@ -58,25 +65,39 @@ class XLoraModel:
     """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
 
     def __init__(
-        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, *, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        causal_lm: PreTrainedModel,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        shards: Shards | None = None,
     ) -> None:
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
         self.expert_names = [expert.name for expert in checkpoint.experts]
-        self.sites = resolve_sites(checkpoint, causal_lm)
+        self.sites = resolve_sites(checkpoint, causal_lm if shards is None else shards.skeleton)
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
-        self.gate = self._swap_linears(checkpoint, causal_lm)
-        self.dummy_row = self.classifier.dummy_row().to(device)
-        self.scaling_pass_has_experts = bool(self.dummy_row.any())
+        self.gate = self._swap_linears(checkpoint, causal_lm, shards)
+        replace_norms(causal_lm, dtype)
+        join_siblings(causal_lm)
+        self._kv_split = 1 if shards is None else shards.kv_split
+        dummy_row = self.classifier.dummy_row()
+        self.dummy_row = dummy_row.to(device)
+        self.scaling_pass_has_experts = bool(dummy_row.any())
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
         self.causal_lm = causal_lm
 
-    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel) -> Gate:
-        stacks = [stack_experts(checkpoint.experts, site, self.dtype, self.device) for site in self.sites]
+    def _swap_linears(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards | None) -> Gate:
+        parts = [Part(site) if shards is None else shards.part(site) for site in self.sites]
+        stacks = [
+            part.of(stack_experts(checkpoint.experts, site, self.dtype, self.device))
+            for site, part in zip(self.sites, parts, strict=True)
+        ]
         gate = Gate(
             [stack.ranks for stack in stacks],
             layerwise=checkpoint.xlora.layerwise_scalings,
@@ -85,10 +106,10 @@ class XLoraModel:
         )
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
         head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
-        for number, (site, stack) in enumerate(zip(self.sites, stacks, strict=True)):
-            parent, _, name = site.rpartition(".")
-            module = causal_lm.get_submodule(site)
-            adapted = adapt(module, stack, gate, number, is_head=module is head)
+        for number, (site, part, stack) in enumerate(zip(self.sites, parts, stacks, strict=True)):
+            parent, _, name = part.path.rpartition(".")
+            is_head = causal_lm.get_submodule(site) is head
+            adapted = adapt(causal_lm.get_submodule(part.path), stack, gate, number, is_head=is_head)
             setattr(causal_lm.get_submodule(parent), name, adapted)
         return gate
 
@@ -98,7 +119,7 @@ class XLoraModel:
         heads = config.num_attention_heads
         return KVLayout(
             layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // self._kv_split,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             block_size=block_size,
             gate_sites=self.classifier.stored_sites,
@@ -113,7 +134,7 @@ class XLoraModel:
         Real rows must have their scalings stored by an earlier forward.
         """
         scaling_rows = batch.num_scaling_rows
-        first = 0 if self.scaling_pass_has_experts else scaling_rows
+        first = 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else scaling_rows
         self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
         self.gate.least_rows = batch.rows.shape[1]
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
@@ -167,26 +188,18 @@ def load_causal_lm(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
+    ranks: Ranks | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
     """Loads the base through transformers, in eval mode, with its attention routed to ours and its RoPE settled for
-    texts of up to `max_model_len` tokens (None: as many as the base takes).
+    texts of up to `max_model_len` tokens (None: as many as the base takes). With `ranks`, the weights are this rank's
+    shards, and every rank must load at the same time.
 
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
     where the family cannot be served exactly (family.py, rope.py).
     """
-    skeleton = build_skeleton(checkpoint.base_path)
-    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
-    refuse_unsupported(skeleton, checkpoint.base_path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.base_path,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    causal_lm, loading = loaded
+    _checked_skeleton(checkpoint)
+    causal_lm, loading = _from_pretrained(checkpoint.base_path, dtype, ranks)
     for defect in ("missing_keys", "mismatched_keys"):
         if loading[defect]:
             names = ", ".join(sorted(map(str, loading[defect]))[:3])
@@ -198,6 +211,49 @@ def load_causal_lm(
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def _checked_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    skeleton: PreTrainedModel = build_skeleton(checkpoint.base_path, dtype)
+    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
+    refuse_unsupported(skeleton, checkpoint.base_path)
+    return skeleton
+
+
+def outline_model(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None
+) -> XLoraModel:
+    """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
+
+    Raises CheckpointError as load_model does for what the weights' values do not decide.
+    """
+    skeleton, meta = _checked_skeleton(checkpoint, dtype), torch.device("meta")
+    if quantization is not None:
+        quantise(skeleton, quantization, meta)
+    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype)
+
+
+def _from_pretrained(base: Path, dtype: torch.dtype, ranks: Ranks | None) -> tuple[Any, dict[str, Any]]:
+    """The base as transformers loads it, and its report. Raises CheckpointError where it does not divide it."""
+    divided = {} if ranks is None else {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks.size)}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **divided,
+        )
+    except ValueError as error:
+        if ranks is None:
+            raise
+        raise CheckpointError(  # older versions want more to be divisible than check_plan does
+            f"{base}: transformers {transformers.__version__} does not divide it: {error}",
+            hint="use a newer version, or another --tensor-parallel",
+        ) from error
+    return loaded  # type: ignore[no-any-return]
+
+
 def load_model(
     checkpoint: Checkpoint,
     *,
@@ -205,9 +261,12 @@ def load_model(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
+    ranks: Ranks | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
-    """Builds the model on `device`. The checkpoint's expert tensors can be dropped afterwards: stacks are copies."""
+    """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
+    afterwards: stacks are copies.
+    """
     on_progress(f"loading base model from {checkpoint.base_path}")
     causal_lm = load_causal_lm(
         checkpoint,
@@ -215,7 +274,9 @@ def load_model(
         dtype=dtype,
         quantization=quantization,
         max_model_len=max_model_len,
+        ranks=ranks,
         on_progress=on_progress,
     )
+    shards = None if ranks is None else split(causal_lm, build_skeleton(checkpoint.base_path), ranks)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
-    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)
+    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards)

@@ -3,6 +3,7 @@
 import { Api, ApiError } from "./api.js";
 import { askForKey, showSnippet } from "./dialogs.js";
 import { RequestForm } from "./form.js";
+import { likelihoodTable } from "./likelihood.js";
 import { LiveStrip } from "./live.js";
 import { ResultView } from "./result.js";
 import { describe } from "./settings.js";
@@ -74,10 +75,33 @@ async function run() {
   say("Running…");
   const ends = await Promise.all(views.map((one) => runOne(one, signal)));
   if (!form.hasExperts) form.setExperts(views[0].view.text.experts.map((name) => ({ name }))); // /info was refused
+  if (views.length > 1 && !signal.aborted) ends.push(await judge(views, signal));
   running = null;
   button("stop").disabled = true;
   button("run").disabled = false;
   say([...ends, views.length > 1 ? compare(views[0].view, views[1].view) : ""].filter(Boolean).join(" "));
+}
+
+/**
+ * Shows how likely each setting finds the texts that are there.
+ * @param {{body: Record<string, any>, setting: Request["setting"], view: ResultView}[]} views
+ * @param {AbortSignal} signal
+ * @returns {Promise<string>} for the status line: nothing, or why there is no table
+ */
+async function judge(views, signal) {
+  if (!views.every(({ view }) => view.text.rows.length)) return "";
+  const settings = views.map(({ setting, view }) => ({
+    ...setting?.read(),
+    label: view.title,
+    token_ids: view.text.rows.map((row) => row.token.id),
+  }));
+  try {
+    const comparison = await api.json("compare", { prompt: views[0].body.prompt, settings }, signal);
+    byId("results").append(likelihoodTable(comparison));
+    return "";
+  } catch (error) {
+    return signal.aborted ? "" : `No log-likelihoods: ${messageOf(error)}.`;
+  }
 }
 
 /** @param {ResultView[]} views */

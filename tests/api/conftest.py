@@ -41,7 +41,7 @@ class ThreadClient(EngineClient):
         threading.Thread(target=work, daemon=True).start()
         await self.connect(ours, options, on_progress)  # type: ignore[arg-type]
 
-    def _load(self, options: EngineOptions, on_progress: object) -> FakeEngine:
+    def _load(self, options: EngineOptions, on_progress: object, on_lost: object) -> FakeEngine:
         self.release.wait()
         return self.engine
 

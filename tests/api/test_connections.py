@@ -48,11 +48,9 @@ def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
         yield address
 
 
-def send(address: tuple[str, int], body: bytes) -> socket.socket:
+def send(address: tuple[str, int], body: bytes, path: str = "/generate") -> socket.socket:
     connection = socket.create_connection(address)
-    head = (
-        f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
@@ -80,6 +78,22 @@ def test_a_client_that_goes_away_costs_no_further_step(
     outcome = 'xlora_requests_total{endpoint="/generate",outcome="cancelled"} 1.0'
     url = f"http://{address[0]}:{address[1]}/metrics"
     assert wait_for(lambda: outcome in httpx.get(url).text)
+
+
+def test_a_comparison_ends_when_its_client_goes(address: tuple[str, int], client: ThreadClient) -> None:
+    """While the texts are written, and while they are judged."""
+    engine = client.engine
+    engine.step_seconds = 0.1
+    given = {"token_ids": [90] * 70}
+    for settings, scores in (([{}, {"experts": {"only": []}}], False), ([given], True)):
+        before = len(engine.requests)
+        body = json.dumps({"prompt": [80], "max_tokens": 60, "settings": settings}).encode()
+        connection = send(address, body, "/compare")
+        assert wait_for(lambda before=before: len(engine.requests) > before)
+        assert (engine.requests[-1].score_from is not None) == scores
+        connection.close()
+        assert wait_for(lambda: not engine.choices)
+        assert {one.id for one in engine.requests[before:]} <= {id for id, _ in engine.aborted}
 
 
 @pytest.mark.parametrize("chunked", [False, True])

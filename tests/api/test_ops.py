@@ -44,6 +44,17 @@ def test_a_failed_load_is_kept_for_the_command_line(client: ThreadClient) -> Non
     assert "ZeroDivisionError" in str(app.state.service.error)
 
 
+def test_load_balancers_may_ask_with_head(client: ThreadClient) -> None:
+    """The status of the GET, without its body; other routes still refuse it."""
+    client.release.clear()
+    with TestClient(create_app(client, Settings(), Metrics(CollectorRegistry()))) as http:
+        assert [http.head(path).status_code for path in ("/livez", "/readyz", "/health")] == [200, 503, 200]
+        client.release.set()
+        wait_until_ready(http)
+        assert http.head("/readyz").status_code == 200
+        assert http.head("/generate").status_code == 405
+
+
 def test_info(http: TestClient) -> None:
     info = http.get("/info").json()
     assert [expert["name"] for expert in info["experts"]] == EXPERTS
@@ -65,6 +76,7 @@ def test_every_route_documents_examples_and_errors(http: TestClient) -> None:
     document: dict[str, Any] = http.get("/openapi.json").json()
     assert set(document["paths"]) == {
         *("/generate", "/scalings", "/livez", "/readyz", "/health", "/metrics", "/info", "/tokenize", "/detokenize"),
+        *("/compare", "/gate", "/scalings/log", "/scalings/log.npz"),
         *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}"),
     }
     for path, operations in document["paths"].items():

@@ -43,8 +43,7 @@ def test_every_answer_has_an_id_and_a_given_one_is_kept(http: TestClient) -> Non
 
 def test_one_line_per_request(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    body = BODY | {"xlora": {"return_scalings": "mean"}}
-    answer = http.post("/v1/completions", json=body, headers={"traceparent": TRACE, "X-Request-Id": "r1"}).json()
+    answer = http.post("/v1/completions", json=BODY, headers={"traceparent": TRACE, "X-Request-Id": "r1"}).json()
     http.post("/generate", json={"prompt": SECRET, "nonsense": 1})
     http.get("/livez")
     good, bad = lines(caplog)

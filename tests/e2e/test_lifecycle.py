@@ -55,14 +55,14 @@ def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_hanging_engine_ends_the_service(tiny_bundle: Path, tmp_path: Path, how: signal.Signals) -> None:
-    """The API process outlives its engine just long enough to say so: 503 with a reason, probes red, exit code 3."""
+    """The API process outlives its engine just long enough to say so: 500 with a reason, probes red, exit code 3."""
     flags = ("--model", str(tiny_bundle), "--threads", "1", "--engine-timeout", "1")
     with (tmp_path / "stderr").open("wb") as log, server(*flags, stderr=log) as running:
         assert running.get("/livez")[0] == 200
         engine = engine_process(running)
         engine.send_signal(how)
         status, answer = running.post("/generate", honest_body(1))  # waits where the engine does not answer
-        assert status == 503
+        assert status == 500
         assert "engine" in answer["error"]["message"]
         assert running.get("/livez")[0] == 503
         assert running.get("/readyz")[0] == 503
@@ -150,3 +150,28 @@ def test_unknown_variable_is_refused() -> None:
     )
     assert finished.returncode == 1
     assert "XLORA_MAX_NUM_SEQS" in finished.stderr
+
+
+def test_a_killed_server_leaves_nothing_and_its_successor_answers_the_same(tiny_bundle: Path) -> None:
+    """SIGKILL in the middle of requests: the engine's process follows, the port is free, nothing has to be repaired."""
+    flags = ("--model", str(tiny_bundle), "--threads", "1")
+    long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+
+    async def cut_off(running: Server) -> bytes:
+        reader, writer = await send(running.port, long)
+        await reader.readuntil(b"data: ")
+        running.process.kill()
+        rest = await reader.read()
+        writer.close()
+        return rest
+
+    with server(*flags) as first:
+        engine = engine_process(first)
+        tokens = asyncio.run(honest(first.port, 4))
+        assert b"[DONE]" not in asyncio.run(cut_off(first))
+        assert first.process.wait(10) == -signal.SIGKILL
+        engine.wait(10)
+        with socket.create_server(("127.0.0.1", first.port)):
+            pass
+    with server(*flags) as second:
+        assert asyncio.run(honest(second.port, 4)) == tokens

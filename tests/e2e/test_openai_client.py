@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.server_process import Server, server
@@ -115,6 +118,39 @@ def test_leaving_a_stream_early(client: openai.OpenAI, demo: Server) -> None:
         next(iter(stream))
     message = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1)
     assert message.choices[0].finish_reason == "length"
+
+
+class Animal(pydantic.BaseModel):
+    """What `parse` asks for."""
+
+    kind: Literal["hare", "owl"]
+    legs: Annotated[int, pydantic.Field(ge=0, le=9)]
+    tame: bool
+
+
+def test_parse_gives_an_object(client: openai.OpenAI) -> None:
+    """Whole and streamed, greedy and sampled: the demo knows no JSON, and says it all the same."""
+    wishes = {"model": "demo", "messages": MESSAGES, "response_format": Animal, "max_completion_tokens": 80}
+    for sampling in (GREEDY, {"seed": 3, "temperature": 1.2}):
+        choice = client.chat.completions.parse(**wishes, **sampling).choices[0]
+        assert isinstance(choice.message.parsed, Animal)
+        assert choice.finish_reason == "stop"
+        with client.chat.completions.stream(**wishes, **sampling) as stream:
+            stream.until_done()
+            assert stream.get_final_completion().choices[0].message.parsed == choice.message.parsed
+
+
+def test_a_form_is_the_same_on_every_route(client: openai.OpenAI, demo: Server) -> None:
+    form = {"type": "regex", "pattern": "Sum: [0-9]{1,4}\\."}
+    text = client.completions.create(
+        model="demo", prompt="Compute 48 + 87.\n", extra_body={"response_format": form}, **GREEDY
+    )
+    _, ours = demo.post("/generate", {"prompt": "Compute 48 + 87.\n", "response_format": form, **GREEDY})
+    assert ours["outputs"][0]["text"] == text.choices[0].text
+    assert re.fullmatch(form["pattern"], text.choices[0].text)
+    assert ours["outputs"][0]["finish_reason"] == "stop"
+    _, stopped = demo.post("/generate", {"prompt": "a", "response_format": form, "stop": ":", **GREEDY})
+    assert (stopped["outputs"][0]["text"], stopped["outputs"][0]["finish_reason"]) == ("Sum", "stop")
 
 
 def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:

@@ -16,6 +16,7 @@ from service.engine.engine import Engine
 from service.engine.request import Request
 from service.model.cuda_graph import CapturedSteps, Step, buckets
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
+from tests.engine.test_gate_settings import run_mixed
 from tests.model.tiny import Tiny
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -96,6 +97,16 @@ def test_a_prompt_small_enough_is_captured(engines: Engines, lookahead: bool) ->
     ours = run(engine, prompt)
     assert_same(ours, expected)
     assert capture.replays == len(ours.steps), "a step was run eagerly"
+
+
+def test_gate_settings_of_single_requests(engines: Engines) -> None:
+    """Other dummy rows and global weights than the checkpoint's: a captured step reads them where it always reads."""
+    expected = run_mixed(engines.build())
+    engine = engines.build()
+    capture = CallAgain()
+    with_captured_steps(engine, capture)
+    assert_same(run_mixed(engine), expected)
+    assert capture.replays > 10, "the captured steps were not used"
 
 
 def test_contexts_cross_buckets(engines: Engines) -> None:

@@ -137,9 +137,9 @@ def test_when_the_engine_dies_everybody_hears_of_it(bundle: Path, how: str) -> N
             assert client._process is not None
             os.kill(client._process.pid, signal.SIGKILL)
         else:
-            with pytest.raises(UnavailableError, match="poisoned"):
+            with pytest.raises(InternalError, match="poisoned"):
                 await collect(client, request("bad", prompt=[POISON]))
-        with pytest.raises(UnavailableError):
+        with pytest.raises(InternalError):
             await waiting
         assert not client.alive
         with pytest.raises(UnavailableError):
@@ -205,7 +205,7 @@ def test_an_engine_that_hangs_is_lost_and_ended(bundle: Path) -> None:
         client.on_lost = lost.append
         await asyncio.sleep(1.2)
         assert client.alive  # an idle engine answers
-        with pytest.raises(UnavailableError, match=r"no sign of life for 0\.5 s"):
+        with pytest.raises(InternalError, match=r"no sign of life for 0\.5 s"):
             await collect(client, request("hang", prompt=[HANGING]))
         assert not client.alive
         assert lost == ["the engine has given no sign of life for 0.5 s"]

@@ -23,10 +23,10 @@ from service.engine.compilation import cache_path
 from service.engine.engine import Engine
 from service.engine.options import EngineOptions
 from service.engine.request import GateWeight, Steering
-from service.errors import SettingsError
 from service.model.compiled import CompiledStep, compile_step, fingerprint
 from service.model.linear import XLoraLinear
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
+from tests.engine.test_gate_settings import run_mixed
 from tests.model.tiny import Tiny, Variant
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
@@ -110,6 +110,14 @@ def test_steered_equals_eager(compiled: Compiled, lookahead: bool) -> None:
     assert alone.tokens == expected["r5"].tokens
 
 
+def test_gate_settings_equal_eager(compiled: Compiled, lookahead: bool) -> None:
+    """Dummy rows and global weights of single requests, in one batch: the compiled step knows neither."""
+    expected = run_mixed(compiled.engines.build(lookahead=lookahead))
+    before = compiled.calls
+    assert_same(run_mixed(compiled.build(lookahead=lookahead)), expected)
+    assert compiled.calls - before > 20, "the compiled step was not used"
+
+
 def test_equals_peft(tiny: Tiny, compiled: Compiled) -> None:
     """The oracle itself."""
     oracle = Variant(tiny, compiled.engines.checkpoint).oracle()
@@ -171,18 +179,26 @@ def test_what_was_compiled_is_loaded_whatever_kernels_are_preferred_now(compiled
     assert_same(run(engine, [request]), run(compiled.build(), [request]))
 
 
-def test_compiles_in_the_background_and_finds_it_again(engines: Engines, tmp_path: Path) -> None:
-    """Serving goes on while it compiles; the next start needs no compiler."""
-    cache = str(tmp_path / "cache")
-    engine = engines.build(compile=True, compile_cache=cache)
+def test_compiles_in_the_background_and_finds_it_again(
+    engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged package is there: serving goes on while it is compiled again; the next start needs no compiler."""
+    options = EngineOptions(str(engines.tiny.path), block_size=4, compile=True, compile_cache=str(tmp_path))
+    path = cache_path(engines.model, options)
+    path.mkdir()
+    (path / "rows-1.pt2").write_bytes(b"not a package")
+    engine = engines.build(compile=True, compile_cache=str(tmp_path))
     assert engine.compilation is not None
+    assert "cannot be loaded, compiling it again" in caplog.text
     requests = [greedy("r", words(3, 9), 12, return_scalings="full")]
     expected = run(engine, requests)
     assert engine._runner.compiled is None, "it cannot be ready yet"
-    assert engine.compilation.wait(300)
+    assert engine.compilation.wait(600)
     assert engine._runner.compiled is not None
     assert_same(run(engine, requests), expected)
-    again = engines.build(compile=True, compile_cache=cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.which", lambda _: None)
+        again = engines.build(compile=True, compile_cache=str(tmp_path))
     assert again._runner.compiled is not None
 
 
@@ -200,20 +216,52 @@ def test_a_failed_compilation_leaves_the_engine_as_it_was(
     run(engine, [greedy("r", words(3, 9), 4)])
 
 
-def test_a_damaged_package_is_not_used(engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = EngineOptions(str(engines.tiny.path), block_size=4, compile=True, compile_cache=str(tmp_path))
-    path = cache_path(engines.model, options)
-    path.mkdir()
-    (path / "rows-1.pt2").write_bytes(b"not a package")
-    engine = engines.build(compile=True, compile_cache=str(tmp_path))
-    assert engine._runner.compiled is None
-    assert "cannot be loaded" in caplog.text
-
-
-def test_no_compiler_is_an_error(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_told_once(
+    engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with pytest.raises(SettingsError, match="C\\+\\+ compiler"):
-        engines.build(compile=True)
+    engine = engines.build(compile=True, compile_cache=str(tmp_path))
+    assert engine.compilation is not None
+    assert engine.compilation.wait(60)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "install g++" in caplog.text
+    run(engine, [greedy("r", words(3, 9), 4)])
+
+
+def test_a_killed_compilation_is_told(
+    engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel, for memory: there is no last word, and perhaps nobody to read the options."""
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(killed))
+    engine = engines.build(compile=True, compile_cache=str(tmp_path / "cache"))
+    assert engine.compilation is not None
+    assert engine.compilation.wait(60)
+    assert "serving without: the compiling process ended with -9" in caplog.text or "Broken pipe" in caplog.text
+
+
+def test_two_that_compile_the_same_and_one_that_was_killed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first package stays; what a killed process has left long ago is removed, what is under way is not."""
+    model, folder = tiny.as_stored().model(), tmp_path / "step"
+    abandoned, running = tmp_path / "compiling-old", tmp_path / "compiling-new"
+    abandoned.mkdir()
+    running.mkdir()
+    os.utime(abandoned, (1, 1))
+
+    def other_is_faster(*_: Any, package_path: str, **__: Any) -> None:
+        Path(package_path).write_text("second")
+        folder.mkdir(exist_ok=True)
+        (folder / "rows-1.pt2").write_text("first")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", other_is_faster)
+    monkeypatch.setattr("service.model.decode_kernels.build", lambda *_: None)
+    compile_step(model, model.kv_layout(4), folder, threads=1)
+    assert (folder / "rows-1.pt2").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compiling-new", "step"]
 
 
 def test_the_compiling_process_dies_with_its_parent(engines: Engines, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from service.engine.engine import Engine
 from service.engine.gate_report import GateObserver, ReportSpan
-from service.engine.request import GateStats, Request, SamplingParams
+from service.engine.request import GateStats, Request, SamplingParams, StepOutput
 from service.engine.sequence import Sequence
 from service.model.gate_stats import summarise
 from tests.engine.driver import Array, Engines, Run, greedy, run, sampled, words
@@ -198,12 +200,14 @@ def test_phases_of_one_report() -> None:
     scalings = torch.rand(7, 3, 4)
     summary = summarise(scalings)
     observer = GateObserver(3)
-    observer.observe([ReportSpan(half, 0, 5, 0), ReportSpan(done, 19, 2, 5)], scalings)
+    observer.observe([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], scalings)
     assert observer.statistics(flush=False) == GateStats()
     stats = observer.statistics(flush=True)
     assert observer.statistics(flush=True) == GateStats(), "reported twice"
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
+    observer.observe([ReportSpan(done, 19, 1, 0)], scalings[:1])
+    assert observer.statistics(flush=False) != GateStats(), "a request's first word waits for others"
 
 
 @pytest.mark.parametrize(
@@ -280,3 +284,28 @@ def test_steps_and_usage_add_up(engines: Engines, lookahead: bool) -> None:
     assert (result.steps[-1].stats.requests_running, result.steps[-1].stats.requests_waiting) == (0, 0)
     assert all(usage.queue_seconds >= 0 for usage in usages)
     assert max(usage.queue_seconds for usage in usages) > min(usage.queue_seconds for usage in usages)
+
+
+def test_usage_says_what_the_gate_did(engines: Engines) -> None:
+    """For the log: the mean over the positions that produced tokens, whoever asked for rows, drafts and neighbours
+    notwithstanding; and something from the first token on.
+    """
+    made = [
+        Request(str(i), words(i, 5 + 9 * i), SamplingParams(max_tokens=12, seed=i, n=1 + i % 2, ignore_eos=True))
+        for i in range(4)
+    ]
+    rows = run(engines.build(), [replace(one, return_scalings="full") for one in made])
+    least: list[int] = []  # of any choice with a token, after each step
+
+    def look(_: Engine, output: StepOutput) -> None:
+        least.extend(piece.usage.gate_positions for piece in output.outputs if piece.tokens and piece.usage)
+
+    result = run(engines.build(adaptive=False), made, each_step=look)
+    assert min(least) > 0
+    for key, choice in result.choices.items():
+        assert choice.usage is not None
+        assert choice.usage.gate_positions == 12
+        assert choice.usage.gate_entropy_sum == pytest.approx(rows[key].entropy.sum(), rel=1e-4)
+        full = np.abs(np.concatenate(rows[key].fulls))
+        share = (full / full.sum(-1, keepdims=True)).mean(1).sum(0)
+        assert choice.usage.gate_share_sum == pytest.approx(share, rel=1e-4)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.model_runner import RunResult
-from service.engine.request import GateStats, Request, SamplingParams, Steering, TokenOutput
+from service.engine.request import GateStats, LoggedRows, Request, SamplingParams, Steering, TokenOutput
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence, Stream
 
@@ -69,6 +69,10 @@ class FakeRunner:
             for position in range(sequence.reported, sequence.final if sequence.generates else 0):
                 self._check_gate(sequence, position, sequence.tokens)
         return [None] * len(plan.scheduled), GateStats()
+
+    def logged(self, plan: Plan) -> list[LoggedRows]:
+        """There is no log."""
+        return []
 
     def flush(self) -> GateStats:
         return GateStats()
@@ -169,7 +173,8 @@ def build(
     )
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length, experts=[{}] * 2, sites=[])
     info.vocab_size = VOCABULARY
-    return Engine(runner, scheduler, info), runner, scheduler
+    grammars: Any = None  # nobody asks for a form of text
+    return Engine(runner, scheduler, info, grammars), runner, scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 8, **sampling: Any) -> Request:

@@ -134,13 +134,15 @@ def test_longrope_of_one_layer_type_is_settled() -> None:
 def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
     """A site left as it was would run without experts; a copied base would double the memory."""
     base = copy.deepcopy(tiny.base(torch.float32))
-    before = {site: base.get_submodule(site).weight.data_ptr() for site in tiny.oracle.sites}
+    before = {site: base.get_submodule(site).weight.clone() for site in tiny.oracle.sites}
     model = type(tiny.as_stored().model())(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
     swapped = {
         name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, XLoraLinear)
     }
     assert set(swapped) == set(tiny.oracle.sites)
-    assert {site: module.weight.data_ptr() for site, module in swapped.items()} == before
+    assert all(torch.equal(module.weight, before[site]) for site, module in swapped.items())
+    storages = {m.weight.untyped_storage().data_ptr(): m.weight.untyped_storage().nbytes() for m in swapped.values()}
+    assert sum(storages.values()) == sum(weight.nbytes for weight in before.values())
     stacked = sum(m.lora_a.numel() + m.lora_b_t.numel() for m in swapped.values())
     assert stacked == sum(w.a.numel() + w.b.numel() for e in tiny.checkpoint.experts for w in e.weights.values())
 

@@ -7,11 +7,13 @@ may not know the fields yet, the test answers it.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.server_process import Server
 from tests.web.conftest import exported_json, run
 
 
@@ -79,6 +81,41 @@ def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
     assert right
     assert left["y"] == right["y"]
     assert left["x"] + left["width"] <= right["x"]
+
+
+def test_log_likelihoods_of_a_comparison(inspector: Page, demo_server: Server) -> None:
+    """After both have ended, a table: what each setting makes of each text, as the server says it of these tokens."""
+    inspector.check("[name=compare]")
+    inspector.select_option("[name='b.experts']", "base")
+    run(inspector)
+    documents = [exported_json(inspector, result) for result in (0, 1)]
+    settings: list[dict[str, Any]] = [{}, {"experts": {"only": []}}]
+    for setting, document in zip(settings, documents, strict=True):
+        setting["token_ids"] = [token["id"] for token in document["tokens"]]
+    prompt = documents[0]["request"]["prompt"]
+    status, answer = demo_server.post("/compare", {"prompt": prompt, "settings": settings})
+    assert status == 200, answer
+    found = inspector.locator(".likelihood td").all_inner_texts()
+    means, sums = answer["log_likelihood"]["per_token"], answer["log_likelihood"]["sum"]
+    cells = [(means[judge][text], sums[judge][text]) for judge in (0, 1) for text in (0, 1)]
+    for shown, (mean, total) in zip(found, cells, strict=True):
+        assert [float(number) for number in re.findall(r"-?[0-9.]+", shown)] == pytest.approx([mean, total], abs=0.06)
+    assert means[0][0] > means[1][0], "X-LoRA finds its own text likelier than the base does"
+    assert inspector.locator(".likelihood .best").count() == 2
+    expect(inspector.locator(".likelihood th[scope=row]").first).to_have_text("A: X-LoRA")
+
+
+def test_without_log_likelihoods_the_texts_stay(inspector: Page) -> None:
+    """The reason is said; a single setting has no table."""
+    run(inspector)
+    assert inspector.locator(".likelihood").count() == 0
+    body = json.dumps({"error": {"message": "the server is full", "type": "t", "param": None, "code": "overloaded"}})
+    inspector.route("**/compare", lambda route: route.fulfill(status=429, body=body, content_type="application/json"))
+    inspector.check("[name=compare]")
+    run(inspector)
+    expect(inspector.locator("#status")).to_contain_text("No log-likelihoods: the server is full")
+    assert inspector.locator(".token").count() > 0
+    assert inspector.locator(".likelihood").count() == 0
 
 
 def test_rows_without_experts_are_neutral(inspector: Page) -> None:

@@ -1,0 +1,51 @@
+"""The server with its metrics switched off, for observability.py: `python -m benchmarks.unmetered serve ...`.
+
+The API process observes nothing, and the engine's process summarises no gate rows that nobody asked for. Everything
+else is the product's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from service.cli import main
+from service.commands import serve
+from service.engine.client import EngineClient
+from service.engine.options import EngineOptions
+from service.metrics import Metrics
+
+
+def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> Any:
+    """The product's engine, whose gate statistics are never made."""
+    from service.engine import gate_report, loader
+    from service.engine.request import GateStats
+
+    observer: Any = gate_report.GateObserver
+
+    def observe(self: Any, spans: Any, scalings: Any) -> Any:
+        if all(span.sequence.request.return_scalings == "none" for span in spans):
+            return [None] * len(spans)
+        return gate_report.gate_rows(spans, scalings, self._num_sites)
+
+    observer.observe = observe
+    observer.statistics = lambda self, flush: GateStats()
+    return loader.load_engine(options, on_progress)
+
+
+def switch_off() -> None:
+    """In the API process."""
+    metrics: Any = (Counter, Gauge, Histogram, Metrics)
+    counter, gauge, histogram, ours = metrics
+    counter.inc = gauge.set = histogram.observe = ours.observe_step = ours.observe_cache = lambda *_: None
+    client: Any = functools.partial(EngineClient, "benchmarks.unmetered:load_engine")
+    serve.EngineClient = client  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    switch_off()
+    sys.exit(main())

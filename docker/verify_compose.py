@@ -1,0 +1,267 @@
+"""Brings the compose files up and checks what they promise: python3 docker/verify_compose.py [--replicas] [--stand-ins]
+
+The service becomes ready, Prometheus finds every container of it and loads every rule, and under traffic every query of
+the dashboard has a result. With --replicas two containers run behind the proxy, and under traffic one is stopped, which
+may cost no request, and then killed, which may cost those that were in it. With --stand-ins (where images cannot be
+pulled) Prometheus and the proxy are Debian's packages in images of the same names, and Grafana is left out. Ends with
+exit code 0 and removes what it made.
+
+Needs Python alone, the image xlora-service (docker/verify.sh build), and docker compose, or podman and podman-compose.
+COMPOSE names another command for the latter, CONTAINERS_CONF podman's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DOCKER = Path(__file__).parent
+PROJECT = "xlora-verify"
+# As the images of these names work, as far as the compose files use them.
+STAND_INS = {
+    "prometheus": 'RUN mkdir /prometheus && chown 65534:65534 /prometheus\nENTRYPOINT ["prometheus"]',
+    "proxy": 'ENTRYPOINT ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]',
+}
+PACKAGES = {"prometheus": "prometheus", "proxy": "haproxy"}
+TRAFFIC = [
+    {"prompt": "Compute 48 + 87.\n", "max_tokens": 24},
+    {"prompt": "Which strand pairs with CTA TCT TAT?\n", "max_tokens": 24, "stream": True},
+    {"prompt": "What is 88 + 76?\n", "max_tokens": 24, "return_scalings": "mean"},
+]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def fetch(url: str, body: Any = None) -> tuple[int, bytes]:
+    """Status and body; status 0 where nobody answers."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+    except OSError:
+        return 0, b""
+
+
+def wait(what: str, seconds: float, check: Callable[[], object]) -> None:
+    """Prints how long it took until `check` was true; ends the program where it never is."""
+    began = time.monotonic()
+    while not check():
+        if time.monotonic() - began > seconds:
+            sys.exit(f"FAILED: {what}: not so after {seconds:g} s")
+        time.sleep(0.5)
+    print(f"{what:<44} after {time.monotonic() - began:.1f} s", flush=True)
+
+
+class Compose:
+    """The compose command on the project's files, with ports of its own."""
+
+    def __init__(self, files: list[str]) -> None:
+        has_docker = subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
+        default = "docker compose" if has_docker else "podman-compose"
+        self.engine = "docker" if has_docker else "podman"
+        self.command = [*shlex.split(os.environ.get("COMPOSE", default)), "-p", PROJECT]
+        for file in files:
+            self.command += ["-f", str(DOCKER / file)]
+        self.ports = {name: free_port() for name in ("PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")}
+        self.environment = os.environ | {name: str(port) for name, port in self.ports.items()}
+
+    def run(self, *arguments: str, check: bool = True) -> None:
+        done = subprocess.run([*self.command, *arguments], env=self.environment, capture_output=True, check=False)
+        if check and done.returncode:
+            sys.exit(f"FAILED: {' '.join(arguments)}\n{done.stdout.decode()}{done.stderr.decode()}")
+
+    def url(self, port: str, path: str) -> str:
+        return f"http://127.0.0.1:{self.ports[port]}{path}"
+
+    def containers(self, service: str) -> list[str]:
+        """Ids of a service's running containers."""
+        labels = [
+            f"label=com.docker.compose.{key}={value}" for key, value in (("project", PROJECT), ("service", service))
+        ]
+        command = [self.engine, "ps", "-q", *(part for label in labels for part in ("--filter", label))]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
+class Traffic:
+    """Requests one after another in four threads, until it is told to stop."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.statuses: Counter[int] = Counter()
+        self._stop = threading.Event()
+        self.threads = [threading.Thread(target=self._send, args=(number,)) for number in range(4)]
+
+    def __enter__(self) -> Traffic:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self.threads:
+            thread.join()
+
+    def _send(self, number: int) -> None:
+        while not self._stop.is_set():
+            status, body = fetch(self.url, TRAFFIC[number % len(TRAFFIC)])
+            number += 1
+            self.statuses[status if status != 200 or body else 0] += 1
+            time.sleep(0.1)
+
+
+def query(compose: Compose, expression: str) -> list[Any]:
+    path = "/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+    status, body = fetch(compose.url("PROMETHEUS_PORT", path))
+    found = json.loads(body or b"{}")
+    if status == 400:
+        sys.exit(f"FAILED: {expression}: {found['error']}")
+    return found.get("data", {}).get("result", []) if status == 200 else []
+
+
+def dashboard_queries() -> Iterator[str]:
+    """Every query of the dashboard, with a value in the place of Grafana's variables."""
+    pending = [json.loads((DOCKER / "grafana/dashboards/xlora.json").read_text())]
+    while pending:
+        node = pending.pop()
+        pending += node.get("panels", [])
+        for target in node.get("targets", []):
+            expression = re.sub(r"\$\{?__\w*(interval|range)\w*\}?", "1m", target["expr"])
+            yield re.sub(r"\$\{?\w+(:\w+)?\}?", ".*", expression)
+
+
+def build_stand_ins(services: list[str]) -> None:
+    """Images of the names that the compose files use, from Debian's packages over the service's own base."""
+    base = re.search(r"^ARG BASE=(.*)$", (DOCKER.parent / "Dockerfile").read_text(), re.M)
+    assert base is not None
+    texts = "".join((DOCKER / file).read_text() for file in ("compose.yaml", "compose.replicas.yaml"))
+    images = {"prometheus": r"prom/prometheus:[\w.-]+", "proxy": r"haproxy:[\w.-]+"}
+    for service in services:
+        found = re.search(images[service], texts)
+        assert found is not None
+        if subprocess.run(["podman", "image", "exists", f"localhost/{found[0]}"], check=False).returncode == 0:
+            continue
+        print(f"building a stand-in for {found[0]}", flush=True)
+        lines = (
+            f"FROM {base[1]}\nRUN apt-get update -qq && apt-get install -qq --no-install-recommends wget "
+            f"{PACKAGES[service]} >/dev/null && rm -rf /etc/prometheus\n{STAND_INS[service]}\n"
+        )
+        command = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "-q"]
+        subprocess.run([*command, "-t", f"localhost/{found[0]}", "-f", "-"], input=lines.encode(), check=True)
+
+
+def check_monitoring(compose: Compose, replicas: int) -> None:
+    """Every container is scraped and every rule is loaded."""
+    wait("Prometheus is ready", 60, lambda: fetch(compose.url("PROMETHEUS_PORT", "/-/ready"))[0] == 200)
+    wait(
+        f"{replicas} of {replicas} containers are scraped",
+        180,
+        lambda: up(compose) == ["1"] * replicas,
+    )
+    written = sum(
+        len(re.findall(r"^\s+- (?:alert|record):", file.read_text(), re.M))
+        for file in (DOCKER / "prometheus/rules").glob("*.yml")
+    )
+    groups = json.loads(fetch(compose.url("PROMETHEUS_PORT", "/api/v1/rules"))[1])["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    if len(rules) != written:
+        sys.exit(f"FAILED: {len(rules)} of {written} rules are loaded")
+    print(f"{len(rules)} rules are loaded")
+
+
+def check_dashboard(compose: Compose) -> None:
+    """Under traffic no query of the dashboard stays without a result."""
+    missing = list(dashboard_queries())
+    total = len(missing)
+
+    def all_have_results() -> bool:
+        missing[:] = [expression for expression in missing if not query(compose, expression)]
+        return not missing
+
+    began = time.monotonic()
+    while not all_have_results():
+        if time.monotonic() - began > 120:
+            sys.exit("FAILED: dashboard queries without a result:\n" + "\n".join(missing))
+        time.sleep(2)
+    print(f"{total} dashboard queries have results")
+
+
+def check_loss(compose: Compose, traffic: Traffic, command: str, allowed: int) -> None:
+    """Takes one of two containers away under traffic: at most `allowed` requests may fail. Then brings it back."""
+    before, served = traffic.statuses.copy(), traffic.statuses[200]
+    victim = compose.containers("xlora")[0]
+    subprocess.run([compose.engine, command, victim], check=True, capture_output=True)
+    wait(f"20 requests served after {command}", 180, lambda: traffic.statuses[200] >= served + 20)
+    after = traffic.statuses - before
+    failed = sum(count for status, count in after.items() if status != 200)
+    if failed > allowed:
+        sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
+    print(f"{command} of one container: {after[200]} requests served, {failed} lost", flush=True)
+    subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
+    wait("both are scraped again", 180, lambda: up(compose) == ["1", "1"])
+
+
+def up(compose: Compose) -> list[str]:
+    """Whether each container answered its last scrape."""
+    return [one["value"][1] for one in query(compose, 'up{job="xlora"}')]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--replicas", action="store_true", help="two containers behind the proxy")
+    parser.add_argument("--stand-ins", action="store_true", help="Debian's packages in place of images")
+    arguments = parser.parse_args()
+    services = ["prometheus", *(["proxy"] if arguments.replicas else [])]
+    if arguments.stand_ins:
+        build_stand_ins(services)
+        print("Grafana is left out")
+    else:
+        services.append("grafana")
+    compose = Compose(["compose.yaml", *(["compose.replicas.yaml"] if arguments.replicas else [])])
+    if shutil.which(compose.command[0]) is None:
+        sys.exit(f"{compose.command[0]} is not installed")
+    replicas = 2 if arguments.replicas else 1
+    try:
+        compose.run("up", "-d", "xlora", *services)
+        wait("the service is ready", 300, lambda: fetch(compose.url("PORT", "/readyz"))[0] == 200)
+        check_monitoring(compose, replicas)
+        with Traffic(compose.url("PORT", "/generate")) as traffic:
+            check_dashboard(compose)
+            if not arguments.stand_ins:
+                wait("Grafana is ready", 90, lambda: fetch(compose.url("GRAFANA_PORT", "/api/health"))[0] == 200)
+            if set(traffic.statuses) != {200}:
+                sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
+            print(f"{traffic.statuses[200]} requests, all answered with 200")
+            if arguments.replicas:
+                check_loss(compose, traffic, "stop", allowed=0)
+                check_loss(compose, traffic, "kill", allowed=len(traffic.threads))
+    finally:
+        compose.run("down", "-v", check=False)
+    print("compose verified")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

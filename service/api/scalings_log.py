@@ -1,0 +1,184 @@
+"""The scalings log: the newest rows that the classifier gave to served positions, in a ring of fixed size.
+
+Rows are as PEFT's log has them: after softmax, before top-k, without steering. Which positions have one is the engine's
+matter (engine/scalings_log.py). Everything is in three arrays, so that the bounds are those of the memory, too; text is
+nowhere in it. This file knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.api.rows import FloatArray
+from service.engine.request import EngineInfo, LoggedRows
+from service.errors import InvalidRequestError
+
+DEFAULT_TOKENS = 1 << 16
+DEFAULT_BYTES = 64 << 20
+
+# Whose row it is; ids of requests are ours, and shorter.
+_OWNER = np.dtype([("request", "S64"), ("choice", "<i4"), ("position", "<i4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive positions of one choice."""
+
+    request: str
+    choice: int
+    start: int
+    rows: FloatArray  # [positions, S, E]
+
+
+class ScalingsLog:
+    """Off and empty at first. Called from the event loop, but for what a Snapshot does."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self.enabled = False
+        self.dropped_tokens = 0  # pushed out by newer ones
+        self.max_tokens, self.max_bytes = DEFAULT_TOKENS, DEFAULT_BYTES
+        self._experts = [expert["name"] for expert in info.experts]
+        self._sites = info.sites
+        self._shape = (len(info.sites) if info.xlora_config["layerwise_scalings"] else 1, len(info.experts))
+        self.clear()
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one position."""
+        return 4 * self._shape[0] * self._shape[1] + _OWNER.itemsize
+
+    @property
+    def tokens(self) -> int:
+        """Positions in it."""
+        return min(self._written, len(self._rows))
+
+    def enable(self, max_tokens: int, max_bytes: int) -> None:
+        """Takes rows from now on. What is there stays, as far as the bounds let it.
+
+        Raises InvalidRequestError where not even one row fits.
+        """
+        capacity = min(max_tokens, max_bytes // self.row_bytes)
+        if not capacity:
+            raise InvalidRequestError(
+                f"`max_bytes` is {max_bytes}, and one row takes {self.row_bytes} bytes", param="max_bytes"
+            )
+        if capacity != len(self._rows):
+            rows, owners = self._in_order()
+            self._allocate(capacity)
+            self._write(rows, owners)
+        self.enabled, self.max_tokens, self.max_bytes = True, max_tokens, max_bytes
+
+    def disable(self) -> None:
+        """Takes no more; what is there stays."""
+        self.enabled = False
+
+    def clear(self) -> None:
+        """Forgets everything and gives the memory back; the log stays on if it is."""
+        self._allocate(min(self.max_tokens, self.max_bytes // self.row_bytes) if self.enabled else 0)
+        self.dropped_tokens = 0
+
+    def add(self, logged: Iterable[LoggedRows]) -> None:
+        """Takes what a step brought, while the log is on."""
+        if not self.enabled:
+            return
+        for one in logged:
+            owners = np.empty(one.count, _OWNER)
+            owners["request"], owners["choice"] = one.request_id.encode(), one.index
+            owners["position"] = np.arange(one.start, one.start + one.count)
+            self._write(np.frombuffer(one.rows, "<f4").reshape(one.count, *self._shape), owners)
+
+    def snapshot(self) -> Snapshot:
+        """A copy to look at, in any thread."""
+        return Snapshot(*self._in_order(), self._experts, self._sites)
+
+    def state(self) -> dict[str, Any]:
+        """Switch and bounds, and how full it is."""
+        return {
+            "enabled": self.enabled,
+            "max_tokens": self.max_tokens,
+            "max_bytes": self.max_bytes,
+            "tokens": self.tokens,
+            "bytes": self.tokens * self.row_bytes,
+            "dropped_tokens": self.dropped_tokens,
+        }
+
+    def _allocate(self, capacity: int) -> None:
+        self._rows = np.empty((capacity, *self._shape), np.float32)  # pages come with the first write
+        self._owners = np.empty(capacity, _OWNER)
+        self._written = 0  # rows ever; the next goes to this, modulo the capacity
+
+    def _write(self, rows: FloatArray, owners: npt.NDArray[Any]) -> None:
+        capacity = len(self._rows)
+        before = self.tokens
+        places = (self._written + np.arange(len(rows)))[-capacity:] % capacity
+        self._rows[places], self._owners[places] = rows[-capacity:], owners[-capacity:]
+        self._written += len(rows)
+        self.dropped_tokens += before + len(rows) - self.tokens
+
+    def _in_order(self) -> tuple[FloatArray, npt.NDArray[Any]]:
+        """Copies, the oldest first."""
+        order = np.arange(self._written - self.tokens, self._written) % max(1, len(self._rows))
+        return self._rows[order], self._owners[order]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The log at one moment. What it computes takes time: not for the event loop."""
+
+    rows: FloatArray  # [tokens, S, E], in the order in which positions became final
+    owners: npt.NDArray[Any]
+    experts: list[str]
+    sites: list[str]
+
+    def runs(self) -> Iterator[Run]:
+        """In the order of their first rows."""
+        if not len(self.rows):
+            return
+        names = self.owners[["request", "choice"]]
+        _, first, which = np.unique(names, return_index=True, return_inverse=True)
+        order = np.argsort(first[which], kind="stable")
+        owners, rows = self.owners[order], self.rows[order]
+        follows = (first[which][order][1:] == first[which][order][:-1]) & (np.diff(owners["position"]) == 1)
+        starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
+        for start, end in itertools.pairwise(starts):
+            owner = owners[start]
+            yield Run(owner["request"].decode(), int(owner["choice"]), int(owner["position"]), rows[start:end])
+
+    def summary(self) -> dict[str, Any]:
+        """How long the runs are, and what they say in a few numbers."""
+        lengths: dict[int, int] = {}
+        for run in self.runs():
+            lengths[len(run.rows)] = lengths.get(len(run.rows), 0) + 1
+        mean = self.rows.mean(axis=1, dtype=np.float64)  # [tokens, E]
+        leads = np.bincount(mean.argmax(axis=1), minlength=len(self.experts)) if len(mean) else None
+        return {
+            "sequences": sum(lengths.values()),
+            "lengths": {str(length): lengths[length] for length in sorted(lengths)},
+            "totals": None if leads is None else dict(zip(self.experts, mean.mean(axis=0).tolist(), strict=True)),
+            "top1": None if leads is None else dict(zip(self.experts, (leads / len(mean)).tolist(), strict=True)),
+        }
+
+    def npz(self) -> bytes:
+        """Runs by their length, as PEFT's get_bucketed_scalings_log: for each length L the arrays scalings_L
+        [runs, L, S, E], order_L (the place in the log), start_L, request_L and choice_L; and experts, sites.
+        """
+        buckets: dict[int, list[tuple[int, Run]]] = {}
+        for place, run in enumerate(self.runs()):
+            buckets.setdefault(len(run.rows), []).append((place, run))
+        arrays: dict[str, Any] = {"experts": np.array(self.experts), "sites": np.array(self.sites)}
+        for length, entries in sorted(buckets.items()):
+            arrays[f"scalings_{length}"] = np.stack([run.rows for _, run in entries])
+            arrays[f"order_{length}"] = np.array([place for place, _ in entries])
+            arrays[f"start_{length}"] = np.array([run.start for _, run in entries])
+            arrays[f"request_{length}"] = np.array([run.request for _, run in entries])
+            arrays[f"choice_{length}"] = np.array([run.choice for _, run in entries])
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()

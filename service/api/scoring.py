@@ -1,0 +1,50 @@
+"""How likely given tokens are: the engine's scores, as numbers per request. Knows no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.engine.client import Client
+from service.engine.request import Request, SamplingParams, Steering
+from service.errors import InternalError
+
+_SCORING = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+
+
+def score_request(
+    id: str,
+    tokens: list[int],
+    start: int,
+    steering: Steering | None,
+    *,
+    freeze_after: int | None = None,
+    cache_salt: str = "",
+) -> Request:
+    """Asks for the log-probabilities of tokens[start:] under a gate; start is 1 at least, and there is such a token."""
+    return Request(
+        id,
+        tokens,
+        _SCORING,
+        cache_salt=cache_salt,
+        freeze_after=freeze_after,
+        steering=steering,
+        score_from=start,
+    )
+
+
+async def log_probabilities(
+    client: Client, requests: Sequence[Request], deadline: float | None = None
+) -> dict[str, list[float]]:
+    """Natural logs, by request id, one per scored token. Raises TimedOutError at the deadline."""
+    found: dict[str, list[float]] = {request.id: [] for request in requests}
+    if not requests:
+        return found
+    async with client.submit(*requests, deadline=deadline) as outputs:
+        async for output in outputs:
+            if output.finish_reason == "error":
+                raise InternalError(output.error or "the engine could not go on with this request")
+            found[output.request_id] += [token.logprob or 0.0 for token in output.prompt_logprobs]
+    for request in requests:
+        if len(found[request.id]) != len(request.prompt_token_ids) - (request.score_from or 0):
+            raise InternalError("the engine did not score every token")
+    return found

@@ -1,0 +1,502 @@
+// The two operations where a decode step spends its time, for few rows on a CPU: adapted linears and paged attention.
+//
+// Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
+// knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
+// Storage is float or bfloat16, arithmetic is float.
+//
+// The functions at the end are what torch's AOTInductor calls, by the names and types of its C interface (C shim).
+// decode_kernels.py declares the operators and says what they compute.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#ifndef XLORA_THREADS
+#define XLORA_THREADS 1
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 8;
+typedef float Vec __attribute__((vector_size(32)));
+typedef int32_t IntVec __attribute__((vector_size(32)));
+typedef uint16_t HalfWords __attribute__((vector_size(16)));
+typedef float Quad __attribute__((vector_size(16)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bfloat16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline void store(float* to, float value) { *to = value; }
+
+inline void store(bfloat16* to, float value) {  // to the nearest, ties to even; a NaN stays one
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Vec load(const float* from) {
+    Vec value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline Vec load(const bfloat16* from) {
+    HalfWords words;
+    std::memcpy(&words, from, sizeof words);
+    const IntVec bits = __builtin_convertvector(words, IntVec) << 16;
+    return (Vec)bits;
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
+#endif
+
+inline Vec add_neighbours(Vec a, Vec b) {
+    return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// The sums of four vectors.
+inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
+    const Vec both = add_neighbours(add_neighbours(a, b), add_neighbours(c, d));
+    Quad halves[2];
+    std::memcpy(halves, &both, sizeof both);
+    return halves[0] + halves[1];
+}
+
+// ---- linear: y = W x + b, and for rows from first_row on + B ((A x) * g) --------------------------------------------
+
+constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
+
+// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for.
+template <int ROWS, int COLUMNS, typename W>
+inline void dots(const float* x, int64_t x_stride, const W* w, int64_t depth, float* out, int64_t out_stride) {
+    Vec total[ROWS][COLUMNS] = {};
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) {
+        if constexpr (ROWS <= COLUMNS) {  // the fewer ones are held in registers
+            Vec rows[ROWS];
+            for (int m = 0; m < ROWS; m++) rows[m] = load(x + m * x_stride + k);
+            for (int n = 0; n < COLUMNS; n++) {
+                const Vec weight = load(w + n * depth + k);
+                for (int m = 0; m < ROWS; m++) total[m][n] += rows[m] * weight;
+            }
+        } else {
+            Vec weights[COLUMNS];
+            for (int n = 0; n < COLUMNS; n++) weights[n] = load(w + n * depth + k);
+            for (int m = 0; m < ROWS; m++) {
+                const Vec row = load(x + m * x_stride + k);
+                for (int n = 0; n < COLUMNS; n++) total[m][n] += row * weights[n];
+            }
+        }
+    }
+    float sum[ROWS * COLUMNS + 3];
+    for (int i = 0; i < ROWS * COLUMNS; i += 4) {
+        const auto at = [&](int j) {
+            const int number = std::min(i + j, ROWS * COLUMNS - 1);
+            return total[number / COLUMNS][number % COLUMNS];
+        };
+        const Quad four = sums(at(0), at(1), at(2), at(3));
+        std::memcpy(sum + i, &four, sizeof four);
+    }
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < COLUMNS; n++) {
+            float value = sum[m * COLUMNS + n];
+            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * x_stride + rest], to_float(w[n * depth + rest]), value);
+            out[m * out_stride + n] = value;
+        }
+}
+
+template <int ROWS, int COLUMNS, typename W>
+inline void dots_of_chunk(const float* x, int64_t stride, const W* w, int64_t depth, int64_t count, float* out) {
+    int64_t n = 0;
+    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS>(x, stride, w + n * depth, depth, out + n, kChunk);
+    for (; n < count; n++) dots<ROWS, 1>(x, stride, w + n * depth, depth, out + n, kChunk);
+}
+
+// out [rows][kChunk] = x [rows, depth] times `count` rows of w.
+template <typename W>
+void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, float* out) {
+    for (int64_t first = 0; first < count; first += 12) {  // few enough to stay in the first-level cache
+        const int64_t some = std::min<int64_t>(12, count - first);
+        const W* const weights = w + first * depth;
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4)
+            dots_of_chunk<4, 3>(x + m * depth, depth, weights, depth, some, out + m * kChunk + first);
+        const float* const rest = x + m * depth;
+        float* const target = out + m * kChunk + first;
+        if (rows - m == 3) dots_of_chunk<3, 4>(rest, depth, weights, depth, some, target);
+        if (rows - m == 2) dots_of_chunk<2, 6>(rest, depth, weights, depth, some, target);
+        if (rows - m == 1) dots_of_chunk<1, 12>(rest, depth, weights, depth, some, target);
+    }
+}
+
+// out [2][VECTORS * 8] += two rows of `narrow` [., rank] times columns of b [rank, stride].
+template <int ROWS, int VECTORS, typename W>
+inline void widen(const float* narrow, int64_t rank, const W* b, int64_t stride, float* out) {
+    Vec total[ROWS][VECTORS];
+    for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++) total[m][v] = load(out + m * kChunk + v * kLanes);
+    for (int64_t r = 0; r < rank; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            const Vec weight = load(b + r * stride + v * kLanes);
+            for (int m = 0; m < ROWS; m++) total[m][v] += narrow[m * rank + r] * weight;
+        }
+    for (int m = 0; m < ROWS; m++) std::memcpy(out + m * kChunk, total[m], sizeof total[m]);
+}
+
+template <int ROWS, typename W>
+void widen_chunk(const float* narrow, int64_t rank, const W* b, int64_t stride, int64_t count, float* out) {
+    int64_t n = 0;
+    for (; n + 6 * kLanes <= count; n += 6 * kLanes) widen<ROWS, 6>(narrow, rank, b + n, stride, out + n);
+    for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, rank, b + n, stride, out + n);
+    for (; n < count; n++)
+        for (int m = 0; m < ROWS; m++)
+            for (int64_t r = 0; r < rank; r++)
+                out[m * kChunk + n] = std::fma(narrow[m * rank + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
+}
+
+template <typename W>
+struct Experts {
+    const W* a;    // [rank, depth]
+    const W* b_t;  // [rank, width]
+    const W* gate;  // [rows - first_row, rank], rows `gate_stride` apart
+    int64_t rank, gate_stride, first_row;
+};
+
+// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width]
+template <typename W>
+void linear(
+    const W* x, const W* weight, const W* bias, const Experts<W>& experts, int64_t rows, int64_t depth, int64_t width, W* y
+) {
+    std::vector<float> copy;
+    const float* floats;
+    if constexpr (std::is_same_v<W, float>) {
+        floats = x;
+    } else {
+        copy.resize(rows * depth);
+        for (int64_t i = 0; i < rows * depth; i++) copy[i] = to_float(x[i]);
+        floats = copy.data();
+    }
+    const int64_t gated = experts.rank ? rows - experts.first_row : 0;
+    std::vector<float> narrow(gated * experts.rank);
+    const int64_t rank_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
+    const int64_t chunks = (width + kChunk - 1) / kChunk;
+    [[maybe_unused]] const bool worth_threads = rows * depth * width > (1 << 18);
+#pragma omp parallel num_threads(XLORA_THREADS) if (XLORA_THREADS > 1 && worth_threads)
+    {
+        std::vector<float> block(rows * kChunk);
+#pragma omp for
+        for (int64_t chunk = 0; chunk < rank_chunks; chunk++) {
+            const int64_t first = chunk * kChunk, count = std::min(kChunk, experts.rank - first);
+            multiply(floats + experts.first_row * depth, gated, depth, experts.a + first * depth, count, block.data());
+            for (int64_t m = 0; m < gated; m++)
+                for (int64_t r = 0; r < count; r++)
+                    narrow[m * experts.rank + first + r] =
+                        block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
+        }
+#pragma omp for
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
+            multiply(floats, rows, depth, weight + first * depth, count, block.data());
+            float* const own = block.data() + experts.first_row * kChunk;
+            int64_t m = 0;
+            for (; m + 2 <= gated; m += 2)
+                widen_chunk<2>(&narrow[m * experts.rank], experts.rank, experts.b_t + first, width, count, own + m * kChunk);
+            if (m < gated)
+                widen_chunk<1>(&narrow[m * experts.rank], experts.rank, experts.b_t + first, width, count, own + m * kChunk);
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t n = 0; n < count; n++)
+                    store(y + row * width + first + n,
+                          block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
+        }
+    }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+// e^x for x <= 0, to about 1e-7 (polynomial of the Cephes library).
+inline Vec exponential(Vec x) {
+    x = x < -87.0f ? Vec{} - 87.0f : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it drops the digits behind the point
+    const Vec whole = (x * 1.44269504f + round) - round;
+    const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const IntVec exponent = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+    return p * (Vec)exponent;
+}
+
+// The scores of `count` keys to weights: e^(score - most), where `most` is the largest ever. Returns their sum.
+inline float to_weights(float* scores, int64_t count, float& most) {
+    const float least = -std::numeric_limits<float>::max();
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    std::fill(scores + count, scores + padded, least);
+    Vec largest = Vec{} + most, total{};
+    for (int64_t i = 0; i < padded; i += kLanes) {
+        const Vec some = load(scores + i);
+        largest = some > largest ? some : largest;
+    }
+    for (int lane = 0; lane < kLanes; lane++) most = std::max(most, largest[lane]);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+        const Vec some = load(scores + i), weight = some == least ? Vec{} : exponential(some - most);
+        std::memcpy(scores + i, &weight, sizeof weight);
+        total += weight;
+    }
+    const Quad sum = sums(total, Vec{}, Vec{}, Vec{});
+    return sum[0];
+}
+
+template <typename W>
+struct Pool {  // [blocks, block_size, kv_heads, head_dim]
+    const W* keys;
+    const W* values;
+    int64_t block_size, kv_heads, head_dim;
+};
+
+constexpr int64_t kTokens = 256;  // looked at together: their scores stay in the nearest cache
+
+// scores[i] = q . key[i] for `count` keys.
+template <typename W>
+void score(const float* q, const W* const* keys, int64_t count, int64_t head_dim, float* scores) {
+    for (int64_t first = 0; first < count; first += 8) {
+        const W* key[8];
+        for (int i = 0; i < 8; i++) key[i] = keys[std::min(first + i, count - 1)];
+        Vec total[8] = {};
+        int64_t d = 0;
+        for (; d + kLanes <= head_dim; d += kLanes) {
+            const Vec query = load(q + d);
+            for (int i = 0; i < 8; i++) total[i] += query * load(key[i] + d);
+        }
+        float sum[8];
+        const Quad low = sums(total[0], total[1], total[2], total[3]), high = sums(total[4], total[5], total[6], total[7]);
+        std::memcpy(sum, &low, sizeof low);
+        std::memcpy(sum + 4, &high, sizeof high);
+        for (; d < head_dim; d++)
+            for (int i = 0; i < 8; i++) sum[i] += q[d] * to_float(key[i][d]);
+        std::copy_n(sum, std::min<int64_t>(8, count - first), scores + first);
+    }
+}
+
+// out[h][0 .. VECTORS * 8] += sum over i of weights[h][i] * value[i], for HEADS heads at once.
+template <int HEADS, int VECTORS, typename W>
+inline void mix(const float* weights, const W* const* values, int64_t d, int64_t count, float* out, int64_t out_stride) {
+    Vec total[HEADS][VECTORS];
+    for (int h = 0; h < HEADS; h++)
+        for (int v = 0; v < VECTORS; v++) total[h][v] = load(out + h * out_stride + d + v * kLanes);
+    for (int64_t i = 0; i < count; i++)
+        for (int v = 0; v < VECTORS; v++) {
+            const Vec value = load(values[i] + d + v * kLanes);
+            for (int h = 0; h < HEADS; h++) total[h][v] += weights[h * kTokens + i] * value;
+        }
+    for (int h = 0; h < HEADS; h++) std::memcpy(out + h * out_stride + d, total[h], sizeof total[h]);
+}
+
+template <int HEADS, typename W>
+void mix_heads(const float* weights, const W* const* values, int64_t count, int64_t head_dim, float* out) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) mix<HEADS, 4>(weights, values, d, count, out, head_dim);
+    for (; d + kLanes <= head_dim; d += kLanes) mix<HEADS, 1>(weights, values, d, count, out, head_dim);
+    for (; d < head_dim; d++)
+        for (int h = 0; h < HEADS; h++)
+            for (int64_t i = 0; i < count; i++) out[h * head_dim + d] += weights[h * kTokens + i] * to_float(values[i][d]);
+}
+
+struct Scores {
+    float scaling;
+    int64_t window;  // 0: none
+    float softcap;   // 0: none
+};
+
+// One row's query heads of one KV head over the keys begin .. position: softmax as it goes (online), so that any context
+// is read once and needs no memory.
+template <typename W>
+void attend(
+    const W* query, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t kv_head, int64_t heads,
+    const Scores& how, W* result
+) {
+    const int64_t head_dim = pool.head_dim, begin = how.window ? std::max<int64_t>(0, position - how.window + 1) : 0;
+    std::vector<float> floats(2 * heads * head_dim + heads * kTokens + 2 * heads);
+    float* const q = floats.data();
+    float* const out = q + heads * head_dim;
+    float* const weights = out + heads * head_dim;
+    float* const largest = weights + heads * kTokens;
+    float* const total = largest + heads;
+    std::fill_n(largest, heads, -std::numeric_limits<float>::max());
+    for (int64_t i = 0; i < heads * head_dim; i++) q[i] = to_float(query[i]) * how.scaling;
+    const W *keys[kTokens], *values[kTokens];
+    for (int64_t start = begin; start <= position; start += kTokens) {
+        const int64_t count = std::min(kTokens, position + 1 - start);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t slot = table[(start + i) / pool.block_size] * pool.block_size + (start + i) % pool.block_size;
+            keys[i] = pool.keys + (slot * pool.kv_heads + kv_head) * head_dim;
+            values[i] = pool.values + (slot * pool.kv_heads + kv_head) * head_dim;
+        }
+        for (int64_t h = 0; h < heads; h++) {
+            float* const own = weights + h * kTokens;
+            score(q + h * head_dim, keys, count, head_dim, own);
+            if (how.softcap > 0)
+                for (int64_t i = 0; i < count; i++) own[i] = how.softcap * std::tanh(own[i] / how.softcap);
+            const float before = largest[h], sum = to_weights(own, count, largest[h]);
+            const float shrink = exponential(Vec{} + (before - largest[h]))[0];
+            total[h] = total[h] * shrink + sum;
+            for (int64_t d = 0; d < head_dim; d++) out[h * head_dim + d] *= shrink;
+        }
+        int64_t h = 0;
+        for (; h + 3 <= heads && heads - h != 4; h += 3)
+            mix_heads<3>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
+        for (; h + 2 <= heads; h += 2)
+            mix_heads<2>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
+        if (h < heads) mix_heads<1>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
+    }
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t d = 0; d < head_dim; d++)
+            store(result + h * head_dim + d, out[h * head_dim + d] / total[h]);
+}
+
+// ---- what AOTInductor calls ----------------------------------------------------------------------------------------
+
+// A tensor that somebody else owns; none where there is no handle.
+class Tensor {
+public:
+    explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+    explicit Tensor(const AtenTensorHandle* handle) : handle_(handle ? *handle : nullptr) {}
+
+    explicit operator bool() const { return handle_ != nullptr; }
+
+    template <typename T>
+    T* data() const {
+        void* pointer = nullptr;
+        if (handle_) aoti_torch_get_data_ptr(handle_, &pointer);
+        return static_cast<T*>(pointer);
+    }
+
+    int64_t size(int64_t dim) const {
+        int64_t size = 0;
+        aoti_torch_get_size(handle_, dim, &size);
+        return size;
+    }
+
+    int64_t stride(int64_t dim) const {
+        int64_t stride = 0;
+        aoti_torch_get_stride(handle_, dim, &stride);
+        return stride;
+    }
+
+    bool has(int32_t dtype) const {
+        int32_t own = -1;
+        aoti_torch_get_dtype(handle_, &own);
+        return own == dtype;
+    }
+
+    // Whether the dimensions from `first` on lie without gaps, last one fastest.
+    bool is_dense(int64_t dims, int64_t first = 0) const {
+        int64_t expected = 1;
+        for (int64_t dim = dims - 1; dim >= first; dim--) {
+            if (size(dim) > 1 && stride(dim) != expected) return false;
+            expected *= size(dim);
+        }
+        return true;
+    }
+
+private:
+    AtenTensorHandle handle_;
+};
+
+template <typename W>
+void linear_of(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& a, const Tensor& b_t, const Tensor& gate,
+    int64_t first_row, const Tensor& y
+) {
+    Experts<W> experts{};
+    if (a) experts = {a.data<W>(), b_t.data<W>(), gate.data<W>(), a.size(0), gate.stride(0), first_row};
+    linear<W>(
+        x.data<W>(), weight.data<W>(), bias.data<W>(), experts, x.size(0), x.size(1), weight.size(0), y.data<W>());
+}
+
+template <typename W>
+void attention_of(
+    const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& positions,
+    const Scores& how, const Tensor& result
+) {
+    const Pool<W> pool{keys.data<W>(), values.data<W>(), keys.size(1), keys.size(2), keys.size(3)};
+    const int64_t rows = query.size(0), heads = query.size(1), group = heads / pool.kv_heads, width = table.size(1);
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(XLORA_THREADS) if (XLORA_THREADS > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) {
+            const int64_t offset = (row * heads + kv_head * group) * pool.head_dim;
+            attend<W>(
+                query.data<W>() + offset, pool, table.data<int64_t>() + row * width, positions.data<int64_t>()[row],
+                kv_head, group, how, result.data<W>() + offset);
+        }
+}
+
+AOTITorchError new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, AtenTensorHandle* result) {
+    int64_t strides[3];
+    for (int64_t dim = dims - 1, stride = 1; dim >= 0; stride *= sizes[dim--]) strides[dim] = stride;
+    const int32_t dtype = like.has(aoti_torch_dtype_float32()) ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
+    return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result);
+}
+
+}  // namespace
+
+extern "C" {
+
+AOTITorchError aoti_torch_cpu_decode_linear(
+    AtenTensorHandle x_, AtenTensorHandle weight_, AtenTensorHandle* bias_, AtenTensorHandle* a_, AtenTensorHandle* b_t_,
+    AtenTensorHandle* gate_, int64_t first_row, AtenTensorHandle* result
+) {
+    const Tensor x(x_), weight(weight_), bias(bias_), a(a_), b_t(b_t_), gate(gate_);
+    if (!x.is_dense(2) || !weight.is_dense(2) || (a && !(a.is_dense(2) && b_t.is_dense(2) && gate.is_dense(2, 1))))
+        return AOTI_TORCH_FAILURE;
+    const int64_t sizes[] = {x.size(0), weight.size(0)};
+    if (new_tensor(x, 2, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    if (x.has(aoti_torch_dtype_float32())) {
+        linear_of<float>(x, weight, bias, a, b_t, gate, first_row, Tensor(*result));
+    } else {
+        linear_of<bfloat16>(x, weight, bias, a, b_t, gate, first_row, Tensor(*result));
+    }
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_decode_attention(
+    AtenTensorHandle query_, AtenTensorHandle keys_, AtenTensorHandle values_, AtenTensorHandle table_,
+    AtenTensorHandle positions_, double scaling, int64_t window, double softcap, AtenTensorHandle* result
+) {
+    const Tensor query(query_), keys(keys_), values(values_), table(table_), positions(positions_);
+    if (!query.is_dense(3) || !keys.is_dense(4) || !values.is_dense(4) || !table.is_dense(2) || !positions.is_dense(1))
+        return AOTI_TORCH_FAILURE;
+    const int64_t sizes[] = {query.size(0), query.size(1), query.size(2)};
+    if (new_tensor(query, 3, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    const Scores how{float(scaling), window, float(softcap)};
+    if (query.has(aoti_torch_dtype_float32())) {
+        attention_of<float>(query, keys, values, table, positions, how, Tensor(*result));
+    } else {
+        attention_of<bfloat16>(query, keys, values, table, positions, how, Tensor(*result));
+    }
+    return AOTI_TORCH_SUCCESS;
+}
+
+}  // extern "C"

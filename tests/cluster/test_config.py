@@ -1,0 +1,143 @@
+"""The Serve config file and the command's flags against Ray's schema and our own settings. No cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service import cli
+from service.metrics import Metrics
+from service.settings import Settings
+from tests.server_process import ROOT
+
+CONFIG = ROOT / "docker/ray-serve.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'xlora-service[ray]')")
+
+
+def isolated(program: str) -> Any:
+    """What a program prints as JSON. Ray does not live with warnings that are errors."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_config_file_is_what_ray_and_we_understand() -> None:
+    """... and puts before the replicas what `xlora-serve cluster` does."""
+    program = f"""
+import json, yaml
+from ray.serve.schema import ServeDeploySchema
+from service.cluster.launch import proxy_variables
+from service.cluster.replica import ClusterArguments, application
+from service.settings import load_settings
+config = ServeDeploySchema.model_validate(yaml.safe_load(open({str(CONFIG)!r})))
+[app] = config.applications
+arguments = ClusterArguments.model_validate(app.args)
+module, name = app.import_path.split(":")
+print(json.dumps({{
+    "path": (module, name) == (application.__module__, application.__name__),
+    "environment": config.controller_options.runtime_env["env_vars"],
+    "expected": proxy_variables(load_settings(arguments.settings)),
+    "settings": sorted(arguments.settings),
+}}))
+"""
+    found = isolated(program)
+    assert found["path"]
+    assert found["environment"] == found["expected"]
+    assert set(found["settings"]) <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"replicas": 3}, {"num_replicas": 3, "autoscaling": None}),
+        ({"replicas": 1, "max_replicas": 4}, {"num_replicas": None, "autoscaling": [1, 4, 8]}),
+    ],
+)
+def test_flags_become_the_deployment(arguments: dict[str, int], expected: dict[str, Any]) -> None:
+    """Bounds follow from the settings: what a replica may hold, what may wait, how long a drain takes."""
+    settings = {"max_num_seqs": 16, "max_queued_requests": 20, "drain_seconds": 30, "threads": 2, "device": "cpu"}
+    program = f"""
+import json
+from service.cluster.replica import ClusterArguments, application
+deployment = application(ClusterArguments(settings={settings!r}, **{arguments!r}))._bound_deployment
+config, auto = deployment._deployment_config, deployment._deployment_config.autoscaling_config
+print(json.dumps({{
+    "num_replicas": None if auto else config.num_replicas,
+    "autoscaling": auto and [auto.min_replicas, auto.max_replicas, auto.target_ongoing_requests],
+    "ongoing": config.max_ongoing_requests, "queued": config.max_queued_requests,
+    "drain": config.graceful_shutdown_timeout_s, "actor": deployment.ray_actor_options,
+    "refusal": config.backpressure_config.status_code,
+}}))
+"""
+    found = isolated(program)
+    assert {name: found[name] for name in expected} == expected
+    assert found["ongoing"] >= 16 + 20
+    assert (found["queued"], found["refusal"]) == (20, 429)
+    assert 30 <= found["drain"] <= 35
+    assert (found["actor"]["num_cpus"], found["actor"]["num_gpus"]) == (2, 0)
+
+
+def test_every_rank_of_a_replica_has_its_own() -> None:
+    """Ray shows a replica the GPUs that it counts, and no others."""
+    settings = {"tensor_parallel": 2, "threads": 3, "device": "cuda"}
+    program = f"""
+import json
+from service.cluster.replica import ClusterArguments, application
+print(json.dumps(application(ClusterArguments(settings={settings!r}))._bound_deployment.ray_actor_options))
+"""
+    found = isolated(program)
+    assert (found["num_cpus"], found["num_gpus"]) == (6, 2)
+
+
+def test_metrics_of_replicas_are_merged_by_family() -> None:
+    """Each family once, each series under its replica; counters keep their names, histograms their buckets."""
+    program = """
+import json
+from prometheus_client import CollectorRegistry
+from service.cluster.replica import merged
+from service.metrics import Metrics
+replicas = {name: Metrics(CollectorRegistry()) for name in "ab"}
+replicas["a"].generated_tokens.inc(3)
+replicas["b"].generated_tokens.inc(4)
+replicas["b"].queue_time.observe(0.3)
+print(json.dumps(merged({name: one.registry.collect() for name, one in replicas.items()}).decode()))
+"""
+    lines = isolated(program).splitlines()
+    assert 'xlora_generated_tokens_total{replica="a"} 3.0' in lines
+    assert 'xlora_generated_tokens_total{replica="b"} 4.0' in lines
+    assert 'xlora_queue_time_seconds_bucket{le="0.5",replica="b"} 1.0' in lines
+    assert 'xlora_queue_time_seconds_bucket{le="0.25",replica="b"} 0.0' in lines
+    alone = Metrics(CollectorRegistry()).render().decode().splitlines()
+    types = [line for line in alone if line.startswith("# TYPE") and "_created" not in line]
+    assert [line for line in lines if line.startswith("# TYPE") and "_created" not in line] == types
+
+
+def test_keys_do_not_travel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("XLORA_API_KEYS", "a-key-of-the-test")
+    program = """
+import sys
+from service import cli
+sys.exit(cli.main(["cluster", "--address", "127.0.0.9:1"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "XLORA_API_KEYS does not travel" in done.stderr
+    assert "a-key-of-the-test" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv", [["--replicas", "0"], ["--max-replicas", "x"], ["--max-header-bytes", "4096"], ["--replicas"]]
+)
+def test_wrong_usage(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.build_parser().parse_args(["cluster", *argv])
+    assert end.value.code == 2

@@ -1,0 +1,75 @@
+"""A server whose model is computed by two processes: the same tokens, and an end of either that nobody hangs on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.test_chaos import honest, honest_body
+from tests.e2e.test_lifecycle import engine_process, serve
+from tests.server_process import Server, server
+
+FLAGS = ("--threads", "1", "--tensor-parallel", "2")
+
+
+def follower_process(running: Server) -> psutil.Process:
+    """Rank 1."""
+    [follower] = [child for child in engine_process(running).children() if "service.engine.follower" in child.cmdline()]
+    return follower
+
+
+def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tmp_path: Path) -> None:
+    """Killed while nothing runs: nobody waits for it, and still the probes turn red and the exit code is 3."""
+    expected = [asyncio.run(honest(tiny_server.port, number)) for number in range(4)]
+    with (tmp_path / "stderr").open("wb") as log, server("--model", str(tiny_bundle), *FLAGS, stderr=log) as running:
+        assert [asyncio.run(honest(running.port, number)) for number in range(4)] == expected
+        engine, follower = engine_process(running), follower_process(running)
+        follower.kill()
+        assert running.process.wait(20) == 3
+        engine.wait(5)
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    assert "error: the engine is lost: rank 1 of 2 was ended by SIGKILL, perhaps for want of memory" in lines
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
+    """The signal goes to the whole process group: no rank may die of it while a request runs."""
+
+    async def scene(running: Server) -> list[int]:
+        request = asyncio.create_task(honest(running.port, 4))
+        await asyncio.sleep(0.05)
+        os.killpg(running.process.pid, signal.SIGTERM)
+        return await request
+
+    with server("--model", str(tiny_bundle), *FLAGS, start_new_session=True) as running:
+        follower = follower_process(running)
+        assert len(asyncio.run(scene(running))) == honest_body(4)["max_tokens"]
+        assert running.process.wait(30) == 0
+        follower.wait(10)
+
+
+@pytest.mark.parametrize("victim", ["server", "engine"])
+def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None:
+    """SIGKILL leaves no orphan with a part of the model in memory."""
+    with server("--model", str(tiny_bundle), *FLAGS) as running:
+        engine, follower = engine_process(running), follower_process(running)
+        (running.process if victim == "server" else engine).kill()
+        follower.wait(10)
+        if victim == "server":
+            engine.wait(10)
+        else:
+            assert running.process.wait(20) == 3
+
+
+def test_a_model_that_cannot_be_divided_is_one_line(tiny_bundle: Path) -> None:
+    finished = serve("--model", str(tiny_bundle), "--port", "0", "--log-level", "warning", "--tensor-parallel", "4")
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-2:] == [
+        "error: --tensor-parallel 4 does not divide the base model's 2 key/value heads",
+        "hint: this model allows 1, 2",
+    ]

@@ -1,0 +1,136 @@
+"""The C++ kernels of compiled steps, called as a compiled step calls them, against torch and the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from service.model import decode_kernels
+from service.model.attention import sdpa
+from service.model.batch import AttentionGroup
+from service.model.kv_cache import KVCache, KVLayout
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+class Library:
+    """Calls the C functions with tensors."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        decode_kernels.build(path, threads)
+        self._library = ctypes.CDLL(str(path))
+
+    def __call__(self, name: str, *args: Any) -> Tensor | None:
+        """The result, or None where the function has refused its arguments. Tensors in a list may be missing."""
+        handles: list[int] = []
+        result = ctypes.c_void_p()
+        code = getattr(self._library, f"aoti_torch_cpu_{name}")(
+            *(self._argument(argument, handles) for argument in args), ctypes.byref(result)
+        )
+        for handle in handles:
+            torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
+        return None if code else torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(result.value))
+
+    def _argument(self, argument: Any, handles: list[int]) -> Any:
+        if isinstance(argument, list):
+            return None if argument[0] is None else ctypes.byref(self._argument(argument[0], handles))
+        if isinstance(argument, Tensor):
+            [capsule] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([argument])
+            handles.append(_pointer(capsule, None))
+            return ctypes.c_void_p(handles[-1])
+        return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
+
+
+_pointer: Callable[..., int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+    ("PyCapsule_New", ctypes.pythonapi)
+)
+
+
+def _capsule(pointer: int | None) -> Any:
+    return _new_capsule(pointer, None, None)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("kernels") / "kernels.so", request.param)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 32])
+def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+    """Every number of rows left over, widths and depths that no vector divides, experts on all, some and no rows."""
+    for width, depth, rank in product((1, 12, 50, 193), (3, 8, 40), (0, 1, 7, 60)):
+        x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
+        for bias, first in product((None, torch.randn(width, dtype=dtype)), {0, rows // 2, rows}):
+            expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
+            gate = torch.randn(rows - first, 3 * rank, dtype=dtype)[:, rank : 2 * rank]  # as Gate.at cuts it
+            stack = [[a], [b_t], [gate]] if rank else [[None]] * 3
+            if rank:
+                expected[first:] += (F.linear(x[first:].double(), a.double()) * gate.double()) @ b_t.double()
+            ours = kernels("decode_linear", x, weight, [bias], *stack, first)
+            assert ours is not None
+            assert ours.dtype == dtype
+            scale = max(1.0, float(expected.abs().max()))
+            torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention(kernels: Library, window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
+    """Contexts of one token up to several times what is looked at together, grouped heads, odd sizes of head and block.
+
+    What no row may see is NaN in ours.
+    """
+    sizes = [(4, 1, 1, 8), (16, 2, 3, 32), (7, 2, 4, 20), (16, 1, 8, 64), (4, 1, 5, 44)]
+    for block_size, kv_heads, heads_each, head_dim in sizes:
+        positions = torch.tensor([0, block_size, 41, 255, 256, 700])
+        width = 700 // block_size + 1
+        cache = KVCache.allocate(
+            KVLayout(1, kv_heads, head_dim, block_size, 1, 1, dtype), len(positions) * width, torch.zeros(1, 1)
+        )
+        cache.keys[0].normal_()
+        cache.values[0].normal_()
+        table = torch.randperm(len(positions) * width).view(len(positions), width)
+        query = torch.randn(len(positions), heads_each * kv_heads, head_dim, dtype=dtype)
+        group = AttentionGroup(0, len(positions), 1, positions[:, None], table, 701, needs_mask=True)
+        wide = KVCache([cache.keys[0].double()], [cache.values[0].double()], cache.gate_rows)
+        expected = sdpa(query.double(), group, 0, wide, 0.3, window, softcap)
+        for row, position in enumerate(positions.tolist()):
+            for number in range(position + 1, width * block_size):
+                block, offset = table[row, number // block_size], number % block_size
+                cache.keys[0][block, offset] = cache.values[0][block, offset] = float("nan")
+        ours = kernels(
+            "decode_attention",
+            *(query, cache.keys[0], cache.values[0], table, positions),
+            *(0.3, window or 0, softcap or 0.0),
+        )
+        assert ours is not None
+        torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_what_is_not_dense_is_refused(kernels: Library) -> None:
+    """Reading it as if it were would give rubbish."""
+    x, weight = torch.randn(2, 8), torch.randn(8, 8)
+    assert kernels("decode_linear", x, weight.T, [None], [None], [None], [None], 0) is None
+    assert kernels("decode_linear", torch.randn(8, 2).T, weight, [None], [None], [None], [None], 0) is None
+
+
+def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="could not be compiled"):
+        decode_kernels.build(tmp_path / "no folder" / "kernels.so", 1)

@@ -1,0 +1,61 @@
+"""The proxy of docker/compose.replicas.yaml as a process on this machine, before replicas on ports of this machine.
+
+It runs the shipped configuration; only the addresses that the container has are replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.server_process import free_port
+
+CONFIGURATION = Path(__file__).parents[1] / "docker/haproxy/haproxy.cfg"
+MISSING = "haproxy is not installed (Debian: apt-get install haproxy)"
+_START_SECONDS = 10.0
+
+
+def installed() -> bool:
+    return shutil.which("haproxy") is not None
+
+
+def render(port: int, replicas: Sequence[int]) -> str:
+    """The shipped configuration, listening on `port`, with the replicas at these ports."""
+    shipped = CONFIGURATION.read_text("utf-8")
+    bound, binds = re.subn(r"^    bind :8000$", f"    bind 127.0.0.1:{port}", shipped, flags=re.M)
+    servers = "".join(f"    server replica{one} 127.0.0.1:{one}\n" for one in replicas)
+    rendered, templates = re.subn(r"^    server-template .*\n", servers, bound, flags=re.M)
+    assert (binds, templates) == (1, 1)
+    return rendered
+
+
+@contextmanager
+def proxy(replicas: Sequence[int], folder: Path) -> Iterator[int]:
+    """Runs the proxy until the block ends; yields its port once it listens."""
+    port = free_port()
+    path = folder / f"haproxy-{port}.cfg"
+    path.write_text(render(port, replicas))
+    with (folder / f"haproxy-{port}.log").open("wb") as log:
+        process = subprocess.Popen(["haproxy", "-db", "-f", str(path)], stdout=log, stderr=log)
+        try:
+            _wait_for(port, process)
+            yield port
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise RuntimeError(f"haproxy does not listen (exit code {process.poll()})")
