@@ -55,6 +55,7 @@ async def reset_gate(service: ServiceDependency) -> dict[str, Any]:
 
 
 def _set_gate(service: Service, settings: GateSettings) -> dict[str, Any]:
+    service.check_serving()
     check_settings(settings, service.info)
     service.client.set_gate(settings)
     service.gate = settings
@@ -93,6 +94,7 @@ async def switch_log(
     body: Annotated[LogBody, Body(openapi_examples=LOG_BODIES)], service: ServiceDependency
 ) -> dict[str, Any]:
     """On: rows of positions computed from now on, the newest that fit both bounds. Off: the rows stay."""
+    service.check_serving()
     log = service.scalings_log
     if body.enabled:
         log.enable(body.max_tokens or DEFAULT_TOKENS, body.max_bytes or DEFAULT_BYTES)

@@ -26,6 +26,8 @@ MAX_SETTINGS = 8  # of one POST /compare
 MAX_TEXTS = 64  # of one POST /scalings
 MAX_SELECTED = 16_384  # names or numbers in one list of Select
 
+_FIELDS_OF_JUDGING = {"prompt", "settings", "timeout", "cache_salt"}  # of POST /compare, with no output to write
+
 
 def _texts(value: object) -> object:
     """One message for a union of four types."""
@@ -92,6 +94,15 @@ class CompareBody(OneTextFields):
     def _dtype_needs_full(self) -> CompareBody:
         if self.scalings_dtype is not None and self.return_scalings != "full":
             raise ValueError('scalings_dtype needs return_scalings "full"')
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_needs_an_output_to_write(self) -> CompareBody:
+        if any(setting.token_ids is None for setting in self.settings):
+            return self
+        for name in sorted(self.model_fields_set - _FIELDS_OF_JUDGING):
+            if getattr(self, name) is not None:
+                raise ValueError(f"has no use for {name}: every setting has token_ids, so nothing is generated")
         return self
 
 

@@ -59,15 +59,20 @@ class Service:
         """Loaded, warmed up, not told to stop, and the engine lives."""
         return self.state == "ok"
 
-    @property
-    def codec(self) -> TextCodec:
-        """The tokenizer; raises UnavailableError while the model loads, while draining, and without an engine."""
+    def check_serving(self) -> None:
+        """Raises UnavailableError while the model loads, while draining, and without an engine."""
         if not self.client.alive:
             raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
         if self.draining:
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
         if self._codec is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
+
+    @property
+    def codec(self) -> TextCodec:
+        """The tokenizer; raises UnavailableError as check_serving does."""
+        self.check_serving()
+        assert self._codec is not None
         return self._codec
 
     @property

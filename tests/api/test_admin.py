@@ -13,7 +13,7 @@ from service.api.scalings_log import ScalingsLog
 from service.engine.request import GateSettings, LoggedRows
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
-from tests.fake_engine import EXPERTS, SITES, FakeEngine, gate_row
+from tests.fake_engine import EXPERTS, POISON, SITES, FakeEngine, gate_row
 
 STORED = {"scaling_pass_value": 0.0, "top_k_lora": None, "global_scaling_weight": 1.0}
 PATHS = [("GET", "/gate"), ("PATCH", "/gate"), ("DELETE", "/gate"), ("GET", "/scalings/log"), ("PUT", "/scalings/log"),
@@ -160,3 +160,13 @@ def test_other_bounds_keep_the_newest_rows(log: ScalingsLog) -> None:
     assert runs(log) == [("r1", 0, 3, 13)]
     log.clear()
     assert (runs(log), log._rows.nbytes) == ([], 0), "the memory is given back"
+
+
+def test_without_an_engine_nothing_is_changed(http: TestClient) -> None:
+    """A 200 would be a lie: the engine never hears of it."""
+    http.post("/generate", json={"prompt": [POISON]})
+    for method, path, body in [("PATCH", "/gate", {"top_k_lora": 1}), ("PUT", "/scalings/log", {"enabled": True})]:
+        answer = http.request(method, path, json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+    assert http.get("/gate").json() == {**STORED, "checkpoint": STORED}
+    assert not http.get("/scalings/log").json()["enabled"]

@@ -50,7 +50,7 @@ def test_settings_are_one_batch_and_judge_each_other(http: TestClient, engine: F
 def test_given_outputs_are_judged_not_written(http: TestClient, engine: FakeEngine) -> None:
     """Every gate scores every given text, of exactly its tokens; equal gates and texts are computed once."""
     settings = [{"token_ids": [80, 81]}, {**BASE, "token_ids": [80, 81, 82]}, {"token_ids": [80, 81]}]
-    answer = http.post("/compare", json=body(*settings)).json()
+    answer = http.post("/compare", json=body(*settings, max_tokens=None, seed=None)).json()
     scores = engine.requests[1:]
     assert len(scores) == 4
     assert all(one.score_from == 10 and one.sampling and not one.sampling.max_tokens for one in scores)
@@ -93,6 +93,8 @@ def test_errors_name_the_setting(http: TestClient, engine: FakeEngine) -> None:
     assert error(http, {}, stream=True)["code"] == "unknown_field"
     assert error(http, {}, scalings_dtype="float16")["param"] == "scalings_dtype"
     assert error(http, {}, max_tokens=MAX_MODEL_LEN)["param"] == "max_tokens"
+    unused = error(http, {"token_ids": [80]}, max_tokens=None)
+    assert unused["message"] == "the body has no use for seed: every setting has token_ids, so nothing is generated"
     assert len(engine.requests) == 1
 
 
@@ -113,7 +115,7 @@ def test_without_time_what_was_not_judged_is_null(http: TestClient, engine: Fake
     answer = http.post("/compare", json=body({}, given, timeout=1)).json()
     assert answer["log_likelihood"] == {"sum": [[-2.0, None], [-2.0, None]], "per_token": [[-0.5, None], [-0.5, None]]}
     assert [token["logprob"] for token in answer["outputs"][1]["tokens"]] == [None] * 70
-    assert http.post("/compare", json=body(given, timeout=1)).status_code == 504
+    assert http.post("/compare", json=body(given, timeout=1, max_tokens=None, seed=None)).status_code == 504
     engine.step_seconds = 0.6
     cut = http.post("/compare", json=body({}, max_tokens=64, timeout=2)).json()
     assert cut["outputs"][0]["finish_reason"] == "timeout"
@@ -121,7 +123,7 @@ def test_without_time_what_was_not_judged_is_null(http: TestClient, engine: Fake
 
 def test_a_fault_of_the_engine_is_ours(http: TestClient) -> None:
     assert http.post("/compare", json=body({}) | {"prompt": [FAULTY]}).status_code == 500
-    assert http.post("/compare", json=body({"token_ids": [FAULTY]})).status_code == 500
+    assert http.post("/compare", json=body({"token_ids": [FAULTY]}, max_tokens=None, seed=None)).status_code == 500
 
 
 def test_stops_and_counts_as_elsewhere(http: TestClient) -> None:
