@@ -187,6 +187,12 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     return error_response(explain(error.errors(), request.url.path))
 
 
+def _methods_of(request: Request, known: str) -> str:
+    """What a path can be asked: every method is a route of its own, and the router names only the first one's."""
+    documented = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", None), {})
+    return ", ".join(sorted({*filter(None, known.split(", ")), *map(str.upper, documented)}))
+
+
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
@@ -195,7 +201,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         case 404:
             return error_response(NotFoundError(f"no such path: {path}", hint="GET /docs lists them"), headers)
         case 405:
-            allowed = headers.get("Allow", "another method")
+            headers["Allow"] = allowed = _methods_of(request, headers.get("Allow", ""))
             return error_response(
                 MethodNotAllowedError(f"{method} is not allowed on {path}", hint=f"use {allowed}"), headers
             )

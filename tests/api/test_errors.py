@@ -167,3 +167,12 @@ def test_a_dead_engine_is_503_and_red(http: TestClient) -> None:
     assert response.headers["retry-after"] == "5"
     assert (http.get("/livez").status_code, http.get("/readyz").status_code) == (503, 503)
     assert http.get("/health").json()["status"] == "engine dead"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/gate", "DELETE, GET, PATCH"), ("/scalings/log", "DELETE, GET, PUT"), ("/generate", "POST")]
+)
+def test_a_wrong_method_is_told_all_right_ones(http: TestClient, path: str, allowed: str) -> None:
+    answer = http.request("OPTIONS", path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    assert answer.json()["error"]["hint"] == f"use {allowed}"
