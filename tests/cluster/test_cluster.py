@@ -26,6 +26,7 @@ from tests.bundles import make_bundle
 from tests.server_process import ROOT, free_port, server
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'xlora-service[ray]')")
+pytestmark = pytest.mark.slow  # minutes on two cores, and Ray's own time limits want them idle
 
 KEY = "a-key-of-the-test"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
