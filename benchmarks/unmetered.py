@@ -20,7 +20,7 @@ from service.engine.options import EngineOptions
 from service.metrics import Metrics
 
 
-def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> Any:
+def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]) -> Any:
     """The product's engine, whose gate statistics are never made."""
     from service.engine import gate_report, loader
     from service.engine.request import GateStats
@@ -34,7 +34,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None]) -> A
 
     observer.observe = observe
     observer.statistics = lambda self, flush: GateStats()
-    return loader.load_engine(options, on_progress)
+    return loader.load_engine(options, on_progress, on_lost)
 
 
 def switch_off() -> None:

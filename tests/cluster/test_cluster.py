@@ -270,7 +270,9 @@ def test_a_killed_node_breaks_its_own_streams_only(cluster: Cluster) -> None:
     broken = [streamed for streamed in answers if streamed[-1] != "[DONE]"]
     assert any(len(streamed) > 1 for streamed in broken)
     assert len(broken) < len(answers)
-    assert {streamed[-1]["error"]["code"] for streamed in broken} == {"replica_lost"}
+    codes = {streamed[-1]["error"]["code"] for streamed in broken}
+    assert "replica_lost" in codes
+    assert codes <= {"replica_lost", "overloaded"}  # who waited there may find the other replica full
     until(lambda: whole(cluster) and len(set(cluster.metric("xlora_requests_running")) - before) == 1)
     for number, streamed in zip(numbers, answers, strict=True):
         body = {"prompt": prompt(number), "max_tokens": compared, "temperature": 0, "ignore_eos": True}
