@@ -85,10 +85,10 @@ def test_a_comparison_ends_when_its_client_goes(address: tuple[str, int], client
     engine = client.engine
     engine.step_seconds = 0.1
     given = {"token_ids": [90] * 70}
-    for settings, scores in (([{}, {"experts": {"only": []}}], False), ([given], True)):
+    written = {"max_tokens": 60, "settings": [{}, {"experts": {"only": []}}]}
+    for fields, scores in ((written, False), ({"settings": [given]}, True)):
         before = len(engine.requests)
-        body = json.dumps({"prompt": [80], "max_tokens": 60, "settings": settings}).encode()
-        connection = send(address, body, "/compare")
+        connection = send(address, json.dumps({"prompt": [80]} | fields).encode(), "/compare")
         assert wait_for(lambda before=before: len(engine.requests) > before)
         assert (engine.requests[-1].score_from is not None) == scores
         connection.close()
