@@ -71,7 +71,13 @@ def make_engine(model: Path, *, compiled: bool = False, dtype: str = "float32", 
 
 
 def wait_compiled(engine: Engine) -> None:
-    """Until the engine has the compiled step that its options ask for. Raises RuntimeError where it cannot be had."""
+    """Until the engine has the kernels and the compiled step that its options ask for. Raises RuntimeError where they
+    cannot be had.
+    """
+    if engine.kernels is not None:
+        engine.kernels.wait(_COMPILE_SECONDS)
+        if not engine._runner.native:
+            raise RuntimeError("there are no native kernels; the log says why")
     if engine.compilation is not None:
         engine.compilation.wait(_COMPILE_SECONDS)
         if engine._runner.compiled is None:

@@ -38,7 +38,7 @@ class PlainBase(XLoraModel):
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """The decoder alone."""
-        self.gate.least_rows = batch.rows.shape[1]
+        self.choose_kernels(batch)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
         return ForwardOutput(logits, self.classifier.logits(hidden[: batch.num_scaling_rows]))
 

@@ -85,10 +85,15 @@ class Settings(BaseSettings):
     )
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (drafts are exact, and faster)")
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
+    native_kernels: bool = Field(
+        True, description="C++ kernels in decode steps (CPU; built in the background the first time, needs g++)"
+    )
     compile: bool = Field(
         False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
     )
-    compile_cache: str = Field("~/.cache/xlora-serve", description="directory for compiled steps", min_length=1)
+    compile_cache: str = Field(
+        "~/.cache/xlora-serve", description="directory for kernels and compiled steps", min_length=1
+    )
     speculative_tokens: int = Field(
         8, ge=0, description="most tokens drafted per step where a text repeats itself (exact, and faster); 0: none"
     )

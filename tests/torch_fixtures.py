@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from service.engine.options import EngineOptions
+from service.model import decode_kernels
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,6 +20,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def native_kernels() -> None:
+    """Where there is a compiler, every engine has its kernels from the first step on."""
+    if shutil.which("g++") is not None:
+        cache = Path(EngineOptions("").compile_cache).expanduser()
+        decode_kernels.provide(cache, torch.get_num_threads())
 
 
 @pytest.fixture(autouse=True)

@@ -154,6 +154,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         threads=settings.threads,
         tensor_parallel=settings.tensor_parallel,
         lookahead=settings.lookahead,
+        native_kernels=settings.native_kernels,
         cuda_graphs=settings.cuda_graphs,
         compile=settings.compile,
         compile_cache=settings.compile_cache,

@@ -12,6 +12,7 @@ from service.engine.compilation import Compilation
 from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
 from service.engine.grammar import Grammar, Grammars
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
+from service.engine.native import NativeKernels
 from service.engine.request import (
     EngineInfo,
     Failure,
@@ -42,9 +43,11 @@ class Engine:
         scheduler: Scheduler,
         info: EngineInfo,
         grammars: Grammars,
+        kernels: NativeKernels | None = None,
         compilation: Compilation | None = None,
     ) -> None:
         self.info = info
+        self.kernels = kernels  # on a CPU
         self.compilation = compilation  # of the decode step, with --compile
         self._runner = runner
         self._scheduler = scheduler

@@ -20,6 +20,7 @@ from service.engine.engine import Engine
 from service.engine.grammar import GrammarCompiler, Grammars
 from service.engine.group import Group, Leader, check_options
 from service.engine.model_runner import ModelRunner
+from service.engine.native import NativeKernels
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
@@ -36,7 +37,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
-_COMPILED_ROW_COST = 0.2
+_NATIVE_ROW_COST = 0.2  # of the C++ kernels, compiled steps included
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -158,7 +159,8 @@ def build_engine(
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
-    return Engine(runner, scheduler, info, grammars, start_compilation(runner, scheduler, options))
+    kernels = None if group is not None else start_kernels(runner, scheduler, options)
+    return Engine(runner, scheduler, info, grammars, kernels, start_compilation(runner, scheduler, options))
 
 
 def allocate_cache(model: XLoraModel, num_blocks: int, options: EngineOptions) -> KVCache:
@@ -177,6 +179,18 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     return steps
 
 
+def start_kernels(runner: ModelRunner, scheduler: Scheduler, options: EngineOptions) -> NativeKernels | None:
+    """Where they can compute this model, unless the options say no."""
+    if not options.native_kernels or not runner.model.suits_kernels:
+        return None
+
+    def use() -> None:
+        runner.native = True
+        scheduler.row_cost = _NATIVE_ROW_COST
+
+    return NativeKernels(options, use)
+
+
 def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: EngineOptions) -> Compilation | None:
     """With --compile, on a CPU. Raises SettingsError where it cannot work."""
     if not options.compile:
@@ -186,7 +200,7 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
 
     def use(step: CompiledStep) -> None:
         runner.compiled = step
-        scheduler.row_cost = _COMPILED_ROW_COST
+        scheduler.row_cost = _NATIVE_ROW_COST
 
     return Compilation(runner.model, options, use)
 

@@ -73,6 +73,7 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.block_size = kv_cache.block_size
+        self.native = False  # whether there are C++ kernels for eager steps
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
         self.leader: Leader | None = None  # of a tensor-parallel group
@@ -274,7 +275,8 @@ class ModelRunner:
         real = segments[len(scaling) :]
         scaling_rows = sum(s.count for s in scaling)
         row_count = scaling_rows + sum(s.count for s in real)
-        grouped = _attention_groups(segments if self.compiled is None else _one_row_each(segments))
+        native = self.native  # another thread may set it
+        grouped = _attention_groups(_one_row_each(segments) if native or self.compiled is not None else segments)
         tables = [self._block_table(group) for group in grouped]
         values = [token for s in segments for token in s.share.sequence.hypothesis(s.start, s.start + s.count)]
         values += (position for s in segments for position in range(s.start, s.start + s.count))
@@ -288,7 +290,9 @@ class ModelRunner:
         packed = self._tensor([*values, *logit_rows, *(block for table in tables for block in table)])
         rows, logit_index, *views = packed.split_with_sizes(sizes)
         gated = any(s.share.sequence.gate.dummy_row is not None for s in scaling)
-        batch = Batch(rows.view(5, row_count), scaling_rows, logit_index, groups=[], scaling_rows_are_gated=gated)
+        batch = Batch(
+            rows.view(5, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
+        )
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 

@@ -69,6 +69,7 @@ class Batch:
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
     scaling_rows_are_gated: bool = False  # whether a scaling row has another gate row than the model's dummy row
+    kernels: bool = False  # whether decode_kernels' operators may compute it
     attend: Callable[..., Tensor] | None = None  # attention.py's Backend, where it is not to be the device's
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)

@@ -30,7 +30,6 @@ from service.model.linear import XLoraLinear
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 _MIN = 2  # torch.export takes a size of 1 for a constant
-_SCRATCH = "compiling-"
 _ABANDONED_SECONDS = 6 * 3600
 _MANY = 16  # rows, from which on a second package may pay
 
@@ -46,7 +45,7 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
     code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*"))]  # .py, .cpp
-    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags())
+    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), decode_kernels.cpu_flags())
     parts = (
         config,
         model.xlora_config,
@@ -62,17 +61,18 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
 
 
 def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
-    """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all.
+    """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all; the kernels that it
+    calls are beside the folder.
 
     Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever
     torch.export or the C++ compiler has to say.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_SCRATCH) as scratch:
+    if _has_kernels(model):
+        decode_kernels.provide(folder.parent, threads)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=decode_kernels.SCRATCH) as scratch:
         Path(scratch, folder.name).mkdir()
-        if _has_kernels(model):
-            decode_kernels.build(_kernels(Path(scratch, folder.name)), threads)
         for least_rows in _least_rows(model):
             torch._inductor.aoti_compile_and_package(
                 _export(model, layout, least_rows),
@@ -93,7 +93,7 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
 
 def _remove_abandoned(cache: Path) -> None:
     """Removes what processes that were killed while compiling have left."""
-    for scratch in cache.glob(f"{_SCRATCH}*"):
+    for scratch in cache.glob(f"{decode_kernels.SCRATCH}*"):
         if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -118,19 +118,8 @@ def _least_rows(model: XLoraModel) -> list[int]:
     return [1, *([_MANY] if any(1 < linear.onednn_rows <= _MANY for linear in linears) else [])]
 
 
-def _cpu_flags() -> str:
-    """The instructions that this CPU has, where Linux tells: packages are compiled for all of them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
 def _has_kernels(model: XLoraModel) -> bool:
     return model.dtype in decode_kernels.DTYPES
-
-
-def _kernels(folder: Path) -> Path:
-    return folder / "kernels.so"
 
 
 def _package(folder: Path, least_rows: int) -> Path:
@@ -145,7 +134,7 @@ class CompiledStep:
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
         if _has_kernels(model):
-            decode_kernels.load(_kernels(folder))
+            decode_kernels.provide(folder.parent, torch.get_num_threads())
         self._packages: dict[int, Any] = {}  # by least rows, most first
         for least_rows in (_MANY, 1):
             if least_rows == _MANY and not _package(folder, least_rows).exists():

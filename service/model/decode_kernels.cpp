@@ -1,13 +1,15 @@
-// The two operations where a decode step spends its time, for few rows on a CPU: adapted linears and paged attention.
+// The operations where a decode step spends its time, for few rows on a CPU: adapted linears, paged attention, norms.
 //
 // Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
 // knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
 // Storage is float or bfloat16, arithmetic is float.
 //
-// The functions at the end are what torch's AOTInductor calls, by the names and types of its C interface (C shim).
-// decode_kernels.py declares the operators and says what they compute.
+// The functions at the end are what torch calls: compiled steps by the names and types of AOTInductor's C interface (C
+// shim), eager ones through the dispatcher. decode_kernels.py declares the operators and says what they compute.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,13 +19,12 @@
 #include <type_traits>
 #include <vector>
 
-#ifndef XLORA_THREADS
-#define XLORA_THREADS 1
-#endif
-
 namespace {
 
+int threads = 1;
+
 constexpr int64_t kLanes = 8;
+constexpr int64_t kMostDims = 4;
 typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t IntVec __attribute__((vector_size(32)));
 typedef uint16_t HalfWords __attribute__((vector_size(16)));
@@ -200,8 +201,8 @@ void linear(
     std::vector<float> narrow(gated * experts.rank);
     const int64_t rank_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
     const int64_t chunks = (width + kChunk - 1) / kChunk;
-    [[maybe_unused]] const bool worth_threads = rows * depth * width > (1 << 18);
-#pragma omp parallel num_threads(XLORA_THREADS) if (XLORA_THREADS > 1 && worth_threads)
+    const bool worth_threads = rows * depth * width > (1 << 18);
+#pragma omp parallel num_threads(threads) if (threads > 1 && worth_threads)
     {
         std::vector<float> block(rows * kChunk);
 #pragma omp for
@@ -376,6 +377,24 @@ void attend(
             store(result + h * head_dim + d, out[h * head_dim + d] / total[h]);
 }
 
+// ---- norm: y = x / sqrt(mean(x^2) + eps) * weight ------------------------------------------------------------------
+
+template <typename W>
+void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, W* y) {
+    for (int64_t row = 0; row < rows; row++, x += depth, y += depth) {
+        Vec total{};
+        int64_t k = 0;
+        for (; k + kLanes <= depth; k += kLanes) {
+            const Vec some = load(x + k);
+            total += some * some;
+        }
+        float sum = sums(total, Vec{}, Vec{}, Vec{})[0];
+        for (; k < depth; k++) sum += to_float(x[k]) * to_float(x[k]);
+        const float scale = 1.0f / std::sqrt(sum / depth + float(eps));
+        for (k = 0; k < depth; k++) store(y + k, to_float(x[k]) * scale * to_float(weight[k]));
+    }
+}
+
 // ---- what AOTInductor calls ----------------------------------------------------------------------------------------
 
 // A tensor that somebody else owns; none where there is no handle.
@@ -391,6 +410,12 @@ public:
         void* pointer = nullptr;
         if (handle_) aoti_torch_get_data_ptr(handle_, &pointer);
         return static_cast<T*>(pointer);
+    }
+
+    int64_t dims() const {
+        int64_t dims = 0;
+        aoti_torch_get_dim(handle_, &dims);
+        return dims;
     }
 
     int64_t size(int64_t dim) const {
@@ -409,6 +434,19 @@ public:
         int32_t own = -1;
         aoti_torch_get_dtype(handle_, &own);
         return own == dtype;
+    }
+
+    int64_t numel() const {
+        int64_t numel = 0;
+        aoti_torch_get_numel(handle_, &numel);
+        return numel;
+    }
+
+    // Whether it is there and has the other's dtype, or is not there.
+    bool is_like(const Tensor& other) const {
+        int32_t dtype = -1;
+        aoti_torch_get_dtype(other.handle_, &dtype);
+        return !handle_ || has(dtype);
     }
 
     // Whether the dimensions from `first` on lie without gaps, last one fastest.
@@ -432,8 +470,9 @@ void linear_of(
 ) {
     Experts<W> experts{};
     if (a) experts = {a.data<W>(), b_t.data<W>(), gate.data<W>(), a.size(0), gate.stride(0), first_row};
+    const int64_t depth = weight.size(1);
     linear<W>(
-        x.data<W>(), weight.data<W>(), bias.data<W>(), experts, x.size(0), x.size(1), weight.size(0), y.data<W>());
+        x.data<W>(), weight.data<W>(), bias.data<W>(), experts, x.numel() / depth, depth, weight.size(0), y.data<W>());
 }
 
 template <typename W>
@@ -443,7 +482,7 @@ void attention_of(
 ) {
     const Pool<W> pool{keys.data<W>(), values.data<W>(), keys.size(1), keys.size(2), keys.size(3)};
     const int64_t rows = query.size(0), heads = query.size(1), group = heads / pool.kv_heads, width = table.size(1);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(XLORA_THREADS) if (XLORA_THREADS > 1)
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++)
         for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) {
             const int64_t offset = (row * heads + kv_head * group) * pool.head_dim;
@@ -453,8 +492,12 @@ void attention_of(
         }
 }
 
+bool is_known(const Tensor& tensor) {
+    return tensor.has(aoti_torch_dtype_float32()) || tensor.has(aoti_torch_dtype_bfloat16());
+}
+
 AOTITorchError new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, AtenTensorHandle* result) {
-    int64_t strides[3];
+    int64_t strides[kMostDims];
     for (int64_t dim = dims - 1, stride = 1; dim >= 0; stride *= sizes[dim--]) strides[dim] = stride;
     const int32_t dtype = like.has(aoti_torch_dtype_float32()) ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
     return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result);
@@ -469,10 +512,15 @@ AOTITorchError aoti_torch_cpu_decode_linear(
     AtenTensorHandle* gate_, int64_t first_row, AtenTensorHandle* result
 ) {
     const Tensor x(x_), weight(weight_), bias(bias_), a(a_), b_t(b_t_), gate(gate_);
-    if (!x.is_dense(2) || !weight.is_dense(2) || (a && !(a.is_dense(2) && b_t.is_dense(2) && gate.is_dense(2, 1))))
+    const int64_t dims = x.dims();
+    if (dims > kMostDims || !is_known(x) || !x.is_dense(dims) || !weight.is_dense(2) || x.size(dims - 1) != weight.size(1))
         return AOTI_TORCH_FAILURE;
-    const int64_t sizes[] = {x.size(0), weight.size(0)};
-    if (new_tensor(x, 2, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    if (a && !(a.is_dense(2) && b_t.is_dense(2) && gate.is_dense(2, 1))) return AOTI_TORCH_FAILURE;
+    for (const Tensor& other : {weight, bias, a, b_t, gate})
+        if (!other.is_like(x)) return AOTI_TORCH_FAILURE;
+    int64_t sizes[kMostDims];
+    for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = dim == dims - 1 ? weight.size(0) : x.size(dim);
+    if (new_tensor(x, dims, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
     if (x.has(aoti_torch_dtype_float32())) {
         linear_of<float>(x, weight, bias, a, b_t, gate, first_row, Tensor(*result));
     } else {
@@ -486,6 +534,7 @@ AOTITorchError aoti_torch_cpu_decode_attention(
     AtenTensorHandle positions_, double scaling, int64_t window, double softcap, AtenTensorHandle* result
 ) {
     const Tensor query(query_), keys(keys_), values(values_), table(table_), positions(positions_);
+    if (!is_known(query) || !keys.is_like(query) || !values.is_like(query)) return AOTI_TORCH_FAILURE;
     if (!query.is_dense(3) || !keys.is_dense(4) || !values.is_dense(4) || !table.is_dense(2) || !positions.is_dense(1))
         return AOTI_TORCH_FAILURE;
     const int64_t sizes[] = {query.size(0), query.size(1), query.size(2)};
@@ -500,3 +549,63 @@ AOTITorchError aoti_torch_cpu_decode_attention(
 }
 
 }  // extern "C"
+
+// ---- what eager steps call, through torch's dispatcher ---------------------------------------------------------------
+
+namespace {
+
+using Given = torch::stable::Tensor;
+using Maybe = std::optional<Given>;
+
+AtenTensorHandle handle(const Maybe& tensor) { return tensor ? tensor->get() : nullptr; }
+
+Given checked(AOTITorchError error, AtenTensorHandle result) {
+    if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("wanted are dense float or bfloat16 tensors of fitting shapes");
+    return Given(result);
+}
+
+Given decode_linear(Given x, Given weight, Maybe bias, Maybe a, Maybe b_t, Maybe gate, int64_t first_row) {
+    AtenTensorHandle result = nullptr, handles[] = {handle(bias), handle(a), handle(b_t), handle(gate)};
+    const AOTITorchError error = aoti_torch_cpu_decode_linear(
+        x.get(), weight.get(), &handles[0], &handles[1], &handles[2], &handles[3], first_row, &result);
+    return checked(error, result);
+}
+
+Given decode_attention(
+    Given query, Given keys, Given values, Given table, Given positions, double scaling, int64_t window, double softcap
+) {
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = aoti_torch_cpu_decode_attention(
+        query.get(), keys.get(), values.get(), table.get(), positions.get(), scaling, window, softcap, &result);
+    return checked(error, result);
+}
+
+Given decode_norm(Given given, Given weight_, double eps) {
+    const Tensor x(given.get()), weight(weight_.get());
+    const int64_t dims = x.dims(), depth = weight.size(0);
+    if (dims > kMostDims || !is_known(x) || !weight.is_like(x) || !x.is_dense(dims) || x.size(dims - 1) != depth)
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    int64_t sizes[kMostDims];
+    for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = x.size(dim);
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(x, dims, sizes, &result);
+    if (error == AOTI_TORCH_SUCCESS) {
+        const Tensor y(result);
+        if (x.has(aoti_torch_dtype_float32())) {
+            norm(x.data<float>(), weight.data<float>(), eps, x.numel() / depth, depth, y.data<float>());
+        } else {
+            norm(x.data<bfloat16>(), weight.data<bfloat16>(), eps, x.numel() / depth, depth, y.data<bfloat16>());
+        }
+    }
+    return checked(error, result);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
+    library.impl("decode_linear", TORCH_BOX(&decode_linear));
+    library.impl("decode_attention", TORCH_BOX(&decode_attention));
+    library.impl("decode_norm", TORCH_BOX(&decode_norm));
+}
+
+extern "C" void xlora_set_threads(int count) { threads = count; }

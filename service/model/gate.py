@@ -6,13 +6,14 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor]
+DecodeNorm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 class Gate(nn.Module):
@@ -31,13 +32,16 @@ class Gate(nn.Module):
         for site, site_ranks in enumerate(ranks):
             for expert, rank in enumerate(site_ranks):
                 index += [(site if layerwise else 0) * len(site_ranks) + expert] * rank
-        self._offsets = [0, *accumulate(sum(site_ranks) for site_ranks in ranks)]  # of each site in all ranks
+        self._sizes = [sum(site_ranks) for site_ranks in ranks]  # R of each site
+        self._offsets = [0, *accumulate(self._sizes)]  # of each site in all ranks
         self.rank_index: Tensor  # int64 [sum of all ranks], into a flattened [S, E] row
         self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
         self._spread: Tensor | None = None  # [n, sum of all ranks]
+        self._by_site: Sequence[Tensor] = ()  # its parts [n, R]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
-        self.decode_linear: DecodeLinear | None = None  # set while a step is traced whose linears are one call each
+        self.decode_linear: DecodeLinear | None = None  # set in steps whose linears are one call each
+        self.decode_norm: DecodeNorm | None = None  # the same for norms
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:
@@ -49,14 +53,15 @@ class Gate(nn.Module):
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
         self._spread = scalings.to(self._dtype).flatten(1).index_select(1, self.rank_index)
+        self._by_site = self._spread.split_with_sizes(self._sizes, 1)
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""
-        self.active, self._spread, self.logit_rows = False, None, None
+        self.active, self._spread, self._by_site, self.logit_rows = False, None, (), None
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""
-        return self.across(site, site)
+        return self._by_site[site]
 
     def across(self, first: int, last: int) -> Tensor:
         """Returns [n, R]: the same for the stacks of the sites first .. last one after another."""

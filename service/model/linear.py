@@ -45,9 +45,6 @@ class XLoraLinear(AdaptedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
-        if self.siblings is not None and not torch.compiler.is_exporting():
-            siblings, number = self.siblings
-            return siblings.output(x, number)
         # Read from their dictionaries: as attributes they are found through nn.Module's slow __getattr__.
         own: dict[str, Any] = self._parameters
         experts: dict[str, Any] = self._buffers
@@ -56,6 +53,9 @@ class XLoraLinear(AdaptedModule):
             a, b_t = (experts["lora_a"], experts["lora_b_t"]) if gate.active else (None, None)
             scalings = gate.at(self.site) if gate.active else None
             return gate.decode_linear(x, own["weight"], own["bias"], a, b_t, scalings, gate.first_row)
+        if self.siblings is not None and not torch.compiler.is_exporting():
+            siblings, number = self.siblings
+            return siblings.output(x, number)
         linear = onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
         y = linear(x, own["weight"], own["bias"])
         if gate.active:
@@ -65,6 +65,28 @@ class XLoraLinear(AdaptedModule):
         return y
 
     __call__ = forward  # nobody hooks into it, and nn.Module's own costs as much as a small addition
+
+
+class PlainLinear(nn.Module):
+    """y = W x + b of the base where no expert is, with the gate's kernel for steps of few rows."""
+
+    gate: Gate
+
+    def __init__(self, base: nn.Linear, gate: Gate) -> None:
+        super().__init__()
+        self.__dict__["gate"] = gate
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        own: dict[str, Any] = self._parameters
+        if self.gate.decode_linear is not None:
+            return self.gate.decode_linear(x, own["weight"], own["bias"], None, None, None, 0)
+        return F.linear(x, own["weight"], own["bias"])
+
+    __call__ = forward
 
 
 class Siblings(Protocol):

@@ -10,18 +10,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from service.model.gate import Gate
+
 _ROWS = 8
 
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, in the dtype of x."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    gate: Gate
+
+    def __init__(self, weight: nn.Parameter, eps: float, gate: Gate) -> None:
         super().__init__()
+        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> y [..., H]."""
+        if self.gate.decode_norm is not None:
+            return self.gate.decode_norm(x, self.weight, self.eps)
         scale = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return (x * scale).mul_(self.weight)
 
@@ -29,7 +36,7 @@ class RMSNorm(nn.Module):
 
 
 @torch.no_grad()
-def replace_norms(causal_lm: nn.Module, dtype: torch.dtype) -> None:
+def replace_norms(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> None:
     """Replaces every norm of the decoder for which RMSNorm returns exactly the same. `dtype` is that of the hidden
     states: some families keep their norms' weights in float32 whatever that is.
     """
@@ -41,7 +48,7 @@ def replace_norms(causal_lm: nn.Module, dtype: torch.dtype) -> None:
             continue
         if weight.dtype != dtype:
             continue
-        own = RMSNorm(weight, eps)
+        own = RMSNorm(weight, eps, gate)
         x = torch.randn(_ROWS, *weight.shape, dtype=dtype, device=weight.device)
         if torch.equal(module(x), own(x)):
             parent, _, leaf = name.rpartition(".")

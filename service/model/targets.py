@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from service.checkpoint import LoraWeights
 from service.model.experts import ExpertStack
 from service.model.gate import Gate
-from service.model.linear import AdaptedModule, XLoraLinear
+from service.model.linear import AdaptedModule, PlainLinear, XLoraLinear
 
 
 class XLoraEmbedding(AdaptedModule):
@@ -110,6 +110,14 @@ def adapt(module: nn.Module, stack: ExpertStack, gate: Gate, site: int, *, is_he
     if is_head:
         return XLoraHead(as_linear(module), stack, gate, site)
     return XLoraLinear(as_linear(module), stack, gate, site)
+
+
+def replace_linears(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> None:
+    """Makes PlainLinears of the linears without experts that compute in `dtype`."""
+    for name, module in list(causal_lm.named_modules()):
+        if isinstance(module, nn.Linear) and is_plain_linear(module) and module.weight.dtype == dtype:
+            parent, _, leaf = name.rpartition(".")
+            setattr(causal_lm.get_submodule(parent), leaf, PlainLinear(module, gate))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

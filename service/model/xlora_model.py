@@ -23,6 +23,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
 from service.errors import CheckpointError
+from service.model import decode_kernels
 from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
@@ -30,13 +31,14 @@ from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.linear import PlainLinear, XLoraLinear
 from service.model.norms import replace_norms
 from service.model.parallel import Part, Shards, split
 from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.siblings import join_siblings
-from service.model.targets import adapt, refusal
+from service.model.targets import adapt, refusal, replace_linears
 
 
 class _HiddenStateTap(nn.Module):
@@ -81,7 +83,9 @@ class XLoraModel:
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm, shards)
-        replace_norms(causal_lm, dtype)
+        replace_norms(causal_lm, dtype, self.gate)
+        if device.type == "cpu" and shards is None:
+            replace_linears(causal_lm, dtype, self.gate)
         join_siblings(causal_lm)
         self._kv_split = 1 if shards is None else shards.kv_split
         dummy_row = self.classifier.dummy_row()
@@ -136,12 +140,33 @@ class XLoraModel:
         scaling_rows = batch.num_scaling_rows
         first = 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else scaling_rows
         self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
-        self.gate.least_rows = batch.rows.shape[1]
+        self.choose_kernels(batch)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
         gate_logits = self.classifier.logits(hidden[:scaling_rows])
         new_scalings = self.classifier.scalings(gate_logits)
         kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:scaling_rows], new_scalings)
         return ForwardOutput(logits, gate_logits)
+
+    def choose_kernels(self, batch: Batch) -> None:
+        """Settles by which kernels `batch` is computed."""
+        gate, rows = self.gate, batch.rows.shape[1]
+        gate.least_rows = rows
+        ours = batch.kernels and batch.is_decode
+        batch.attend = decode_kernels.attend if ours else None
+        gate.decode_norm = decode_kernels.norm if ours else None
+        few = ours and rows <= decode_kernels.MOST_ROWS[self.dtype]
+        gate.decode_linear = decode_kernels.adapted_linear if few else None
+
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether decode_kernels can compute with these weights."""
+        linears = [module for module in self.causal_lm.modules() if isinstance(module, XLoraLinear | PlainLinear)]
+        tensors = [tensor for linear in linears for tensor in (*linear.parameters(), *linear.buffers())]
+        return (
+            self.device.type == "cpu"
+            and self.dtype in decode_kernels.DTYPES
+            and all(tensor.is_contiguous() for tensor in tensors)
+        )
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""

@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.driver import Engines
 from tests.model.tiny import Tiny
-from tests.torch_fixtures import one_thread, seeded  # noqa: F401
+from tests.torch_fixtures import native_kernels, one_thread, seeded  # noqa: F401
 
 
 @pytest.fixture(scope="session")

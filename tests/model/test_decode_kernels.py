@@ -1,10 +1,10 @@
-"""The C++ kernels of compiled steps, called as a compiled step calls them, against torch and the reference."""
+"""The C++ kernels of decode steps, called as compiled and as eager steps call them, against torch and the reference."""
 
 from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from service.engine.options import EngineOptions
 from service.model import decode_kernels
 from service.model.attention import sdpa
 from service.model.batch import AttentionGroup
@@ -27,9 +28,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 class Library:
     """Calls the C functions with tensors."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        decode_kernels.build(path, threads)
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self, threads: int) -> None:
+        cache = Path(EngineOptions("").compile_cache).expanduser()
+        decode_kernels.provide(cache, threads)
+        self._library = ctypes.CDLL(str(decode_kernels.library_in(cache)))  # the same once more
 
     def __call__(self, name: str, *args: Any) -> Tensor | None:
         """The result, or None where the function has refused its arguments. Tensors in a list may be missing."""
@@ -64,9 +66,10 @@ def _capsule(pointer: int | None) -> Any:
     return _new_capsule(pointer, None, None)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return Library(tmp_path_factory.mktemp("kernels") / "kernels.so", request.param)
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
+    yield Library(request.param)
+    Library(1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -85,6 +88,8 @@ def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
             ours = kernels("decode_linear", x, weight, [bias], *stack, first)
             assert ours is not None
             assert ours.dtype == dtype
+            eager = decode_kernels.adapted_linear(x[None], weight, bias, *[one for [one] in stack], first)
+            assert torch.equal(eager, ours[None])
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
 
@@ -122,6 +127,18 @@ def test_attention(kernels: Library, window: int | None, softcap: float | None, 
         )
         assert ours is not None
         torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+        assert torch.equal(decode_kernels.attend(query, group, 0, cache, 0.3, window, softcap), ours)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("depth", [3, 8, 37, 192])
+def test_norm(native_kernels: None, depth: int, dtype: torch.dtype) -> None:
+    x, weight = 10 * torch.randn(1, 5, depth, dtype=dtype), torch.randn(depth, dtype=dtype)
+    x[0, 3] = 0
+    expected = F.rms_norm(x.double(), (depth,), weight.double(), 1e-5)
+    ours = decode_kernels.norm(x.transpose(0, 1).contiguous().transpose(0, 1), weight, 1e-5)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_what_is_not_dense_is_refused(kernels: Library) -> None:
@@ -131,6 +148,23 @@ def test_what_is_not_dense_is_refused(kernels: Library) -> None:
     assert kernels("decode_linear", torch.randn(8, 2).T, weight, [None], [None], [None], [None], 0) is None
 
 
-def test_what_the_compiler_says_is_told(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
+    """Of another dtype, or another width: eager steps are told, and memory is not read as what it is not."""
+    x, weight = torch.randn(1, 2, 8), torch.randn(8, 8)
+    for wrong in (weight.bfloat16(), weight.double(), weight.T, torch.randn(8, 9)):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.linear(x, wrong)
+    for wrong in (torch.randn(8).bfloat16(), torch.randn(9)):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.norm(x, wrong, 1e-5)
+    with pytest.raises(RuntimeError, match="fitting shapes"):
+        decode_kernels.linear(x.half(), weight.half())
+
+
+def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "decode_kernels.cpp"
+    source.write_text("this is no C++")
+    monkeypatch.setattr(decode_kernels, "_SOURCE", source)
     with pytest.raises(RuntimeError, match="could not be compiled"):
-        decode_kernels.build(tmp_path / "no folder" / "kernels.so", 1)
+        decode_kernels.provide(tmp_path / "cache", 1)
+    assert not list((tmp_path / "cache").iterdir()), "nothing is left"

@@ -18,6 +18,7 @@ from tests.model.tiny import Tiny, run_once
 
 CPU = torch.device("cpu")
 IN, ROWS = 12, 5
+NO_GATE = Gate([], layerwise=True, dtype=torch.float32, device=CPU)
 OUTS, RANKS = (8, 4, 6), (2, 3, 1)
 
 
@@ -91,7 +92,7 @@ class _Plain(nn.Module):
 def test_norms_are_replaced_where_they_are_the_same() -> None:
     """Gemma's formula, and a mean that is subtracted, would be silently wrong."""
     model = nn.ModuleDict({"llama": _Plain(0.0), "gemma": _Plain(1.0), "layer": nn.LayerNorm(IN, bias=False)})
-    replace_norms(model, torch.float32)
+    replace_norms(model, torch.float32, NO_GATE)
     assert {name for name, module in model.items() if isinstance(module, RMSNorm)} == {"llama"}
     x, llama = torch.randn(3, IN), model["llama"]
     with torch.inference_mode():
@@ -101,5 +102,5 @@ def test_norms_are_replaced_where_they_are_the_same() -> None:
 def test_norms_are_left_where_hidden_states_are_of_another_dtype() -> None:
     """Weights kept in float32 beside bfloat16 hidden states: there the square would be rounded."""
     model = nn.ModuleDict({"llama": _Plain(0.0)})
-    replace_norms(model, torch.bfloat16)
+    replace_norms(model, torch.bfloat16, NO_GATE)
     assert isinstance(model["llama"], _Plain)

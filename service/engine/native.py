@@ -1,0 +1,48 @@
+"""The C++ kernels of decode steps: loaded at once where the cache has them, else compiled beside the running engine.
+
+Until they are there, and where they cannot be had, steps are made of torch's operators; only speed differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from service.engine.options import EngineOptions
+from service.model import decode_kernels
+
+logger = logging.getLogger(__name__)
+
+
+class NativeKernels:
+    """Their way into this process. `on_ready` is called once they work, perhaps in another thread."""
+
+    def __init__(self, options: EngineOptions, on_ready: Callable[[], None]) -> None:
+        self._cache = Path(options.compile_cache).expanduser()
+        self._threads = torch.get_num_threads()
+        self._on_ready = on_ready
+        self._done = threading.Event()
+        if decode_kernels.library_in(self._cache).exists():
+            self._provide()
+        else:
+            threading.Thread(target=self._provide, name="native kernels", daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until the outcome is known. Returns False when it is not after `seconds`."""
+        return self._done.wait(seconds)
+
+    def _provide(self) -> None:
+        try:
+            if decode_kernels.library_in(self._cache).exists() or shutil.which("g++") is not None:
+                decode_kernels.provide(self._cache, self._threads)
+                self._on_ready()
+            else:
+                logger.info("no native kernels, decode steps are slower: g++ was not found (install g++)")
+        except (OSError, RuntimeError) as error:
+            logger.warning("no native kernels, decode steps are slower: %s", error)
+        self._done.set()

@@ -1,0 +1,188 @@
+"""Steps with the C++ kernels against steps without, and how the kernels come into a running engine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from service.engine.engine import Engine
+from service.engine.request import Steering, StepOutput
+from service.model import decode_kernels
+from tests.engine.driver import Engines, Run, greedy, run, sampled, words
+from tests.engine.test_gate_settings import run_mixed
+from tests.model.tiny import Tiny, Variant
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as stored": {},
+    "experts in the scaling pass, one row for all sites": {"scaling_pass_value": 0.25, "layerwise_scalings": False},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
+def both(request: pytest.FixtureRequest, tiny: Tiny) -> Engines:
+    return Engines(tiny.variant(**request.param) if request.param else tiny.as_stored())
+
+
+class Calls:
+    """How often each operator was called."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = dict.fromkeys(("_decode_linear", "_decode_attention", "_decode_norm"), 0)
+        for name in self.count:
+            patch.setattr(decode_kernels, name, self._counted(name, getattr(decode_kernels, name)))
+
+    def _counted(self, name: str, operator: Any) -> Any:
+        def call(*args: Any) -> Any:
+            self.count[name] += 1
+            return operator(*args)
+
+        return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def assert_same(ours: Run, expected: Run) -> None:
+    assert ours.choices.keys() == expected.choices.keys()
+    for key, choice in expected.choices.items():
+        assert ours[key].tokens == choice.tokens
+        np.testing.assert_allclose(ours[key].full, choice.full, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_the_same_without(both: Engines, calls: Calls, lookahead: bool, count: int) -> None:
+    """Alone and together, where linears are torch's again and attention is not; greedy and sampled."""
+    requests = [replace(greedy(f"g{i}", words(i, 5 + 9 * i), 24), return_scalings="full") for i in range(count)]
+    requests += [replace(sampled(f"s{i}", words(9 + i, 4), 12, seed=i), return_scalings="full") for i in range(count)]
+    expected = run(both.build(lookahead=lookahead, native_kernels=False), requests)
+    assert not any(calls.count.values())
+    assert_same(run(both.build(lookahead=lookahead), requests), expected)
+    assert calls.count["_decode_attention"] > 20
+    assert calls.count["_decode_norm"] > 20
+    assert calls.count["_decode_linear"] > 20  # with 7, in the last steps only
+
+
+def test_steered_and_copied_drafts_are_the_same(both: Engines, calls: Calls) -> None:
+    """Several rows of one stream in a step, fixed gates, frozen ones, and cached prompts."""
+    repeating = words(3, 6) * 4
+    requests = [
+        replace(
+            greedy(f"r{i}", repeating, 20),
+            return_scalings="full",
+            steering=steering,
+            freeze_after=4 if i == 2 else None,
+        )
+        for i, steering in enumerate([None, Steering(only=()), None, Steering(temperature=0.5, top_k=1)])
+    ]
+    expected = run(both.build(native_kernels=False), requests)
+    engine = both.build()
+    assert_same(run(engine, requests), expected)
+    assert_same(run(engine, requests), expected)  # from the prefix cache
+    assert calls.count["_decode_linear"] > 20
+
+
+def test_gate_settings_are_the_same(both: Engines, calls: Calls) -> None:
+    """Dummy rows and global weights of single requests."""
+    expected = run_mixed(both.build(native_kernels=False))
+    assert_same(run_mixed(both.build()), expected)
+    assert calls.count["_decode_attention"] > 20
+
+
+def test_equals_peft(tiny: Tiny, both: Engines, calls: Calls) -> None:
+    oracle = Variant(tiny, both.checkpoint).oracle()
+    prompt = words(3, 9)
+    ours = run(both.build(), [greedy("r", prompt, 24)])["r"].tokens
+    logits, _ = oracle.forward(prompt + ours)
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == ours
+    assert calls.count["_decode_linear"] > 20
+
+
+def test_they_come_while_requests_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start on a machine: tokens from before and after are of one text. The next start has them at once."""
+    engines = Engines(tiny.as_stored())
+    requests = [replace(greedy(f"r{i}", words(i, 9 * i), 40), return_scalings="full") for i in (1, 2)]
+    expected = run(engines.build(native_kernels=False), requests)
+    kernels = decode_kernels.library_in(Path("~/.cache/xlora-serve").expanduser())
+    waiting: list[Any] = []
+    steps: list[StepOutput] = []
+    monkeypatch.setattr("service.engine.native.threading.Thread", lambda **kwargs: _Held(waiting, **kwargs))
+    engine = engines.build(compile_cache=str(tmp_path))
+    assert not engine._runner.native
+
+    def arrive(engine: Engine, output: StepOutput) -> None:
+        steps.append(output)
+        if len(steps) == 10:
+            shutil.copy(kernels, tmp_path)
+            waiting[0]()
+            assert engine._runner.native
+
+    assert_same(run(engine, requests, each_step=arrive), expected)
+    assert engines.build(compile_cache=str(tmp_path))._runner.native
+
+
+class _Held:
+    """A thread that does its work when the test says so."""
+
+    def __init__(self, waiting: list[Any], target: Any, **_: Any) -> None:
+        self._target, self._waiting = target, waiting
+
+    def start(self) -> None:
+        self._waiting.append(self._target)
+
+
+def test_without_a_compiler_it_serves(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with caplog.at_level(logging.INFO):
+        engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path))
+        assert engine.kernels is not None
+        assert engine.kernels.wait(60)
+    assert [record.levelname for record in caplog.records if "install g++" in record.message] == ["INFO"]
+    check_serves_without(engine)
+
+
+def test_a_cache_that_cannot_be_written_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "file" / "cache"))
+    assert engine.kernels is not None
+    assert engine.kernels.wait(60)
+    assert "Not a directory" in caplog.text
+    check_serves_without(engine)
+
+
+def test_a_damaged_library_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    decode_kernels.library_in(tmp_path).write_text("no library")
+    decode_kernels._libraries, before = {}, decode_kernels._libraries
+    try:
+        engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path))
+    finally:
+        decode_kernels._libraries = before
+    assert "no native kernels" in caplog.text
+    check_serves_without(engine)
+
+
+def test_weights_that_are_not_dense_do_without(tiny: Tiny) -> None:
+    engines = Engines(tiny.as_stored())
+    linear = engines.model.causal_lm.lm_head
+    linear.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous().T, requires_grad=False)
+    engine = engines.build()
+    assert engine.kernels is None
+    check_serves_without(engine)
+
+
+def check_serves_without(engine: Engine) -> None:
+    assert not engine._runner.native
+    assert len(run(engine, [greedy("r", words(3, 9), 4)])["r"].tokens) == 4
