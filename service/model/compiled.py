@@ -61,8 +61,8 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
 
 
 def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int) -> None:
-    """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all; the kernels that it
-    calls are beside the folder.
+    """Compiles the step for `model` on the CPU into `folder`, which is there as a whole or not at all; the kernels that
+    it calls are beside the folder.
 
     Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever
     torch.export or the C++ compiler has to say.
