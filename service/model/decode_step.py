@@ -56,8 +56,8 @@ class DecodeStep(nn.Module):
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
         if self._kernels:
             batch.attend = decode_kernels.attend
-        if self._own_linears:
-            self.gate.decode_linear = decode_kernels.adapted_linear
+        self.gate.decode_norm = None  # fused by the compiler
+        self.gate.decode_linear = decode_kernels.adapted_linear if self._own_linears else None
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         self.gate.least_rows = self._least_rows
         with decode_kernels.PlainLinears() if self._own_linears else nullcontext():
