@@ -11,7 +11,7 @@
     whole choices   the same for the request of 16 choices: until its last token, alone
 
 All through HTTP and streams, in turns. Short requests pause for a random moment between two, so that they arrive
-anywhere in a step; those that arrive after the neighbour's prompt (or last token) do not count. `prompt_slowdown` is what
+anywhere in a step; those that arrive after the neighbour's first (last) token do not count. `prompt_slowdown` is what
 the short ones cost the long prompt. Without the prefix cache.
 """
 
