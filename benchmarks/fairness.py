@@ -1,7 +1,7 @@
 """How soon short requests have their first token beside a long prompt, and beside a request for 16 choices.
 
     python -m benchmarks.fairness [--model DIR] [--rounds 8] [--prompt-tokens 4000] [--choices 16]
-                                  [--batched-tokens 1024]
+                                  [--batched-tokens N]
 
     alone           short requests (16 prompt tokens), one after another at an idle server
     beside prompt   the same while a prompt of 4,000 tokens is computed
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=4000)
     parser.add_argument("--choices", type=int, default=16)
-    parser.add_argument("--batched-tokens", type=int, default=1024, help="rows in one step of the server")
+    parser.add_argument("--batched-tokens", type=int, help="rows in one step of the server; default: its own")
     args = parser.parse_args()
     rng = random.Random(0)
     times: dict[str, list[float]] = {
@@ -99,7 +99,8 @@ def main() -> None:
     slowed: list[float] = []
     greedy = {"temperature": 0, "ignore_eos": True}
     flags = ["--model", str(args.model), "--no-prefix-cache", "--max-num-seqs", str(args.choices)]
-    with server(*flags, "--max-num-batched-tokens", str(args.batched_tokens)) as running:
+    flags += ["--max-num-batched-tokens", str(args.batched_tokens)] if args.batched_tokens else []
+    with server(*flags) as running:
         short = Short(running.port, args.model, rng)
         for number in range(-1, args.rounds):
             long = {

@@ -37,7 +37,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path) -> None:
     for (model, quantization, dtype), length in zip(cases, itertools.cycle((None, 100, 333)), strict=False):
         options = EngineOptions(
             *(str(model), "cpu", dtype, length, 3),
-            max_num_batched_tokens=length or 1024,
+            max_num_batched_tokens=length,
             quantization=quantization,
             threads=1,
         )
@@ -47,6 +47,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path) -> None:
         assert plan.pool_bytes == runner.kv_cache.bytes, options
         assert plan.num_blocks == engine.info.kv_blocks_total, options
         assert plan.max_model_len == engine.info.max_model_len
+        assert engine.info.max_num_batched_tokens == (length or 256)
         assert (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size * plan.num_blocks == engine.info.kv_bytes
 
 
@@ -58,6 +59,15 @@ def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
     ]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert weight_bytes(model).total == sum(storages.values())
+
+
+def test_rows_of_a_step_follow_the_device_and_the_seats() -> None:
+    """Who decodes has two rows: with as many rows as seats the last ones would never have theirs."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cpu) == 256
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cuda) == 1024
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200), cpu) == 800
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200, max_num_batched_tokens=7), cpu) == 7
 
 
 def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:
