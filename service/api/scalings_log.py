@@ -188,7 +188,9 @@ class Snapshot:
         """In the order of their first rows."""
         if not len(self.rows):
             return
-        names = self.owners[["request", "choice"]]
+        # In two goes: sorting pairs would hold the interpreter's lock, and the event loop up.
+        _, requests = np.unique(np.ascontiguousarray(self.owners["request"]), return_inverse=True)
+        names = (requests.astype(np.int64) << 32) + self.owners["choice"]
         _, first, which = np.unique(names, return_index=True, return_inverse=True)
         order = np.argsort(first[which], kind="stable")
         owners, rows = self.owners[order], self.rows[order]
