@@ -1,15 +1,16 @@
 """What it costs to look: streamed full scalings, the metrics, and the scalings log, each against the same without.
 
-    python -m benchmarks.observability [--model DIR] [--clients 16] [--tokens 48] [--rounds 40]
+    python -m benchmarks.observability [--model DIR] [--clients 16] [--tokens 48] [--rounds 30]
 
-    metrics         CPU time per token of both processes, over that of a server that observes nothing, minus 1
-    full scalings   the same with return_scalings "full", over none
+    metrics         CPU time spent in feeding them, over all other CPU time of both processes (timed.py)
+    full scalings   CPU time per token with return_scalings "full", over that with none, minus 1
     scalings log    the same with the log on, over a server whose log is off
+    switched off    the metrics once more: over a server that observes nothing (unmetered.py), minus 1
 
-Two servers are alive at once and get short bursts of requests in random order, every side once a round (the dearer ones
-in every fourth). What a machine's neighbours and clock do to a burst they do to the other ones of its round as well, so
-ratios are taken within rounds: their median counts, with the 95 % interval of a bootstrap. A cost is under a bar when
-its whole interval is. CPU time is what a saturated machine's throughput is made of. Without the prefix cache.
+The first is taken within one burst of requests: whatever neighbours do to a machine they do to both parts. The others
+compare bursts that follow each other in random order, every side once a round, by their ratio within the round. Medians
+over the rounds count, with the 95 % interval of a bootstrap; a cost is under a bar when its whole interval is. CPU time
+is what a saturated machine's throughput is made of. Without the prefix cache.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +35,11 @@ from typing import Any
 
 from benchmarks.common import DEMO, ROOT, Bar, emit, print_row, prompt_tokens
 from benchmarks.http_client import run, stream_generate
+from benchmarks.timed import VARIABLE, Clocks
 from tests.server_process import free_port
 
 _READY_SECONDS = 240.0
 _PROMPT_TOKENS = 24
-_DEAR_EVERY = 4  # rounds
 _RESAMPLES = 4000
 
 Rounds = list[dict[str, float]]  # seconds of CPU time by side
@@ -45,10 +48,11 @@ Rounds = list[dict[str, float]]  # seconds of CPU time by side
 class Served:
     """A server started from a module, with its engine's process."""
 
-    def __init__(self, module: str, model: Path) -> None:
+    def __init__(self, module: str, model: Path, **variables: str) -> None:
         self.port = free_port()
         flags = ["--model", str(model), "--port", str(self.port), "--log-level", "warning", "--no-prefix-cache"]
-        self.process = subprocess.Popen([sys.executable, "-m", module, "serve", *flags], cwd=ROOT)
+        command = [sys.executable, "-m", module, "serve", *flags]
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables)
 
     def wait_ready(self) -> None:
         """Raises RuntimeError when it does not come up."""
@@ -98,9 +102,9 @@ def _cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def servers(*modules: str, model: Path) -> Iterator[list[Served]]:
-    """Several at once; only one is asked at a time."""
-    running = [Served(module, model) for module in modules]
+def servers(model: Path, clocks: Path) -> Iterator[tuple[Served, Served]]:
+    """One with clocks and one without metrics; only one is asked at a time."""
+    running = Served("benchmarks.timed", model, **{VARIABLE: str(clocks)}), Served("benchmarks.unmetered", model)
     try:
         for one in running:
             one.wait_ready()
@@ -114,22 +118,17 @@ def servers(*modules: str, model: Path) -> Iterator[list[Served]]:
 
 def cost(rounds: Rounds, side: str, base: str) -> dict[str, Any]:
     """CPU time of a side over that of another in the same round, minus 1: median and 95 % interval."""
-    logs = [math.log(one[side] / one[base]) for one in rounds if side in one]
+    logs = [math.log(one[side] / one[base]) for one in rounds]
     rng = random.Random(0)
     medians = sorted(statistics.median(rng.choices(logs, k=len(logs))) for _ in range(_RESAMPLES))
     ends = medians[int(0.025 * _RESAMPLES)], medians[int(0.975 * _RESAMPLES)]
-    return {
-        "side": side,
-        "over": base,
-        "pairs": len(logs),
-        "cost": math.expm1(statistics.median(logs)),
-        "interval": [math.expm1(end) for end in ends],
-    }
+    interval = [math.expm1(end) for end in ends]
+    return {"side": side, "over": base, "cost": math.expm1(statistics.median(logs)), "interval": interval}
 
 
 def bars_of(costs: Sequence[dict[str, Any]], clients: int) -> list[Bar]:
     """Of the upper ends."""
-    limits = {"metered": ("the metrics", 0.02), "full": ("full scalings", 0.25), "logged": ("the scalings log", 0.05)}
+    limits = {"none": ("the metrics", 0.02), "full": ("full scalings", 0.25), "logged": ("the scalings log", 0.05)}
     return [
         Bar(f"CPU time that {what} cost at {clients} clients, 95 % at most", "<=", limit, one["interval"][1])
         for one in costs
@@ -142,38 +141,43 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     prompts = [prompt_tokens(args.model, _PROMPT_TOKENS, seed=number) for number in range(args.clients)]
     rng = random.Random(0)
     rounds: Rounds = []
-    with servers("service", "benchmarks.unmetered", model=args.model) as (metered, unmetered):
-        usual: dict[str, Callable[[], float]] = {
-            "metered": partial(metered.burst, prompts, args.tokens),
-            "unmetered": partial(unmetered.burst, prompts, args.tokens),
-        }
-        dear: dict[str, Callable[[], float]] = {
-            "full": partial(metered.burst, prompts, args.tokens, "full"),
-            "logged": partial(metered.logged_burst, prompts, args.tokens),
-        }
-        for burst in (*usual.values(), *dear.values()):
-            burst()  # warm-up
-        for number in range(args.rounds):
-            sides = list({**usual, **({} if number % _DEAR_EVERY else dear)}.items())
-            rng.shuffle(sides)
-            rounds.append({side: burst() for side, burst in sides})
-    costs = [
-        cost(rounds, side, base)
-        for side, base in (("metered", "unmetered"), ("full", "metered"), ("logged", "metered"))
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        clocks = Clocks.create(Path(folder) / "clocks")
+        with servers(args.model, Path(folder) / "clocks") as (timed, unmetered):
+            sides: dict[str, Callable[[], float]] = {
+                "none": partial(timed.burst, prompts, args.tokens),
+                "full": partial(timed.burst, prompts, args.tokens, "full"),
+                "logged": partial(timed.logged_burst, prompts, args.tokens),
+                "unmetered": partial(unmetered.burst, prompts, args.tokens),
+            }
+            for burst in sides.values():
+                burst()  # warm-up
+            for _ in range(args.rounds):
+                rounds.append(one_round(sides, clocks, rng))
+    pairs = (("none", "unobserved"), ("full", "none"), ("logged", "none"), ("none", "unmetered"))
+    costs = [cost(rounds, side, base) for side, base in pairs]
     for row in costs:
         print_row(row)
     total = args.clients * args.tokens
-    spent = {
-        side: 1e6 * statistics.median(one[side] for one in rounds if side in one) / total for side in (*usual, *dear)
-    }
-    emit({"benchmark": "observability", "clients": args.clients, "costs": costs, "cpu_us_per_token": spent},
-         bars_of(costs, args.clients))  # fmt: skip
+    spent = {side: 1e6 * statistics.median(one[side] for one in rounds) / total for side in sides}
+    result = {"clients": args.clients, "rounds": args.rounds, "costs": costs, "cpu_us_per_token": spent}
+    emit({"benchmark": "observability", **result}, bars_of(costs[:3], args.clients))
+
+
+def one_round(sides: dict[str, Callable[[], float]], clocks: Clocks, rng: random.Random) -> dict[str, float]:
+    """Every side once; and of "none" the part that is not the metrics'."""
+    seconds = {}
+    for side in rng.sample(list(sides), len(sides)):
+        before = clocks.total
+        seconds[side] = sides[side]()
+        if side == "none":
+            seconds["unobserved"] = seconds[side] - (clocks.total - before)
+    return seconds
 
 
 if __name__ == "__main__":

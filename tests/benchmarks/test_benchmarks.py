@@ -154,7 +154,7 @@ def test_a_cost_is_found_amid_noise_that_a_round_shares():
     for side, cost in (("5", 0.05), ("0", 0.0)):
         low, high = found[side]["interval"]
         assert low < cost < high < low + 0.02
-    assert [bar.met for bar in observability.bars_of([{"side": "metered", "interval": [-0.01, 0.021]}], 1)] == [False]
+    assert [bar.met for bar in observability.bars_of([{"side": "none", "interval": [-0.01, 0.021]}], 1)] == [False]
 
 
 def test_deficit_finds_a_wrong_token(bundle):

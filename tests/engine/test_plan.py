@@ -72,7 +72,7 @@ def test_rows_of_a_step_follow_the_device_and_the_seats() -> None:
 
 def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:
     """No GPU is needed: 85 % of what the weights leave, in whole blocks, never more than the requests can use."""
-    options = EngineOptions(str(tied), max_num_seqs=100_000)
+    options = EngineOptions(str(tied), max_num_seqs=100_000, max_num_batched_tokens=1024)
     plan = plan_of(options, 16 * MIB)
     block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * 16
     assert plan.num_blocks == int((16 * MIB - plan.weights.total) * 0.85) // block_bytes
@@ -86,7 +86,9 @@ def test_what_does_not_fit_is_said_with_its_numbers(tied: Path) -> None:
     with pytest.raises(StartupError, match="one request of 1024 tokens needs"):
         plan_of(EngineOptions(str(tied)), plan_of(EngineOptions(str(tied))).weights.total + 1000)
     with pytest.raises(StartupError, match=r"--kv-memory leaves .* for activations"):
-        plan_of(EngineOptions(str(tied), kv_memory_bytes=16 * MIB, max_num_seqs=100_000), 16 * MIB)
+        plan_of(
+            EngineOptions(str(tied), kv_memory_bytes=16 * MIB, max_num_seqs=100_000, max_num_batched_tokens=9), 16 * MIB
+        )
     with pytest.raises(SettingsError, match="--max-model-len 1025 is over"):
         plan_of(EngineOptions(str(tied), max_model_len=1025))
 
