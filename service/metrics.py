@@ -100,7 +100,7 @@ class _Pending:
 class Metrics:
     """The service's metrics. `observe_step` is called once per engine step, the rest by the request handlers.
 
-    What comes with every step and token is only added up, and told to Prometheus' objects many at once: a call of theirs
+    What comes with every step and token is only added up, and told to Prometheus many at once: a call of its objects
     costs ten times as much between two steps, where nothing of it is in the caches.
     """
 

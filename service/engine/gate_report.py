@@ -20,6 +20,7 @@ from service.engine.sequence import Sequence
 from service.model.gate_stats import GateSummary, summarise
 
 _ENOUGH_POSITIONS = 256
+_STEPS_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,21 @@ class GateObserver:
         self._in_prompt: list[bool] = []  # one per position: before the prompt's last
         self._owners: list[Sequence] = []  # one per position
         self._has_first = False  # a prompt's last position is among them
+        self._skipped = 0  # steps in a row
+
+    def due(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether a step is to report what has become final of its sequences: where one has asked for its rows, or is
+        at its first, at once; else several steps are read in one go.
+        """
+        self._skipped += 1
+        return self._skipped >= _STEPS_TOGETHER or any(
+            sequence.request.return_scalings != "none" or sequence.reported < sequence.prompt_len
+            for sequence in sequences
+        )
 
     def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
         """Takes in the rows [n, S, E] of `spans` (sequences that generate). Returns those asked for, one per span."""
+        self._skipped = 0
         self._scalings.append(scalings)
         for span in spans:
             before_last = min(span.count, max(0, span.sequence.prompt_len - 1 - span.start))
