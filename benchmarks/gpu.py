@@ -89,7 +89,7 @@ class Bench:
         cache = self.engine._runner.kv_cache
         self.captured = captured_steps(self.model, cache, rows, self.context)
         # Its budget counts the scaling rows it drops: twice the budget is as many rows in a step.
-        doubled = replace(options, max_num_batched_tokens=2 * options.max_num_batched_tokens)
+        doubled = replace(options, max_num_batched_tokens=2 * self.engine.info.max_num_batched_tokens)
         self.base_engine = build_engine(self.model, self.checkpoint, doubled)
         self.plain = PlainBase(self.model)
         base_cache = self.base_engine._runner.kv_cache

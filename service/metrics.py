@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0
 _STEP_SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ENTROPY_NATS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 _RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 21))
+
+_MOST_PENDING = 1024  # steps, or gaps between tokens
 
 logger = logging.getLogger("xlora.metrics")
 
@@ -61,15 +64,55 @@ class ArrayHistogram(Collector):
         yield family
 
 
+class _BeforeScrape(Collector):
+    """Has no metrics; registered first, it is asked first."""
+
+    def __init__(self, fold: Callable[[], None]) -> None:
+        self._fold = fold
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """Brings the others up to date."""
+        self._fold()
+        return ()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What steps and tokens have brought since the metrics were last brought up to date."""
+
+    step_seconds: list[float] = field(default_factory=list)
+    scaling_rows: int = 0
+    real_rows: int = 0
+    draft_hits: int = 0
+    draft_misses: int = 0
+    speculated: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+    gates: list[GateStats] = field(default_factory=list)
+    tokens: int = 0
+    gaps: list[float] = field(default_factory=list)  # seconds between two tokens of one choice
+
+
 class Metrics:
-    """The service's metrics. `observe_step` is called once per engine step, the rest by the request handlers."""
+    """The service's metrics. `observe_step` is called once per engine step, the rest by the request handlers.
+
+    What comes with every step and token is only added up, and told to Prometheus many at once: a call of its objects
+    costs ten times as much between two steps, where nothing of it is in the caches.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.running = 0  # of the last step, for /health
         self.waiting = 0
+        self._kv_used_ratio = 0.0
         self._experts: list[str] = []
         self._drift: GateDrift | None = None  # None: the bundle has no profile
+        self._pending = _Pending()
+        registry.register(_BeforeScrape(self._fold))
         self._create_gate()
         self._create_requests()
         self._create_engine()
@@ -106,7 +149,7 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token.", _LATENCY_SECONDS
         )
-        self.inter_token_latency = self._histogram(
+        self._inter_token_latency = self._histogram(
             "inter_token_latency_seconds", "Between two tokens of one choice.", _TOKEN_SECONDS
         )
         self.request_latency = self._histogram(
@@ -117,7 +160,7 @@ class Metrics:
         )
         self.requests = self._counter("requests", "Requests that have ended.", "endpoint", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
-        self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
+        self._generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self._prefix_cache = self._counter(
             "prefix_cache_tokens", "Prompt tokens whose keys and values were found (hit) or computed (miss).", "outcome"
         )
@@ -132,13 +175,15 @@ class Metrics:
             "speculated_tokens", "Drafts copied from earlier text, kept (accepted) or dropped (rejected).", "outcome"
         )
         self._preemptions = self._counter("preemptions", "Sequences set back because the KV pool was full.")
-        self._running = self._gauge("requests_running", "Sequences being worked on.")
-        self._waiting = self._gauge("requests_waiting", "Sequences waiting for their first step.")
-        self._kv_used = self._gauge("kv_blocks_used_ratio", "Share of the KV pool in use.")
+        running = self._gauge("requests_running", "Sequences being worked on.")
+        running.set_function(lambda: self.running)
+        waiting = self._gauge("requests_waiting", "Sequences waiting for their first step.")
+        waiting.set_function(lambda: self.waiting)
+        kv_used = self._gauge("kv_blocks_used_ratio", "Share of the KV pool in use.")
+        kv_used.set_function(lambda: self._kv_used_ratio)
         self._info = self._gauge(
             "info", "Always 1; the labels say what is served.", "model", "dtype", "device", "version"
         )
-        # Looked up once: a step costs four times as much where it looks up its labels.
         self._scaling_rows, self._real_rows = (self._rows.labels(stream) for stream in ("scaling", "real"))
         self._draft_hits, self._draft_misses = (self._drafts.labels(outcome) for outcome in ("hit", "miss"))
         self._accepted, self._rejected = (self._speculated.labels(outcome) for outcome in ("accepted", "rejected"))
@@ -157,20 +202,29 @@ class Metrics:
 
     def observe_step(self, stats: StepStats) -> None:
         """Everything one step of the engine has to report; a report without rows was no step."""
+        pending = self._pending
         if stats.scaling_rows or stats.real_rows:
-            self._step_seconds.observe(stats.step_seconds)
-        self._scaling_rows.inc(stats.scaling_rows)
-        self._real_rows.inc(stats.real_rows)
-        self._draft_hits.inc(stats.draft_hits)
-        self._draft_misses.inc(stats.draft_misses)
-        self._accepted.inc(stats.accepted_tokens)
-        self._rejected.inc(stats.speculated_tokens - stats.accepted_tokens)
-        self._preemptions.inc(stats.preemptions)
-        self._set_load(stats.requests_running, stats.requests_waiting)
-        self._kv_used.set(stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0)
-        self._observe_gate(stats.gate)
-        if self._drift is not None:
-            self._drift.observe(stats.gate)
+            pending.step_seconds.append(stats.step_seconds)
+        pending.scaling_rows += stats.scaling_rows
+        pending.real_rows += stats.real_rows
+        pending.draft_hits += stats.draft_hits
+        pending.draft_misses += stats.draft_misses
+        pending.accepted += stats.accepted_tokens
+        pending.speculated += stats.speculated_tokens
+        pending.preemptions += stats.preemptions
+        if stats.gate.weight:
+            pending.gates.append(stats.gate)
+        self.running, self.waiting = stats.requests_running, stats.requests_waiting
+        self._kv_used_ratio = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+        if len(pending.step_seconds) >= _MOST_PENDING:
+            self._fold()
+
+    def observe_tokens(self, tokens: int, gaps: Sequence[float]) -> None:
+        """Tokens of one call that came together, and seconds since the ones before them, of those that had one."""
+        self._pending.tokens += tokens
+        self._pending.gaps += gaps
+        if len(self._pending.gaps) >= _MOST_PENDING:
+            self._fold()
 
     def observe_cache(self, cached_tokens: int, prompt_tokens: int) -> None:
         """How much of one request's prompt was found in the prefix cache."""
@@ -181,6 +235,26 @@ class Metrics:
         """The scrape output, in Prometheus' text format."""
         return generate_latest(self.registry)
 
+    def _fold(self) -> None:
+        """Tells Prometheus' objects what has been added up."""
+        pending, self._pending = self._pending, _Pending()
+        for seconds in pending.step_seconds:
+            self._step_seconds.observe(seconds)
+        for gap in pending.gaps:
+            self._inter_token_latency.observe(gap)
+        self._scaling_rows.inc(pending.scaling_rows)
+        self._real_rows.inc(pending.real_rows)
+        self._draft_hits.inc(pending.draft_hits)
+        self._draft_misses.inc(pending.draft_misses)
+        self._accepted.inc(pending.accepted)
+        self._rejected.inc(pending.speculated - pending.accepted)
+        self._preemptions.inc(pending.preemptions)
+        self._generated_tokens.inc(pending.tokens)
+        for gate in pending.gates:
+            self._observe_gate(gate)
+            if self._drift is not None:
+                self._drift.observe(gate)
+
     def _create_drift(self, profile: Mapping[str, Any]) -> None:
         try:
             drift = self._drift = GateDrift(profile, self._experts)
@@ -189,11 +263,6 @@ class Metrics:
             return
         for distribution in DISTRIBUTIONS:
             self._psi.labels(distribution).set_function(partial(drift.index, distribution))
-
-    def _set_load(self, running: int, waiting: int) -> None:
-        self.running, self.waiting = running, waiting
-        self._running.set(running)
-        self._waiting.set(waiting)
 
     def _observe_gate(self, gate: GateStats) -> None:
         maximum = math.log(len(self._experts)) if len(self._experts) > 1 else math.inf  # the ratio is 0 for one expert

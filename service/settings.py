@@ -74,7 +74,9 @@ class Settings(BaseSettings):
         None, description="longest prompt + output in tokens; default: the model's"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
-    max_num_batched_tokens: int = Field(1024, ge=1, description="most rows in one step")
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="most rows in one step; default: 256 on a CPU, 1024 on a GPU, and 4 * max_num_seqs at least"
+    )
     kv_memory: ByteSize | None = Field(
         None, gt=0, description="memory for keys and values, as 512MiB; default: measured"
     )

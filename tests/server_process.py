@@ -65,6 +65,7 @@ def free_port() -> int:
 @contextmanager
 def server(
     *flags: str,
+    module: str = "service",
     command: str = "serve",
     ready_seconds: float = 90.0,
     root: Path = ROOT,
@@ -72,10 +73,10 @@ def server(
     **popen: Any,
 ) -> Iterator[Server]:
     """Starts `xlora-serve serve`, or another command that serves, of the checkout at `root`, waits until it is ready,
-    and ends it with SIGTERM.
+    and ends it with SIGTERM. Another `module` than the product's is one that changes it first.
     """
     port = free_port()
-    line = [sys.executable, "-m", "service", command, "--port", str(port), "--log-level", "warning", *flags]
+    line = [sys.executable, "-m", module, command, "--port", str(port), "--log-level", "warning", *flags]
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | env
     running = Server(port, subprocess.Popen(line, cwd=root, env=variables, **popen))
     try:

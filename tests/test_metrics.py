@@ -82,6 +82,22 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
     assert value(metrics, "xlora_step_seconds_count") == 1
 
 
+def test_what_is_added_up_is_there_at_every_look(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a look, after it, and when there is so much that nobody is waited for."""
+    monkeypatch.setattr("service.metrics._MOST_PENDING", 3)
+    for number in range(1, 9):
+        metrics.observe_tokens(2, [0.002, 0.2])
+        metrics.observe_step(StepStats(step_seconds=0.01, real_rows=5))
+        assert len(metrics._pending.gaps) < 4
+        if number % 4 == 0:
+            assert value(metrics, "xlora_generated_tokens_total") == 2 * number
+            assert value(metrics, "xlora_inter_token_latency_seconds_count") == 2 * number
+            assert value(metrics, "xlora_inter_token_latency_seconds_bucket", le="0.0025") == number
+            assert value(metrics, "xlora_step_seconds_sum") == pytest.approx(0.01 * number)
+            assert value(metrics, "xlora_rows_total", stream="real") == 5 * number
+    assert b"xlora_generated_tokens_total 16.0" in metrics.render()
+
+
 EDGES = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 

@@ -43,6 +43,11 @@ class Ticket:
         self._admission.choices -= 1
         self._admission.observe_service(now - self._since - queue_seconds)
 
+    def done(self, request_id: str, now: float, queue_seconds: float) -> None:
+        """A request of one choice has ended that brings no tokens, after it has waited so long."""
+        self.started(request_id)
+        self.ended(now, queue_seconds)
+
     def close(self) -> None:
         """The requests have ended, however that came."""
         self._admission.queued_tokens -= self.tokens

@@ -166,8 +166,8 @@ class Comparison:
         requests = [self._score(f"{self._id}-score-{number}", key) for number, key in enumerate(keys)]
         try:
             now = asyncio.get_running_loop().time()
-            with self._service.admission.admit(requests, now, continued=bool(self._written)):
-                found = await log_probabilities(self._service.client, requests, deadline)
+            with self._service.admission.admit(requests, now, continued=bool(self._written)) as ticket:
+                found = await log_probabilities(self._service.client, requests, ticket, deadline)
         except TimedOutError:
             if not self._written:
                 raise
@@ -237,9 +237,9 @@ class Comparison:
             raise InvalidRequestError(
                 f"{settings} settings over {settings} outputs are up to {scored} tokens to score; at most "
                 f"{MAX_SCORED_TOKENS} are allowed",
-                param="max_tokens",
+                param="max_tokens" if written else "settings",
                 code="too_large",
-                hint="lower max_tokens, or compare fewer settings",
+                hint=f"{'lower max_tokens' if written else 'give shorter outputs'}, or compare fewer settings",
             )
         weights = written * most * len(info.sites) * len(info.experts)
         if self._body.return_scalings == "full" and weights > MAX_WEIGHTS:

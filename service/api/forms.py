@@ -13,6 +13,7 @@ import math
 import select
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,11 +88,12 @@ class TextForms:
         return form
 
     def close(self) -> None:
-        """Ends the process, at once."""
-        self._trial.end()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the process, at once. Who still waits for a verdict, or comes later, hears that the server stops."""
+        self._trial.close()
+        self._thread.shutdown(wait=False)
 
     async def _judge(self, form: TextForm) -> str | None:
+        self._trial.check_open()
         if self._waiting >= _MOST_WAITING:
             raise OverloadedError("too many new forms of text are being compiled", param="response_format")
         self._waiting += 1
@@ -102,31 +104,49 @@ class TextForms:
 
 
 class _Trial:
-    """The process of grammar_check.py, started when there is something to judge. For one thread, but for `end`."""
+    """The process of grammar_check.py, started when there is something to judge. For one thread, but for `close`."""
 
     def __init__(self, info: EngineInfo, seconds: float) -> None:
         arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
         self._command = [sys.executable, "-m", "service.engine.grammar_check", *arguments]
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._ending = threading.Lock()
+        self._closed = False
+
+    def check_open(self) -> None:
+        """Raises UnavailableError once it is closed."""
+        if self._closed:
+            raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
 
     def judge(self, form: TextForm) -> str | None:
-        """Why a form cannot be compiled; None: it can."""
+        """Why a form cannot be compiled; None: it can. Raises UnavailableError where that cannot be found out."""
+        self.check_open()
         process = self._process
         if process is None:
             process = self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            if self._closed:
+                self._end()
             if self._ask(process, TextForm(regex="a"), _START_SECONDS) is None:  # that is not the form's fault
-                self.end()
+                self._end()
+                self.check_open()
                 raise UnavailableError("the process that compiles forms of text did not start")
         verdict = self._ask(process, form, self._seconds)
         if verdict is not None:
             return verdict.error
-        self.end()
+        self._end()
+        self.check_open()
         return f"the form of text took over {self._seconds:g} seconds or too much memory to compile; simplify it"
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """Ends the process for good, from any thread."""
+        self._closed = True  # first: a process that is just being started is ended by who starts it
+        self._end()
+
+    def _end(self) -> None:
         """Ends the process, whatever it does."""
-        process, self._process = self._process, None
+        with self._ending:
+            process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
@@ -138,11 +158,11 @@ class _Trial:
         try:
             process.stdin.write(msgspec.json.encode(form) + b"\n")
             process.stdin.flush()
-        except (BrokenPipeError, ValueError):
+            ready, _, _ = select.select([process.stdout], [], [], seconds)
+            line = process.stdout.readline() if ready else b""
+            return msgspec.json.decode(line, type=Verdict) if line else None
+        except (BrokenPipeError, ValueError, msgspec.DecodeError):  # it has ended, perhaps by close()
             return None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        line = process.stdout.readline() if ready else b""
-        return msgspec.json.decode(line, type=Verdict) if line else None
 
 
 def text_form(wanted: ResponseFormat) -> TextForm | None:

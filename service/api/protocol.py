@@ -102,7 +102,7 @@ class CompareBody(OneTextFields):
             return self
         for name in sorted(self.model_fields_set - _FIELDS_OF_JUDGING):
             if getattr(self, name) is not None:
-                raise ValueError(f"has no use for {name}: every setting has token_ids, so nothing is generated")
+                raise ValueError(f"{name} is of no use: every setting has token_ids, so nothing is generated")
         return self
 
 

@@ -154,6 +154,7 @@ class Observer:
         """Some pieces have come, at once."""
         now = self._clock()
         tokens = 0
+        gaps: list[float] = []
         for piece in pieces:
             last = self._last.get(piece.index)
             if last is None:
@@ -165,10 +166,10 @@ class Observer:
             if not self._last:
                 self._begin(now)
             if last is not None:
-                self._metrics.inter_token_latency.observe(now - last)
+                gaps.append(now - last)
             self._last[piece.index] = now
             tokens += 1
-        self._metrics.generated_tokens.inc(tokens)
+        self._metrics.observe_tokens(tokens, gaps)
 
     def _begin(self, now: float) -> None:
         """The first token of all has come."""

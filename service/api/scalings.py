@@ -118,9 +118,9 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord) ->
     format = RowFormat(service.info)
     now = asyncio.get_running_loop().time()
     deadline, all_scores = now + service.settings.request_timeout, [one for own in scores for one in own]
-    with service.admission.admit([*requests, *all_scores], now):
+    with service.admission.admit([*requests, *all_scores], now) as ticket:
         found = await scaling_rows(service.client, requests, format, deadline)
-        logprobs = await log_probabilities(service.client, all_scores, deadline)
+        logprobs = await log_probabilities(service.client, all_scores, ticket, deadline)
     usages = [usage for _, usage in found]
     record.queue_seconds = min(usage.queue_seconds for usage in usages)
     service.metrics.prompt_tokens.inc(tokens)

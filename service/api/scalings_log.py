@@ -11,6 +11,7 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,46 @@ class Run:
     rows: FloatArray  # [positions, S, E]
 
 
+class _Ring:
+    """Rows and their owners, the newest over the oldest. Written by one thread, copied by any.
+
+    Nobody waits for a copy: what is written over meanwhile is left out of it.
+    """
+
+    def __init__(self, capacity: int, shape: tuple[int, int]) -> None:
+        self.rows = np.empty((capacity, *shape), np.float32)  # pages come with the first write
+        self.owners = np.empty(capacity, _OWNER)
+        self.written = 0  # rows ever; the next goes to this, modulo the capacity
+        self._begun = 0  # rows ever, with those that are just being written
+
+    @property
+    def tokens(self) -> int:
+        """Rows in it."""
+        return min(self.written, len(self.rows))
+
+    def write(self, rows: FloatArray, owners: npt.NDArray[Any]) -> None:
+        """Adds rows, over the oldest where it is full."""
+        capacity = len(self.rows)
+        self._begun += len(rows)
+        places = (self.written + np.arange(len(rows)))[-capacity:] % capacity
+        self.rows[places], self.owners[places] = rows[-capacity:], owners[-capacity:]
+        self.written = self._begun
+
+    def copy(self, end: int) -> tuple[FloatArray, npt.NDArray[Any]]:
+        """What there was when `end` rows had been written, and is there still; the oldest first."""
+        capacity = len(self.rows)
+        start = max(0, end - capacity)
+        first = start % max(1, capacity)
+        rest = end - start - (capacity - first)  # rows that are before the first in memory
+        last = first + end - start
+        rows, owners = (
+            np.concatenate([array[first:last], array[: max(0, rest)]])  # without the interpreter's lock
+            for array in (self.rows, self.owners)
+        )
+        lost = max(0, self._begun - capacity - start)  # read after the copy: what was begun before it is in this
+        return rows[lost:], owners[lost:]
+
+
 class ScalingsLog:
     """Off and empty at first. Called from the event loop, but for what a Snapshot does."""
 
@@ -57,7 +98,7 @@ class ScalingsLog:
     @property
     def tokens(self) -> int:
         """Positions in it."""
-        return min(self._written, len(self._rows))
+        return self._ring.tokens
 
     def enable(self, max_tokens: int, max_bytes: int) -> None:
         """Takes rows from now on. What is there stays, as far as the bounds let it.
@@ -69,8 +110,8 @@ class ScalingsLog:
             raise InvalidRequestError(
                 f"`max_bytes` is {max_bytes}, and one row takes {self.row_bytes} bytes", param="max_bytes"
             )
-        if capacity != len(self._rows):
-            rows, owners = self._in_order()
+        if capacity != len(self._ring.rows):
+            rows, owners = self._ring.copy(self._ring.written)
             self._allocate(capacity)
             self._write(rows, owners)
         self.enabled, self.max_tokens, self.max_bytes = True, max_tokens, max_bytes
@@ -95,8 +136,8 @@ class ScalingsLog:
             self._write(np.frombuffer(one.rows, "<f4").reshape(one.count, *self._shape), owners)
 
     def snapshot(self) -> Snapshot:
-        """A copy to look at, in any thread."""
-        return Snapshot(*self._in_order(), self._experts, self._sites)
+        """What is in it now, to look at in another thread."""
+        return Snapshot(self._ring, self._ring.written, self._experts, self._sites)
 
     def state(self) -> dict[str, Any]:
         """Switch and bounds, and how full it is."""
@@ -110,38 +151,46 @@ class ScalingsLog:
         }
 
     def _allocate(self, capacity: int) -> None:
-        self._rows = np.empty((capacity, *self._shape), np.float32)  # pages come with the first write
-        self._owners = np.empty(capacity, _OWNER)
-        self._written = 0  # rows ever; the next goes to this, modulo the capacity
+        self._ring = _Ring(capacity, self._shape)
 
     def _write(self, rows: FloatArray, owners: npt.NDArray[Any]) -> None:
-        capacity = len(self._rows)
         before = self.tokens
-        places = (self._written + np.arange(len(rows)))[-capacity:] % capacity
-        self._rows[places], self._owners[places] = rows[-capacity:], owners[-capacity:]
-        self._written += len(rows)
+        self._ring.write(rows, owners)
         self.dropped_tokens += before + len(rows) - self.tokens
 
-    def _in_order(self) -> tuple[FloatArray, npt.NDArray[Any]]:
-        """Copies, the oldest first."""
-        order = np.arange(self._written - self.tokens, self._written) % max(1, len(self._rows))
-        return self._rows[order], self._owners[order]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """The log at one moment. What it computes takes time: not for the event loop."""
+    """The log at one moment, without what newer rows push out before it is looked at. The first look copies the rows,
+    and what it computes takes time: not for the event loop.
+    """
 
-    rows: FloatArray  # [tokens, S, E], in the order in which positions became final
-    owners: npt.NDArray[Any]
+    _ring: _Ring
+    _end: int  # rows ever written at that moment
     experts: list[str]
     sites: list[str]
+
+    @cached_property
+    def _copy(self) -> tuple[FloatArray, npt.NDArray[Any]]:
+        return self._ring.copy(self._end)
+
+    @property
+    def rows(self) -> FloatArray:
+        """[tokens, S, E], in the order in which positions became final."""
+        return self._copy[0]
+
+    @property
+    def owners(self) -> npt.NDArray[Any]:
+        """Whose they are."""
+        return self._copy[1]
 
     def runs(self) -> Iterator[Run]:
         """In the order of their first rows."""
         if not len(self.rows):
             return
-        names = self.owners[["request", "choice"]]
+        # In two goes: sorting pairs would hold the interpreter's lock, and the event loop up.
+        _, requests = np.unique(np.ascontiguousarray(self.owners["request"]), return_inverse=True)
+        names = (requests.astype(np.int64) << 32) + self.owners["choice"]
         _, first, which = np.unique(names, return_index=True, return_inverse=True)
         order = np.argsort(first[which], kind="stable")
         owners, rows = self.owners[order], self.rows[order]

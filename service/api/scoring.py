@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
+from service.api.admission import Ticket
 from service.engine.client import Client
 from service.engine.request import Request, SamplingParams, Steering
 from service.errors import InternalError
@@ -33,9 +35,12 @@ def score_request(
 
 
 async def log_probabilities(
-    client: Client, requests: Sequence[Request], deadline: float | None = None
+    client: Client, requests: Sequence[Request], ticket: Ticket, deadline: float | None = None
 ) -> dict[str, list[float]]:
-    """Natural logs, by request id, one per scored token. Raises TimedOutError at the deadline."""
+    """Natural logs, by request id, one per scored token. `ticket` gives up each one's place when it ends.
+
+    Raises TimedOutError at the deadline.
+    """
     found: dict[str, list[float]] = {request.id: [] for request in requests}
     if not requests:
         return found
@@ -44,6 +49,9 @@ async def log_probabilities(
             if output.finish_reason == "error":
                 raise InternalError(output.error or "the engine could not go on with this request")
             found[output.request_id] += [token.logprob or 0.0 for token in output.prompt_logprobs]
+            if output.finish_reason is not None:
+                waited = 0.0 if output.usage is None else output.usage.queue_seconds
+                ticket.done(output.request_id, asyncio.get_running_loop().time(), waited)
     for request in requests:
         if len(found[request.id]) != len(request.prompt_token_ids) - (request.score_from or 0):
             raise InternalError("the engine did not score every token")

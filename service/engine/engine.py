@@ -89,6 +89,7 @@ class Engine:
         """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
+                self._runner.observe_rest(sequence)
                 self._drop(sequence)
 
     def set_gate(self, settings: GateSettings) -> None:
@@ -230,7 +231,6 @@ class Engine:
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
             sequence, output.gate = share.sequence, gate
-            sequence.reported = max(sequence.reported, sequence.final)
             if output.finish_reason != "error":
                 self._scheduler.commit(sequence)
             if output.tokens or gate is not None or output.prompt_logprobs or output.finish_reason is not None:

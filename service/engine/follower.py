@@ -28,6 +28,7 @@ from service.engine.loader import (
     keep_freed_memory,
     load_checkpoint_and_model,
     plan_blocks,
+    resolve_batched_tokens,
     resolve_max_model_len,
 )
 from service.engine.options import EngineOptions
@@ -82,7 +83,8 @@ class Follower:
     def _allocate(self, blocks: int) -> None:
         assert self._model is not None
         assert self._options is not None
-        self._cache = allocate_cache(self._model, blocks, self._options)
+        max_rows = resolve_batched_tokens(self._options, self._model.device)
+        self._cache = allocate_cache(self._model, blocks, self._options.block_size, max_rows)
 
     @torch.inference_mode()
     def _step(self, frame: bytes) -> None:

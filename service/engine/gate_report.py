@@ -7,11 +7,11 @@ preemption, are read from the cache, so what a request gets is complete and noth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from service.engine.request import GateRows, GateStats
 from service.engine.sequence import Sequence
 from service.model.gate_stats import GateSummary, summarise
 
-_ENOUGH_POSITIONS = 64
+_ENOUGH_POSITIONS = 256
+_STEPS_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,21 @@ class GateObserver:
         self._in_prompt: list[bool] = []  # one per position: before the prompt's last
         self._owners: list[Sequence] = []  # one per position
         self._has_first = False  # a prompt's last position is among them
+        self._skipped = 0  # steps in a row
+
+    def due(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether a step is to report what has become final of its sequences: where one has asked for its rows, or is
+        at its first, at once; else several steps are read in one go.
+        """
+        self._skipped += 1
+        return self._skipped >= _STEPS_TOGETHER or any(
+            sequence.request.return_scalings != "none" or sequence.reported < sequence.prompt_len
+            for sequence in sequences
+        )
 
     def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
         """Takes in the rows [n, S, E] of `spans` (sequences that generate). Returns those asked for, one per span."""
+        self._skipped = 0
         self._scalings.append(scalings)
         for span in spans:
             before_last = min(span.count, max(0, span.sequence.prompt_len - 1 - span.start))
@@ -84,15 +97,16 @@ class GateObserver:
 
 def _credit(summary: GateSummary, in_prompt: SequenceOf[bool], owners: SequenceOf[Sequence]) -> None:
     """Adds to each sequence's usage what its positions from the prompt's last on did, where any expert acted."""
-    for prompt, owner, share, entropy in zip(
-        in_prompt, owners, summary.share.tolist(), summary.entropy.tolist(), strict=True
-    ):
-        if not prompt and not math.isnan(entropy):
-            usage = owner.usage
-            usage.gate_positions += 1
-            usage.gate_entropy_sum += entropy
-            before = usage.gate_share_sum or [0.0] * len(share)
-            usage.gate_share_sum = [sum(pair) for pair in zip(before, share, strict=True)]
+    share, entropy = summary.share.numpy(), summary.entropy.numpy()
+    rows: dict[int, list[int]] = {}
+    for row in np.flatnonzero(~np.isnan(entropy) & ~np.array(in_prompt)).tolist():
+        rows.setdefault(id(owners[row]), []).append(row)
+    for own in rows.values():
+        usage = owners[own[0]].usage
+        usage.gate_positions += len(own)
+        usage.gate_entropy_sum += float(entropy[own].sum(dtype=np.float64))
+        shares = share[own].sum(axis=0, dtype=np.float64)
+        usage.gate_share_sum = (shares + usage.gate_share_sum if usage.gate_share_sum else shares).tolist()
 
 
 def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -> list[GateRows | None]:
@@ -117,16 +131,11 @@ def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -
 
 def gate_stats(summary: GateSummary, in_prompt: SequenceOf[bool]) -> GateStats:
     """Statistics of served positions. `in_prompt` says of each whether it lies before its prompt's last."""
-    share, entropy = summary.share, summary.entropy
-    prompt = torch.tensor(in_prompt)
-    leaders = share[share.any(-1)].argmax(-1)  # positions where no expert acts have no leader
+    share, entropy, prompt = summary.share.numpy(), summary.entropy.numpy(), np.array(in_prompt)
+    leaders = share[share.any(axis=1)].argmax(axis=1)  # positions where no expert acts have no leader
     return GateStats(
-        prompt_entropy=_bytes(entropy[prompt]),
-        generated_entropy=_bytes(entropy[~prompt]),
-        weight=share.sum(0).tolist(),
-        top1=torch.bincount(leaders, minlength=share.shape[1]).tolist(),
+        prompt_entropy=entropy[prompt].tobytes(),
+        generated_entropy=entropy[~prompt].tobytes(),
+        weight=share.sum(axis=0).tolist(),
+        top1=np.bincount(leaders, minlength=share.shape[1]).tolist(),
     )
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.cpu().contiguous().numpy().tobytes()

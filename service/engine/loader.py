@@ -36,6 +36,7 @@ _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
+_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _NATIVE_ROW_COST = 0.2  # of the C++ kernels, compiled steps included
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
@@ -141,7 +142,8 @@ def build_engine(
     num_blocks = plan_blocks(layout, max_model_len, options, free_device_bytes(model.device))
     if group is not None:
         num_blocks = group.agree_on_blocks(num_blocks)
-    runner = ModelRunner(model, allocate_cache(model, num_blocks, options))
+    max_rows = resolve_batched_tokens(options, model.device)
+    runner = ModelRunner(model, allocate_cache(model, num_blocks, options.block_size, max_rows))
     if group is not None:
         runner.leader = Leader(model, group)
     elif model.device.type == "cuda" and options.cuda_graphs:
@@ -149,7 +151,7 @@ def build_engine(
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=max_rows,
         lookahead=options.lookahead,
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
@@ -157,16 +159,15 @@ def build_engine(
         max_scored_rows=max(1, _MOST_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
-    info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len)
+    info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
     kernels = None if group is not None else start_kernels(runner, scheduler, options)
     return Engine(runner, scheduler, info, grammars, kernels, start_compilation(runner, scheduler, options))
 
 
-def allocate_cache(model: XLoraModel, num_blocks: int, options: EngineOptions) -> KVCache:
+def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int, max_rows: int) -> KVCache:
     """The pool, with gate rows to spare for every row of a step."""
-    layout = model.kv_layout(options.block_size)
-    return KVCache.allocate(layout, num_blocks, model.dummy_row, spare_rows=options.max_num_batched_tokens)
+    return KVCache.allocate(model.kv_layout(block_size), num_blocks, model.dummy_row, spare_rows=max_rows)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
@@ -256,6 +257,13 @@ def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
     return wanted or limit
 
 
+def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
+    """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
+    decoding needs when every seat is taken.
+    """
+    return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
+
+
 def free_device_bytes(device: torch.device) -> int | None:
     """What is free on a GPU now; None on a CPU, whose memory others share."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -291,6 +299,7 @@ def _engine_info(
     layout: KVLayout,
     num_blocks: int,
     max_model_len: int,
+    max_rows: int,
 ) -> EngineInfo:
     device = str(model.device)
     if model.device.type == "cuda":
@@ -310,7 +319,7 @@ def _engine_info(
         eos_token_ids=_eos_token_ids(checkpoint),
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=max_rows,
         block_size=options.block_size,
         kv_blocks_total=num_blocks,
         kv_bytes=num_blocks * layout.block_bytes,

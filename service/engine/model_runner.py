@@ -244,21 +244,35 @@ class ModelRunner:
         Called when the drafts have been verified and before any block is released.
         """
         rows: dict[int, GateRows | None] = {}
-        spans = report_spans(share.sequence for share in plan.scheduled if share.sequence.is_served)
-        if spans:
-            slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
-            stored = self.kv_cache.gate_rows.index_select(0, self._tensor(slots))
-            observed = self._observer.observe(spans, stored)
-            rows = {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
+        served = [share.sequence for share in plan.scheduled if share.sequence.is_served]
+        if flush or self._observer.due(served):
+            rows = self._observe(served)
         for share, scalings in zip(plan.scheduled, result.scalings, strict=True):
             if scalings is not None:
                 rows[id(share.sequence)] = self._report_alone(share, scalings)
         return [rows.get(id(share.sequence)) for share in plan.scheduled], self._observer.statistics(flush=flush)
 
+    def observe_rest(self, sequence: Sequence) -> None:
+        """Takes in what a sequence that is dropped has not reported yet. Called before its blocks are released."""
+        if sequence.is_served:
+            self._observe([sequence])
+
+    def _observe(self, sequences: list[Sequence]) -> dict[int, GateRows | None]:
+        """Everything that has become final, read in one go; the rows that were asked for, by the sequence's id()."""
+        spans = report_spans(sequences)
+        if not spans:
+            return {}
+        slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
+        observed = self._observer.observe(spans, self.kv_cache.gate_rows.index_select(0, self._tensor(slots)))
+        for span in spans:
+            span.sequence.reported = span.start + span.count
+        return {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
+
     def _report_alone(self, share: Scheduled, scalings: Tensor) -> GateRows | None:
         """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
         for span in report_spans([share.sequence]):
             [rows] = gate_rows([span], scalings[span.start - share.scaling_start :], len(self.model.sites))
+            span.sequence.reported = span.start + span.count
             return rows
         return None
 

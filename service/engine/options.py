@@ -18,7 +18,7 @@ class EngineOptions:
     dtype: str = "auto"  # auto, float32, bfloat16, float16; auto = float32 on a CPU, the base's own on CUDA
     max_model_len: int | None = None  # None = max_position_embeddings
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int | None = None  # None = 256 on a CPU, 1024 on CUDA, or 4 * max_num_seqs
     kv_memory_bytes: int | None = None  # None = measured
     block_size: int = 16
     threads: int | None = None  # of each rank; None = all cores but one, divided among the ranks

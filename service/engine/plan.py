@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint
-from service.engine.loader import CUDA_KV_SHARE, allocate_cache, plan_blocks, resolve_dtype, resolve_max_model_len
+from service.engine.loader import (
+    CUDA_KV_SHARE,
+    allocate_cache,
+    plan_blocks,
+    resolve_batched_tokens,
+    resolve_dtype,
+    resolve_max_model_len,
+)
 from service.engine.options import EngineOptions
 from service.errors import StartupError
 from service.model.quantised import QuantisedLinear
@@ -82,6 +89,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     weights = weight_bytes(model)
     layout = model.kv_layout(options.block_size)
+    max_rows = resolve_batched_tokens(options, device)
     free_bytes = None if gpu_bytes is None else _free_after(weights.total, gpu_bytes)
     num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
     plan = MemoryPlan(
@@ -97,7 +105,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         gate_row_bytes=layout.gate_row_bytes,
         num_blocks=num_blocks,
         blocks_per_request=layout.blocks_for(max_model_len),
-        pool_bytes=allocate_cache(model, num_blocks, options).bytes,
+        pool_bytes=allocate_cache(model, num_blocks, options.block_size, max_rows).bytes,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_bounds_are_of_tokens_and_of_bytes(log: ScalingsLog) -> None:
         for start in range(0, 40, 2):
             log.add([rows_of("r1", start, 2)])
         assert runs(log) == [("r1", 0, 40 - expected, expected)]
-        assert log._rows.nbytes + log._owners.nbytes == expected * log.row_bytes <= size
+        assert log._ring.rows.nbytes + log._ring.owners.nbytes == expected * log.row_bytes <= size
         assert log.state()["dropped_tokens"] == 40 - expected
         log.add([rows_of("r2", 0, 100)])
         assert runs(log) == [("r2", 0, 100 - expected, expected)]
@@ -159,7 +160,39 @@ def test_other_bounds_keep_the_newest_rows(log: ScalingsLog) -> None:
     log.add([rows_of("r1", 16, 8)])
     assert runs(log) == [("r1", 0, 3, 13)]
     log.clear()
-    assert (runs(log), log._rows.nbytes) == ([], 0), "the memory is given back"
+    assert (runs(log), log._ring.rows.nbytes) == ([], 0), "the memory is given back"
+
+
+def test_a_snapshot_is_of_its_moment_without_what_is_written_over(log: ScalingsLog) -> None:
+    """It is copied later, in another thread: rows that came after it are not in it, nor those that they replaced."""
+    log.enable(10, 1 << 20)
+    log.add([rows_of("r1", 0, 8)])
+    first = log.snapshot()
+    log.add([rows_of("r2", 0, 4)])
+    second = log.snapshot()
+    assert [(run.request, run.start, len(run.rows)) for run in first.runs()] == [("r1", 2, 6)]
+    log.add([rows_of("r3", 0, 20)])
+    assert not list(second.runs())
+    assert second.summary()["sequences"] == 0
+    assert [(run.request, run.start, len(run.rows)) for run in first.runs()] == [("r1", 2, 6)], "it is copied once"
+    third = log.snapshot()
+    log.clear()
+    log.add([rows_of("r4", 0, 5)])
+    assert [(run.request, run.start, len(run.rows)) for run in third.runs()] == [("r3", 10, 10)]
+
+
+def test_snapshots_amid_writes_have_no_torn_rows(log: ScalingsLog) -> None:
+    """A thread copies while the log is written over and over."""
+    log.enable(5_000, 1 << 28)
+    log.add([rows_of("r1", 0, 5_000)])
+    with ThreadPoolExecutor(1) as threads:
+        for number in range(200):
+            copied = threads.submit(list, log.snapshot().runs())
+            while not copied.done():
+                log.add([rows_of(f"r{number + 2}", 0, 50)])
+            for run in copied.result():
+                expected = np.arange(run.start, run.start + len(run.rows)) + 1000 * int(run.request[1:])
+                assert (run.rows == expected[:, None, None]).all()
 
 
 def test_without_an_engine_nothing_is_changed(http: TestClient) -> None:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from service.api import compare
 from service.engine.request import Steering
 from tests.api.conftest import ThreadClient, serving
+from tests.api.test_connections import wait_for
 from tests.fake_engine import EXPERTS, FAULTY, MAX_MODEL_LEN, SITES, FakeEngine
 
 PROMPT = list(range(65, 75))
@@ -94,7 +95,8 @@ def test_errors_name_the_setting(http: TestClient, engine: FakeEngine) -> None:
     assert error(http, {}, scalings_dtype="float16")["param"] == "scalings_dtype"
     assert error(http, {}, max_tokens=MAX_MODEL_LEN)["param"] == "max_tokens"
     unused = error(http, {"token_ids": [80]}, max_tokens=None)
-    assert unused["message"] == "the body has no use for seed: every setting has token_ids, so nothing is generated"
+    assert unused["message"] == "seed is of no use: every setting has token_ids, so nothing is generated"
+    assert unused["param"] == "seed"
     assert len(engine.requests) == 1
 
 
@@ -102,6 +104,8 @@ def test_what_would_be_too_much_is_refused(http: TestClient, monkeypatch: pytest
     monkeypatch.setattr(compare, "MAX_SCORED_TOKENS", 15)
     assert error(http, {}, {})["code"] == "too_large"
     assert error(http, {}, {"token_ids": [80] * 4})["param"] == "max_tokens"
+    given = error(http, {"token_ids": [80] * 4}, {"token_ids": [80] * 4}, max_tokens=None, seed=None)
+    assert (given["param"], given["hint"]) == ("settings", "give shorter outputs, or compare fewer settings")
     assert http.post("/compare", json=body({}, {"token_ids": [80] * 3})).status_code == 200
     monkeypatch.setattr(compare, "MAX_WEIGHTS", 4 * len(EXPERTS) * len(SITES) - 1)
     assert error(http, {}, return_scalings="full")["param"] == "return_scalings"
@@ -132,6 +136,21 @@ def test_stops_and_counts_as_elsewhere(http: TestClient) -> None:
     assert [output["text"] for output in answer["outputs"]] == ["The "] * 2
     assert [output["finish_reason"] for output in answer["outputs"]] == ["stop"] * 2
     assert 'xlora_requests_total{endpoint="/compare",outcome="ok"} 1.0' in http.get("/metrics").text
+
+
+def test_a_score_gives_its_place_up_when_it_ends(client: ThreadClient, engine: FakeEngine) -> None:
+    """The short text is judged long before the other; both wait for no first token."""
+    with serving(client) as http:
+        engine.step_seconds = 0.05
+        book = http.app.state.service.admission  # type: ignore[attr-defined]
+        given = body({"token_ids": [80]}, {"token_ids": [80] * 80}, max_tokens=None, seed=None)
+        call = threading.Thread(target=lambda: http.post("/compare", json=given))
+        call.start()
+        assert wait_for(lambda: (book.choices, book.queued_tokens) == (2, 11 + 90))
+        assert wait_for(lambda: (book.choices, book.queued_tokens) == (1, 90))
+        assert book.running == 1
+        call.join()
+        assert (book.choices, book.queued_tokens, book.running) == (0, 0, 0)
 
 
 def test_a_full_queue_refuses_it_before_it_begins(client: ThreadClient, engine: FakeEngine) -> None:

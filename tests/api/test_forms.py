@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from service.api.fields import ResponseFormat
 from service.api.forms import KEYWORDS, MAX_SCHEMA_BYTES, TextForms, text_form
 from service.api.regex_size import regex_size
 from service.engine.request import TextForm
-from service.errors import InvalidRequestError
+from service.errors import InvalidRequestError, UnavailableError
 from tests.api.conftest import ThreadClient, serving
+from tests.api.test_connections import wait_for
 from tests.api.test_errors import error_of
 from tests.fake_engine import FakeEngine, fake_info, write_bundle
 
@@ -214,7 +217,7 @@ def test_a_trial_that_dies_refuses_its_form_alone(http: TestClient) -> None:
 
 def test_a_trial_that_does_not_start_is_our_fault(http: TestClient) -> None:
     forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    forms._trial.end()
+    forms._trial._end()
     command, forms._trial._command = forms._trial._command, ["false"]
     response = post(http, {"type": "regex", "pattern": "three"})
     assert "did not start" in error_of(response, 503)["message"]
@@ -263,3 +266,40 @@ def test_every_keyword_that_is_let_through_is_known(http: TestClient, keyword: s
 )  # fmt: skip
 def test_regex_size(pattern: str, size: float) -> None:
     assert regex_size(pattern) == size
+
+
+def test_who_waits_for_a_verdict_when_the_server_stops_hears_so(client: ThreadClient) -> None:
+    """The form is not to blame and nothing was begun: 503 for the one being judged, the one behind it, the next."""
+    bomb = json_schema({"allOf": [{"type": "string", "pattern": f"x{i}.*y{i}"} for i in range(20)]})
+    fresh = ThreadClient(FakeEngine(client.engine.info))
+    with serving(fresh) as http, ThreadPoolExecutor(2) as threads:
+        assert post(http, {"type": "json_object"}).status_code == 200
+        forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
+        forms._trial._seconds = 60.0
+        waiting = [threads.submit(post, http, one) for one in (bomb, {"type": "regex", "pattern": "behind"})]
+        assert wait_for(lambda: forms._waiting == 2)
+        http.portal.call(forms.close)  # type: ignore[union-attr]
+        for response in [*(one.result() for one in waiting), post(http, {"type": "regex", "pattern": "late"})]:
+            assert error_of(response, 503)["code"] == "stopping"
+            assert "retry-after" in response.headers
+        assert forms._trial._process is None
+        assert post(http, {"type": "json_object"}).status_code == 200  # judged before
+
+
+def test_a_trial_that_is_started_while_the_server_stops_is_ended(
+    client: ThreadClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close() finds no process yet: who starts it ends it."""
+    forms = TextForms(client.engine.info)
+    start = subprocess.Popen
+    started: list[subprocess.Popen[bytes]] = []
+
+    def stop_meanwhile(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        forms.close()
+        started.append(start(*arguments, **more))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", stop_meanwhile)
+    with pytest.raises(UnavailableError):
+        forms._trial.judge(TextForm(regex="a"))
+    assert started[0].poll() is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import common, suite, vs_mistralrs
+from benchmarks import common, observability, suite, vs_mistralrs
 from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
@@ -32,7 +33,8 @@ TINY = {
     "prefix_cache": ["--prefix-tokens", "200", "--repeats", "1"],
     "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1", "--eager-only"],
     "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1", "--eager-only"],
-    "observability": ["--clients", "2", "--tokens", "4", "--repeats", "1"],
+    "observability": ["--clients", "2", "--tokens", "4", "--rounds", "2"],
+    "fairness": ["--rounds", "1", "--prompt-tokens", "1000", "--choices", "4"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
     "proxy": ["--requests", "2"],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
@@ -137,6 +139,22 @@ def test_agreement_predicts_the_forwards(bundle):
     assert guessed
     assert 0 < a < 1
     assert run.steps == round(2 + 31 * (2 - a))
+
+
+def test_a_cost_is_found_amid_noise_that_a_round_shares():
+    """Rounds differ by half, bursts of a round by one per cent; and no cost is not called one."""
+    rng = random.Random(1)
+    rounds = []
+    for speed in (rng.uniform(1.0, 1.5) for _ in range(40)):
+        rounds.append(
+            {side: speed * rng.gauss(1.0, 0.01) * dear for side, dear in (("base", 1), ("5", 1.05), ("0", 1))}
+        )
+    found = {side: observability.cost(rounds, side, "base") for side in ("5", "0")}
+    assert found["5"]["cost"] == pytest.approx(0.05, abs=0.01)
+    for side, cost in (("5", 0.05), ("0", 0.0)):
+        low, high = found[side]["interval"]
+        assert low < cost < high < low + 0.02
+    assert [bar.met for bar in observability.bars_of([{"side": "none", "interval": [-0.01, 0.021]}], 1)] == [False]
 
 
 def test_deficit_finds_a_wrong_token(bundle):

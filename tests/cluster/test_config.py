@@ -106,8 +106,8 @@ from prometheus_client import CollectorRegistry
 from service.cluster.replica import merged
 from service.metrics import Metrics
 replicas = {name: Metrics(CollectorRegistry()) for name in "ab"}
-replicas["a"].generated_tokens.inc(3)
-replicas["b"].generated_tokens.inc(4)
+replicas["a"].observe_tokens(3, [])
+replicas["b"].observe_tokens(4, [])
 replicas["b"].queue_time.observe(0.3)
 print(json.dumps(merged({name: one.registry.collect() for name, one in replicas.items()}).decode()))
 """

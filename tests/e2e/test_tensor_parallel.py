@@ -53,9 +53,11 @@ def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
         follower.wait(10)
 
 
-@pytest.mark.parametrize("victim", ["server", "engine"])
+@pytest.mark.parametrize("victim", ["engine", pytest.param("server", marks=pytest.mark.slow)])
 def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None:
-    """SIGKILL leaves no orphan with a part of the model in memory."""
+    """SIGKILL leaves no orphan with a part of the model in memory. An engine whose server has been killed ends in
+    test_lifecycle.py, so that the first case has what is new here.
+    """
     with server("--model", str(tiny_bundle), *FLAGS) as running:
         engine, follower = engine_process(running), follower_process(running)
         (running.process if victim == "server" else engine).kill()

@@ -194,6 +194,19 @@ def test_statistics_of_several_choices(engines: Engines, lookahead: bool) -> Non
         assert_observed_once(result, requests, 3)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7, 15])
+def test_statistics_of_an_aborted_request(engines: Engines, steps: int) -> None:
+    """Nobody asked for rows, so several steps are read in one go: what was final counts, whenever it ends."""
+    engine = engines.build(prefix_cache=False)
+    engine.add(greedy("a", words(1, 12), 40))
+    [sequence] = engine._sequences["a"]
+    stats = [engine.step().stats.gate for _ in range(steps)]
+    final = sequence.final
+    engine.abort("a")
+    stats.append(engine.report().stats.gate)
+    assert sum(len(one.prompt_entropy + one.generated_entropy) for one in stats) == 4 * final
+
+
 def test_phases_of_one_report() -> None:
     """A chunk that ends before its prompt does must not colour the rows of the next sequence in the report."""
     half, done = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "ab")

@@ -37,7 +37,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path) -> None:
     for (model, quantization, dtype), length in zip(cases, itertools.cycle((None, 100, 333)), strict=False):
         options = EngineOptions(
             *(str(model), "cpu", dtype, length, 3),
-            max_num_batched_tokens=length or 1024,
+            max_num_batched_tokens=length,
             quantization=quantization,
             threads=1,
         )
@@ -47,6 +47,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path) -> None:
         assert plan.pool_bytes == runner.kv_cache.bytes, options
         assert plan.num_blocks == engine.info.kv_blocks_total, options
         assert plan.max_model_len == engine.info.max_model_len
+        assert engine.info.max_num_batched_tokens == (length or 256)
         assert (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size * plan.num_blocks == engine.info.kv_bytes
 
 
@@ -60,9 +61,18 @@ def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
     assert weight_bytes(model).total == sum(storages.values())
 
 
+def test_rows_of_a_step_follow_the_device_and_the_seats() -> None:
+    """Who decodes has two rows: with as many rows as seats the last ones would never have theirs."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cpu) == 256
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cuda) == 1024
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200), cpu) == 800
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200, max_num_batched_tokens=7), cpu) == 7
+
+
 def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:
     """No GPU is needed: 85 % of what the weights leave, in whole blocks, never more than the requests can use."""
-    options = EngineOptions(str(tied), max_num_seqs=100_000)
+    options = EngineOptions(str(tied), max_num_seqs=100_000, max_num_batched_tokens=1024)
     plan = plan_of(options, 16 * MIB)
     block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * 16
     assert plan.num_blocks == int((16 * MIB - plan.weights.total) * 0.85) // block_bytes
@@ -76,7 +86,9 @@ def test_what_does_not_fit_is_said_with_its_numbers(tied: Path) -> None:
     with pytest.raises(StartupError, match="one request of 1024 tokens needs"):
         plan_of(EngineOptions(str(tied)), plan_of(EngineOptions(str(tied))).weights.total + 1000)
     with pytest.raises(StartupError, match=r"--kv-memory leaves .* for activations"):
-        plan_of(EngineOptions(str(tied), kv_memory_bytes=16 * MIB, max_num_seqs=100_000), 16 * MIB)
+        plan_of(
+            EngineOptions(str(tied), kv_memory_bytes=16 * MIB, max_num_seqs=100_000, max_num_batched_tokens=9), 16 * MIB
+        )
     with pytest.raises(SettingsError, match="--max-model-len 1025 is over"):
         plan_of(EngineOptions(str(tied), max_model_len=1025))
 

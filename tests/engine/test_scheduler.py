@@ -68,7 +68,11 @@ class FakeRunner:
             sequence = share.sequence
             for position in range(sequence.reported, sequence.final if sequence.generates else 0):
                 self._check_gate(sequence, position, sequence.tokens)
+            sequence.reported = max(sequence.reported, sequence.final)
         return [None] * len(plan.scheduled), GateStats()
+
+    def observe_rest(self, sequence: Sequence) -> None:
+        """Nothing is ever left."""
 
     def logged(self, plan: Plan) -> list[LoggedRows]:
         """There is no log."""
