@@ -86,7 +86,10 @@ def whole(cluster: Cluster) -> bool:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("cluster") / "tiny", xlora={"layerwise_scalings": True})
+    """With room for streams that take longer than it takes to kill something."""
+    room = {"max_position_embeddings": 4096}
+    folder = tmp_path_factory.mktemp("cluster") / "tiny"
+    return make_bundle(folder, xlora={"layerwise_scalings": True}, base_config=room)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,7 @@ def test_a_killed_node_breaks_its_own_streams_only(cluster: Cluster) -> None:
 
     No more streams than one replica has room for, whatever their split: none may be refused.
     """
-    numbers, tokens, compared = range(100, 100 + SEATS + QUEUE), 900, 40
+    numbers, tokens, compared = range(100, 100 + SEATS + QUEUE), 3000, 40
     before = set(cluster.metric("xlora_requests_running"))
 
     async def one(client: httpx.AsyncClient, number: int, streamed: list[Any]) -> None:
