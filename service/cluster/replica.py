@@ -107,8 +107,9 @@ def merged(metrics: Mapping[str, Iterable[Metric]]) -> bytes:
     return generate_latest(registry)
 
 
-def application(arguments: ClusterArguments) -> serve.Application:
-    """What a Serve config file names as its import_path. Raises SettingsError."""
+def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
+    """What a Serve config file names as its import_path, and gives its args as they are. Raises SettingsError."""
+    arguments = ClusterArguments.model_validate(given)
     settings = load_settings(arguments.settings)
     gpus = settings.device.startswith("cuda") or (settings.device == "auto" and "GPU" in ray.cluster_resources())
     room = settings.max_num_seqs + settings.most_waiting

@@ -31,9 +31,10 @@ def isolated(program: str) -> Any:
 
 
 def test_the_config_file_is_what_ray_and_we_understand() -> None:
-    """... and puts before the replicas what `xlora-serve cluster` does."""
+    """... built as `serve deploy` builds it, and with what `xlora-serve cluster` puts before the replicas."""
     program = f"""
 import json, yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
 from ray.serve.schema import ServeDeploySchema
 from service.cluster.launch import proxy_variables
 from service.cluster.replica import ClusterArguments, application
@@ -41,16 +42,20 @@ from service.settings import load_settings
 config = ServeDeploySchema.model_validate(yaml.safe_load(open({str(CONFIG)!r})))
 [app] = config.applications
 arguments = ClusterArguments.model_validate(app.args)
+args = {{**app.args, "settings": {{**app.args["settings"], "device": "cpu"}}}}  # `auto` would ask a cluster for GPUs
+built = build(application, args)._bound_deployment._deployment_config.autoscaling_config
 module, name = app.import_path.split(":")
 print(json.dumps({{
     "path": (module, name) == (application.__module__, application.__name__),
     "environment": config.controller_options.runtime_env["env_vars"],
     "expected": proxy_variables(load_settings(arguments.settings)),
     "settings": sorted(arguments.settings),
+    "replicas": [built.min_replicas, built.max_replicas] == [arguments.replicas, arguments.max_replicas],
 }}))
 """
     found = isolated(program)
     assert found["path"]
+    assert found["replicas"]
     assert found["environment"] == found["expected"]
     assert set(found["settings"]) <= set(Settings.model_fields)
 
