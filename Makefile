@@ -80,9 +80,10 @@ image: ## build the container image (docker, or buildah where there is no docker
 verify-image: ## before a release: build the image, run it locked down, and check that it serves and drains
 	@IMAGE=$(IMAGE) docker/verify.sh
 
-verify-compose: ## before a release: bring compose up, alone and with replicas; ARGS=--stand-ins without images
+verify-compose: ## before a release: bring compose up, alone, with replicas, with keys; ARGS=--stand-ins without images
 	@python3 docker/verify_compose.py $(ARGS)
 	@python3 docker/verify_compose.py --replicas $(ARGS)
+	@python3 docker/verify_compose.py --keys $(ARGS)
 
 clean: ## remove environments, caches and build outputs
 	rm -rf .venv .venv-min .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

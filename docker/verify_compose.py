@@ -1,10 +1,13 @@
-"""Brings the compose files up and checks what they promise: python3 docker/verify_compose.py [--replicas] [--stand-ins]
+"""Brings the compose files up and checks what they promise:
+
+    python3 docker/verify_compose.py [--replicas] [--keys] [--stand-ins]
 
 The service becomes ready, Prometheus finds every container of it and loads every rule, and under traffic every query of
 the dashboard has a result. With --replicas two containers run behind the proxy, and under traffic one is stopped, which
-may cost no request, and then killed, which may cost those that were in it. With --stand-ins (where images cannot be
-pulled) Prometheus and the proxy are Debian's packages in images of the same names, and Grafana is left out. Ends with
-exit code 0 and removes what it made.
+may cost no request, and then killed, which may cost those that were in it. With --keys callers need one, Prometheus has
+another, and theirs does not open the metrics. With --stand-ins (where images cannot be pulled) Prometheus and the proxy
+are Debian's packages in images of the same names, and Grafana is left out. Ends with exit code 0, and removes what it
+made.
 
 Needs Python alone, the image xlora-service (docker/verify.sh build), and docker compose, or podman and podman-compose.
 COMPOSE names another command for the latter, CONTAINERS_CONF podman's settings.
@@ -16,18 +19,20 @@ import argparse
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,19 @@ TRAFFIC = [
     {"prompt": "Which strand pairs with CTA TCT TAT?\n", "max_tokens": 24, "stream": True},
     {"prompt": "What is 88 + 76?\n", "max_tokens": 24, "return_scalings": "mean"},
 ]
+READY = "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=8)"
+# compose.keys.yaml's files of keys, each with the variable that says where it lies.
+KEY_FILES = {"api_keys": "API_KEY_FILE", "admin_key": "ADMIN_KEY_FILE"}
+# What a request gets, by the key that it has.
+KEYED = [
+    ("/readyz", None, 200),
+    ("/generate", None, 401),
+    ("/generate", "wrong", 401),
+    ("/generate", "api_keys", 200),
+    ("/metrics", None, 401),
+    ("/metrics", "api_keys", 401),
+    ("/metrics", "admin_key", 200),
+]
 
 
 def free_port() -> int:
@@ -52,10 +70,12 @@ def free_port() -> int:
         return port
 
 
-def fetch(url: str, body: Any = None) -> tuple[int, bytes]:
+def fetch(url: str, body: Any = None, key: str | None = None) -> tuple[int, bytes]:
     """Status and body; status 0 where nobody answers."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read()
@@ -78,7 +98,7 @@ def wait(what: str, seconds: float, check: Callable[[], object]) -> None:
 class Compose:
     """The compose command on the project's files, with ports of its own."""
 
-    def __init__(self, files: list[str]) -> None:
+    def __init__(self, files: list[str], variables: dict[str, str]) -> None:
         has_docker = subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
         default = "docker compose" if has_docker else "podman-compose"
         self.engine = "docker" if has_docker else "podman"
@@ -86,7 +106,7 @@ class Compose:
         for file in files:
             self.command += ["-f", str(DOCKER / file)]
         self.ports = {name: free_port() for name in ("PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")}
-        self.environment = os.environ | {name: str(port) for name, port in self.ports.items()}
+        self.environment = os.environ | {name: str(port) for name, port in self.ports.items()} | variables
 
     def run(self, *arguments: str, check: bool = True) -> None:
         done = subprocess.run([*self.command, *arguments], env=self.environment, capture_output=True, check=False)
@@ -108,8 +128,9 @@ class Compose:
 class Traffic:
     """Requests one after another in four threads, until it is told to stop."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None) -> None:
         self.url = url
+        self.key = key
         self.statuses: Counter[int] = Counter()
         self._stop = threading.Event()
         self.threads = [threading.Thread(target=self._send, args=(number,)) for number in range(4)]
@@ -126,7 +147,7 @@ class Traffic:
 
     def _send(self, number: int) -> None:
         while not self._stop.is_set():
-            status, body = fetch(self.url, TRAFFIC[number % len(TRAFFIC)])
+            status, body = fetch(self.url, TRAFFIC[number % len(TRAFFIC)], self.key)
             number += 1
             self.statuses[status if status != 200 or body else 0] += 1
             time.sleep(0.1)
@@ -150,6 +171,15 @@ def dashboard_queries() -> Iterator[str]:
         for target in node.get("targets", []):
             expression = re.sub(r"\$\{?__\w*(interval|range)\w*\}?", "1m", target["expr"])
             yield re.sub(r"\$\{?\w+(:\w+)?\}?", ".*", expression)
+
+
+def write_keys(folder: Path) -> dict[str, str]:
+    """Makes the files of keys, readable for the containers' users; only their folder keeps others out."""
+    keys = {name: secrets.token_hex(24) for name in KEY_FILES}
+    for name, key in keys.items():
+        (folder / name).write_text(f"{key}\n")
+        (folder / name).chmod(0o644)
+    return keys
 
 
 def build_stand_ins(services: list[str]) -> None:
@@ -191,6 +221,16 @@ def check_monitoring(compose: Compose, replicas: int) -> None:
     print(f"{len(rules)} rules are loaded")
 
 
+def check_keys(compose: Compose, keys: Mapping[str, str]) -> None:
+    """Without its key nothing but the probes answers."""
+    for path, name, expected in KEYED:
+        body = TRAFFIC[0] if path == "/generate" else None
+        status, _ = fetch(compose.url("PORT", path), body, name and keys.get(name, name))
+        if status != expected:
+            sys.exit(f"FAILED: {path} with {name or 'no key'}: {status} instead of {expected}")
+    print(f"{len(KEYED)} requests with and without keys are answered as they should be")
+
+
 def check_dashboard(compose: Compose) -> None:
     """Under traffic no query of the dashboard stays without a result."""
     missing = list(dashboard_queries())
@@ -220,17 +260,49 @@ def check_loss(compose: Compose, traffic: Traffic, command: str, allowed: int) -
         sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
     print(f"{command} of one container: {after[200]} requests served, {failed} lost", flush=True)
     subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
-    wait("both are scraped again", 180, lambda: up(compose) == ["1", "1"])
+    wait("it is ready again", 180, lambda: is_ready(compose, victim))
+    ready = time.time()
+    wait("both are scraped again", 180, lambda: up(compose, ready) == ["1", "1"])
 
 
-def up(compose: Compose) -> list[str]:
-    """Whether each container answered its last scrape."""
-    return [one["value"][1] for one in query(compose, 'up{job="xlora"}')]
+def is_ready(compose: Compose, container: str) -> bool:
+    """Whether a container of the service answers its own /readyz, whatever the proxy thinks of it."""
+    command = [compose.engine, "exec", container, "python", "-IS", "-c", READY]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def up(compose: Compose, since: float = 0.0) -> list[str]:
+    """Whether each container that was scraped after `since` answered its last scrape."""
+    series = 'up{job="xlora"}'
+    return [one["value"][1] for one in query(compose, f"{series} and timestamp({series}) > {since}")]
+
+
+def verify(compose: Compose, services: list[str], keys: Mapping[str, str], replicas: int) -> None:
+    """All checks, on containers that are removed afterwards."""
+    try:
+        compose.run("up", "-d", "xlora", *services)
+        wait("the service is ready", 300, lambda: fetch(compose.url("PORT", "/readyz"))[0] == 200)
+        if keys:
+            check_keys(compose, keys)
+        check_monitoring(compose, replicas)
+        with Traffic(compose.url("PORT", "/generate"), keys.get("api_keys")) as traffic:
+            check_dashboard(compose)
+            if "grafana" in services:
+                wait("Grafana is ready", 90, lambda: fetch(compose.url("GRAFANA_PORT", "/api/health"))[0] == 200)
+            if set(traffic.statuses) != {200}:
+                sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
+            print(f"{traffic.statuses[200]} requests, all answered with 200")
+            if replicas > 1:
+                check_loss(compose, traffic, "stop", allowed=0)
+                check_loss(compose, traffic, "kill", allowed=len(traffic.threads))
+    finally:
+        compose.run("down", "-v", check=False)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description="Brings the compose files up and checks what they promise.")
     parser.add_argument("--replicas", action="store_true", help="two containers behind the proxy")
+    parser.add_argument("--keys", action="store_true", help="with compose.keys.yaml, and keys of its own")
     parser.add_argument("--stand-ins", action="store_true", help="Debian's packages in place of images")
     arguments = parser.parse_args()
     services = ["prometheus", *(["proxy"] if arguments.replicas else [])]
@@ -239,26 +311,14 @@ def main() -> int:
         print("Grafana is left out")
     else:
         services.append("grafana")
-    compose = Compose(["compose.yaml", *(["compose.replicas.yaml"] if arguments.replicas else [])])
-    if shutil.which(compose.command[0]) is None:
-        sys.exit(f"{compose.command[0]} is not installed")
-    replicas = 2 if arguments.replicas else 1
-    try:
-        compose.run("up", "-d", "xlora", *services)
-        wait("the service is ready", 300, lambda: fetch(compose.url("PORT", "/readyz"))[0] == 200)
-        check_monitoring(compose, replicas)
-        with Traffic(compose.url("PORT", "/generate")) as traffic:
-            check_dashboard(compose)
-            if not arguments.stand_ins:
-                wait("Grafana is ready", 90, lambda: fetch(compose.url("GRAFANA_PORT", "/api/health"))[0] == 200)
-            if set(traffic.statuses) != {200}:
-                sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
-            print(f"{traffic.statuses[200]} requests, all answered with 200")
-            if arguments.replicas:
-                check_loss(compose, traffic, "stop", allowed=0)
-                check_loss(compose, traffic, "kill", allowed=len(traffic.threads))
-    finally:
-        compose.run("down", "-v", check=False)
+    overlays = [f"compose.{name}.yaml" for name in ("keys", "replicas") if getattr(arguments, name)]
+    with tempfile.TemporaryDirectory() as folder:
+        keys = write_keys(Path(folder)) if arguments.keys else {}
+        variables = {KEY_FILES[name]: f"{folder}/{name}" for name in keys}
+        compose = Compose(["compose.yaml", *overlays], variables)
+        if shutil.which(compose.command[0]) is None:
+            sys.exit(f"{compose.command[0]} is not installed")
+        verify(compose, services, keys, 2 if arguments.replicas else 1)
     print("compose verified")
     return 0
 

@@ -107,14 +107,17 @@ def merged(metrics: Mapping[str, Iterable[Metric]]) -> bytes:
     return generate_latest(registry)
 
 
-def application(arguments: ClusterArguments) -> serve.Application:
-    """What a Serve config file names as its import_path. Raises SettingsError."""
+def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
+    """What a Serve config file names as its import_path, and gives its args as they are. Raises SettingsError."""
+    arguments = ClusterArguments.model_validate(given)
     settings = load_settings(arguments.settings)
     gpus = settings.device.startswith("cuda") or (settings.device == "auto" and "GPU" in ray.cluster_resources())
+    room = settings.max_num_seqs + settings.most_waiting
     options: dict[str, Any] = {
         **_scale(arguments, settings),
-        "max_ongoing_requests": settings.max_num_seqs + settings.most_waiting + _PROBES,
-        "max_queued_requests": settings.most_waiting,
+        "max_ongoing_requests": room + _PROBES,
+        # Ray calls a request queued until a replica has taken it, so with less it would refuse bursts that have room.
+        "max_queued_requests": room * (arguments.max_replicas or arguments.replicas),
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
         "graceful_shutdown_timeout_s": settings.drain_seconds + _CLOSE_SECONDS,
         "graceful_shutdown_wait_loop_s": _DRAIN_POLL_SECONDS,
