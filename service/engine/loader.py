@@ -35,10 +35,10 @@ from service.model.xlora_model import XLoraModel, load_model
 _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
-_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
-_NATIVE_ROW_COST = 0.2  # of the C++ kernels, compiled steps included
+_COMPILED_ROW_COST = 0.2
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -161,7 +161,7 @@ def build_engine(
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
-    kernels = None if group is not None else start_kernels(runner, scheduler, options)
+    kernels = None if group is not None else start_kernels(runner, options)
     return Engine(runner, scheduler, info, grammars, kernels, start_compilation(runner, scheduler, options))
 
 
@@ -180,14 +180,13 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     return steps
 
 
-def start_kernels(runner: ModelRunner, scheduler: Scheduler, options: EngineOptions) -> NativeKernels | None:
+def start_kernels(runner: ModelRunner, options: EngineOptions) -> NativeKernels | None:
     """Where they can compute this model, unless the options say no."""
     if not options.native_kernels or not runner.model.suits_kernels:
         return None
 
     def use() -> None:
         runner.native = True
-        scheduler.row_cost = _NATIVE_ROW_COST
 
     return NativeKernels(options, use)
 
@@ -201,7 +200,7 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
 
     def use(step: CompiledStep) -> None:
         runner.compiled = step
-        scheduler.row_cost = _NATIVE_ROW_COST
+        scheduler.row_cost = _COMPILED_ROW_COST
 
     return Compilation(runner.model, options, use)
 
