@@ -188,7 +188,7 @@ def test_no_compiler_is_an_error(bundle, tmp_path, monkeypatch):
     """A row that says "compiled" was compiled: where that fails, the benchmark does."""
     monkeypatch.setattr("service.engine.compilation._WORKER", "service.no_such_module")
     with pytest.raises(RuntimeError, match="could not be compiled"):
-        make_engine(bundle, compiled=True, compile_cache=str(tmp_path))
+        make_engine(bundle, compiled=True, compile_cache=str(tmp_path), native_kernels=False)
 
 
 def test_prompts_differ_by_seed_only():
