@@ -41,6 +41,7 @@ class NativeKernels:
             if decode_kernels.library_in(self._cache).exists() or shutil.which("g++") is not None:
                 decode_kernels.provide(self._cache, self._threads)
                 self._on_ready()
+                logger.info("native kernels are in use: %s", decode_kernels.library_in(self._cache))
             else:
                 logger.info("no native kernels, decode steps are slower: g++ was not found (install g++)")
         except (OSError, RuntimeError) as error:
