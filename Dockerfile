@@ -45,9 +45,10 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     XLORA_HOST=0.0.0.0 \
     XLORA_MODEL=/models/demo
+# Copied, not mounted: buildah would not see that the wheel has changed, and take the layer of an older one.
+COPY --from=wheel /wheel /wheel
 # hadolint ignore=DL3042
-RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
-    pip install -qq --disable-pip-version-check --root-user-action=ignore --no-index --no-deps --compile /wheel/*.whl \
+RUN pip install -qq --disable-pip-version-check --root-user-action=ignore --no-index --no-deps --compile /wheel/*.whl \
     && pip check
 WORKDIR /tmp
 USER 10001:10001

@@ -103,6 +103,16 @@ check_generates() {
     say "POST /generate" "$tokens tokens"
 }
 
+# A build that took a layer of older code for this one would pass everything else.
+check_source() {
+    local sum='import hashlib, importlib.util as u, pathlib
+root = pathlib.Path(u.find_spec("service").origin).parent
+files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".js", ".css", ".html"))
+print(hashlib.sha256(b"".join(p.relative_to(root).as_posix().encode() + p.read_bytes() for p in files)).hexdigest())'
+    [ "$("$engine" exec "$name" python -c "$sum")" = "$(python3 -c "$sum")" ] || fail "the image has other code than this folder"
+    say "code" "that of this folder"
+}
+
 check_health() {
     local state begin=$SECONDS
     if [ "$engine" = podman ]; then
@@ -162,6 +172,7 @@ say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | a
     -e XLORA_HOST=127.0.0.1 -e "XLORA_PORT=$port" -e XLORA_DRAIN_SECONDS=120 "$image" >"$work/run.log" 2>&1 || { cat "$work/run.log" >&2; fail "the container does not start"; }
 wait_ready
 check_generates
+check_source
 check_health
 check_user
 check_compile_does_without_a_compiler
