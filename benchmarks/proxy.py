@@ -3,8 +3,8 @@
     python -m benchmarks.proxy [--model DIR] [--requests 200]
 
 The same request goes to a server directly and through the proxy of docker/haproxy in turns, each on a connection of its
-own, one at a time; the server keeps no prefixes. The worst of each side is one request, which a busy machine may have
-held up: it is shown and has no bar. Needs haproxy (Debian: apt-get install haproxy).
+own, one at a time; the server keeps no prefixes. Worst is compared with worst: a busy machine may miss that bar. Needs
+haproxy (Debian: apt-get install haproxy).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
         {"benchmark": "proxy", "requests": args.requests, "rows": rows, "added_seconds": added},
         [
             Bar(f"seconds to the first event that the proxy adds, {point}", "<=", _ADDED_SECONDS, added[point])
-            for point in ("p50", "p95")
+            for point in added
         ],
     )
 

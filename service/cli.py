@@ -20,16 +20,8 @@ from service.settings import Settings
 _ENGINE_FLAGS = (
     *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
     *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
-    *(
-        "speculative_tokens",
-        "prefix_cache",
-        "cuda_graphs",
-        "native_kernels",
-        "compile",
-        "compile_cache",
-        "allow_outside",
-    ),
-    "log_level",
+    *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "compile", "compile_cache"),
+    *("allow_outside", "log_level"),
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_header_bytes", "max_queued_requests", "max_queued_tokens"),

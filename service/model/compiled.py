@@ -10,9 +10,6 @@ import hashlib
 import inspect
 import os
 import platform
-import shutil
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +21,13 @@ from torch.export import Dim
 import service.model as package
 from service.model import decode_kernels
 from service.model.batch import AttentionGroup, Batch
+from service.model.compile_cache import scratch_in
 from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.linear import XLoraLinear
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 _MIN = 2  # torch.export takes a size of 1 for a constant
-_ABANDONED_SECONDS = 6 * 3600
 _MANY = 16  # rows, from which on a second package may pay
 
 
@@ -67,16 +64,15 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
     Takes about half a minute per package. Where two processes compile the same, the first one's stays. Raises whatever
     torch.export or the C++ compiler has to say.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
     if _has_kernels(model):
         decode_kernels.provide(folder.parent, threads)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=decode_kernels.SCRATCH) as scratch:
-        Path(scratch, folder.name).mkdir()
+    with scratch_in(folder.parent) as scratch:
+        made = scratch / folder.name
+        made.mkdir()
         for least_rows in _least_rows(model):
             torch._inductor.aoti_compile_and_package(
                 _export(model, layout, least_rows),
-                package_path=str(_package(Path(scratch, folder.name), least_rows)),
+                package_path=str(_package(made, least_rows)),
                 inductor_configs={
                     "aot_inductor.package_constants_in_so": False,
                     "cpp.threads": threads,
@@ -84,18 +80,11 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
                 },
             )
         try:
-            os.replace(Path(scratch, folder.name), folder)
+            os.replace(made, folder)
         except OSError:
             if not folder.exists():
                 raise
             # Another server was faster, and its package is as good.
-
-
-def _remove_abandoned(cache: Path) -> None:
-    """Removes what processes that were killed while compiling have left."""
-    for scratch in cache.glob(f"{decode_kernels.SCRATCH}*"):
-        if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.export.ExportedProgram:

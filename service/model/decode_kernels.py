@@ -16,7 +16,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from service.model.batch import AttentionGroup
+from service.model.compile_cache import scratch_in
 from service.model.kv_cache import KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +35,6 @@ MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
 _EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
-SCRATCH = "compiling-"  # what folders of unfinished work in the cache begin with
 _libraries: dict[str, Any] = {}  # loaded ones by file name
 _HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
 _LINEAR = (*[_HANDLE] * 2, *[_OPTIONAL] * 4, "int64_t")
@@ -157,10 +156,9 @@ def build(cache: Path) -> None:
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a while to import, and is seldom needed
 
-    cache.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=cache, prefix=SCRATCH) as scratch:
-        library = Path(scratch, "kernels.so")
+    with scratch_in(cache) as scratch:
+        library = scratch / "kernels.so"
         command = [
             *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, str(_SOURCE), "-o", str(library)),
             *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),

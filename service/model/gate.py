@@ -16,6 +16,16 @@ DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | 
 DecodeNorm = Callable[[Tensor, Tensor, float], Tensor]
 
 
+class GateReader(nn.Module):
+    """A module that reads the gate of its model. It does not own it: that there is one belongs to the model."""
+
+    gate: Gate
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
+
+
 class Gate(nn.Module):
     """Spreads scalings [n, S, E] over the ranks of the stacked experts, once per forward for all sites.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.experts import ExpertStack
-from service.model.gate import Gate
+from service.model.gate import Gate, GateReader
 
 # From how many elements of a weight on oneDNN's higher cost per call is paid back, and then from how many rows on.
 # MKL reads a large weight once per row, up to four or so.
@@ -19,14 +19,11 @@ _ONEDNN_ROWS = ((1 << 19, 1), (1 << 16, 16), (0, 64))
 _NEVER = 1 << 62
 
 
-class AdaptedModule(nn.Module):
-    """A module of the base with the experts of one site. The gate is read, not owned: it belongs to the model, once."""
-
-    gate: Gate
+class AdaptedModule(GateReader):
+    """A module of the base with the experts of one site."""
 
     def __init__(self, gate: Gate, site: int) -> None:
-        super().__init__()
-        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
+        super().__init__(gate)
         self.site = site
 
 
@@ -67,14 +64,11 @@ class XLoraLinear(AdaptedModule):
     __call__ = forward  # nobody hooks into it, and nn.Module's own costs as much as a small addition
 
 
-class PlainLinear(nn.Module):
+class PlainLinear(GateReader):
     """y = W x + b of the base where no expert is, with the gate's kernel for steps of few rows."""
 
-    gate: Gate
-
     def __init__(self, base: nn.Linear, gate: Gate) -> None:
-        super().__init__()
-        self.__dict__["gate"] = gate
+        super().__init__(gate)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.register_parameter("bias", base.bias)

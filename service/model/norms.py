@@ -10,19 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from service.model.gate import Gate
+from service.model.gate import Gate, GateReader
 
 _ROWS = 8
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(GateReader):
     """y = x / sqrt(mean(x^2) + eps) * weight, in the dtype of x."""
 
-    gate: Gate
-
     def __init__(self, weight: nn.Parameter, eps: float, gate: Gate) -> None:
-        super().__init__()
-        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
+        super().__init__(gate)
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,5 +48,4 @@ def replace_norms(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> None:
         own = RMSNorm(weight, eps, gate)
         x = torch.randn(_ROWS, *weight.shape, dtype=dtype, device=weight.device)
         if torch.equal(module(x), own(x)):
-            parent, _, leaf = name.rpartition(".")
-            setattr(causal_lm.get_submodule(parent), leaf, own)
+            causal_lm.set_submodule(name, own)

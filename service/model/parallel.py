@@ -65,8 +65,7 @@ def split(causal_lm: Any, skeleton: Any, ranks: Ranks) -> Shards:
             placed, part = _embedding(module, name, whole[name].num_embeddings, ranks)
         else:
             placed, part = _linear(module, name, style, whole[name], ranks)
-        parent, _, leaf = name.rpartition(".")
-        setattr(causal_lm.get_submodule(parent), leaf, placed)
+        causal_lm.set_submodule(name, placed)
         shards.parts[name] = part
     return shards
 

@@ -73,8 +73,7 @@ def quantise(causal_lm: nn.Module, kind: Quantization, device: torch.device) -> 
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(causal_lm.named_modules()):
         if is_plain_linear(module) and module is not head:
-            parent, _, leaf = name.rpartition(".")
-            setattr(causal_lm.get_submodule(parent), leaf, QuantisedLinear(as_linear(module), kind, device))
+            causal_lm.set_submodule(name, QuantisedLinear(as_linear(module), kind, device))
     if device.type == "meta":  # the library has kept a table of its own there, and would use it for real weights
         load_bitsandbytes().functional.name2qmap.pop("dynamic", None)
 

@@ -116,8 +116,7 @@ def replace_linears(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> Non
     """Makes PlainLinears of the linears without experts that compute in `dtype`."""
     for name, module in list(causal_lm.named_modules()):
         if isinstance(module, nn.Linear) and is_plain_linear(module) and module.weight.dtype == dtype:
-            parent, _, leaf = name.rpartition(".")
-            setattr(causal_lm.get_submodule(parent), leaf, PlainLinear(module, gate))
+            causal_lm.set_submodule(name, PlainLinear(module, gate))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

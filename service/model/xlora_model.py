@@ -111,10 +111,9 @@ class XLoraModel:
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
         head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
         for number, (site, part, stack) in enumerate(zip(self.sites, parts, stacks, strict=True)):
-            parent, _, name = part.path.rpartition(".")
             is_head = causal_lm.get_submodule(site) is head
             adapted = adapt(causal_lm.get_submodule(part.path), stack, gate, number, is_head=is_head)
-            setattr(causal_lm.get_submodule(parent), name, adapted)
+            causal_lm.set_submodule(part.path, adapted)
         return gate
 
     def kv_layout(self, block_size: int) -> KVLayout:
