@@ -24,10 +24,11 @@ _ENGINE_FLAGS = (
     *("allow_outside", "log_level"),
 )
 _SERVE_FLAGS = (
-    *("host", "port", "max_body_bytes", "max_header_bytes", "max_queued_requests", "max_queued_tokens"),
+    *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )
+_OWN_SOCKET_FLAGS = ("max_header_bytes", "drain_delay")  # where no proxy of Ray's stands before the server
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -63,12 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve = _command(commands, "serve", "service.commands.serve", "serve a bundle over HTTP")
-    _add_settings(serve, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
+    _add_settings(serve, (*_ENGINE_FLAGS, *_SERVE_FLAGS, *_OWN_SOCKET_FLAGS))
     cluster = _command(commands, "cluster", "service.commands.cluster", "serve replicas of a bundle on Ray Serve")
     cluster.add_argument("--replicas", type=_positive, default=1, metavar="N", help="how many (default 1)")
     cluster.add_argument("--max-replicas", type=_positive, metavar="N", help="as many as the load needs, up to this")
     cluster.add_argument("--address", help="a running Ray cluster, as host:6379; default: one of this machine alone")
-    _add_settings(cluster, (*_ENGINE_FLAGS, *(name for name in _SERVE_FLAGS if name != "max_header_bytes")))
+    _add_settings(cluster, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
     generate = _command(commands, "generate", "service.commands.generate", "generate text in the terminal")
     _add_prompt(generate)
     _add_sampling(generate)

@@ -116,6 +116,13 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         8.0, ge=0, le=3600, description="how long SIGTERM lets running requests go on, in seconds"
     )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        le=3600,
+        description="how long, before that, SIGTERM lets new requests come, with /readyz at 503: what a load balancer "
+        "needs to notice, in seconds",
+    )
     engine_timeout: float = Field(
         120.0, ge=1, le=86_400, description="seconds without a sign of life after which the engine counts as hung"
     )

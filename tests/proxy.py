@@ -16,13 +16,21 @@ from pathlib import Path
 
 from tests.server_process import free_port
 
-CONFIGURATION = Path(__file__).parents[1] / "docker/haproxy/haproxy.cfg"
+_DOCKER = Path(__file__).parents[1] / "docker"
+CONFIGURATION = _DOCKER / "haproxy/haproxy.cfg"
 MISSING = "haproxy is not installed (Debian: apt-get install haproxy)"
 _START_SECONDS = 10.0
 
 
 def installed() -> bool:
     return shutil.which("haproxy") is not None
+
+
+def drain_delay() -> float:
+    """What compose.replicas.yaml gives its containers, in seconds."""
+    found = re.search(r"^ +XLORA_DRAIN_DELAY: (\d+)", (_DOCKER / "compose.replicas.yaml").read_text("utf-8"), re.M)
+    assert found is not None
+    return float(found[1])
 
 
 def render(port: int, replicas: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from service.metrics import Metrics
 from service.settings import Settings
+from tests.proxy import CONFIGURATION, drain_delay
 
 DOCKER = Path(__file__).parents[1] / "docker"
 PROMETHEUS = DOCKER / "prometheus"
@@ -196,7 +197,14 @@ def test_the_service_has_time_to_drain():
     assert flag == "--drain-seconds"
     default = re.fullmatch(r"\$\{DRAIN_SECONDS:-(\d+)\}", seconds)
     assert default is not None
-    assert int(default[1]) + 5 <= int(container["stop_grace_period"].removesuffix("s"))
+    grace = int(container["stop_grace_period"].removesuffix("s"))
+    assert int(default[1]) + drain_delay() + 5 <= grace
+
+
+def test_a_replica_that_stops_serves_until_the_proxy_has_noticed():
+    """The proxy's checks are a second apart, then 250 ms; the second that fails takes the replica out."""
+    assert "check inter 1s fastinter 250ms fall 2 " in CONFIGURATION.read_text()
+    assert drain_delay() >= 2 * (1 + 0.25)
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml", "compose.keys.yaml", "compose.replicas.yaml"])

@@ -122,10 +122,10 @@ def test_flags_and_variables_are_the_service_s() -> None:
 
 
 def test_the_pod_has_time_to_drain() -> None:
-    sleep, seconds = container()["lifecycle"]["preStop"]["exec"]["command"]
-    assert sleep == "sleep"
-    drain = build_parser().parse_args(container()["args"]).drain_seconds
-    assert int(seconds) + float(drain) + 5 <= pod()["terminationGracePeriodSeconds"]
+    arguments = build_parser().parse_args(container()["args"])
+    probe = container()["readinessProbe"]
+    assert float(arguments.drain_delay) > probe["periodSeconds"] * probe["failureThreshold"]
+    assert float(arguments.drain_delay) + float(arguments.drain_seconds) + 5 <= pod()["terminationGracePeriodSeconds"]
 
 
 def test_probes_ask_what_answers_without_a_key_on_the_port_of_the_service() -> None:

@@ -37,7 +37,8 @@ class Service:
         self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics  # what /metrics answers
         self.started_at = time.monotonic()
         self.loaded_at = 0  # seconds since 1970
-        self.draining = False  # told to stop: what runs may end, nothing new begins
+        self.draining = False  # told to stop: no longer ready
+        self.refusing = False  # what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
         self._codec: TextCodec | None = None
@@ -60,10 +61,10 @@ class Service:
         return self.state == "ok"
 
     def check_serving(self) -> None:
-        """Raises UnavailableError while the model loads, while draining, and without an engine."""
+        """Raises UnavailableError while the model loads, at the end of a drain, and without an engine."""
         if not self.client.alive:
             raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
-        if self.draining:
+        if self.refusing:
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
         if self._codec is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")

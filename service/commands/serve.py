@@ -1,7 +1,8 @@
 """xlora-serve serve: the HTTP server, from a bound socket to a clean end.
 
-The first SIGTERM or Ctrl-C drains: new requests are refused, running ones may end within --drain-seconds. A second one
-does not wait. Exit codes: 0 stopped by SIGTERM, 1 could not start, 3 the engine was lost, 130 stopped by Ctrl-C.
+The first SIGTERM or Ctrl-C drains: /readyz answers 503, after --drain-delay new requests are refused, running ones may
+end within --drain-seconds. A second one does not wait.
+Exit codes: 0 stopped by SIGTERM, 1 could not start, 3 the engine was lost, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -150,9 +151,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def _drain(server: Server, service: Service) -> None:
-    """Waits for a signal's note, then for the running requests; cuts off those that take too long."""
+    """Waits for a signal's note, for load balancers, and for what runs; cuts off what takes too long."""
     while not service.draining:
         await asyncio.sleep(_POLL_SECONDS)
+    await asyncio.sleep(service.settings.drain_delay)
+    service.refusing = True
     deadline = time.monotonic() + service.settings.drain_seconds
     while service.admission.running and time.monotonic() < deadline:
         await asyncio.sleep(_POLL_SECONDS)

@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.api.admission import Admission
+from service.api.state import Service
 from service.engine.request import Request, SamplingParams
 from service.errors import OverloadedError
 from service.settings import Settings
@@ -175,7 +176,11 @@ def test_draining_refuses_the_new_and_finishes_the_old(http: TestClient, client:
     with ThreadPoolExecutor(1) as threads:
         old: Future[Any] = threads.submit(http.post, "/generate", json={"prompt": "a", "max_tokens": 50})
         assert wait_for(lambda: client.engine.choices)
-        http.app.state.service.draining = True  # type: ignore[attr-defined]
+        service: Service = http.app.state.service  # type: ignore[attr-defined]
+        service.draining = True
+        assert http.get("/readyz").json() == {"status": "draining"}
+        assert http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        service.refusing = True
         refused = http.post("/v1/completions", json={"prompt": "a"})
         assert error_of(refused, 503)["code"] == "stopping"
         assert "retry-after" in refused.headers

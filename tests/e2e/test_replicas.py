@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_chaos import wait_idle
-from tests.proxy import MISSING, installed, proxy
+from tests.proxy import MISSING, drain_delay, installed, proxy
 from tests.server_process import Server, free_port, server
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
@@ -187,7 +187,8 @@ def test_without_a_replica_the_answer_is_ours(tmp_path: Path) -> None:
 
 @pytest.fixture
 def replicas(tiny_bundle: Path) -> Iterator[list[Server]]:
-    flags = ("--model", str(tiny_bundle), "--threads", "1", "--drain-seconds", "30", "--max-num-seqs", "8")
+    flags = ("--model", str(tiny_bundle), "--threads", "1", "--max-num-seqs", "8")
+    flags += ("--drain-delay", str(drain_delay()), "--drain-seconds", "30")
     with ExitStack() as stack:
         yield [stack.enter_context(server(*flags)) for _ in range(2)]
 
@@ -247,20 +248,31 @@ def test_a_killed_replica_costs_its_own_streams_only(replicas: list[Server], tmp
 
 
 def test_a_replica_is_replaced_without_a_lost_request(replicas: list[Server], tmp_path: Path) -> None:
-    """SIGTERM, as an upgrade sends it: streams in it complete, new requests go elsewhere, its exit code is 0."""
+    """SIGTERM under traffic, as an upgrade sends it: its streams complete, new requests go elsewhere, it exits with 0.
+
+    The traffic begins before the signal and goes on until the process has ended: no moment between costs a request.
+    """
 
     async def scene(port: int) -> tuple[int, Counter[int]]:
-        streams = await begin(port, prompts(12, 300))
+        streams = await begin(port, prompts(8, 300))
         assert replicas[0].metric("xlora_requests_running") > 0
+        traffic = [asyncio.create_task(send_until_ended(port, body)) for body in prompts(4, 0)]
+        await asyncio.sleep(0.3)
         replicas[0].process.send_signal(signal.SIGTERM)
-        new = [json.loads(body) | {"stream": False, "max_tokens": 5} for body in prompts(30, 0)]
-        statuses = Counter([(await request(port, json.dumps(body).encode()))[0] for body in new])
-        return await finish(streams), statuses
+        complete = await finish(streams)
+        return complete, sum(await asyncio.gather(*traffic), Counter())
+
+    async def send_until_ended(port: int, body: bytes) -> Counter[int]:
+        short = json.dumps(json.loads(body) | {"stream": False, "max_tokens": 5}).encode()
+        statuses = Counter[int]()
+        while replicas[0].process.poll() is None:
+            statuses[(await request(port, short))[0]] += 1
+        return statuses
 
     with proxy([one.port for one in replicas], tmp_path) as port:
-        complete, statuses = asyncio.run(scene(port))
-    assert complete == 12
-    assert statuses == {200: 30}
+        complete, statuses = asyncio.run(asyncio.wait_for(scene(port), 60))
+    assert complete == 8
+    assert set(statuses) == {200}
     assert replicas[0].process.wait(30) == 0
 
 
