@@ -248,17 +248,17 @@ def check_dashboard(compose: Compose) -> None:
     print(f"{total} dashboard queries have results")
 
 
-def check_loss(compose: Compose, traffic: Traffic, command: str, allowed: int) -> None:
+def check_loss(compose: Compose, traffic: Traffic, command: list[str], allowed: int) -> None:
     """Takes one of two containers away under traffic: at most `allowed` requests may fail. Then brings it back."""
     before, served = traffic.statuses.copy(), traffic.statuses[200]
     victim = compose.containers("xlora")[0]
-    subprocess.run([compose.engine, command, victim], check=True, capture_output=True)
-    wait(f"20 requests served after {command}", 180, lambda: traffic.statuses[200] >= served + 20)
+    subprocess.run([compose.engine, *command, victim], check=True, capture_output=True)
+    wait(f"20 requests served after {command[0]}", 180, lambda: traffic.statuses[200] >= served + 20)
     after = traffic.statuses - before
     failed = sum(count for status, count in after.items() if status != 200)
     if failed > allowed:
-        sys.exit(f"FAILED: after {command} of one container: {dict(after)}")
-    print(f"{command} of one container: {after[200]} requests served, {failed} lost", flush=True)
+        sys.exit(f"FAILED: after {command[0]} of one container: {dict(after)}")
+    print(f"{command[0]} of one container: {after[200]} requests served, {failed} lost", flush=True)
     subprocess.run([compose.engine, "start", victim], check=True, capture_output=True)
     wait("it is ready again", 180, lambda: is_ready(compose, victim))
     ready = time.time()
@@ -293,8 +293,8 @@ def verify(compose: Compose, services: list[str], keys: Mapping[str, str], repli
                 sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
             print(f"{traffic.statuses[200]} requests, all answered with 200")
             if replicas > 1:
-                check_loss(compose, traffic, "stop", allowed=0)
-                check_loss(compose, traffic, "kill", allowed=len(traffic.threads))
+                check_loss(compose, traffic, ["stop", "-t", "30"], allowed=0)  # as compose.yaml's stop_grace_period
+                check_loss(compose, traffic, ["kill"], allowed=len(traffic.threads))
     finally:
         compose.run("down", "-v", check=False)
 
