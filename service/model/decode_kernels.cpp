@@ -1,4 +1,5 @@
-// The operations where a decode step spends its time, for few rows on a CPU: adapted linears, paged attention, norms.
+// The operations where a decode step spends its time, for few rows on a CPU: adapted linears, rotations, paged attention,
+// norms.
 //
 // Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
 // knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
@@ -150,43 +151,73 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
     }
 }
 
-// out [2][VECTORS * 8] += two rows of `narrow` [., rank] times columns of b [rank, stride].
+// Some ranks of the rows that experts act on: rows `stride` apart.
+struct Narrow {
+    const float* data;
+    int64_t stride, rank;
+};
+
+// out [ROWS][VECTORS * 8] += the rows of `narrow` times columns of b [rank, stride].
 template <int ROWS, int VECTORS, typename W>
-inline void widen(const float* narrow, int64_t rank, const W* b, int64_t stride, float* out) {
+inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out) {
     Vec total[ROWS][VECTORS];
     for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++) total[m][v] = load(out + m * kChunk + v * kLanes);
-    for (int64_t r = 0; r < rank; r++)
+    for (int64_t r = 0; r < narrow.rank; r++)
         for (int v = 0; v < VECTORS; v++) {
             const Vec weight = load(b + r * stride + v * kLanes);
-            for (int m = 0; m < ROWS; m++) total[m][v] += narrow[m * rank + r] * weight;
+            for (int m = 0; m < ROWS; m++) total[m][v] += narrow.data[m * narrow.stride + r] * weight;
         }
     for (int m = 0; m < ROWS; m++) std::memcpy(out + m * kChunk, total[m], sizeof total[m]);
 }
 
 template <int ROWS, typename W>
-void widen_chunk(const float* narrow, int64_t rank, const W* b, int64_t stride, int64_t count, float* out) {
+void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out) {
     int64_t n = 0;
-    for (; n + 6 * kLanes <= count; n += 6 * kLanes) widen<ROWS, 6>(narrow, rank, b + n, stride, out + n);
-    for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, rank, b + n, stride, out + n);
+    for (; n + 6 * kLanes <= count; n += 6 * kLanes) widen<ROWS, 6>(narrow, b + n, stride, out + n);
+    for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, b + n, stride, out + n);
     for (; n < count; n++)
         for (int m = 0; m < ROWS; m++)
-            for (int64_t r = 0; r < rank; r++)
-                out[m * kChunk + n] = std::fma(narrow[m * rank + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
+            for (int64_t r = 0; r < narrow.rank; r++)
+                out[m * kChunk + n] =
+                    std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
 }
 
 template <typename W>
 struct Experts {
-    const W* a;    // [rank, depth]
-    const W* b_t;  // [rank, width]
+    const W* a;     // [rank, depth]
     const W* gate;  // [rows - first_row, rank], rows `gate_stride` apart
     int64_t rank, gate_stride, first_row;
 };
 
-// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width]
+// Outputs of one linear among several that are computed as one; the experts of each act on its own outputs only.
+template <typename W>
+struct Part {
+    const W* b_t;  // [rank, width]
+    int64_t rank, width;
+};
+
+// What one thread computes at once: `count` outputs of one part.
+struct Chunk {
+    int64_t part, first, count;  // of the part
+    int64_t output, rank;        // where the part's outputs and ranks begin among all
+};
+
+template <typename W>
+std::vector<Chunk> chunks_of(const std::vector<Part<W>>& parts) {
+    std::vector<Chunk> chunks;
+    int64_t output = 0, rank = 0;
+    for (size_t part = 0; part < parts.size(); output += parts[part].width, rank += parts[part].rank, part++)
+        for (int64_t first = 0; first < parts[part].width; first += kChunk)
+            chunks.push_back({int64_t(part), first, std::min(kChunk, parts[part].width - first), output, rank});
+    return chunks;
+}
+
+// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
 template <typename W>
 void linear(
-    const W* x, const W* weight, const W* bias, const Experts<W>& experts, int64_t rows, int64_t depth, int64_t width, W* y
+    const W* x, const W* weight, const W* bias, const Experts<W>& experts, const std::vector<Part<W>>& parts, int64_t rows,
+    int64_t depth, int64_t width, W* y
 ) {
     std::vector<float> copy;
     const float* floats;
@@ -200,7 +231,7 @@ void linear(
     const int64_t gated = experts.rank ? rows - experts.first_row : 0;
     std::vector<float> narrow(gated * experts.rank);
     const int64_t rank_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
-    const int64_t chunks = (width + kChunk - 1) / kChunk;
+    const std::vector<Chunk> chunks = chunks_of(parts);
     const bool worth_threads = rows * depth * width > (1 << 18);
 #pragma omp parallel num_threads(threads) if (threads > 1 && worth_threads)
     {
@@ -215,15 +246,17 @@ void linear(
                         block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
         }
 #pragma omp for
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
+        for (size_t number = 0; number < chunks.size(); number++) {
+            const Chunk& chunk = chunks[number];
+            const Part<W>& part = parts[chunk.part];
+            const int64_t first = chunk.output + chunk.first, count = chunk.count;
             multiply(floats, rows, depth, weight + first * depth, count, block.data());
             float* const own = block.data() + experts.first_row * kChunk;
+            Narrow some{narrow.data() + chunk.rank, experts.rank, part.rank};
             int64_t m = 0;
-            for (; m + 2 <= gated; m += 2)
-                widen_chunk<2>(&narrow[m * experts.rank], experts.rank, experts.b_t + first, width, count, own + m * kChunk);
-            if (m < gated)
-                widen_chunk<1>(&narrow[m * experts.rank], experts.rank, experts.b_t + first, width, count, own + m * kChunk);
+            for (; m + 2 <= gated; m += 2, some.data += 2 * experts.rank)
+                widen_chunk<2>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
+            if (m < gated) widen_chunk<1>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t n = 0; n < count; n++)
                     store(y + row * width + first + n,
@@ -331,12 +364,12 @@ struct Scores {
     float softcap;   // 0: none
 };
 
-// One row's query heads of one KV head over the keys begin .. position: softmax as it goes (online), so that any context
-// is read once and needs no memory.
+// One row's query heads of one KV head, `head_stride` apart, over the keys begin .. position: softmax as it goes (online),
+// so that any context is read once and needs no memory.
 template <typename W>
 void attend(
-    const W* query, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t kv_head, int64_t heads,
-    const Scores& how, W* result
+    const W* query, int64_t head_stride, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t kv_head,
+    int64_t heads, const Scores& how, W* result
 ) {
     const int64_t head_dim = pool.head_dim, begin = how.window ? std::max<int64_t>(0, position - how.window + 1) : 0;
     std::vector<float> floats(2 * heads * head_dim + heads * kTokens + 2 * heads);
@@ -346,7 +379,8 @@ void attend(
     float* const largest = weights + heads * kTokens;
     float* const total = largest + heads;
     std::fill_n(largest, heads, -std::numeric_limits<float>::max());
-    for (int64_t i = 0; i < heads * head_dim; i++) q[i] = to_float(query[i]) * how.scaling;
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t d = 0; d < head_dim; d++) q[h * head_dim + d] = to_float(query[h * head_stride + d]) * how.scaling;
     const W *keys[kTokens], *values[kTokens];
     for (int64_t start = begin; start <= position; start += kTokens) {
         const int64_t count = std::min(kTokens, position + 1 - start);
@@ -392,6 +426,27 @@ void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, 
         for (; k < depth; k++) sum += to_float(x[k]) * to_float(x[k]);
         const float scale = 1.0f / std::sqrt(sum / depth + float(eps));
         for (k = 0; k < depth; k++) store(y + k, to_float(x[k]) * scale * to_float(weight[k]));
+    }
+}
+
+// ---- rotation: RoPE of pairs half a head apart ----------------------------------------------------------------------
+
+inline float rounded(float value, float*) { return value; }
+
+inline float rounded(float value, bfloat16* as) {
+    store(as, value);
+    return to_float(*as);
+}
+
+// One head: x, cos and sin [depth] -> y [depth]. Rounds where the formula in torch does: after every product.
+template <typename W>
+void rotate(const W* x, const W* cos, const W* sin, int64_t depth, W* y) {
+    const int64_t half = depth / 2;
+    W spare;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = to_float(x[i]), high = to_float(x[half + i]);
+        store(y + i, rounded(low * to_float(cos[i]), &spare) - rounded(high * to_float(sin[i]), &spare));
+        store(y + half + i, rounded(high * to_float(cos[half + i]), &spare) + rounded(low * to_float(sin[half + i]), &spare));
     }
 }
 
@@ -463,32 +518,51 @@ private:
     AtenTensorHandle handle_;
 };
 
+// What an adapted linear is made of; without experts a and gate are missing.
+struct Linear {
+    Tensor weight, bias, a, gate;
+    std::vector<Tensor> b_t;  // of each part
+    int64_t first_row;
+};
+
 template <typename W>
-void linear_of(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& a, const Tensor& b_t, const Tensor& gate,
-    int64_t first_row, const Tensor& y
-) {
+void linear_of(const Tensor& x, const Linear& own, const Tensor& y) {
+    const int64_t depth = own.weight.size(1), width = own.weight.size(0);
     Experts<W> experts{};
-    if (a) experts = {a.data<W>(), b_t.data<W>(), gate.data<W>(), a.size(0), gate.stride(0), first_row};
-    const int64_t depth = weight.size(1);
+    std::vector<Part<W>> parts;
+    if (own.a) {
+        experts = {own.a.data<W>(), own.gate.data<W>(), own.a.size(0), own.gate.stride(0), own.first_row};
+        for (const Tensor& b_t : own.b_t) parts.push_back({b_t.data<W>(), b_t.size(0), b_t.size(1)});
+    } else {
+        parts.push_back({nullptr, 0, width});
+    }
     linear<W>(
-        x.data<W>(), weight.data<W>(), bias.data<W>(), experts, x.numel() / depth, depth, weight.size(0), y.data<W>());
+        x.data<W>(), own.weight.data<W>(), own.bias.data<W>(), experts, parts, x.numel() / depth, depth, width,
+        y.data<W>());
 }
+
+// Rows of heads, wherever they lie: row r's head h begins at data + r * row_stride + h * head_stride.
+template <typename W>
+struct Heads {
+    W* data;
+    int64_t rows, heads, row_stride, head_stride;
+
+    W* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
 
 template <typename W>
 void attention_of(
-    const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& positions,
-    const Scores& how, const Tensor& result
+    const Heads<W>& query, const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& positions,
+    const Scores& how, const Heads<W>& result
 ) {
     const Pool<W> pool{keys.data<W>(), values.data<W>(), keys.size(1), keys.size(2), keys.size(3)};
-    const int64_t rows = query.size(0), heads = query.size(1), group = heads / pool.kv_heads, width = table.size(1);
+    const int64_t group = query.heads / pool.kv_heads, width = table.size(1), stride = positions.stride(0);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = 0; row < query.rows; row++)
         for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) {
-            const int64_t offset = (row * heads + kv_head * group) * pool.head_dim;
             attend<W>(
-                query.data<W>() + offset, pool, table.data<int64_t>() + row * width, positions.data<int64_t>()[row],
-                kv_head, group, how, result.data<W>() + offset);
+                query.at(row, kv_head * group), query.head_stride, pool, table.data<int64_t>() + row * width,
+                positions.data<int64_t>()[row * stride], kv_head, group, how, result.at(row, kv_head * group));
         }
 }
 
@@ -496,11 +570,66 @@ bool is_known(const Tensor& tensor) {
     return tensor.has(aoti_torch_dtype_float32()) || tensor.has(aoti_torch_dtype_bfloat16());
 }
 
-AOTITorchError new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes, AtenTensorHandle* result) {
+// A new tensor of the dtype of `like`; `order` names its dimensions from the slowest to the fastest, if not the first to the
+// last.
+AOTITorchError new_tensor(
+    const Tensor& like, int64_t dims, const int64_t* sizes, AtenTensorHandle* result, const int64_t* order = nullptr
+) {
     int64_t strides[kMostDims];
-    for (int64_t dim = dims - 1, stride = 1; dim >= 0; stride *= sizes[dim--]) strides[dim] = stride;
+    for (int64_t i = dims - 1, stride = 1; i >= 0; i--) {
+        const int64_t dim = order ? order[i] : i;
+        strides[dim] = stride;
+        stride *= sizes[dim];
+    }
     const int32_t dtype = like.has(aoti_torch_dtype_float32()) ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
     return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result);
+}
+
+bool fits(const Tensor& x, const Linear& own) {
+    const int64_t dims = x.dims(), depth = own.weight.size(1);
+    if (dims > kMostDims || !is_known(x) || !x.is_dense(dims) || !own.weight.is_dense(2) || x.size(dims - 1) != depth)
+        return false;
+    for (const Tensor& other : {own.weight, own.bias, own.a, own.gate})
+        if (!other.is_like(x)) return false;
+    if (!own.a) return true;
+    int64_t rank = 0, width = 0;
+    for (const Tensor& b_t : own.b_t) {
+        if (!b_t.is_like(x) || !b_t.is_dense(2)) return false;
+        rank += b_t.size(0);
+        width += b_t.size(1);
+    }
+    return own.a.is_dense(2) && own.gate.is_dense(2, 1) && rank == own.a.size(0) && width == own.weight.size(0);
+}
+
+AOTITorchError run(const Tensor& x, const Linear& own, AtenTensorHandle* result) {
+    if (!fits(x, own)) return AOTI_TORCH_FAILURE;
+    const int64_t dims = x.dims();
+    int64_t sizes[kMostDims];
+    for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = dim == dims - 1 ? own.weight.size(0) : x.size(dim);
+    if (new_tensor(x, dims, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    if (x.has(aoti_torch_dtype_float32())) {
+        linear_of<float>(x, own, Tensor(*result));
+    } else {
+        linear_of<bfloat16>(x, own, Tensor(*result));
+    }
+    return AOTI_TORCH_SUCCESS;
+}
+
+// [..., rows, heads, head_dim]
+template <typename W>
+Heads<W> rows_first(const Tensor& tensor) {
+    const int64_t rows = tensor.dims() - 3, heads = rows + 1;
+    return {tensor.data<W>(), tensor.size(rows), tensor.size(heads), tensor.stride(rows), tensor.stride(heads)};
+}
+
+// [1, heads, rows, head_dim]
+template <typename W>
+Heads<W> heads_first(const Tensor& tensor) {
+    return {tensor.data<W>(), tensor.size(2), tensor.size(1), tensor.stride(2), tensor.stride(1)};
+}
+
+bool is_pool(const Tensor& keys, const Tensor& values, const Tensor& table) {
+    return keys.is_dense(4) && values.is_dense(4) && table.is_dense(2);
 }
 
 }  // namespace
@@ -508,25 +637,10 @@ AOTITorchError new_tensor(const Tensor& like, int64_t dims, const int64_t* sizes
 extern "C" {
 
 AOTITorchError aoti_torch_cpu_decode_linear(
-    AtenTensorHandle x_, AtenTensorHandle weight_, AtenTensorHandle* bias_, AtenTensorHandle* a_, AtenTensorHandle* b_t_,
-    AtenTensorHandle* gate_, int64_t first_row, AtenTensorHandle* result
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* a, AtenTensorHandle* b_t,
+    AtenTensorHandle* gate, int64_t first_row, AtenTensorHandle* result
 ) {
-    const Tensor x(x_), weight(weight_), bias(bias_), a(a_), b_t(b_t_), gate(gate_);
-    const int64_t dims = x.dims();
-    if (dims > kMostDims || !is_known(x) || !x.is_dense(dims) || !weight.is_dense(2) || x.size(dims - 1) != weight.size(1))
-        return AOTI_TORCH_FAILURE;
-    if (a && !(a.is_dense(2) && b_t.is_dense(2) && gate.is_dense(2, 1))) return AOTI_TORCH_FAILURE;
-    for (const Tensor& other : {weight, bias, a, b_t, gate})
-        if (!other.is_like(x)) return AOTI_TORCH_FAILURE;
-    int64_t sizes[kMostDims];
-    for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = dim == dims - 1 ? weight.size(0) : x.size(dim);
-    if (new_tensor(x, dims, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-    if (x.has(aoti_torch_dtype_float32())) {
-        linear_of<float>(x, weight, bias, a, b_t, gate, first_row, Tensor(*result));
-    } else {
-        linear_of<bfloat16>(x, weight, bias, a, b_t, gate, first_row, Tensor(*result));
-    }
-    return AOTI_TORCH_SUCCESS;
+    return run(Tensor(x), {Tensor(weight), Tensor(bias), Tensor(a), Tensor(gate), {Tensor(b_t)}, first_row}, result);
 }
 
 AOTITorchError aoti_torch_cpu_decode_attention(
@@ -535,15 +649,16 @@ AOTITorchError aoti_torch_cpu_decode_attention(
 ) {
     const Tensor query(query_), keys(keys_), values(values_), table(table_), positions(positions_);
     if (!is_known(query) || !keys.is_like(query) || !values.is_like(query)) return AOTI_TORCH_FAILURE;
-    if (!query.is_dense(3) || !keys.is_dense(4) || !values.is_dense(4) || !table.is_dense(2) || !positions.is_dense(1))
-        return AOTI_TORCH_FAILURE;
+    if (!query.is_dense(3) || !is_pool(keys, values, table)) return AOTI_TORCH_FAILURE;
     const int64_t sizes[] = {query.size(0), query.size(1), query.size(2)};
     if (new_tensor(query, 3, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    const Tensor attended(*result);
     const Scores how{float(scaling), window, float(softcap)};
     if (query.has(aoti_torch_dtype_float32())) {
-        attention_of<float>(query, keys, values, table, positions, how, Tensor(*result));
+        attention_of<float>(rows_first<float>(query), keys, values, table, positions, how, rows_first<float>(attended));
     } else {
-        attention_of<bfloat16>(query, keys, values, table, positions, how, Tensor(*result));
+        attention_of<bfloat16>(
+            rows_first<bfloat16>(query), keys, values, table, positions, how, rows_first<bfloat16>(attended));
     }
     return AOTI_TORCH_SUCCESS;
 }
@@ -556,6 +671,8 @@ namespace {
 
 using Given = torch::stable::Tensor;
 using Maybe = std::optional<Given>;
+
+constexpr int64_t kRowsFirst[] = {0, 2, 1, 3};  // in memory, of [1, heads, rows, head_dim]
 
 AtenTensorHandle handle(const Maybe& tensor) { return tensor ? tensor->get() : nullptr; }
 
@@ -571,12 +688,88 @@ Given decode_linear(Given x, Given weight, Maybe bias, Maybe a, Maybe b_t, Maybe
     return checked(error, result);
 }
 
-Given decode_attention(
-    Given query, Given keys, Given values, Given table, Given positions, double scaling, int64_t window, double softcap
-) {
+Given decode_siblings(Given x, Given weight, Maybe bias, Given a, std::vector<Given> b_t, Given gate, int64_t first_row) {
+    Linear own{Tensor(weight.get()), Tensor(handle(bias)), Tensor(a.get()), Tensor(gate.get()), {}, first_row};
+    for (const Given& one : b_t) own.b_t.emplace_back(one.get());
     AtenTensorHandle result = nullptr;
-    const AOTITorchError error = aoti_torch_cpu_decode_attention(
-        query.get(), keys.get(), values.get(), table.get(), positions.get(), scaling, window, softcap, &result);
+    const AOTITorchError error = run(Tensor(x.get()), own, &result);
+    return checked(error, result);
+}
+
+// One of the rows [1, heads, rows, head_dim] that a step brings.
+bool is_row_of(const Tensor& tensor, const Tensor& query, int64_t heads) {
+    return tensor.is_like(query) && tensor.dims() == 4 && tensor.size(0) == 1 && tensor.size(1) == heads &&
+        tensor.size(2) == query.size(2) && tensor.size(3) == query.size(3) && tensor.is_dense(4, 3);
+}
+
+template <typename W>
+void write(const Heads<W>& from, const int64_t* slots, const Tensor& pool) {
+    const int64_t depth = pool.size(3);
+    for (int64_t row = 0; row < from.rows; row++)
+        for (int64_t head = 0; head < from.heads; head++)
+            std::copy_n(from.at(row, head), depth, pool.data<W>() + (slots[row] * from.heads + head) * depth);
+}
+
+template <typename W>
+void self_attention_of(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys, const Tensor& values,
+    const int64_t* slots, const Tensor& table, const Tensor& positions, const Scores& how, const Tensor& result
+) {
+    write(heads_first<W>(key), slots, keys);
+    write(heads_first<W>(value), slots, values);
+    attention_of<W>(heads_first<W>(query), keys, values, table, positions, how, rows_first<W>(result));
+}
+
+Given decode_self_attention(
+    Given query_, Given key_, Given value_, Given keys_, Given values_, Given slots_, Given table_, Given positions_,
+    double scaling, int64_t window, double softcap
+) {
+    const Tensor query(query_.get()), key(key_.get()), value(value_.get()), keys(keys_.get()), values(values_.get());
+    const Tensor slots(slots_.get()), table(table_.get()), positions(positions_.get());
+    const bool known = is_known(query) && keys.is_like(query) && values.is_like(query) && is_pool(keys, values, table);
+    if (!known || query.dims() != 4 || !is_row_of(query, query, query.size(1)) || !is_row_of(key, query, keys.size(2)) ||
+        !is_row_of(value, query, keys.size(2)) || !slots.is_dense(1) || slots.size(0) != query.size(2))
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const int64_t sizes[] = {1, query.size(2), query.size(1), query.size(3)};
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(query, 4, sizes, &result);
+    if (error == AOTI_TORCH_SUCCESS) {
+        const Tensor attended(result);
+        const int64_t* const at = slots.data<int64_t>();
+        const Scores how{float(scaling), window, float(softcap)};
+        if (query.has(aoti_torch_dtype_float32())) {
+            self_attention_of<float>(query, key, value, keys, values, at, table, positions, how, attended);
+        } else {
+            self_attention_of<bfloat16>(query, key, value, keys, values, at, table, positions, how, attended);
+        }
+    }
+    return checked(error, result);
+}
+
+template <typename W>
+void rotation_of(const Heads<W>& x, const Tensor& cos, const Tensor& sin, const Heads<W>& y) {
+    const int64_t depth = cos.size(2);
+    for (int64_t row = 0; row < x.rows; row++)
+        for (int64_t head = 0; head < x.heads; head++)
+            rotate<W>(x.at(row, head), cos.data<W>() + row * depth, sin.data<W>() + row * depth, depth, y.at(row, head));
+}
+
+Given decode_rotate(Given given, Given cos_, Given sin_) {
+    const Tensor x(given.get()), cos(cos_.get()), sin(sin_.get());
+    const bool like = x.dims() == 4 && is_known(x) && is_row_of(x, x, x.size(1)) && cos.is_like(x) && sin.is_like(x);
+    if (!like || !cos.is_dense(3) || !sin.is_dense(3) || cos.size(1) != x.size(2) || cos.size(2) != x.size(3))
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const int64_t sizes[] = {1, x.size(1), x.size(2), x.size(3)};
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(x, 4, sizes, &result, kRowsFirst);
+    if (error == AOTI_TORCH_SUCCESS) {
+        const Tensor y(result);
+        if (x.has(aoti_torch_dtype_float32())) {
+            rotation_of(heads_first<float>(x), cos, sin, heads_first<float>(y));
+        } else {
+            rotation_of(heads_first<bfloat16>(x), cos, sin, heads_first<bfloat16>(y));
+        }
+    }
     return checked(error, result);
 }
 
@@ -604,7 +797,9 @@ Given decode_norm(Given given, Given weight_, double eps) {
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("decode_linear", TORCH_BOX(&decode_linear));
-    library.impl("decode_attention", TORCH_BOX(&decode_attention));
+    library.impl("decode_siblings", TORCH_BOX(&decode_siblings));
+    library.impl("decode_self_attention", TORCH_BOX(&decode_self_attention));
+    library.impl("decode_rotate", TORCH_BOX(&decode_rotate));
     library.impl("decode_norm", TORCH_BOX(&decode_norm));
 }
 

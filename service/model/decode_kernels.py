@@ -1,12 +1,16 @@
 """The operators of decode_kernels.cpp: what they compute, how they are built, how decode steps come to call them.
 
-    decode_linear       y = W x + b, and from row `first_row` on + B ((A x) * g)
-    decode_attention    one query row per stream over the keys and values of its blocks, read where they lie
-    decode_norm         y = x / sqrt(mean(x^2) + eps) * weight
+    decode_linear            y = W x + b, and from row `first_row` on + B ((A x) * g)
+    decode_siblings          the same for several linears that read the same x, with joint W, b, A and g
+    decode_attention         one query row per stream over the keys and values of its blocks, read where they lie
+    decode_self_attention    the same, after it has written the rows' own keys and values
+    decode_rotate            RoPE
+    decode_norm              y = x / sqrt(mean(x^2) + eps) * weight
 
-AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and these. In eager steps
-they stand in for what linear.py, attention.py and norms.py say in operators of torch, where the library is there: built
-in seconds by a C++ compiler, once per machine, kept in a folder under the name of all that it depends on.
+AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
+decode_linear and decode_attention; the rest it makes itself. In eager steps they stand in for what linear.py,
+siblings.py, attention.py, rotation.py and norms.py say in operators of torch, where the library is there: built in
+seconds by a C++ compiler, once per machine, kept in a folder under the name of all that it depends on.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from service.model.batch import AttentionGroup
+from service.model.batch import AttentionGroup, Batch
 from service.model.compile_cache import scratch_in
+from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,9 +58,21 @@ _library.define(
     " int window, float softcap) -> Tensor",
     tags=_EXACT,
 )
-_library.define("decode_norm(Tensor x, Tensor weight, float eps) -> Tensor", tags=_EXACT)
+_library.define(
+    "decode_siblings(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor[] b_t, Tensor gate, int first_row)"
+    " -> Tensor"
+)
+_library.define(
+    "decode_self_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor slots,"
+    " Tensor block_table, Tensor positions, float scaling, int window, float softcap) -> Tensor"
+)
+_library.define("decode_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
+_library.define("decode_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 _decode_linear = torch.ops.xlora.decode_linear.default
+_decode_siblings = torch.ops.xlora.decode_siblings.default
 _decode_attention = torch.ops.xlora.decode_attention.default
+_decode_self_attention = torch.ops.xlora.decode_self_attention.default
+_decode_rotate = torch.ops.xlora.decode_rotate.default
 _decode_norm = torch.ops.xlora.decode_norm.default
 
 
@@ -89,13 +107,33 @@ def adapted_linear(
     return y
 
 
+def siblings(
+    x: Tensor,  # [..., T, in]
+    weight: Tensor,  # [sum of outs, in]
+    bias: Tensor | None,  # [sum of outs]
+    a: Tensor,  # [sum of ranks, in]
+    b_t: Sequence[Tensor],  # [rank, out] of each
+    gate: Tensor,  # [T - first_row, sum of ranks]
+    first_row: int,
+) -> Tensor:
+    """What Siblings compute, as one call: [..., T, sum of outs]."""
+    y: Tensor = _decode_siblings(x.contiguous(), weight, bias, a, b_t, gate, first_row)
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of pairs half a head apart: x [1, heads, T, head_dim], cos and sin [1, T, head_dim] -> as x."""
+    y: Tensor = _decode_rotate(x, cos, sin)
+    return y
+
+
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm's forward as one call: x [..., H] -> y [..., H]."""
     y: Tensor = _decode_norm(x.contiguous(), weight, eps)
     return y
 
 
-def attend(
+def traced_attention(
     rows: Tensor,  # [N, heads, head_dim]
     group: AttentionGroup,
     layer: int,
@@ -104,13 +142,39 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of a group of one-row segments (attention.py's Backend)."""
+    """Attention of a group of one-row segments (attention.py's Backend), for steps to be compiled."""
     keys, values = kv_cache.keys[layer], kv_cache.values[layer]
     table, positions = group.block_table, group.positions[:, 0]
     attended: Tensor = _decode_attention(
         rows.contiguous(), keys, values, table, positions, scaling, window or 0, softcap or 0.0
     )
     return attended
+
+
+def self_attention(
+    query: Tensor,  # [1, heads, T, head_dim]
+    key: Tensor,  # [1, kv_heads, T, head_dim]
+    value: Tensor,  # [1, kv_heads, T, head_dim]
+    batch: Batch,
+    layer: int,
+    kv_cache: KVCache,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of a batch that `is_decode`, with the writing of its keys and values: [1, T, heads, head_dim]."""
+    [group] = batch.groups
+    pool = kv_cache.keys[layer], kv_cache.values[layer]
+    attended: Tensor = _decode_self_attention(
+        *(query, key, value, *pool, batch.kv_slots, group.block_table, batch.positions),
+        *(scaling, window or 0, softcap or 0.0),
+    )
+    return attended
+
+
+TRACED = Kernels(linear=adapted_linear)
+EAGER_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
+EAGER = Kernels(rotate=rotate, norm=norm)
 
 
 class PlainLinears(TorchFunctionMode):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from service.model import decode_kernels
 from service.model.batch import AttentionGroup, Batch
+from service.model.gate import NO_KERNELS
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import XLoraModel
 
@@ -55,16 +56,15 @@ class DecodeStep(nn.Module):
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
         if self._kernels:
-            batch.attend = decode_kernels.attend
-        self.gate.decode_norm = None  # fused by the compiler
-        self.gate.decode_linear = decode_kernels.adapted_linear if self._own_linears else None
+            batch.attend = decode_kernels.traced_attention
+        self.gate.kernels = decode_kernels.TRACED if self._own_linears else NO_KERNELS  # the rest the compiler fuses
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
         self.gate.least_rows = self._least_rows
         with decode_kernels.PlainLinears() if self._own_linears else nullcontext():
             logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
             gate_logits = self.classifier.logits(hidden)
         self.gate.clear()  # torch.export wants every module as it was
-        self.gate.decode_linear = None
+        self.gate.kernels = NO_KERNELS
         gate_rows.index_copy_(0, batch.new_gate_slots, self.classifier.scalings(gate_logits))
         return logits, gate_logits
 

@@ -7,13 +7,26 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-DecodeLinear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor]
-DecodeNorm = Callable[[Tensor, Tensor, float], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What computes in the place of torch's operators (decode_kernels.py says what); where it is None, those do."""
+
+    linear: (
+        Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor] | None
+    ) = None
+    siblings: Callable[[Tensor, Tensor, Tensor | None, Tensor, Sequence[Tensor], Tensor, int], Tensor] | None = None
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+
+
+NO_KERNELS = Kernels()
 
 
 class GateReader(nn.Module):
@@ -50,8 +63,7 @@ class Gate(nn.Module):
         self._by_site: Sequence[Tensor] = ()  # its parts [n, R]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
-        self.decode_linear: DecodeLinear | None = None  # set in steps whose linears are one call each
-        self.decode_norm: DecodeNorm | None = None  # the same for norms
+        self.kernels = NO_KERNELS  # of this forward
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:

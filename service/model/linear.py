@@ -39,6 +39,7 @@ class XLoraLinear(AdaptedModule):
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
         self.onednn_rows = onednn_rows(base.weight)
         self.siblings: tuple[Siblings, int] | None = None  # who computes this with others, and its number among them
+        self.is_joint = False  # whether its weight is a part of theirs
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., T, in] -> [..., T, out]; leading dimensions are 1 (one flat batch of rows)."""
@@ -46,10 +47,11 @@ class XLoraLinear(AdaptedModule):
         own: dict[str, Any] = self._parameters
         experts: dict[str, Any] = self._buffers
         gate = self.gate
-        if gate.decode_linear is not None:
+        kernel = gate.kernels.linear
+        if kernel is not None and not (self.is_joint and gate.kernels.siblings is not None):
             a, b_t = (experts["lora_a"], experts["lora_b_t"]) if gate.active else (None, None)
             scalings = gate.at(self.site) if gate.active else None
-            return gate.decode_linear(x, own["weight"], own["bias"], a, b_t, scalings, gate.first_row)
+            return kernel(x, own["weight"], own["bias"], a, b_t, scalings, gate.first_row)
         if self.siblings is not None and not torch.compiler.is_exporting():
             siblings, number = self.siblings
             return siblings.output(x, number)
@@ -76,8 +78,9 @@ class PlainLinear(GateReader):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         own: dict[str, Any] = self._parameters
-        if self.gate.decode_linear is not None:
-            return self.gate.decode_linear(x, own["weight"], own["bias"], None, None, None, 0)
+        kernel = self.gate.kernels.linear
+        if kernel is not None:
+            return kernel(x, own["weight"], own["bias"], None, None, None, 0)
         return F.linear(x, own["weight"], own["bias"])
 
     __call__ = forward

@@ -24,8 +24,9 @@ class RMSNorm(GateReader):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> y [..., H]."""
-        if self.gate.decode_norm is not None:
-            return self.gate.decode_norm(x, self.weight, self.eps)
+        kernel = self.gate.kernels.norm
+        if kernel is not None:
+            return kernel(x, self.weight, self.eps)
         scale = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return (x * scale).mul_(self.weight)
 

@@ -46,6 +46,7 @@ class Siblings:
         for number, (linear, a) in enumerate(zip(linears, self._lora_a.split_with_sizes(self._ranks), strict=True)):
             linear.lora_a = a
             linear.siblings = self, number
+            linear.is_joint = self._weight is not None
 
     def output(self, x: Tensor, number: int) -> Tensor:
         """x [1, T, in] -> [1, T, out] of one of them."""
@@ -59,7 +60,16 @@ class Siblings:
         return y
 
     def _compute(self, x: Tensor) -> Sequence[Tensor]:
-        gate, outs = self._gate, self._outs
+        gate, outs, kernels = self._gate, self._outs, self._gate.kernels
+        if kernels.siblings is not None and kernels.linear is not None and self._weight is not None:
+            if gate.active:
+                scalings = gate.across(*self._sites)
+                y = kernels.siblings(
+                    x, self._weight, self._bias, self._lora_a, self._lora_b_t, scalings, gate.first_row
+                )
+            else:
+                y = kernels.linear(x, self._weight, self._bias, None, None, None, 0)
+            return y.split_with_sizes(outs, -1)
         linear = onednn_linear if gate.least_rows >= self._onednn_rows else F.linear
         first = gate.first_row
         targets: Sequence[Tensor] = ()

@@ -29,7 +29,7 @@ from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
-from service.model.gate import Gate
+from service.model.gate import NO_KERNELS, Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.linear import PlainLinear, XLoraLinear
 from service.model.norms import replace_norms
@@ -37,6 +37,7 @@ from service.model.parallel import Part, Shards, split
 from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.rotation import replace_rotations
 from service.model.siblings import join_siblings
 from service.model.targets import adapt, refusal, replace_linears
 
@@ -87,6 +88,7 @@ class XLoraModel:
         if device.type == "cpu" and shards is None:
             replace_linears(causal_lm, dtype, self.gate)
         join_siblings(causal_lm)
+        replace_rotations(causal_lm, dtype, self.gate)
         self._kv_split = 1 if shards is None else shards.kv_split
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
@@ -151,10 +153,9 @@ class XLoraModel:
         gate, rows = self.gate, batch.rows.shape[1]
         gate.least_rows = rows
         ours = batch.kernels and batch.is_decode
-        batch.attend = decode_kernels.attend if ours else None
-        gate.decode_norm = decode_kernels.norm if ours else None
+        batch.self_attention = decode_kernels.self_attention if ours else None
         few = ours and rows <= decode_kernels.MOST_ROWS[self.dtype]
-        gate.decode_linear = decode_kernels.adapted_linear if few else None
+        gate.kernels = decode_kernels.EAGER_FEW_ROWS if few else decode_kernels.EAGER if ours else NO_KERNELS
 
     @property
     def suits_kernels(self) -> bool:

@@ -36,7 +36,9 @@ class Calls:
     """How often each operator was called."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.count = dict.fromkeys(("_decode_linear", "_decode_attention", "_decode_norm"), 0)
+        self.count = dict.fromkeys(
+            (*("_decode_linear", "_decode_siblings", "_decode_self_attention", "_decode_rotate", "_decode_norm"),), 0
+        )
         for name in self.count:
             patch.setattr(decode_kernels, name, self._counted(name, getattr(decode_kernels, name)))
 
@@ -69,9 +71,11 @@ def test_the_same_without(both: Engines, calls: Calls, lookahead: bool, count: i
     expected = run(both.build(lookahead=lookahead, native_kernels=False), requests)
     assert not any(calls.count.values())
     assert_same(run(both.build(lookahead=lookahead), requests), expected)
-    assert calls.count["_decode_attention"] > 20
+    assert calls.count["_decode_self_attention"] > 20
     assert calls.count["_decode_norm"] > 20
+    assert calls.count["_decode_rotate"] > 20
     assert calls.count["_decode_linear"] > 20  # with 7, in the last steps only
+    assert calls.count["_decode_siblings"] >= 8
 
 
 def test_steered_and_copied_drafts_are_the_same(both: Engines, calls: Calls) -> None:
@@ -97,7 +101,7 @@ def test_gate_settings_are_the_same(both: Engines, calls: Calls) -> None:
     """Dummy rows and global weights of single requests."""
     expected = run_mixed(both.build(native_kernels=False))
     assert_same(run_mixed(both.build()), expected)
-    assert calls.count["_decode_attention"] > 20
+    assert calls.count["_decode_self_attention"] > 20
 
 
 def test_equals_peft(tiny: Tiny, both: Engines, calls: Calls) -> None:

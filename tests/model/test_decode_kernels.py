@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from service.engine.options import EngineOptions
 from service.model import decode_kernels
 from service.model.attention import sdpa
-from service.model.batch import AttentionGroup
+from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.rotation import rotated
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
@@ -127,7 +128,59 @@ def test_attention(kernels: Library, window: int | None, softcap: float | None, 
         )
         assert ours is not None
         torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=0)
-        assert torch.equal(decode_kernels.attend(query, group, 0, cache, 0.3, window, softcap), ours)
+        assert torch.equal(self_attention(query, cache, table, positions, (0.3, window, softcap)), ours)
+
+
+def self_attention(query: Tensor, cache: KVCache, table: Tensor, positions: Tensor, how: tuple[Any, ...]) -> Tensor:
+    """The same in an eager step, which finds the cache without the rows' own keys and values, and brings those."""
+    block_size = cache.block_size
+    slots = table.gather(1, (positions // block_size)[:, None])[:, 0] * block_size + positions % block_size
+    pool = [one[0].flatten(0, 1) for one in (cache.keys, cache.values)]
+    key, value = (one[slots].transpose(0, 1)[None] for one in pool)
+    expected = [one.clone() for one in pool]
+    for one in pool:
+        one[slots] = float("nan")
+    rows = torch.zeros(5, len(positions), dtype=torch.int64)
+    rows[1], rows[2] = positions, slots
+    batch = Batch(rows, 0, slots, [AttentionGroup(0, len(positions), 1, positions[:, None], table, 701, True)])
+    wide = torch.randn(1, 2, *query.shape, dtype=query.dtype)  # rows and heads do not lie side by side
+    wide[:, 1] = query
+    attended = decode_kernels.self_attention(wide[:, 1].transpose(1, 2), key, value, batch, 0, cache, *how)
+    for found, wanted in zip(pool, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0, equal_nan=True)
+    return attended[0]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_siblings(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+    """Parts of all widths and ranks, one of them without experts: what each gives alone."""
+    widths, ranks, depth = (50, 7, 193), (5, 0, 60), 40
+    x, weight = torch.randn(1, rows, depth, dtype=dtype), torch.randn(sum(widths), depth, dtype=dtype)
+    a, bias = torch.randn(sum(ranks), depth, dtype=dtype), torch.randn(sum(widths), dtype=dtype)
+    b_t = [torch.randn(rank, width, dtype=dtype) for rank, width in zip(ranks, widths, strict=True)]
+    for first in {0, rows // 2}:
+        gate = torch.randn(rows - first, sum(ranks), dtype=dtype)
+        ours = decode_kernels.siblings(x, weight, bias, a, b_t, gate, first)
+        alone = [
+            decode_kernels.adapted_linear(x, *one, first)
+            for one in zip(
+                *(weight.split(widths), bias.split(widths), a.split(ranks), b_t, gate.split(ranks, 1)), strict=True
+            )
+        ]
+        scale = float(ours.abs().max())
+        torch.testing.assert_close(ours / scale, torch.cat(alone, -1) / scale, atol=TOLERANCE[dtype] / 8, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [2, 10, 32])
+def test_rotation(native_kernels: None, head_dim: int, dtype: torch.dtype) -> None:
+    """Products are rounded where torch rounds them; fused multiplication may save a rounding in float."""
+    x = torch.randn(1, 4, 3, head_dim + 2, dtype=dtype)[..., 1:-1].transpose(1, 2)
+    cos, sin = torch.randn(2, 1, 4, head_dim, dtype=dtype)
+    ours = decode_kernels.rotate(x, cos, sin)
+    torch.testing.assert_close(ours, rotated(x, cos, sin), atol=1e-6 if dtype == torch.float32 else 0, rtol=0)
+    assert ours.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -159,6 +212,13 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
             decode_kernels.norm(x, wrong, 1e-5)
     with pytest.raises(RuntimeError, match="fitting shapes"):
         decode_kernels.linear(x.half(), weight.half())
+    for wrong in (torch.randn(1, 2, 6), torch.randn(1, 1, 8), torch.randn(1, 2, 8).double()):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.rotate(x[:, None], wrong, wrong)
+    a, gate = torch.randn(3, 8), torch.randn(2, 3)
+    for b_t in ([torch.randn(3, 7)], [torch.randn(2, 8)], [torch.randn(3, 8).bfloat16()], []):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.siblings(x, weight, None, a, b_t, gate, 0)
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
