@@ -23,17 +23,16 @@ from service.metrics import Metrics
 def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]) -> Any:
     """The product's engine, whose gate statistics are never made."""
     from service.engine import gate_report, loader
-    from service.engine.request import GateStats
+    from service.model.gate_stats import summarise
 
     observer: Any = gate_report.GateObserver
 
     def observe(self: Any, spans: Any, scalings: Any) -> Any:
         if all(span.sequence.request.return_scalings == "none" for span in spans):
             return [None] * len(spans)
-        return gate_report.gate_rows(spans, scalings, self._num_sites)
+        return gate_report.gate_rows(spans, scalings, summarise(scalings), self._num_sites)
 
     observer.observe = observe
-    observer.statistics = lambda self, flush: GateStats()
     return loader.load_engine(options, on_progress, on_lost)
 
 

@@ -35,32 +35,32 @@ logger = logging.getLogger("xlora.metrics")
 
 
 class ArrayHistogram(Collector):
-    """A histogram that observes whole arrays at once: one observation per position, at the cost of one per step."""
+    """A histogram that observes whole arrays at once, at the cost of one observation."""
 
-    def __init__(self, name: str, documentation: str, label: str, bounds: Sequence[float]) -> None:
-        self._name, self._documentation, self._label = name, documentation, label
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float], *labels: str) -> None:
+        self._name, self._documentation, self._labels = name, documentation, labels
         self._bounds = np.array(bounds)
-        self._counts: dict[str, npt.NDArray[np.int64]] = {}
-        self._sums: dict[str, float] = {}
+        self._counts: dict[tuple[str, ...], npt.NDArray[np.int64]] = {}  # by label values
+        self._sums: dict[tuple[str, ...], float] = {}
 
-    def observe(self, label_value: str, values: npt.NDArray[np.floating]) -> None:
+    def observe(self, values: npt.NDArray[np.floating], *label_values: str) -> None:
         """Adds every finite value; NaN (a position without a gate) is not an observation."""
         finite = values[np.isfinite(values)]
         buckets = np.bincount(np.searchsorted(self._bounds, finite), minlength=len(self._bounds) + 1)
-        self._counts[label_value] = self._counts.get(label_value, np.zeros(len(self._bounds) + 1, np.int64)) + buckets
-        self._sums[label_value] = self._sums.get(label_value, 0.0) + float(finite.sum(dtype=np.float64))
+        self._counts[label_values] = self._counts.get(label_values, 0) + buckets
+        self._sums[label_values] = self._sums.get(label_values, 0.0) + float(finite.sum(dtype=np.float64))
 
     def describe(self) -> Iterable[Metric]:
         """What the registry checks for name clashes."""
-        return [HistogramMetricFamily(self._name, self._documentation, labels=[self._label])]
+        return [HistogramMetricFamily(self._name, self._documentation, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
         """What a scrape reads."""
-        family = HistogramMetricFamily(self._name, self._documentation, labels=[self._label])
+        family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
         bounds = [*(str(bound) for bound in self._bounds.tolist()), "+Inf"]
-        for value, counts in self._counts.items():
+        for values, counts in self._counts.items():
             cumulated = [(bound, float(count)) for bound, count in zip(bounds, counts.cumsum(), strict=True)]
-            family.add_metric([value], buckets=cumulated, sum_value=self._sums[value])
+            family.add_metric(values, buckets=cumulated, sum_value=self._sums[values])
         yield family
 
 
@@ -95,13 +95,15 @@ class _Pending:
     gates: list[GateStats] = field(default_factory=list)
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)  # seconds between two tokens of one choice
+    cached_tokens: int = 0  # of prompts
+    computed_tokens: int = 0
 
 
 class Metrics:
     """The service's metrics. `observe_step` is called once per engine step, the rest by the request handlers.
 
-    What comes with every step and token is only added up, and told to Prometheus many at once: a call of its objects
-    costs ten times as much between two steps, where nothing of it is in the caches.
+    What comes often is only added up, and told to Prometheus many at once: a call of its objects costs ten times as
+    much between two steps, where nothing of it is in the caches.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -118,21 +120,18 @@ class Metrics:
         self._create_engine()
 
     def _create_gate(self) -> None:
-        def histogram(name: str, documentation: str, bounds: Sequence[float]) -> ArrayHistogram:
-            created = ArrayHistogram(name, documentation, "phase", bounds)
-            for phase in PHASES:
-                created.observe(phase, np.empty(0))
-            self.registry.register(created)
-            return created
-
-        self._entropy = histogram(
-            "xlora_gate_entropy_nats",
+        self._entropy = self._array_histogram(
+            "gate_entropy_nats",
             "Entropy of the gate, mean over sites, one observation per position.",
             _ENTROPY_NATS,
+            "phase",
         )
-        self._entropy_ratio = histogram(
-            "xlora_gate_entropy_ratio", "Entropy of the gate over its maximum, ln(number of experts).", _RATIOS
+        self._entropy_ratio = self._array_histogram(
+            "gate_entropy_ratio", "Entropy of the gate over its maximum, ln(number of experts).", _RATIOS, "phase"
         )
+        for phase in PHASES:
+            self._entropy.observe(np.empty(0), phase)
+            self._entropy_ratio.observe(np.empty(0), phase)
         self._weight = self._counter(
             "expert_weight", "Sum over positions of each expert's share of the gate.", "expert"
         )
@@ -149,7 +148,7 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token.", _LATENCY_SECONDS
         )
-        self._inter_token_latency = self._histogram(
+        self._inter_token_latency = self._array_histogram(
             "inter_token_latency_seconds", "Between two tokens of one choice.", _TOKEN_SECONDS
         )
         self.request_latency = self._histogram(
@@ -166,7 +165,7 @@ class Metrics:
         )
 
     def _create_engine(self) -> None:
-        self._step_seconds = self._histogram("step_seconds", "One step of the engine.", _STEP_SECONDS)
+        self._step_seconds = self._array_histogram("step_seconds", "One step of the engine.", _STEP_SECONDS)
         self._rows = self._counter("rows", "Rows computed, by stream.", "stream")
         self._drafts = self._counter(
             "lookahead_drafts", "Drafted scaling rows, kept (hit) or dropped (miss).", "outcome"
@@ -187,8 +186,7 @@ class Metrics:
         self._scaling_rows, self._real_rows = (self._rows.labels(stream) for stream in ("scaling", "real"))
         self._draft_hits, self._draft_misses = (self._drafts.labels(outcome) for outcome in ("hit", "miss"))
         self._accepted, self._rejected = (self._speculated.labels(outcome) for outcome in ("accepted", "rejected"))
-        for outcome in ("hit", "miss"):
-            self._prefix_cache.labels(outcome)
+        self._cached, self._computed = (self._prefix_cache.labels(outcome) for outcome in ("hit", "miss"))
 
     def describe_engine(self, info: EngineInfo) -> None:
         """Tells what is served, once it is known; only then can the experts' series exist."""
@@ -221,15 +219,16 @@ class Metrics:
 
     def observe_tokens(self, tokens: int, gaps: Sequence[float]) -> None:
         """Tokens of one call that came together, and seconds since the ones before them, of those that had one."""
-        self._pending.tokens += tokens
-        self._pending.gaps += gaps
-        if len(self._pending.gaps) >= _MOST_PENDING:
+        pending = self._pending
+        pending.tokens += tokens
+        pending.gaps += gaps
+        if len(pending.gaps) >= _MOST_PENDING:
             self._fold()
 
     def observe_cache(self, cached_tokens: int, prompt_tokens: int) -> None:
         """How much of one request's prompt was found in the prefix cache."""
-        self._prefix_cache.labels("hit").inc(cached_tokens)
-        self._prefix_cache.labels("miss").inc(prompt_tokens - cached_tokens)
+        self._pending.cached_tokens += cached_tokens
+        self._pending.computed_tokens += prompt_tokens - cached_tokens
 
     def render(self) -> bytes:
         """The scrape output, in Prometheus' text format."""
@@ -238,10 +237,8 @@ class Metrics:
     def _fold(self) -> None:
         """Tells Prometheus' objects what has been added up."""
         pending, self._pending = self._pending, _Pending()
-        for seconds in pending.step_seconds:
-            self._step_seconds.observe(seconds)
-        for gap in pending.gaps:
-            self._inter_token_latency.observe(gap)
+        self._step_seconds.observe(np.array(pending.step_seconds))
+        self._inter_token_latency.observe(np.array(pending.gaps))
         self._scaling_rows.inc(pending.scaling_rows)
         self._real_rows.inc(pending.real_rows)
         self._draft_hits.inc(pending.draft_hits)
@@ -250,10 +247,10 @@ class Metrics:
         self._rejected.inc(pending.speculated - pending.accepted)
         self._preemptions.inc(pending.preemptions)
         self._generated_tokens.inc(pending.tokens)
-        for gate in pending.gates:
-            self._observe_gate(gate)
-            if self._drift is not None:
-                self._drift.observe(gate)
+        self._cached.inc(pending.cached_tokens)
+        self._computed.inc(pending.computed_tokens)
+        if pending.gates:
+            self._observe_gates(pending.gates)
 
     def _create_drift(self, profile: Mapping[str, Any]) -> None:
         try:
@@ -264,22 +261,33 @@ class Metrics:
         for distribution in DISTRIBUTIONS:
             self._psi.labels(distribution).set_function(partial(drift.index, distribution))
 
-    def _observe_gate(self, gate: GateStats) -> None:
+    def _observe_gates(self, gates: Sequence[GateStats]) -> None:
         maximum = math.log(len(self._experts)) if len(self._experts) > 1 else math.inf  # the ratio is 0 for one expert
-        for phase, raw in zip(PHASES, (gate.prompt_entropy, gate.generated_entropy), strict=True):
-            if raw:
-                entropy = np.frombuffer(raw, np.float32)
-                self._entropy.observe(phase, entropy)
-                self._entropy_ratio.observe(phase, entropy / maximum)
-        for name, weight, top1 in zip(self._experts, gate.weight, gate.top1, strict=False):
-            self._weight.labels(name).inc(weight)
-            self._top1.labels(name).inc(top1)
+        prompt = b"".join(gate.prompt_entropy for gate in gates)
+        generated = b"".join(gate.generated_entropy for gate in gates)
+        for phase, raw in zip(PHASES, (prompt, generated), strict=True):
+            entropy = np.frombuffer(raw, np.float32)
+            self._entropy.observe(entropy, phase)
+            self._entropy_ratio.observe(entropy / maximum, phase)
+        weight = np.sum([gate.weight for gate in gates], axis=0).tolist()
+        top1 = np.sum([gate.top1 for gate in gates], axis=0).tolist()
+        for name, share, leads in zip(self._experts, weight, top1, strict=False):
+            self._weight.labels(name).inc(share)
+            self._top1.labels(name).inc(leads)
+        if self._drift is not None:
+            for gate in gates:
+                self._drift.observe(gate)
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
         return Counter(f"xlora_{name}", documentation, labels, registry=self.registry)
 
     def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
         return Gauge(f"xlora_{name}", documentation, labels, registry=self.registry)
+
+    def _array_histogram(self, name: str, documentation: str, bounds: Sequence[float], *labels: str) -> ArrayHistogram:
+        created = ArrayHistogram(f"xlora_{name}", documentation, bounds, *labels)
+        self.registry.register(created)
+        return created
 
     def _histogram(self, name: str, documentation: str, bounds: Sequence[float]) -> Histogram:
         return Histogram(f"xlora_{name}", documentation, registry=self.registry, buckets=bounds)

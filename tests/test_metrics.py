@@ -36,11 +36,11 @@ def test_an_array_is_observed_as_its_values_one_by_one() -> None:
     values = np.random.default_rng(0).uniform(0, 3, 500).astype(np.float32)
     values[:4] = [0.5, 1.0, 2.0, math.nan]  # on the bounds, and nothing
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    histogram = ArrayHistogram("h", "Help.", "phase", (0.5, 1.0, 2.0))
+    histogram = ArrayHistogram("h", "Help.", (0.5, 1.0, 2.0), "phase")
     ours.register(histogram)
     oracle = Histogram("h", "Help.", ["phase"], registry=theirs, buckets=(0.5, 1.0, 2.0))
     for part in np.split(values, 5):
-        histogram.observe("prompt", part)
+        histogram.observe(part, "prompt")
     for one in values[~np.isnan(values)].tolist():
         oracle.labels("prompt").observe(one)
     for bound in ("0.5", "1.0", "2.0", "+Inf"):

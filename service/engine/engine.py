@@ -129,7 +129,7 @@ class Engine:
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        return StepOutput(stats=self._with_load(StepStats(gate=self._runner.flush())))
+        return StepOutput(stats=self._with_load(StepStats(gate=self._runner.take_statistics())))
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
@@ -225,8 +225,9 @@ class Engine:
         """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
         stats = StepStats(preemptions=plan.preemptions)
         outputs = [self._advance(number, share, result, stats) for number, share in enumerate(plan.scheduled)]
-        ending = any(output.finish_reason is not None for output in outputs)
-        rows, stats.gate = self._runner.report(plan, result, flush=ending)
+        pairs = zip(plan.scheduled, outputs, strict=True)
+        ended = [share.sequence for share, output in pairs if output.finish_reason is not None]
+        rows, stats.gate = self._runner.report(plan, result, ended)
         stats.logged = self._runner.logged(plan)
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):

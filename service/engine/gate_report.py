@@ -12,15 +12,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from service.engine.request import GateRows, GateStats
 from service.engine.sequence import Sequence
 from service.model.gate_stats import GateSummary, summarise
 
-_ENOUGH_POSITIONS = 256
-_STEPS_TOGETHER = 8
+_STEPS_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,75 +44,53 @@ def report_spans(sequences: Iterable[Sequence]) -> list[ReportSpan]:
 
 
 class GateObserver:
-    """Collects the gate rows of served positions and summarises many at once: a summary costs the same for one row as
-    for dozens, and few look at every step.
+    """Summarises the gate rows of served positions, many at once: a summary costs nearly the same for one row as for
+    dozens, and few look at every step.
     """
 
     def __init__(self, num_sites: int) -> None:
         self._num_sites = num_sites
-        self._scalings: list[Tensor] = []  # each [n, S, E]
-        self._in_prompt: list[bool] = []  # one per position: before the prompt's last
-        self._owners: list[Sequence] = []  # one per position
-        self._has_first = False  # a prompt's last position is among them
-        self._skipped = 0  # steps in a row
+        self._stats = GateStats()  # of what has been observed since they were last taken
+        self._skipped = 0  # steps since all were read
 
-    def due(self, sequences: Iterable[Sequence]) -> bool:
-        """Whether a step is to report what has become final of its sequences: where one has asked for its rows, or is
-        at its first, at once; else several steps are read in one go.
+    def due(self, sequences: list[Sequence], ended: list[Sequence]) -> list[Sequence]:
+        """Those of a step's sequences that are to report what has become final of them: who has asked for rows, is at
+        its first, or has ended, at once; else all, several steps in one go.
         """
         self._skipped += 1
-        return self._skipped >= _STEPS_TOGETHER or any(
-            sequence.request.return_scalings != "none" or sequence.reported < sequence.prompt_len
+        if self._skipped >= _STEPS_TOGETHER:
+            self._skipped = 0
+            return sequences
+        return [
+            sequence
             for sequence in sequences
-        )
+            if sequence.reported < sequence.prompt_len
+            or sequence.request.return_scalings != "none"
+            or sequence in ended
+        ]
 
     def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
-        """Takes in the rows [n, S, E] of `spans` (sequences that generate). Returns those asked for, one per span."""
-        self._skipped = 0
-        self._scalings.append(scalings)
-        for span in spans:
-            before_last = min(span.count, max(0, span.sequence.prompt_len - 1 - span.start))
-            self._in_prompt += [True] * before_last + [False] * (span.count - before_last)
-            self._owners += [span.sequence] * span.count
-            self._has_first |= span.start < span.sequence.prompt_len <= span.start + span.count
-        if all(span.sequence.request.return_scalings == "none" for span in spans):
-            return [None] * len(spans)
-        return gate_rows(spans, scalings, self._num_sites)
-
-    def statistics(self, *, flush: bool) -> GateStats:
-        """Statistics of what has been collected, once there is enough of it, or at once with `flush` or when there is
-        the first that a sequence has to say.
+        """Adds the rows [n, S, E] of `spans` (sequences that generate) to the statistics and to the usage of each.
+        Returns those asked for, one per span.
         """
-        due = flush or self._has_first or len(self._in_prompt) >= _ENOUGH_POSITIONS
-        if not self._in_prompt or not due:
-            return GateStats()
-        summary = summarise(torch.cat(self._scalings))
-        stats = gate_stats(summary, self._in_prompt)
-        _credit(summary, self._in_prompt, self._owners)
-        self._scalings, self._in_prompt, self._owners, self._has_first = [], [], [], False
-        return stats
+        summary = summarise(scalings)
+        self._stats.add(gate_stats(spans, summary))
+        return gate_rows(spans, scalings, summary, self._num_sites)
+
+    def take_statistics(self) -> GateStats:
+        """Statistics of what has been observed since the last call."""
+        taken, self._stats = self._stats, GateStats()
+        return taken
 
 
-def _credit(summary: GateSummary, in_prompt: SequenceOf[bool], owners: SequenceOf[Sequence]) -> None:
-    """Adds to each sequence's usage what its positions from the prompt's last on did, where any expert acted."""
-    share, entropy = summary.share.numpy(), summary.entropy.numpy()
-    rows: dict[int, list[int]] = {}
-    for row in np.flatnonzero(~np.isnan(entropy) & ~np.array(in_prompt)).tolist():
-        rows.setdefault(id(owners[row]), []).append(row)
-    for own in rows.values():
-        usage = owners[own[0]].usage
-        usage.gate_positions += len(own)
-        usage.gate_entropy_sum += float(entropy[own].sum(dtype=np.float64))
-        shares = share[own].sum(axis=0, dtype=np.float64)
-        usage.gate_share_sum = (shares + usage.gate_share_sum if usage.gate_share_sum else shares).tolist()
-
-
-def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -> list[GateRows | None]:
+def gate_rows(
+    spans: SequenceOf[ReportSpan], scalings: Tensor, summary: GateSummary, num_sites: int
+) -> list[GateRows | None]:
     """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
-    summary = summarise(scalings)
-    mean, entropy = summary.mean.numpy(), summary.entropy.numpy()  # slices of arrays cost a tenth of tensors'
-    some_full = any(span.sequence.request.return_scalings == "full" for span in spans)
-    full = scalings.expand(-1, num_sites, -1).cpu().numpy() if some_full else None
+    asked = {span.sequence.request.return_scalings for span in spans}
+    if asked == {"none"}:
+        return [None] * len(spans)
+    full = scalings.expand(-1, num_sites, -1).cpu().numpy() if "full" in asked else None
     found: list[GateRows | None] = []
     for span in spans:
         request = span.sequence.request
@@ -124,18 +100,32 @@ def gate_rows(spans: SequenceOf[ReportSpan], scalings: Tensor, num_sites: int) -
             found.append(None)
             continue
         rows = slice(span.offset + skip, span.offset + span.count)
+        mean, entropy = summary.mean[rows].tobytes(), summary.entropy[rows].tobytes()
         own = full[rows].tobytes() if full is not None and request.return_scalings == "full" else None
-        found.append(GateRows(span.start + skip, span.count - skip, mean[rows].tobytes(), entropy[rows].tobytes(), own))
+        found.append(GateRows(span.start + skip, span.count - skip, mean, entropy, own))
     return found
 
 
-def gate_stats(summary: GateSummary, in_prompt: SequenceOf[bool]) -> GateStats:
-    """Statistics of served positions. `in_prompt` says of each whether it lies before its prompt's last."""
-    share, entropy, prompt = summary.share.numpy(), summary.entropy.numpy(), np.array(in_prompt)
-    leaders = share[share.any(axis=1)].argmax(axis=1)  # positions where no expert acts have no leader
+def gate_stats(spans: SequenceOf[ReportSpan], summary: GateSummary) -> GateStats:
+    """Statistics of served positions. Adds to the usage of each sequence what its positions from the prompt's last on
+    did, where any expert acted.
+    """
+    share, entropy = summary.share.T, summary.entropy  # [E, n], [n]
+    in_prompt = np.zeros(len(entropy), np.bool_)  # before the prompt's last
+    for span in spans:
+        before_last = min(span.count, span.sequence.prompt_len - 1 - span.start)
+        if before_last > 0:
+            in_prompt[span.offset : span.offset + before_last] = True
+    acts = ~np.isnan(entropy)
+    of_usage = np.concatenate([acts[None], entropy[None], share])  # [2 + E, n]
+    of_usage[:, in_prompt | ~acts] = 0
+    sums = np.add.reduceat(of_usage, [span.offset for span in spans], axis=1, dtype=np.float64)  # [2 + E, spans]
+    for span, (positions, nats, *shares) in zip(spans, sums.T.tolist(), strict=True):
+        if positions:
+            span.sequence.usage.add_gate(int(positions), nats, shares)
     return GateStats(
-        prompt_entropy=entropy[prompt].tobytes(),
-        generated_entropy=entropy[~prompt].tobytes(),
-        weight=share.sum(axis=0).tolist(),
-        top1=np.bincount(leaders, minlength=share.shape[1]).tolist(),
+        prompt_entropy=entropy[in_prompt].tobytes(),
+        generated_entropy=entropy[~in_prompt].tobytes(),
+        weight=share.sum(1).tolist(),
+        top1=np.bincount(share.argmax(0)[acts], minlength=len(share)).tolist(),
     )

@@ -21,6 +21,7 @@ from service.engine.steering import excluded_experts, fixed_row
 from service.model.batch import AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
+from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
@@ -177,6 +178,13 @@ class ModelRunner:
         if self.leader is not None:
             self.leader.store_gate_rows(slots, rows)
 
+    def _stored_gate_rows(self, slots: list[int]) -> Tensor:
+        """A copy of gate rows [n, S, E]."""
+        stored = self.kv_cache.gate_rows
+        if stored.is_cpu:  # numpy's calls cost less
+            return torch.from_numpy(stored.numpy().take(slots, 0))
+        return stored.index_select(0, self._tensor(slots))
+
     def _scalings(self, gate_logits: Tensor, steering: Steering | None) -> Tensor:
         """Gate logits [n, S, E] to scalings, as one request wants them."""
         classifier = self.model.classifier
@@ -238,19 +246,17 @@ class ModelRunner:
             errors=[None] * len(shares),
         )
 
-    def report(self, plan: Plan, result: RunResult, *, flush: bool) -> tuple[list[GateRows | None], GateStats]:
+    def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[GateRows | None], GateStats]:
         """The gate rows that have become final, for each of the plan's `scheduled` that asked, and statistics.
 
-        Called when the drafts have been verified and before any block is released.
+        Called when the drafts have been verified and before any block is released. Nothing is left of those that ended.
         """
-        rows: dict[int, GateRows | None] = {}
         served = [share.sequence for share in plan.scheduled if share.sequence.is_served]
-        if flush or self._observer.due(served):
-            rows = self._observe(served)
+        rows = self._observe(self._observer.due(served, ended))
         for share, scalings in zip(plan.scheduled, result.scalings, strict=True):
             if scalings is not None:
                 rows[id(share.sequence)] = self._report_alone(share, scalings)
-        return [rows.get(id(share.sequence)) for share in plan.scheduled], self._observer.statistics(flush=flush)
+        return [rows.get(id(share.sequence)) for share in plan.scheduled], self._observer.take_statistics()
 
     def observe_rest(self, sequence: Sequence) -> None:
         """Takes in what a sequence that is dropped has not reported yet. Called before its blocks are released."""
@@ -263,7 +269,7 @@ class ModelRunner:
         if not spans:
             return {}
         slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
-        observed = self._observer.observe(spans, self.kv_cache.gate_rows.index_select(0, self._tensor(slots)))
+        observed = self._observer.observe(spans, self._stored_gate_rows(slots))
         for span in spans:
             span.sequence.reported = span.start + span.count
         return {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
@@ -271,14 +277,15 @@ class ModelRunner:
     def _report_alone(self, share: Scheduled, scalings: Tensor) -> GateRows | None:
         """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
         for span in report_spans([share.sequence]):
-            [rows] = gate_rows([span], scalings[span.start - share.scaling_start :], len(self.model.sites))
+            own = scalings[span.start - share.scaling_start :]
+            [rows] = gate_rows([span], own, summarise(own), len(self.model.sites))
             span.sequence.reported = span.start + span.count
             return rows
         return None
 
-    def flush(self) -> GateStats:
-        """Statistics that no step has reported yet."""
-        return self._observer.statistics(flush=True)
+    def take_statistics(self) -> GateStats:
+        """Statistics that no step has reported: of sequences that were dropped since."""
+        return self._observer.take_statistics()
 
     # -- the flat batch ------------------------------------------------------------------------------------------
 

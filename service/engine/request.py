@@ -7,12 +7,13 @@ Arrays travel as raw little-endian float32 bytes; their shape is in the field's 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from service.errors import InvalidRequestError
 
 ReturnScalings = Literal["none", "mean", "full"]
 FinishReason = Literal["stop", "length", "abort", "error"]
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,12 @@ class SequenceUsage:
     gate_entropy_sum: float = 0.0  # over those, nats
     gate_share_sum: list[float] = field(default_factory=list)  # [E], over those, of the site mean of p
 
+    def add_gate(self, positions: int, entropy_sum: float, share_sum: list[float]) -> None:
+        """More positions, with the sums over them."""
+        self.gate_positions += positions
+        self.gate_entropy_sum += entropy_sum
+        self.gate_share_sum = _added(self.gate_share_sum, share_sum)
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -206,6 +213,13 @@ class GateStats:
     generated_entropy: bytes = b""  # float32 [positions]
     weight: list[float] = field(default_factory=list)  # [E], sum over positions of the site mean of p = |g| / sum |g|
     top1: list[int] = field(default_factory=list)  # [E], positions whose largest site-mean p is this expert's
+
+    def add(self, other: GateStats) -> None:
+        """More positions."""
+        self.prompt_entropy += other.prompt_entropy
+        self.generated_entropy += other.generated_entropy
+        self.weight = _added(self.weight, other.weight)
+        self.top1 = _added(self.top1, other.top1)
 
 
 @dataclass(slots=True)
@@ -271,3 +285,8 @@ class EngineInfo:
     versions: dict[str, str]
     tokenizer_path: str  # tokenizer.json of the base
     gate_profile: dict[str, object] | None = None
+
+
+def _added(one: list[_Number], other: list[_Number]) -> list[_Number]:
+    """Element by element; an empty one is nothing."""
+    return [a + b for a, b in zip(one, other, strict=True)] if one and other else one or other

@@ -214,13 +214,39 @@ def test_phases_of_one_report() -> None:
     summary = summarise(scalings)
     observer = GateObserver(3)
     observer.observe([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], scalings)
-    assert observer.statistics(flush=False) == GateStats()
-    stats = observer.statistics(flush=True)
-    assert observer.statistics(flush=True) == GateStats(), "reported twice"
+    stats = observer.take_statistics()
+    assert observer.take_statistics() == GateStats(), "reported twice"
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
-    observer.observe([ReportSpan(done, 19, 1, 0)], scalings[:1])
-    assert observer.statistics(flush=False) != GateStats(), "a request's first word waits for others"
+    assert (half.usage.gate_positions, done.usage.gate_positions) == (0, 2)
+    assert done.usage.gate_entropy_sum == pytest.approx(summary.entropy[5:].sum())
+    assert done.usage.gate_share_sum == pytest.approx(summary.share[5:].sum(axis=0))
+
+
+def test_statistics_add_up_until_they_are_taken() -> None:
+    """Several requests may be aborted between two steps."""
+    scalings = torch.rand(7, 3, 4)
+    sequence = Sequence.of(greedy("a", words(1, 3), 9), 0, 0.0)
+    observer, at_once = GateObserver(3), GateObserver(3)
+    at_once.observe([ReportSpan(sequence, 0, 7, 0)], scalings)
+    observer.observe([ReportSpan(sequence, 0, 3, 0)], scalings[:3])
+    observer.observe([ReportSpan(sequence, 3, 4, 0)], scalings[3:])
+    ours, theirs = observer.take_statistics(), at_once.take_statistics()
+    assert (ours.prompt_entropy, ours.generated_entropy) == (theirs.prompt_entropy, theirs.generated_entropy)
+    assert ours.weight == pytest.approx(theirs.weight)
+    assert ours.top1 == theirs.top1
+    assert sequence.usage.gate_positions == 2 * 5
+
+
+def test_who_waits_to_be_read() -> None:
+    """Nobody at its first, at its end, or who asked for rows; others for a few steps, and not for ever."""
+    first, later, asks, last = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "abcd")
+    asks.request = replace(asks.request, return_scalings="mean")
+    later.reported = asks.reported = last.reported = 20
+    observer = GateObserver(3)
+    assert observer.due([later, first, asks, last], [last]) == [first, asks, last]
+    steps = next(step for step in range(100) if observer.due([later], []))
+    assert 4 < steps < 64
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class FakeRunner:
             [None] * len(plan.scheduled),
         )
 
-    def report(self, plan: Plan, result: RunResult, *, flush: bool) -> tuple[list[None], GateStats]:
+    def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[None], GateStats]:
         """Looks at every gate row that would be reported."""
         for share in plan.scheduled:
             sequence = share.sequence
@@ -78,7 +78,7 @@ class FakeRunner:
         """There is no log."""
         return []
 
-    def flush(self) -> GateStats:
+    def take_statistics(self) -> GateStats:
         return GateStats()
 
     def _slot(self, stream: Stream, position: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.model.gate_stats import summarise
+from service.model.gate_stats import _summary, summarise
 from tests.model.recompute import position_summary
 
 
@@ -33,9 +33,19 @@ def test_summary(sites: int, experts: int) -> None:
         np.testing.assert_allclose(mean, expected_mean, atol=1e-6)
         np.testing.assert_allclose(share, expected_share, atol=1e-6)
         np.testing.assert_allclose(entropy, expected_entropy, atol=1e-6)
-    assert summary.entropy[-2:].isnan().all()
+    assert np.isnan(summary.entropy[-2:]).all()
     if experts == 1:
         assert (summary.entropy[:12] == 0).all()
+
+
+def test_a_gpus_summary_is_a_cpus() -> None:
+    """Tensors and arrays, by the same formulas."""
+    scalings = rows(7, 5)
+    mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
+    summary = summarise(scalings)
+    np.testing.assert_allclose(mean.T, summary.mean, atol=1e-6)
+    np.testing.assert_allclose(share.T, summary.share, atol=1e-6)
+    np.testing.assert_allclose(entropy, summary.entropy, atol=1e-6)
 
 
 def test_bounds() -> None:
@@ -48,7 +58,7 @@ def test_bounds() -> None:
 
 
 def test_summary_of_nothing() -> None:
-    """No rows: empty tensors, not an error."""
+    """No rows: empty arrays, not an error."""
     summary = summarise(torch.empty(0, 3, 4))
     assert summary.mean.shape == (0, 4)
     assert summary.entropy.shape == (0,)
