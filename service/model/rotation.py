@@ -28,8 +28,8 @@ def replace_rotations(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> N
         forward: Any = type(module).forward
         if not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names:
             continue
-        theirs = forward.__globals__[_NAME]
-        if _is_half_rotation(theirs, dtype):
+        theirs = forward.__globals__.get(_NAME)
+        if theirs is not None and _is_half_rotation(theirs, dtype):
             own = {**forward.__globals__, _NAME: _rotation(theirs, gate)}
             module.forward = MethodType(_with_globals(forward, own), module)
 

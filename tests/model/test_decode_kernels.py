@@ -19,7 +19,6 @@ from service.model import decode_kernels
 from service.model.attention import sdpa
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.rotation import rotated
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
@@ -170,17 +169,6 @@ def test_siblings(kernels: Library, rows: int, dtype: torch.dtype) -> None:
         ]
         scale = float(ours.abs().max())
         torch.testing.assert_close(ours / scale, torch.cat(alone, -1) / scale, atol=TOLERANCE[dtype] / 8, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 10, 32])
-def test_rotation(native_kernels: None, head_dim: int, dtype: torch.dtype) -> None:
-    """Products are rounded where torch rounds them; fused multiplication may save a rounding in float."""
-    x = torch.randn(1, 4, 3, head_dim + 2, dtype=dtype)[..., 1:-1].transpose(1, 2)
-    cos, sin = torch.randn(2, 1, 4, head_dim, dtype=dtype)
-    ours = decode_kernels.rotate(x, cos, sin)
-    torch.testing.assert_close(ours, rotated(x, cos, sin), atol=1e-6 if dtype == torch.float32 else 0, rtol=0)
-    assert ours.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
