@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds the image and checks what an operator relies on: it runs read-only, without capabilities and not as root, becomes
-# ready, generates tokens, passes its own HEALTHCHECK, does without a compiler and says so where it should compile, and on
+# ready with native kernels, generates tokens, passes its own HEALTHCHECK, does without a compiler and says so, and on
 # SIGTERM under load completes its streams, refuses new requests with 503, and ends with exit code 0.
 # Run it before a release; it takes minutes the first time, most of them for torch.
 #
@@ -113,6 +113,12 @@ print(hashlib.sha256(b"".join(p.relative_to(root).as_posix().encode() + p.read_b
     say "code" "that of this folder"
 }
 
+# Built with the image, for there is no compiler in it.
+check_kernels() {
+    "$engine" logs "$name" 2>&1 | grep -q 'native kernels are in use' || fail "no native kernels: $("$engine" logs "$name" 2>&1 | tail -n 5)"
+    say "native kernels" "in use"
+}
+
 check_health() {
     local state begin=$SECONDS
     if [ "$engine" = podman ]; then
@@ -173,6 +179,7 @@ say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | a
 wait_ready
 check_generates
 check_source
+check_kernels
 check_health
 check_user
 check_compile_does_without_a_compiler

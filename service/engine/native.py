@@ -1,4 +1,4 @@
-"""The C++ kernels of decode steps: loaded at once where the cache has them, else compiled beside the running engine.
+"""The C++ kernels of decode steps: loaded at once where they have been built, else compiled beside the running engine.
 
 Until they are there, and where they cannot be had, steps are made of torch's operators; only speed differs.
 """
@@ -27,7 +27,7 @@ class NativeKernels:
         self._threads = torch.get_num_threads()
         self._on_ready = on_ready
         self._done = threading.Event()
-        if decode_kernels.library_in(self._cache).exists():
+        if decode_kernels.find_library(self._cache) is not None:
             self._provide()
         else:
             threading.Thread(target=self._provide, name="native kernels", daemon=True).start()
@@ -38,10 +38,10 @@ class NativeKernels:
 
     def _provide(self) -> None:
         try:
-            if decode_kernels.library_in(self._cache).exists() or shutil.which("g++") is not None:
+            if decode_kernels.find_library(self._cache) is not None or shutil.which("g++") is not None:
                 decode_kernels.provide(self._cache, self._threads)
                 self._on_ready()
-                logger.info("native kernels are in use: %s", decode_kernels.library_in(self._cache))
+                logger.info("native kernels are in use: %s", decode_kernels.find_library(self._cache))
             else:
                 logger.info("no native kernels, decode steps are slower: g++ was not found (install g++)")
         except (OSError, RuntimeError) as error:

@@ -10,7 +10,8 @@
 AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
 decode_linear and decode_attention; the rest it makes itself. In eager steps they stand in for what linear.py,
 siblings.py, attention.py, rotation.py and norms.py say in operators of torch, where the library is there: built in
-seconds by a C++ compiler, once per machine, kept in a folder under the name of all that it depends on.
+seconds by a C++ compiler, once per machine, kept in a folder under the name of all that it depends on. An installation
+may have one that was built elsewhere for every CPU of a level (build_portable), beside this file.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
+_NATIVE = "native"  # for this very CPU
+# By machine: the level that a portable library is built for, and what /proc/cpuinfo must name for a CPU to have it.
+_PORTABLE = {
+    "x86_64": ("x86-64-v3", frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})),
+    "aarch64": ("armv8-a", frozenset({"asimd"})),
+}
 _EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
 _libraries: dict[str, Any] = {}  # loaded ones by file name
 _HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
@@ -200,44 +207,65 @@ def inductor_configs() -> dict[str, Any]:
 
 
 def provide(cache: Path, threads: int) -> None:
-    """Makes the operators work in this process, on `threads` threads; compiles the library into `cache` where it is not
-    there yet, in seconds. Raises RuntimeError with what the compiler said, OSError.
+    """Makes the operators work in this process, on `threads` threads; compiles the library into `cache` where there is
+    none yet, in seconds. Raises RuntimeError with what the compiler said, OSError.
     """
-    if not library_in(cache).exists():
-        build(cache)
-    load(cache, threads)
+    library = find_library(cache)
+    if library is None:
+        library = library_in(cache)
+        build(library)
+    load(library, threads)
 
 
-def library_in(cache: Path) -> Path:
+def find_library(cache: Path) -> Path | None:
+    """The library for this CPU in `cache`, else the portable one of this installation, where the CPU suits it."""
+    level, needed = _PORTABLE.get(platform.machine(), (_NATIVE, frozenset()))
+    found = [library_in(cache)]
+    if needed <= set(cpu_flags().split()):
+        found.append(library_in(_SOURCE.parent, level))
+    return next((library for library in found if library.exists()), None)
+
+
+def library_in(folder: Path, level: str = _NATIVE) -> Path:
     """Where the library is or will be: named after source, flags, torch and CPU."""
-    parts = (_SOURCE.read_text(), _FLAGS, torch.__version__, platform.machine(), cpu_flags())
-    return cache / f"kernels-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.so"
+    cpu = cpu_flags() if level == _NATIVE else ""
+    parts = (_SOURCE.read_text(), _FLAGS, level, torch.__version__, platform.machine(), cpu)
+    return folder / f"kernels-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.so"
 
 
-def build(cache: Path) -> None:
-    """Compiles the library into `cache` for this CPU, at the lowest priority; it is there as a whole or not at all.
-    Raises RuntimeError with what the compiler said, OSError.
+def build_portable() -> Path:
+    """Compiles the library for all CPUs that suit it into this package, for an image or a wheel. Returns where it is;
+    raises KeyError for a kind of machine that has no level, else as build does.
+    """
+    level, _ = _PORTABLE[platform.machine()]
+    library = library_in(_SOURCE.parent, level)
+    build(library, level)
+    return library
+
+
+def build(library: Path, level: str = _NATIVE) -> None:
+    """Compiles `library`, at the lowest priority; it is there as a whole or not at all. Raises RuntimeError with what
+    the compiler said, OSError.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler  # takes a while to import, and is seldom needed
 
     torch_folder = Path(torch.__file__).parent
-    with scratch_in(cache) as scratch:
-        library = scratch / "kernels.so"
+    with scratch_in(library.parent) as scratch:
+        made = scratch / library.name
         command = [
-            *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, str(_SOURCE), "-o", str(library)),
+            *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, f"-march={level}", str(_SOURCE), "-o", str(made)),
             *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{_SOURCE.name} could not be compiled: {done.stderr.strip()}")
-        os.replace(library, library_in(cache))
+        os.replace(made, library)
 
 
-def load(cache: Path, threads: int) -> None:
+def load(library: Path, threads: int) -> None:
     """Makes the operators work in this process, and the C functions known to compiled steps that are loaded later.
     Raises OSError.
     """
-    library = library_in(cache)
     if library.name not in _libraries:  # it makes itself known to torch, which wants to hear it once
         _libraries[library.name] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     _libraries[library.name].xlora_set_threads(threads)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,37 @@ def test_without_a_compiler_it_serves(
         assert engine.kernels.wait(60)
     assert [record.levelname for record in caplog.records if "install g++" in record.message] == ["INFO"]
     check_serves_without(engine)
+
+
+def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the image has it, beside the source; on a CPU of a lower level it is as if it were not there."""
+    source = tmp_path / "package" / decode_kernels._SOURCE.name
+    source.parent.mkdir()
+    shutil.copy(decode_kernels._SOURCE, source)
+    monkeypatch.setattr(decode_kernels, "_SOURCE", source)
+    monkeypatch.setattr(decode_kernels, "load", lambda library, threads: loaded.append(library))
+    loaded: list[Path] = []
+    portable = decode_kernels.build_portable()
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "cache"))
+    assert engine._runner.native
+    assert loaded == [portable]
+    assert use_library(portable).returncode == 0
+    monkeypatch.setattr(decode_kernels, "cpu_flags", lambda: "flags : sse2")
+    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "cache"))
+    assert engine.kernels is not None
+    assert engine.kernels.wait(60)
+    assert not engine._runner.native
+
+
+def use_library(library: Path) -> subprocess.CompletedProcess[bytes]:
+    """In a process of its own: a library makes itself known to torch, which wants to hear it once."""
+    script = (
+        "import sys, pathlib, torch; from service.model import decode_kernels as kernels\n"
+        "kernels.load(pathlib.Path(sys.argv[1]), 1); x, weight = torch.randn(1, 2, 40), torch.randn(24, 40)\n"
+        "torch.testing.assert_close(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))"
+    )
+    return subprocess.run([sys.executable, "-c", script, str(library)], check=False, timeout=120)
 
 
 def test_a_cache_that_cannot_be_written_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
