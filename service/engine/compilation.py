@@ -29,12 +29,21 @@ _WORKER = "service.engine.compile_worker"
 
 
 class Compilation:
-    """One compilation, from the cache or on its way. `on_ready` gets the step, perhaps in another thread."""
+    """One compilation, from the cache or on its way. `on_ready` gets the step, and then `on_progress` the news, perhaps
+    in another thread.
+    """
 
-    def __init__(self, model: XLoraModel, options: EngineOptions, on_ready: Callable[[CompiledStep], None]) -> None:
+    def __init__(
+        self,
+        model: XLoraModel,
+        options: EngineOptions,
+        on_ready: Callable[[CompiledStep], None],
+        on_progress: Callable[[str], None],
+    ) -> None:
         self._model = model
         self._options = options
         self._on_ready = on_ready
+        self._on_progress = on_progress
         self._path = cache_path(model, options)
         self._done = threading.Event()
         if self._path.exists() and self._load("compiling it again"):
@@ -82,7 +91,7 @@ class Compilation:
         except Exception as error:
             logger.warning("the compiled step %s cannot be loaded, %s: %r", self._path, otherwise, error)
             return False
-        logger.info("the compiled step is in use: %s", self._path)
+        self._on_progress(f"the compiled step is in use: {self._path}")
         return True
 
 

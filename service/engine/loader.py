@@ -55,7 +55,7 @@ def load_engine(
     """
     if options.tensor_parallel == 1:
         model, checkpoint = load_checkpoint_and_model(options, on_progress)
-        return build_engine(model, checkpoint, options)
+        return build_engine(model, checkpoint, options, on_progress=on_progress)
     check_options(options)
     on_progress(f"starting {options.tensor_parallel} ranks")
     group = Group(options.tensor_parallel, on_lost)
@@ -83,7 +83,7 @@ def load_group_engine(
         raise
     except Exception as error:
         raise group.failure(error) from error
-    return build_engine(model, checkpoint, options, group)
+    return build_engine(model, checkpoint, options, group, on_progress)
 
 
 def load_checkpoint_and_model(
@@ -133,9 +133,16 @@ def load_model_of(
 
 
 def build_engine(
-    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, group: Group | None = None
+    model: XLoraModel,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    group: Group | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it."""
+    """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it.
+
+    `on_progress` may be called later, from other threads: when kernels or a compiled step have come.
+    """
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
     layout = model.kv_layout(options.block_size)
@@ -161,8 +168,9 @@ def build_engine(
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
-    kernels = None if group is not None else start_kernels(runner, options)
-    return Engine(runner, scheduler, info, grammars, kernels, start_compilation(runner, scheduler, options))
+    kernels = None if group is not None else start_kernels(runner, options, on_progress)
+    compilation = start_compilation(runner, scheduler, options, on_progress)
+    return Engine(runner, scheduler, info, grammars, kernels, compilation)
 
 
 def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int, max_rows: int) -> KVCache:
@@ -180,7 +188,9 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     return steps
 
 
-def start_kernels(runner: ModelRunner, options: EngineOptions) -> NativeKernels | None:
+def start_kernels(
+    runner: ModelRunner, options: EngineOptions, on_progress: Callable[[str], None]
+) -> NativeKernels | None:
     """Where they can compute this model, unless the options say no."""
     if not options.native_kernels or not runner.model.suits_kernels:
         return None
@@ -188,10 +198,12 @@ def start_kernels(runner: ModelRunner, options: EngineOptions) -> NativeKernels 
     def use() -> None:
         runner.native = True
 
-    return NativeKernels(options, use)
+    return NativeKernels(options, use, on_progress)
 
 
-def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: EngineOptions) -> Compilation | None:
+def start_compilation(
+    runner: ModelRunner, scheduler: Scheduler, options: EngineOptions, on_progress: Callable[[str], None]
+) -> Compilation | None:
     """With --compile, on a CPU. Raises SettingsError where it cannot work."""
     if not options.compile:
         return None
@@ -202,7 +214,7 @@ def start_compilation(runner: ModelRunner, scheduler: Scheduler, options: Engine
         runner.compiled = step
         scheduler.row_cost = _COMPILED_ROW_COST
 
-    return Compilation(runner.model, options, use)
+    return Compilation(runner.model, options, use, on_progress)
 
 
 def default_threads(ranks: int = 1) -> int:

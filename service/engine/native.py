@@ -20,12 +20,17 @@ logger = logging.getLogger(__name__)
 
 
 class NativeKernels:
-    """Their way into this process. `on_ready` is called once they work, perhaps in another thread."""
+    """Their way into this process. `on_ready` is called once they work, and `on_progress` with what has become of them,
+    perhaps in another thread.
+    """
 
-    def __init__(self, options: EngineOptions, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, options: EngineOptions, on_ready: Callable[[], None], on_progress: Callable[[str], None]
+    ) -> None:
         self._cache = Path(options.compile_cache).expanduser()
         self._threads = torch.get_num_threads()
         self._on_ready = on_ready
+        self._on_progress = on_progress
         self._done = threading.Event()
         if decode_kernels.find_library(self._cache) is not None:
             self._provide()
@@ -41,9 +46,9 @@ class NativeKernels:
             if decode_kernels.find_library(self._cache) is not None or shutil.which("g++") is not None:
                 decode_kernels.provide(self._cache, self._threads)
                 self._on_ready()
-                logger.info("native kernels are in use: %s", decode_kernels.find_library(self._cache))
+                self._on_progress(f"native kernels are in use: {decode_kernels.find_library(self._cache)}")
             else:
-                logger.info("no native kernels, decode steps are slower: g++ was not found (install g++)")
+                self._on_progress("no native kernels, decode steps are slower: g++ was not found (install g++)")
         except (OSError, RuntimeError) as error:
             logger.warning("no native kernels, decode steps are slower: %s", error)
         self._done.set()

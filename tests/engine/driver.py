@@ -142,6 +142,7 @@ class Engines:
         self.tiny: Tiny = variant.tiny
         self.checkpoint = variant.checkpoint
         self.model: XLoraModel = variant.model(dtype)
+        self.news: list[str] = []  # what engines have told while and after they were made
 
     def build(self, *, blocks: int | None = None, adaptive: bool = True, **options: Any) -> Engine:
         """An engine; `blocks` is the size of its pool. None is roomy for a dozen requests, and quick to check
@@ -150,7 +151,8 @@ class Engines:
         settings = {"max_model_len": 256, "max_num_seqs": 32, "block_size": 4, **options}
         size = 3200 // settings["block_size"] if blocks is None else blocks
         settings["kv_memory_bytes"] = size * self.model.kv_layout(settings["block_size"]).block_bytes
-        engine = build_engine(self.model, self.checkpoint, EngineOptions(model=str(self.tiny.path), **settings))
+        chosen = EngineOptions(model=str(self.tiny.path), **settings)
+        engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append)
         assert isinstance(engine.blocks, BlockManager)
         if not adaptive:
             engine._scheduler.row_cost = 0.0

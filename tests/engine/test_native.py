@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -152,11 +151,12 @@ def test_without_a_compiler_it_serves(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    with caplog.at_level(logging.INFO):
-        engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path))
-        assert engine.kernels is not None
-        assert engine.kernels.wait(60)
-    assert [record.levelname for record in caplog.records if "install g++" in record.message] == ["INFO"]
+    engines = Engines(tiny.as_stored())
+    engine = engines.build(compile_cache=str(tmp_path))
+    assert engine.kernels is not None
+    assert engine.kernels.wait(60)
+    assert [text for text in engines.news if "no native kernels" in text and "install g++" in text] == engines.news
+    assert not caplog.records
     check_serves_without(engine)
 
 
@@ -170,8 +170,9 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
     loaded: list[Path] = []
     portable = decode_kernels.build_portable()
     monkeypatch.setattr("shutil.which", lambda _: None)
-    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "cache"))
-    assert engine._runner.native
+    engines = Engines(tiny.as_stored())
+    assert engines.build(compile_cache=str(tmp_path / "cache"))._runner.native
+    assert engines.news == [f"native kernels are in use: {portable}"]
     assert loaded == [portable]
     assert use_library(portable).returncode == 0
     monkeypatch.setattr(decode_kernels, "cpu_flags", lambda: "flags : sse2")
