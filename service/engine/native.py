@@ -44,9 +44,9 @@ class NativeKernels:
     def _provide(self) -> None:
         try:
             if decode_kernels.find_library(self._cache) is not None or shutil.which("g++") is not None:
-                decode_kernels.provide(self._cache, self._threads)
+                library = decode_kernels.provide(self._cache, self._threads)
                 self._on_ready()
-                self._on_progress(f"native kernels are in use: {decode_kernels.find_library(self._cache)}")
+                self._on_progress(f"native kernels are in use: {library}")
             else:
                 self._on_progress("no native kernels, decode steps are slower: g++ was not found (install g++)")
         except (OSError, RuntimeError) as error:

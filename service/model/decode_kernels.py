@@ -206,24 +206,26 @@ def inductor_configs() -> dict[str, Any]:
     }
 
 
-def provide(cache: Path, threads: int) -> None:
+def provide(cache: Path, threads: int) -> Path:
     """Makes the operators work in this process, on `threads` threads; compiles the library into `cache` where there is
-    none yet, in seconds. Raises RuntimeError with what the compiler said, OSError.
+    none yet, in seconds. Returns where it is. Raises RuntimeError with what the compiler said, OSError.
     """
     library = find_library(cache)
     if library is None:
         library = library_in(cache)
         build(library)
     load(library, threads)
+    return library
 
 
 def find_library(cache: Path) -> Path | None:
     """The library for this CPU in `cache`, else the portable one of this installation, where the CPU suits it."""
-    level, needed = _PORTABLE.get(platform.machine(), (_NATIVE, frozenset()))
-    found = [library_in(cache)]
-    if needed <= set(cpu_flags().split()):
-        found.append(library_in(_SOURCE.parent, level))
-    return next((library for library in found if library.exists()), None)
+    places = [library_in(cache)]
+    if platform.machine() in _PORTABLE:
+        level, needed = _PORTABLE[platform.machine()]
+        if needed <= set(cpu_flags().split()):
+            places.append(library_in(_SOURCE.parent, level))
+    return next((library for library in places if library.exists()), None)
 
 
 def library_in(folder: Path, level: str = _NATIVE) -> Path:
