@@ -33,6 +33,7 @@ import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def free_port() -> int:
 
 
 def fetch(url: str, body: Any = None, key: str | None = None) -> tuple[int, bytes]:
-    """Status and body; status 0 where nobody answers."""
+    """Status and body; status 0 where nobody answers, or an answer breaks off."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     if key is not None:
@@ -81,7 +82,7 @@ def fetch(url: str, body: Any = None, key: str | None = None) -> tuple[int, byte
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
-    except OSError:
+    except (OSError, HTTPException):
         return 0, b""
 
 
