@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.openapi.utils import get_openapi
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
@@ -44,6 +46,23 @@ class ThreadClient(EngineClient):
     def _load(self, options: EngineOptions, on_progress: object, on_lost: object) -> FakeEngine:
         self.release.wait()
         return self.engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_document() -> Iterator[None]:
+    """FastAPI takes half a second for an application's OpenAPI document, and it is the same for every one, which
+    test_ops.py checks: it is made once, and each application finishes a copy of its own.
+    """
+    made: list[bytes] = []
+
+    def copy_of_the_first(**given: Any) -> Any:
+        if not made:
+            made.append(pickle.dumps(get_openapi(**given)))
+        return pickle.loads(made[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastapi.applications.get_openapi", copy_of_the_first)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+from fastapi.openapi.utils import get_openapi
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
@@ -87,6 +88,15 @@ def test_every_route_documents_examples_and_errors(http: TestClient) -> None:
                 assert operation["requestBody"]["content"]["application/json"]["examples"]
                 assert {"400", "413", "503"} <= set(operation["responses"])
     assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_settings_change_nothing_that_fastapi_documents(client: ThreadClient) -> None:
+    """What the fixture one_document relies on: two applications, as different as settings make them."""
+    other = Settings(cors_origins="*", api_keys="user-key-1", admin_keys="admin-key-1", max_num_seqs=3)
+    apps = [create_app(client, settings, Metrics(CollectorRegistry())) for settings in (Settings(), other)]
+    first, second = (get_openapi(title="", version="", routes=app.routes) for app in apps)
+    assert first == second
+    assert first["paths"].keys() == apps[0].openapi()["paths"].keys()
 
 
 def test_documented_examples_are_accepted(http: TestClient) -> None:
