@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -11,6 +13,20 @@ from pathlib import Path
 
 _PREFIX = "compiling-"
 _ABANDONED_SECONDS = 6 * 3600
+
+
+@contextmanager
+def alone_in(cache: Path) -> Iterator[None]:
+    """Waits until no other process is in here for this folder: what is quickly made need not be made by all at once.
+    Raises OSError.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)  # and with it the lock
 
 
 @contextmanager

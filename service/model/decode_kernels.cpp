@@ -450,6 +450,23 @@ void rotate(const W* x, const W* cos, const W* sin, int64_t depth, W* y) {
     }
 }
 
+// ---- SwiGLU's product: y = g / (1 + e^-g) * u ------------------------------------------------------------------------
+
+inline Vec silu(Vec x) {
+    const Vec small = exponential(x < 0.0f ? x : -x);  // of -|x|: it cannot overflow
+    return x * (x < 0.0f ? small : Vec{} + 1.0f) / (small + 1.0f);
+}
+
+// In place of g [count].
+inline void gated_product(float* g, const float* u, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vec value = silu(load(g + i)) * load(u + i);
+        std::memcpy(g + i, &value, sizeof value);
+    }
+    for (; i < count; i++) g[i] = silu(Vec{} + g[i])[0] * u[i];
+}
+
 // ---- what AOTInductor calls ----------------------------------------------------------------------------------------
 
 // A tensor that somebody else owns; none where there is no handle.
@@ -523,22 +540,24 @@ struct Linear {
     Tensor weight, bias, a, gate;
     std::vector<Tensor> b_t;  // of each part
     int64_t first_row;
+    int64_t gate_offset = 0;  // where its ranks begin in the rows of the gate
+
+    int64_t depth() const { return weight.size(1); }
+    int64_t width() const { return weight.size(0); }
 };
 
 template <typename W>
-void linear_of(const Tensor& x, const Linear& own, const Tensor& y) {
-    const int64_t depth = own.weight.size(1), width = own.weight.size(0);
+void linear_of(const W* x, int64_t rows, const Linear& own, W* y) {
     Experts<W> experts{};
     std::vector<Part<W>> parts;
     if (own.a) {
-        experts = {own.a.data<W>(), own.gate.data<W>(), own.a.size(0), own.gate.stride(0), own.first_row};
+        const W* const gate = own.gate.data<W>() + own.gate_offset;
+        experts = {own.a.data<W>(), gate, own.a.size(0), own.gate.stride(0), own.first_row};
         for (const Tensor& b_t : own.b_t) parts.push_back({b_t.data<W>(), b_t.size(0), b_t.size(1)});
     } else {
-        parts.push_back({nullptr, 0, width});
+        parts.push_back({nullptr, 0, own.width()});
     }
-    linear<W>(
-        x.data<W>(), own.weight.data<W>(), own.bias.data<W>(), experts, parts, x.numel() / depth, depth, width,
-        y.data<W>());
+    linear<W>(x, own.weight.data<W>(), own.bias.data<W>(), experts, parts, rows, own.depth(), own.width(), y);
 }
 
 // Rows of heads, wherever they lie: row r's head h begins at data + r * row_stride + h * head_stride.
@@ -585,12 +604,11 @@ AOTITorchError new_tensor(
     return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result);
 }
 
-bool fits(const Tensor& x, const Linear& own) {
-    const int64_t dims = x.dims(), depth = own.weight.size(1);
-    if (dims > kMostDims || !is_known(x) || !x.is_dense(dims) || !own.weight.is_dense(2) || x.size(dims - 1) != depth)
-        return false;
+// Whether its tensors are of one piece, and of the dtype of x.
+bool is_sound(const Linear& own, const Tensor& x) {
     for (const Tensor& other : {own.weight, own.bias, own.a, own.gate})
         if (!other.is_like(x)) return false;
+    if (!own.weight || !own.weight.is_dense(2) || (own.bias && own.bias.numel() != own.width())) return false;
     if (!own.a) return true;
     int64_t rank = 0, width = 0;
     for (const Tensor& b_t : own.b_t) {
@@ -598,7 +616,13 @@ bool fits(const Tensor& x, const Linear& own) {
         rank += b_t.size(0);
         width += b_t.size(1);
     }
-    return own.a.is_dense(2) && own.gate.is_dense(2, 1) && rank == own.a.size(0) && width == own.weight.size(0);
+    return own.a.is_dense(2) && own.a.size(1) == own.depth() && own.gate && own.gate.is_dense(2, 1) &&
+        rank == own.a.size(0) && own.gate_offset + rank <= own.gate.size(1) && width == own.width();
+}
+
+bool fits(const Tensor& x, const Linear& own) {
+    const int64_t dims = x.dims();
+    return dims <= kMostDims && is_known(x) && x.is_dense(dims) && is_sound(own, x) && x.size(dims - 1) == own.depth();
 }
 
 AOTITorchError run(const Tensor& x, const Linear& own, AtenTensorHandle* result) {
@@ -607,10 +631,11 @@ AOTITorchError run(const Tensor& x, const Linear& own, AtenTensorHandle* result)
     int64_t sizes[kMostDims];
     for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = dim == dims - 1 ? own.weight.size(0) : x.size(dim);
     if (new_tensor(x, dims, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    const int64_t rows = x.numel() / own.depth();
     if (x.has(aoti_torch_dtype_float32())) {
-        linear_of<float>(x, own, Tensor(*result));
+        linear_of(x.data<float>(), rows, own, Tensor(*result).data<float>());
     } else {
-        linear_of<bfloat16>(x, own, Tensor(*result));
+        linear_of(x.data<bfloat16>(), rows, own, Tensor(*result).data<bfloat16>());
     }
     return AOTI_TORCH_SUCCESS;
 }
@@ -793,9 +818,136 @@ Given decode_norm(Given given, Given weight_, double eps) {
     return checked(error, result);
 }
 
+// ---- a decoder layer: h = x + O attention(rotated Q n, rotated K n, V n), y = h + D (silu(G m) * U m), n and m normed
+
+// In the order in which decode_kernels.py gives them; what is missing is empty there.
+enum { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
+enum { kInputNorm, kInnerNorm, kQueryNorm, kKeyNorm, kNorms };
+constexpr int64_t kPerLinear = 4;  // weight, bias, a, b_t
+
+struct Layer {
+    std::vector<Tensor> norms;
+    std::vector<Linear> linears;
+    double eps;
+};
+
+Tensor or_none(const Given& tensor) {
+    const Tensor given(tensor.get());
+    return given.numel() ? given : Tensor(static_cast<AtenTensorHandle>(nullptr));
+}
+
+Layer layer_of(
+    const std::vector<Given>& tensors, const Maybe& gate, const std::vector<int64_t>& gate_offsets, int64_t first_row,
+    double eps
+) {
+    Layer layer{{}, {}, eps};
+    for (int number = 0; number < kNorms; number++) layer.norms.push_back(or_none(tensors[number]));
+    const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+    for (int number = 0; number < kLinears; number++) {
+        const Given* const own = tensors.data() + kNorms + kPerLinear * number;
+        const Tensor a = gate ? or_none(own[2]) : none, open = a ? Tensor(gate->get()) : none;
+        layer.linears.push_back(
+            {or_none(own[0]), or_none(own[1]), a, open, {Tensor(own[3].get())}, first_row, gate_offsets[number]});
+    }
+    return layer;
+}
+
+bool is_norm_of(const Tensor& weight, int64_t depth) {
+    return weight && weight.has(aoti_torch_dtype_float32()) && weight.is_dense(1) && weight.numel() == depth;
+}
+
+// Whether layer, rows and pool go together, all of them float.
+bool fits(const Layer& layer, const Tensor& x, const Tensor& cos, const Tensor& keys) {
+    for (const Linear& own : layer.linears)
+        if (!is_sound(own, x)) return false;
+    const int64_t dims = x.dims(), hidden = x.size(dims - 1), rows = x.numel() / hidden, head_dim = keys.size(3);
+    const int64_t across = layer.linears[kQuery].width(), inner = layer.linears[kGate].width();
+    const int64_t kv_across = keys.size(2) * head_dim;
+    const int64_t depths[] = {hidden, hidden, hidden, across, hidden, hidden, inner};
+    const int64_t widths[] = {across, kv_across, kv_across, hidden, inner, inner, hidden};
+    if (!x.has(aoti_torch_dtype_float32()) || dims > kMostDims || !x.is_dense(dims) || across % kv_across) return false;
+    for (int number = 0; number < kLinears; number++) {
+        const Linear& own = layer.linears[number];
+        if (own.depth() != depths[number] || own.width() != widths[number]) return false;
+        if (own.gate && own.gate.size(0) != rows - own.first_row) return false;
+    }
+    for (int number = kQueryNorm; number < kNorms; number++)
+        if (layer.norms[number] && !is_norm_of(layer.norms[number], head_dim)) return false;
+    return is_norm_of(layer.norms[kInputNorm], hidden) && is_norm_of(layer.norms[kInnerNorm], hidden) &&
+        cos.numel() == rows * head_dim;
+}
+
+// x [rows, hidden] -> y [rows, hidden]
+void run_layer(
+    const Layer& layer, const float* x, int64_t rows, int64_t hidden, const Tensor& cos, const Tensor& sin,
+    const Tensor& keys, const Tensor& values, const int64_t* slots, const Tensor& table, const Tensor& positions,
+    const Scores& how, float* y
+) {
+    const int64_t head_dim = keys.size(3), kv_heads = keys.size(2), heads = layer.linears[kQuery].width() / head_dim;
+    const int64_t across = heads * head_dim, kv_across = kv_heads * head_dim, inner = layer.linears[kGate].width();
+    std::vector<float> floats(rows * (hidden + 2 * across + 2 * kv_across + 2 * inner));
+    float* const normed = floats.data();  // and what a linear gives back to the stream
+    float* const query = normed + rows * hidden;
+    float* const attended = query + rows * across;
+    float* const key = attended + rows * across;
+    float* const value = key + rows * kv_across;
+    float* const gate = value + rows * kv_across;
+    float* const up = gate + rows * inner;
+    const auto run = [&](int number, const float* from, float* to) { linear_of(from, rows, layer.linears[number], to); };
+    norm(x, layer.norms[kInputNorm].data<float>(), layer.eps, rows, hidden, normed);
+    run(kQuery, normed, query);
+    run(kKey, normed, key);
+    run(kValue, normed, value);
+    const auto rotate = [&](float* rotated, int64_t own_heads, const Tensor& weight) {
+        if (weight) norm(rotated, weight.data<float>(), layer.eps, rows * own_heads, head_dim, rotated);
+        const Heads<float> all{rotated, rows, own_heads, own_heads * head_dim, head_dim};
+        rotation_of(all, cos, sin, all);
+        return all;
+    };
+    const Heads<float> queries = rotate(query, heads, layer.norms[kQueryNorm]);
+    write(rotate(key, kv_heads, layer.norms[kKeyNorm]), slots, keys);
+    write(Heads<float>{value, rows, kv_heads, kv_across, head_dim}, slots, values);
+    attention_of(queries, keys, values, table, positions, how, Heads<float>{attended, rows, heads, across, head_dim});
+    run(kOutput, attended, normed);
+    for (int64_t i = 0; i < rows * hidden; i++) y[i] = x[i] + normed[i];
+    norm(y, layer.norms[kInnerNorm].data<float>(), layer.eps, rows, hidden, normed);
+    run(kGate, normed, gate);
+    run(kUp, normed, up);
+    gated_product(gate, up, rows * inner);
+    run(kDown, gate, normed);
+    for (int64_t i = 0; i < rows * hidden; i++) y[i] += normed[i];
+}
+
+Given decode_layer(
+    Given x_, std::vector<Given> tensors, Maybe gate, std::vector<int64_t> gate_offsets, int64_t first_row, Given cos_,
+    Given sin_, Given keys_, Given values_, Given slots_, Given table_, Given positions_, double eps, double scaling,
+    int64_t window
+) {
+    const Tensor x(x_.get()), cos(cos_.get()), sin(sin_.get()), keys(keys_.get()), values(values_.get());
+    const Tensor slots(slots_.get()), table(table_.get()), positions(positions_.get());
+    if (tensors.size() != kNorms + kPerLinear * kLinears || gate_offsets.size() != kLinears)
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const Layer layer = layer_of(tensors, gate, gate_offsets, first_row, eps);
+    const int64_t dims = x.dims(), hidden = x.size(dims - 1), rows = x.numel() / hidden;
+    if (!fits(layer, x, cos, keys) || !is_pool(keys, values, table) || !keys.is_like(x) || !values.is_like(x) ||
+        !cos.is_like(x) || !sin.is_like(x) || !cos.is_dense(3) || !sin.is_dense(3) || sin.numel() != cos.numel() ||
+        !slots.is_dense(1) || slots.size(0) != rows || table.size(0) != rows)
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    int64_t sizes[kMostDims];
+    for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = x.size(dim);
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(x, dims, sizes, &result);
+    if (error == AOTI_TORCH_SUCCESS)
+        run_layer(
+            layer, x.data<float>(), rows, hidden, cos, sin, keys, values, slots.data<int64_t>(), table, positions,
+            {float(scaling), window, 0.0f}, Tensor(result).data<float>());
+    return checked(error, result);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
+    library.impl("decode_layer", TORCH_BOX(&decode_layer));
     library.impl("decode_linear", TORCH_BOX(&decode_linear));
     library.impl("decode_siblings", TORCH_BOX(&decode_siblings));
     library.impl("decode_self_attention", TORCH_BOX(&decode_self_attention));

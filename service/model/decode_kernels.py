@@ -6,6 +6,7 @@
     decode_self_attention    the same, after it has written the rows' own keys and values
     decode_rotate            RoPE
     decode_norm              y = x / sqrt(mean(x^2) + eps) * weight
+    decode_layer             a whole decoder layer of the commonest kind, made of all of these (fused_decoder.py)
 
 AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
 decode_linear and decode_attention; the rest it makes itself. In eager steps they stand in for what linear.py,
@@ -31,13 +32,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from service.model.batch import AttentionGroup, Batch
-from service.model.compile_cache import scratch_in
+from service.model.compile_cache import alone_in, scratch_in
 from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Up to how many rows eager linears are faster with these than with torch's: products in half precision are slow there.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
+MOST_LAYER_ROWS = 64  # the same for whole layers
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
@@ -75,12 +77,18 @@ _library.define(
 )
 _library.define("decode_rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 _library.define("decode_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define(
+    "decode_layer(Tensor x, Tensor[] tensors, Tensor? gate, int[] gate_offsets, int first_row, Tensor cos, Tensor sin,"
+    " Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor block_table, Tensor positions, float eps, float scaling,"
+    " int window) -> Tensor"
+)
 _decode_linear = torch.ops.xlora.decode_linear.default
 _decode_siblings = torch.ops.xlora.decode_siblings.default
 _decode_attention = torch.ops.xlora.decode_attention.default
 _decode_self_attention = torch.ops.xlora.decode_self_attention.default
 _decode_rotate = torch.ops.xlora.decode_rotate.default
 _decode_norm = torch.ops.xlora.decode_norm.default
+_decode_layer = torch.ops.xlora.decode_layer.default
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -140,6 +148,31 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+def layer(
+    x: Tensor,  # [1, T, H]
+    tensors: Sequence[Tensor],  # fused_decoder.py has their order
+    gate: Tensor | None,  # [T - first_row, sum of all ranks]
+    gate_offsets: Sequence[int],  # where the ranks of each linear begin in it
+    first_row: int,
+    cos: Tensor,  # [1, T, head_dim]
+    sin: Tensor,  # [1, T, head_dim]
+    batch: Batch,
+    number: int,
+    kv_cache: KVCache,
+    eps: float,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """A decoder layer of a batch that `is_decode`, with the writing of its keys and values: [1, T, H]."""
+    [group] = batch.groups
+    pool = kv_cache.keys[number], kv_cache.values[number]
+    y: Tensor = _decode_layer(
+        *(x, tensors, gate, gate_offsets, first_row, cos, sin, *pool, batch.kv_slots, group.block_table),
+        *(batch.positions, eps, scaling, window or 0),
+    )
+    return y
+
+
 def traced_attention(
     rows: Tensor,  # [N, heads, head_dim]
     group: AttentionGroup,
@@ -180,8 +213,16 @@ def self_attention(
 
 
 TRACED = Kernels(linear=adapted_linear)
-EAGER_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
+EAGER_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm, layer=layer)
+EAGER_SOME_ROWS = Kernels(rotate=rotate, norm=norm, layer=layer)
 EAGER = Kernels(rotate=rotate, norm=norm)
+
+
+def for_rows(rows: int, dtype: torch.dtype) -> Kernels:
+    """What computes an eager decode step of so many rows."""
+    if rows <= MOST_ROWS[dtype]:
+        return EAGER_FEW_ROWS
+    return EAGER_SOME_ROWS if rows <= MOST_LAYER_ROWS else EAGER
 
 
 class PlainLinears(TorchFunctionMode):
@@ -213,7 +254,9 @@ def provide(cache: Path, threads: int) -> Path:
     library = find_library(cache)
     if library is None:
         library = library_in(cache)
-        build(library)
+        with alone_in(cache):
+            if not library.exists():
+                build(library)
     load(library, threads)
     return library
 

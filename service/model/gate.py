@@ -24,6 +24,7 @@ class Kernels:
     siblings: Callable[[Tensor, Tensor, Tensor | None, Tensor, Sequence[Tensor], Tensor, int], Tensor] | None = None
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
+    layer: Callable[..., Tensor] | None = None
 
 
 NO_KERNELS = Kernels()
@@ -84,6 +85,15 @@ class Gate(nn.Module):
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""
         return self._by_site[site]
+
+    @property
+    def spread(self) -> Tensor | None:
+        """[n, R]: the same for the stacks of all sites one after another; None while the experts are off."""
+        return self._spread
+
+    def offset(self, site: int) -> int:
+        """Where the ranks of a site's stack begin in `spread`."""
+        return self._offsets[site]
 
     def across(self, first: int, last: int) -> Tensor:
         """Returns [n, R]: the same for the stacks of the sites first .. last one after another."""

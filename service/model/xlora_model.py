@@ -29,6 +29,7 @@ from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
+from service.model.fused_decoder import FusedDecoder
 from service.model.gate import NO_KERNELS, Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.linear import PlainLinear, XLoraLinear
@@ -93,6 +94,8 @@ class XLoraModel:
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
         self.scaling_pass_has_experts = bool(dummy_row.any())
+        whole = device.type == "cpu" and shards is None
+        self._fused = FusedDecoder.of(causal_lm, self.gate) if whole else None
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -154,8 +157,7 @@ class XLoraModel:
         gate.least_rows = rows
         ours = batch.kernels and batch.is_decode
         batch.self_attention = decode_kernels.self_attention if ours else None
-        few = ours and rows <= decode_kernels.MOST_ROWS[self.dtype]
-        gate.kernels = decode_kernels.EAGER_FEW_ROWS if few else decode_kernels.EAGER if ours else NO_KERNELS
+        gate.kernels = decode_kernels.for_rows(rows, self.dtype) if ours else NO_KERNELS
 
     @property
     def suits_kernels(self) -> bool:
@@ -170,6 +172,9 @@ class XLoraModel:
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
+        if self._fused is not None and self.gate.kernels.layer is not None and isinstance(logit_rows, Tensor):
+            self.gate.logit_rows = logit_rows
+            return self._fused.forward(batch, kv_cache, logit_rows)
         rows = batch.rows
         of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
         self.gate.logit_rows = of_head

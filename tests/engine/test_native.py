@@ -28,9 +28,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["fused decoder", "module by module"])
+def is_fused(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
-def both(request: pytest.FixtureRequest, tiny: Tiny) -> Engines:
-    return Engines(tiny.variant(**request.param) if request.param else tiny.as_stored())
+def both(request: pytest.FixtureRequest, tiny: Tiny, is_fused: bool) -> Engines:
+    engines = Engines(tiny.variant(**request.param) if request.param else tiny.as_stored())
+    assert engines.model._fused is not None
+    if not is_fused:
+        engines.model._fused = None
+    return engines
 
 
 class Calls:
@@ -38,7 +47,7 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = dict.fromkeys(
-            (*("_decode_linear", "_decode_siblings", "_decode_self_attention", "_decode_rotate", "_decode_norm"),), 0
+            [f"_decode_{name}" for name in ("linear", "siblings", "self_attention", "rotate", "norm", "layer")], 0
         )
         for name in self.count:
             patch.setattr(decode_kernels, name, self._counted(name, getattr(decode_kernels, name)))
@@ -65,18 +74,23 @@ def assert_same(ours: Run, expected: Run) -> None:
 
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("lookahead", [True, False])
-def test_the_same_without(both: Engines, calls: Calls, lookahead: bool, count: int) -> None:
-    """Alone and together, where linears are torch's again and attention is not; greedy and sampled."""
+def test_the_same_without(both: Engines, is_fused: bool, calls: Calls, lookahead: bool, count: int) -> None:
+    """Alone and together, where linears may be torch's again and attention is not; greedy and sampled."""
     requests = [replace(greedy(f"g{i}", words(i, 5 + 9 * i), 24), return_scalings="full") for i in range(count)]
     requests += [replace(sampled(f"s{i}", words(9 + i, 4), 12, seed=i), return_scalings="full") for i in range(count)]
     expected = run(both.build(lookahead=lookahead, native_kernels=False), requests)
     assert not any(calls.count.values())
     assert_same(run(both.build(lookahead=lookahead), requests), expected)
-    assert calls.count["_decode_self_attention"] > 20
     assert calls.count["_decode_norm"] > 20
-    assert calls.count["_decode_rotate"] > 20
-    assert calls.count["_decode_linear"] > 20  # with 7, in the last steps only
-    assert calls.count["_decode_siblings"] >= 8
+    assert calls.count["_decode_linear"] >= 4  # with 7, in the last steps only
+    if is_fused:
+        assert calls.count["_decode_layer"] > 40
+        assert not any(calls.count[f"_decode_{name}"] for name in ("siblings", "self_attention", "rotate"))
+    else:
+        assert calls.count["_decode_self_attention"] > 20
+        assert calls.count["_decode_rotate"] > 20
+        assert calls.count["_decode_siblings"] >= 8
+        assert not calls.count["_decode_layer"]
 
 
 def test_steered_and_copied_drafts_are_the_same(both: Engines, calls: Calls) -> None:
@@ -102,7 +116,7 @@ def test_gate_settings_are_the_same(both: Engines, calls: Calls) -> None:
     """Dummy rows and global weights of single requests."""
     expected = run_mixed(both.build(native_kernels=False))
     assert_same(run_mixed(both.build()), expected)
-    assert calls.count["_decode_self_attention"] > 20
+    assert calls.count["_decode_self_attention"] + calls.count["_decode_layer"] > 20
 
 
 def test_equals_peft(tiny: Tiny, both: Engines, calls: Calls) -> None:

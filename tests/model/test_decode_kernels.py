@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -207,6 +209,22 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
     for b_t in ([torch.randn(3, 7)], [torch.randn(2, 8)], [torch.randn(3, 8).bfloat16()], []):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.siblings(x, weight, None, a, b_t, gate, 0)
+
+
+def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
+    """Eight compilers at once have used up a machine's memory."""
+    script = (
+        "import sys, pathlib; from service.model import decode_kernels as kernels; build = kernels.build\n"
+        "kernels.build = lambda library: (print('compiled'), build(library))\n"
+        "kernels.provide(pathlib.Path(sys.argv[1]), 1)"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    told = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert sorted(told) == ["", "", "compiled\n"]
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
