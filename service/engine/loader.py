@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -25,9 +26,11 @@ from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.errors import SettingsError, StartupError, XLoraError
+from service.model import decode_kernels
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.narrow import stored_dtype
 from service.model.parallel_plan import Ranks
 from service.model.skeleton import check_divisible
 from service.model.xlora_model import XLoraModel, load_model
@@ -128,6 +131,7 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
+        narrow=ranks is None and keeps_narrow(options, device, dtype),
         on_progress=on_progress,
     )
 
@@ -251,13 +255,18 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """`auto` is float32 on a CPU (exact, and no slower there) and the base's own on CUDA."""
     if name == "auto":
-        config = json.loads((checkpoint.base_path / "config.json").read_text())
-        own = config.get("dtype") or config.get("torch_dtype") or "float32"
-        name = "float32" if device.type == "cpu" else own
+        name = "float32" if device.type == "cpu" else stored_dtype(checkpoint.base_path)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
         raise SettingsError(f"dtype {name!r} is not one of {', '.join(dtypes)}", hint="set --dtype")
     return dtypes[name]
+
+
+def keeps_narrow(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights may be kept in bfloat16 under float32 arithmetic: where kernels that widen them will compute."""
+    cache = Path(options.compile_cache).expanduser()
+    is_alone = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
+    return is_alone and options.native_kernels and decode_kernels.can_be_had(cache)
 
 
 def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:

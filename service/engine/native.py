@@ -6,7 +6,6 @@ Until they are there, and where they cannot be had, steps are made of torch's op
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ class NativeKernels:
 
     def _provide(self) -> None:
         try:
-            if decode_kernels.find_library(self._cache) is not None or shutil.which("g++") is not None:
+            if decode_kernels.can_be_had(self._cache):
                 library = decode_kernels.provide(self._cache, self._threads)
                 self._on_ready()
                 self._on_progress(f"native kernels are in use: {library}")

@@ -16,6 +16,7 @@ from service.checkpoint import Checkpoint
 from service.engine.loader import (
     CUDA_KV_SHARE,
     allocate_cache,
+    keeps_narrow,
     plan_blocks,
     resolve_batched_tokens,
     resolve_dtype,
@@ -85,7 +86,9 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     """
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = outline_model(checkpoint, dtype=dtype, quantization=options.quantization)
+    model = outline_model(
+        checkpoint, dtype=dtype, quantization=options.quantization, narrow=keeps_narrow(options, device, dtype)
+    )
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     weights = weight_bytes(model)
     layout = model.kv_layout(options.block_size)

@@ -44,13 +44,12 @@ class Classifier(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] of any dtype -> z [n, S, E] fp32."""
-        x = hidden.float()
-        for layer in self.layers[:-1]:
+        x, last = hidden.float(), len(self.layers) - 1
+        for number, layer in enumerate(self.layers):  # a slice of a ModuleList would be a new one, in every step
             x = layer(x)
-            if self.config.enable_relu_and_dropout:
+            if number < last and self.config.enable_relu_and_dropout:
                 x = x.relu_()
-        logits: Tensor = self.layers[-1](x)
-        return logits.view(-1, self.stored_sites, self.num_experts)
+        return x.view(-1, self.stored_sites, self.num_experts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts."""

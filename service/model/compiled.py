@@ -103,6 +103,8 @@ def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.expor
 
 def _least_rows(model: XLoraModel) -> list[int]:
     """From how many rows on which package is best: one for any number, one more where linears then change kernels."""
+    if model.is_narrow:  # the BLAS libraries would want wide copies in every step
+        return [1]
     linears = [module for module in model.causal_lm.modules() if isinstance(module, XLoraLinear)]
     return [1, *([_MANY] if any(1 < linear.onednn_rows <= _MANY for linear in linears) else [])]
 

@@ -3,7 +3,7 @@
 //
 // Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
 // knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
-// Storage is float or bfloat16, arithmetic is float.
+// Storage is float or bfloat16, arithmetic is float; weights may be narrower than what they are multiplied with.
 //
 // The functions at the end are what torch calls: compiled steps by the names and types of AOTInductor's C interface (C
 // shim), eager ones through the dispatcher. decode_kernels.py declares the operators and says what they compute.
@@ -183,17 +183,17 @@ void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count
                     std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
 }
 
-template <typename W>
+template <typename X, typename E>
 struct Experts {
-    const W* a;     // [rank, depth]
-    const W* gate;  // [rows - first_row, rank], rows `gate_stride` apart
+    const E* a;     // [rank, depth]
+    const X* gate;  // [rows - first_row, rank], rows `gate_stride` apart
     int64_t rank, gate_stride, first_row;
 };
 
 // Outputs of one linear among several that are computed as one; the experts of each act on its own outputs only.
-template <typename W>
+template <typename E>
 struct Part {
-    const W* b_t;  // [rank, width]
+    const E* b_t;  // [rank, width]
     int64_t rank, width;
 };
 
@@ -203,8 +203,8 @@ struct Chunk {
     int64_t output, rank;        // where the part's outputs and ranks begin among all
 };
 
-template <typename W>
-std::vector<Chunk> chunks_of(const std::vector<Part<W>>& parts) {
+template <typename E>
+std::vector<Chunk> chunks_of(const std::vector<Part<E>>& parts) {
     std::vector<Chunk> chunks;
     int64_t output = 0, rank = 0;
     for (size_t part = 0; part < parts.size(); output += parts[part].width, rank += parts[part].rank, part++)
@@ -214,14 +214,14 @@ std::vector<Chunk> chunks_of(const std::vector<Part<W>>& parts) {
 }
 
 // x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
-template <typename W>
+template <typename X, typename W, typename E>
 void linear(
-    const W* x, const W* weight, const W* bias, const Experts<W>& experts, const std::vector<Part<W>>& parts, int64_t rows,
-    int64_t depth, int64_t width, W* y
+    const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const std::vector<Part<E>>& parts,
+    int64_t rows, int64_t depth, int64_t width, X* y
 ) {
     std::vector<float> copy;
     const float* floats;
-    if constexpr (std::is_same_v<W, float>) {
+    if constexpr (std::is_same_v<X, float>) {
         floats = x;
     } else {
         copy.resize(rows * depth);
@@ -248,7 +248,7 @@ void linear(
 #pragma omp for
         for (size_t number = 0; number < chunks.size(); number++) {
             const Chunk& chunk = chunks[number];
-            const Part<W>& part = parts[chunk.part];
+            const Part<E>& part = parts[chunk.part];
             const int64_t first = chunk.output + chunk.first, count = chunk.count;
             multiply(floats, rows, depth, weight + first * depth, count, block.data());
             float* const own = block.data() + experts.first_row * kChunk;
@@ -521,6 +521,11 @@ public:
         return !handle_ || has(dtype);
     }
 
+    // The same, or it is there and narrower.
+    bool is_no_wider_than(const Tensor& other) const {
+        return is_like(other) || (has(aoti_torch_dtype_bfloat16()) && other.has(aoti_torch_dtype_float32()));
+    }
+
     // Whether the dimensions from `first` on lie without gaps, last one fastest.
     bool is_dense(int64_t dims, int64_t first = 0) const {
         int64_t expected = 1;
@@ -546,18 +551,32 @@ struct Linear {
     int64_t width() const { return weight.size(0); }
 };
 
-template <typename W>
-void linear_of(const W* x, int64_t rows, const Linear& own, W* y) {
-    Experts<W> experts{};
-    std::vector<Part<W>> parts;
+template <typename X, typename W, typename E>
+void linear_with(const X* x, int64_t rows, const Linear& own, X* y) {
+    Experts<X, E> experts{};
+    std::vector<Part<E>> parts;
     if (own.a) {
-        const W* const gate = own.gate.data<W>() + own.gate_offset;
-        experts = {own.a.data<W>(), gate, own.a.size(0), own.gate.stride(0), own.first_row};
-        for (const Tensor& b_t : own.b_t) parts.push_back({b_t.data<W>(), b_t.size(0), b_t.size(1)});
+        const X* const gate = own.gate.data<X>() + own.gate_offset;
+        experts = {own.a.data<E>(), gate, own.a.size(0), own.gate.stride(0), own.first_row};
+        for (const Tensor& b_t : own.b_t) parts.push_back({b_t.data<E>(), b_t.size(0), b_t.size(1)});
     } else {
         parts.push_back({nullptr, 0, own.width()});
     }
-    linear<W>(x, own.weight.data<W>(), own.bias.data<W>(), experts, parts, rows, own.depth(), own.width(), y);
+    linear(x, own.weight.data<W>(), own.bias.data<X>(), experts, parts, rows, own.depth(), own.width(), y);
+}
+
+template <typename X>
+void linear_of(const X* x, int64_t rows, const Linear& own, X* y) {
+    if constexpr (std::is_same_v<X, float>) {
+        const bool narrow_experts = own.a && own.a.has(aoti_torch_dtype_bfloat16());
+        if (own.weight.has(aoti_torch_dtype_bfloat16())) {
+            (narrow_experts ? linear_with<X, bfloat16, bfloat16> : linear_with<X, bfloat16, float>)(x, rows, own, y);
+        } else {
+            (narrow_experts ? linear_with<X, float, bfloat16> : linear_with<X, float, float>)(x, rows, own, y);
+        }
+    } else {
+        linear_with<X, X, X>(x, rows, own, y);
+    }
 }
 
 // Rows of heads, wherever they lie: row r's head h begins at data + r * row_stride + h * head_stride.
@@ -604,15 +623,15 @@ AOTITorchError new_tensor(
     return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, result);
 }
 
-// Whether its tensors are of one piece, and of the dtype of x.
+// Whether its tensors are of one piece and fit together, and what is added or multiplied with them is of the dtype of x.
 bool is_sound(const Linear& own, const Tensor& x) {
-    for (const Tensor& other : {own.weight, own.bias, own.a, own.gate})
-        if (!other.is_like(x)) return false;
+    if (!own.bias.is_like(x) || !own.gate.is_like(x) || !own.weight.is_no_wider_than(x) || !own.a.is_no_wider_than(x))
+        return false;
     if (!own.weight || !own.weight.is_dense(2) || (own.bias && own.bias.numel() != own.width())) return false;
     if (!own.a) return true;
     int64_t rank = 0, width = 0;
     for (const Tensor& b_t : own.b_t) {
-        if (!b_t.is_like(x) || !b_t.is_dense(2)) return false;
+        if (!b_t.is_like(own.a) || !b_t.is_dense(2)) return false;
         rank += b_t.size(0);
         width += b_t.size(1);
     }

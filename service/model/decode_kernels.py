@@ -21,6 +21,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,9 +219,11 @@ EAGER_SOME_ROWS = Kernels(rotate=rotate, norm=norm, layer=layer)
 EAGER = Kernels(rotate=rotate, norm=norm)
 
 
-def for_rows(rows: int, dtype: torch.dtype) -> Kernels:
-    """What computes an eager decode step of so many rows."""
-    if rows <= MOST_ROWS[dtype]:
+def for_rows(rows: int, dtype: torch.dtype, *, is_narrow: bool) -> Kernels:
+    """What computes an eager decode step of so many rows. `is_narrow`: there are weights to be widened, for torch's
+    products in a step of their own.
+    """
+    if rows <= (MOST_LAYER_ROWS if is_narrow else MOST_ROWS[dtype]):
         return EAGER_FEW_ROWS
     return EAGER_SOME_ROWS if rows <= MOST_LAYER_ROWS else EAGER
 
@@ -259,6 +262,11 @@ def provide(cache: Path, threads: int) -> Path:
                 build(library)
     load(library, threads)
     return library
+
+
+def can_be_had(cache: Path) -> bool:
+    """Whether `provide` has something to work with: a library, or a compiler."""
+    return find_library(cache) is not None or shutil.which("g++") is not None
 
 
 def find_library(cache: Path) -> Path | None:

@@ -24,10 +24,10 @@ from service.model.batch import Batch
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache
 from service.model.linear import PlainLinear, XLoraLinear
+from service.model.narrow import LAYER_LINEARS, LAYER_PARTS
 from service.model.norms import RMSNorm
 from service.model.rotation import rotated
 
-_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # decode_kernels.cpp's order
 _TOKENS = 3
 _NO_TENSOR = torch.empty(0)
 
@@ -77,6 +77,7 @@ class FusedDecoder:
         self._head = causal_lm.get_output_embeddings()
         self._gate = gate
         self._layers = layers
+        self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
         self._calls: list[tuple[Any, ...]] = []  # per layer: its tensors, where its ranks begin, eps, scaling, window
 
     @classmethod
@@ -93,16 +94,25 @@ class FusedDecoder:
         gate = self._gate
         kernel = gate.kernels.layer
         assert kernel is not None, "no kernel for layers"
-        x, cos, sin = self._start(batch.input_ids, batch.positions)
+        x = self._embed(batch.input_ids[None])
+        cos, sin = self._rotation(batch)
         spread, first_row = gate.spread, gate.first_row
         for number, (tensors, offsets, *how) in enumerate(self._calls):
             x = kernel(x, tensors, spread, offsets, first_row, cos, sin, batch, number, kv_cache, *how)
         hidden: Tensor = self._norm(x)[0]
         return self._head(hidden.index_select(0, logit_rows)), hidden
 
-    def _start(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._embed(input_ids[None])
-        return x, *self._rotary(x, positions[None])
+    def _rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, T, head_dim] of the rows' positions."""
+        keys = max(group.keys for group in batch.groups)
+        if keys > len(self._cos):
+            positions = torch.arange(1 << (keys - 1).bit_length())
+            cos, sin = self._rotary(torch.empty(0), positions[None])
+            self._cos, self._sin = cos[0], sin[0]
+        return (
+            self._cos.index_select(0, batch.positions)[None],
+            self._sin.index_select(0, batch.positions)[None],
+        )
 
     @torch.inference_mode()
     def _agrees(self, causal_lm: Any) -> bool:
@@ -115,7 +125,8 @@ class FusedDecoder:
             theirs = causal_lm(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False, batch=probe, kv_cache=None
             ).logits
-            x, cos, sin = self._start(ids, positions)
+            x = self._embed(ids[None])
+            cos, sin = self._rotary(x, positions[None])
             for layer in self._layers:
                 x = layer.formula(x, cos, sin)
             ours = self._head(self._norm(x))
@@ -176,20 +187,19 @@ def _layers(causal_lm: Any) -> list[_Layer] | None:
 
 def _layer(layer: nn.Module) -> _Layer | None:
     parts = dict(layer.named_children())
-    if parts.keys() != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if parts.keys() != LAYER_PARTS:
         return None
     inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
-    if inner.keys() - {*_LINEARS, "q_norm", "k_norm", "act_fn"} or not inner.keys() >= set(_LINEARS):
+    if inner.keys() - {*LAYER_LINEARS, "q_norm", "k_norm", "act_fn"} or not inner.keys() >= set(LAYER_LINEARS):
         return None
     norms = parts["input_layernorm"], parts["post_attention_layernorm"], inner.get("q_norm"), inner.get("k_norm")
-    linears = [inner[name] for name in _LINEARS]
+    linears = [inner[name] for name in LAYER_LINEARS]  # in decode_kernels.cpp's order
     own = [norm for norm in norms if norm is not None]
     if not all(isinstance(norm, RMSNorm) for norm in own) or len({norm.eps for norm in own}) > 1:
         return None
     if not all(isinstance(linear, XLoraLinear | PlainLinear) for linear in linears):
         return None
-    tensors = [tensor for one in (*own, *linears) for tensor in (*one.parameters(), *one.buffers())]
-    if any(tensor.is_meta or tensor.dtype != torch.float32 for tensor in tensors):
+    if any(norm.weight.is_meta or norm.weight.dtype != torch.float32 for norm in own):
         return None
     head_dim = getattr(parts["self_attn"], "head_dim", None)
     return _Layer(*norms, linears, head_dim) if isinstance(head_dim, int) else None  # type: ignore[arg-type]

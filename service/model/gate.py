@@ -51,7 +51,7 @@ class Gate(nn.Module):
         super().__init__()
         self.global_scaling_weight = 1.0
         self.first_row = 0  # rows before it have an all-zero gate: no expert acts on them
-        self._dtype = dtype
+        self.dtype = dtype  # of the arithmetic
         index: list[int] = []
         for site, site_ranks in enumerate(ranks):
             for expert, rank in enumerate(site_ranks):
@@ -75,8 +75,8 @@ class Gate(nn.Module):
         self.first_row, self.active = first_row, True
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        self._spread = scalings.to(self._dtype).flatten(1).index_select(1, self.rank_index)
-        self._by_site = self._spread.split_with_sizes(self._sizes, 1)
+        self._spread = scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index)
+        self._by_site = ()
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""
@@ -84,6 +84,9 @@ class Gate(nn.Module):
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""
+        if not self._by_site:
+            assert self._spread is not None, "no scalings are set"
+            self._by_site = self._spread.split_with_sizes(self._sizes, 1)
         return self._by_site[site]
 
     @property

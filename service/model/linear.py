@@ -37,7 +37,7 @@ class XLoraLinear(AdaptedModule):
         self.register_parameter("bias", base.bias)
         self.register_buffer("lora_a", stack.a, persistent=False)
         self.register_buffer("lora_b_t", stack.b_t, persistent=False)
-        self.onednn_rows = onednn_rows(base.weight)
+        self.onednn_rows = onednn_rows(base.weight, gate.dtype)
         self.siblings: tuple[Siblings, int] | None = None  # who computes this with others, and its number among them
         self.is_joint = False  # whether its weight is a part of theirs
 
@@ -56,11 +56,11 @@ class XLoraLinear(AdaptedModule):
             siblings, number = self.siblings
             return siblings.output(x, number)
         linear = onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
-        y = linear(x, own["weight"], own["bias"])
+        y = linear(x, widened(own["weight"], x), own["bias"])
         if gate.active:
-            first = gate.first_row
-            narrow = F.linear(x.view(-1, self.in_features)[first:], experts["lora_a"]).mul_(gate.at(self.site))
-            y.view(-1, self.out_features)[first:].addmm_(narrow, experts["lora_b_t"])
+            first, a, b_t = gate.first_row, widened(experts["lora_a"], x), widened(experts["lora_b_t"], x)
+            narrow = F.linear(x.view(-1, self.in_features)[first:], a).mul_(gate.at(self.site))
+            y.view(-1, self.out_features)[first:].addmm_(narrow, b_t)
         return y
 
     __call__ = forward  # nobody hooks into it, and nn.Module's own costs as much as a small addition
@@ -81,7 +81,7 @@ class PlainLinear(GateReader):
         kernel = self.gate.kernels.linear
         if kernel is not None:
             return kernel(x, own["weight"], own["bias"], None, None, None, 0)
-        return F.linear(x, own["weight"], own["bias"])
+        return F.linear(x, widened(own["weight"], x), own["bias"])
 
     __call__ = forward
 
@@ -93,9 +93,14 @@ class Siblings(Protocol):
         """x [1, T, in] -> [1, T, out] of one of them."""
 
 
-def onednn_rows(weight: Tensor) -> int:
-    """From how many rows on oneDNN is the faster one for this weight."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not onednn_is_faster():
+def widened(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the dtype of x, a copy where it is kept narrower (narrow.py)."""
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+
+def onednn_rows(weight: Tensor, dtype: torch.dtype) -> int:
+    """From how many rows on oneDNN is the faster one for this weight, where the arithmetic is in `dtype`."""
+    if weight.device.type != "cpu" or dtype != torch.float32 or not onednn_is_faster():
         return _NEVER
     return next(rows for elements, rows in _ONEDNN_ROWS if weight.numel() >= elements)
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from service.model.attention import ATTENTION
-from service.model.linear import XLoraLinear, onednn_linear, onednn_rows
+from service.model.linear import XLoraLinear, onednn_linear, onednn_rows, widened
 
 _SHAPES = "xlora_shapes"  # an attention that computes nothing
 _TOKENS = 2
@@ -39,7 +39,7 @@ class Siblings:
         self._lora_a = torch.cat([linear.get_buffer("lora_a") for linear in linears])  # [sum of ranks, in]
         self._lora_b_t = [linear.get_buffer("lora_b_t") for linear in linears]
         self._weight, self._bias = _joined(linears)
-        self._onednn_rows = onednn_rows(linears[0].weight if self._weight is None else self._weight)
+        self._onednn_rows = onednn_rows(linears[0].weight if self._weight is None else self._weight, self._gate.dtype)
         self._input: Tensor | None = None  # what _outputs were computed from
         self._outputs: Sequence[Tensor] = ()
         self._left = 0  # linears that have not come for theirs
@@ -74,19 +74,25 @@ class Siblings:
         first = gate.first_row
         targets: Sequence[Tensor] = ()
         if self._weight is None:
-            outputs: Sequence[Tensor] = [linear(x, own.weight, own._parameters["bias"]) for own in self._linears]
+            outputs: Sequence[Tensor] = [
+                linear(x, widened(own.weight, x), own._parameters["bias"]) for own in self._linears
+            ]
             if gate.active:
                 targets = [y.view(-1, y.shape[-1])[first:] for y in outputs]
         else:
-            y = linear(x, self._weight, self._bias)
+            y = linear(x, widened(self._weight, x), self._bias)
             outputs = y.split_with_sizes(outs, -1)
             if gate.active:
                 targets = y.view(-1, y.shape[-1])[first:].split_with_sizes(outs, 1)
         if gate.active:
             rows = x.view(-1, x.shape[-1])[first:]
-            narrow = F.linear(rows, self._lora_a).mul_(gate.across(*self._sites)).split_with_sizes(self._ranks, 1)
+            narrow = (
+                F.linear(rows, widened(self._lora_a, x))
+                .mul_(gate.across(*self._sites))
+                .split_with_sizes(self._ranks, 1)
+            )
             for target, part, b_t in zip(targets, narrow, self._lora_b_t, strict=True):
-                target.addmm_(part, b_t)
+                target.addmm_(part, widened(b_t, x))
         return outputs
 
 

@@ -33,6 +33,7 @@ from service.model.fused_decoder import FusedDecoder
 from service.model.gate import NO_KERNELS, Gate
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.linear import PlainLinear, XLoraLinear
+from service.model.narrow import keep_narrow
 from service.model.norms import replace_norms
 from service.model.parallel import Part, Shards, split
 from service.model.parallel_plan import Ranks
@@ -76,7 +77,9 @@ class XLoraModel:
         device: torch.device,
         dtype: torch.dtype,
         shards: Shards | None = None,
+        narrow: bool = False,
     ) -> None:
+        """`narrow`: weights may be kept in bfloat16 (narrow.py)."""
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
@@ -88,6 +91,8 @@ class XLoraModel:
         replace_norms(causal_lm, dtype, self.gate)
         if device.type == "cpu" and shards is None:
             replace_linears(causal_lm, dtype, self.gate)
+        if narrow:
+            keep_narrow(causal_lm, checkpoint, self.sites)
         join_siblings(causal_lm)
         replace_rotations(causal_lm, dtype, self.gate)
         self._kv_split = 1 if shards is None else shards.kv_split
@@ -96,6 +101,7 @@ class XLoraModel:
         self.scaling_pass_has_experts = bool(dummy_row.any())
         whole = device.type == "cpu" and shards is None
         self._fused = FusedDecoder.of(causal_lm, self.gate) if whole else None
+        self.is_narrow = any(tensor.dtype != dtype for tensor in causal_lm.parameters()) if narrow else False
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -147,6 +153,8 @@ class XLoraModel:
         self.choose_kernels(batch)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
         gate_logits = self.classifier.logits(hidden[:scaling_rows])
+        if not scaling_rows:
+            return ForwardOutput(logits, gate_logits)
         new_scalings = self.classifier.scalings(gate_logits)
         kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:scaling_rows], new_scalings)
         return ForwardOutput(logits, gate_logits)
@@ -157,7 +165,7 @@ class XLoraModel:
         gate.least_rows = rows
         ours = batch.kernels and batch.is_decode
         batch.self_attention = decode_kernels.self_attention if ours else None
-        gate.kernels = decode_kernels.for_rows(rows, self.dtype) if ours else NO_KERNELS
+        gate.kernels = decode_kernels.for_rows(rows, self.dtype, is_narrow=self.is_narrow) if ours else NO_KERNELS
 
     @property
     def suits_kernels(self) -> bool:
@@ -249,7 +257,7 @@ def _checked_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) 
 
 
 def outline_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None, narrow: bool = False
 ) -> XLoraModel:
     """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
 
@@ -258,7 +266,7 @@ def outline_model(
     skeleton, meta = _checked_skeleton(checkpoint, dtype), torch.device("meta")
     if quantization is not None:
         quantise(skeleton, quantization, meta)
-    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype)
+    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype, narrow=narrow)
 
 
 def _from_pretrained(base: Path, dtype: torch.dtype, ranks: Ranks | None) -> tuple[Any, dict[str, Any]]:
@@ -292,6 +300,7 @@ def load_model(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
+    narrow: bool = False,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
@@ -309,4 +318,4 @@ def load_model(
     )
     shards = None if ranks is None else split(causal_lm, build_skeleton(checkpoint.base_path), ranks)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
-    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards)
+    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards, narrow=narrow)

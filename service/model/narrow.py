@@ -1,0 +1,72 @@
+"""Weights that bfloat16 holds without loss stay in bfloat16 under float32 arithmetic: half the memory, and half of what
+a decode step reads, which is most of its time. Nothing else changes, no result either.
+
+The C++ kernels widen them as they read (decode_kernels.cpp); torch's operators get a wide copy for the length of a
+call. Only linears in layers of the usual names: code that looks at a weight itself would find another dtype than it
+knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.checkpoint import Checkpoint
+from service.model.linear import PlainLinear, XLoraLinear
+
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def stored_dtype(base: Path) -> str:
+    """What config.json says that the base's weights are, as torch names it."""
+    config = json.loads((base / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def keep_narrow(causal_lm: Any, checkpoint: Checkpoint, sites: Sequence[str]) -> None:
+    """Narrows what may be: weights of a base stored in bfloat16, and stacks of experts stored so. On the meta device
+    the same by name and dtype alone.
+    """
+    base_is_narrow = stored_dtype(checkpoint.base_path) == "bfloat16"
+    for linear in _linears(causal_lm):
+        if base_is_narrow:
+            linear.weight = nn.Parameter(_narrowed(linear.weight.detach()), requires_grad=False)
+        if isinstance(linear, XLoraLinear) and _experts_are_narrow(checkpoint, sites[linear.site]):
+            a, b_t = _narrowed(linear.get_buffer("lora_a")), _narrowed(linear.get_buffer("lora_b_t"))
+            if a.dtype == b_t.dtype:
+                linear.lora_a, linear.lora_b_t = a, b_t
+
+
+def _linears(causal_lm: Any) -> Iterator[Any]:
+    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if _is_plain(head) and head.weight is not getattr(embeddings, "weight", None):
+        yield head
+    for module in causal_lm.modules():
+        parts = dict(module.named_children())
+        if parts.keys() == LAYER_PARTS:
+            inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
+            yield from (inner[name] for name in LAYER_LINEARS if _is_plain(inner.get(name)))
+
+
+def _is_plain(module: object) -> bool:
+    return isinstance(module, XLoraLinear | PlainLinear) or type(module) is nn.Linear  # the last on the meta device
+
+
+def _experts_are_narrow(checkpoint: Checkpoint, site: str) -> bool:
+    present = [expert.weights[site] for expert in checkpoint.experts if site in expert.weights]
+    return all(
+        weights.a.dtype == weights.b.dtype == torch.bfloat16 and math.frexp(weights.scale)[0] == 0.5
+        for weights in present
+    )
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    narrow = tensor.bfloat16()
+    return narrow if tensor.is_meta or torch.equal(narrow.float(), tensor) else tensor
