@@ -87,10 +87,58 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
 // ---- linear: y = W x + b, and for rows from first_row on + B ((A x) * g) --------------------------------------------
 
 constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
+constexpr int64_t kPairs = 2 * kLanes;
+
+// x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
+// masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
+template <typename W, typename X>
+const float* operand(const X* x, int64_t rows, int64_t depth, std::vector<float>& copy) {
+    if constexpr (std::is_same_v<W, float>) {
+        static_assert(std::is_same_v<X, float>, "weights are no wider than what they are multiplied with");
+        return x;
+    } else {
+        copy.resize(rows * depth);
+        const int64_t paired = depth / kPairs * kPairs;
+        for (int64_t row = 0; row < rows; row++) {
+            const X* const from = x + row * depth;
+            float* const to = copy.data() + row * depth;
+            for (int64_t k = 0; k < paired; k += kPairs)
+                for (int64_t i = 0; i < kLanes; i++) {
+                    to[k + i] = to_float(from[k + 2 * i]);
+                    to[k + kLanes + i] = to_float(from[k + 2 * i + 1]);
+                }
+            for (int64_t k = paired; k < depth; k++) to[k] = to_float(from[k]);
+        }
+        return copy.data();
+    }
+}
+
+// out[m][n] = the sum of total[m][n], and x[m] . w[n] from k on.
+template <int ROWS, int COLUMNS, typename W>
+inline void sum_up(
+    const Vec (&total)[ROWS][COLUMNS], const float* x, int64_t x_stride, const W* w, int64_t k, int64_t depth, float* out,
+    int64_t out_stride
+) {
+    float sum[ROWS * COLUMNS + 3];
+    for (int i = 0; i < ROWS * COLUMNS; i += 4) {
+        const auto at = [&](int j) {
+            const int number = std::min(i + j, ROWS * COLUMNS - 1);
+            return total[number / COLUMNS][number % COLUMNS];
+        };
+        const Quad four = sums(at(0), at(1), at(2), at(3));
+        std::memcpy(sum + i, &four, sizeof four);
+    }
+    for (int m = 0; m < ROWS; m++)
+        for (int n = 0; n < COLUMNS; n++) {
+            float value = sum[m * COLUMNS + n];
+            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * x_stride + rest], to_float(w[n * depth + rest]), value);
+            out[m * out_stride + n] = value;
+        }
+}
 
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for.
-template <int ROWS, int COLUMNS, typename W>
-inline void dots(const float* x, int64_t x_stride, const W* w, int64_t depth, float* out, int64_t out_stride) {
+template <int ROWS, int COLUMNS>
+inline void dots(const float* x, int64_t x_stride, const float* w, int64_t depth, float* out, int64_t out_stride) {
     Vec total[ROWS][COLUMNS] = {};
     int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes) {
@@ -110,21 +158,28 @@ inline void dots(const float* x, int64_t x_stride, const W* w, int64_t depth, fl
             }
         }
     }
-    float sum[ROWS * COLUMNS + 3];
-    for (int i = 0; i < ROWS * COLUMNS; i += 4) {
-        const auto at = [&](int j) {
-            const int number = std::min(i + j, ROWS * COLUMNS - 1);
-            return total[number / COLUMNS][number % COLUMNS];
-        };
-        const Quad four = sums(at(0), at(1), at(2), at(3));
-        std::memcpy(sum + i, &four, sizeof four);
-    }
-    for (int m = 0; m < ROWS; m++)
-        for (int n = 0; n < COLUMNS; n++) {
-            float value = sum[m * COLUMNS + n];
-            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * x_stride + rest], to_float(w[n * depth + rest]), value);
-            out[m * out_stride + n] = value;
+    sum_up(total, x, x_stride, w, k, depth, out, out_stride);
+}
+
+template <int ROWS, int COLUMNS>
+inline void dots(const float* x, int64_t x_stride, const bfloat16* w, int64_t depth, float* out, int64_t out_stride) {
+    Vec total[ROWS][COLUMNS] = {};
+    int64_t k = 0;
+    for (; k + kPairs <= depth; k += kPairs) {
+        Vec even[ROWS], odd[ROWS];
+        for (int m = 0; m < ROWS; m++) {
+            even[m] = load(x + m * x_stride + k);
+            odd[m] = load(x + m * x_stride + k + kLanes);
         }
+        for (int n = 0; n < COLUMNS; n++) {
+            IntVec words;
+            std::memcpy(&words, w + n * depth + k, sizeof words);
+            const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
+            for (int m = 0; m < ROWS; m++) total[m][n] += even[m] * low;
+            for (int m = 0; m < ROWS; m++) total[m][n] += odd[m] * high;
+        }
+    }
+    sum_up(total, x, x_stride, w, k, depth, out, out_stride);
 }
 
 template <int ROWS, int COLUMNS, typename W>
@@ -134,20 +189,21 @@ inline void dots_of_chunk(const float* x, int64_t stride, const W* w, int64_t de
     for (; n < count; n++) dots<ROWS, 1>(x, stride, w + n * depth, depth, out + n, kChunk);
 }
 
-// out [rows][kChunk] = x [rows, depth] times `count` rows of w.
+// out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w.
 template <typename W>
 void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, float* out) {
+    constexpr bool kPaired = !std::is_same_v<W, float>;  // needs more registers besides the accumulators
     for (int64_t first = 0; first < count; first += 12) {  // few enough to stay in the first-level cache
         const int64_t some = std::min<int64_t>(12, count - first);
         const W* const weights = w + first * depth;
         int64_t m = 0;
         for (; m + 4 <= rows; m += 4)
-            dots_of_chunk<4, 3>(x + m * depth, depth, weights, depth, some, out + m * kChunk + first);
+            dots_of_chunk<4, kPaired ? 2 : 3>(x + m * depth, depth, weights, depth, some, out + m * kChunk + first);
         const float* const rest = x + m * depth;
         float* const target = out + m * kChunk + first;
-        if (rows - m == 3) dots_of_chunk<3, 4>(rest, depth, weights, depth, some, target);
-        if (rows - m == 2) dots_of_chunk<2, 6>(rest, depth, weights, depth, some, target);
-        if (rows - m == 1) dots_of_chunk<1, 12>(rest, depth, weights, depth, some, target);
+        if (rows - m == 3) dots_of_chunk<3, kPaired ? 3 : 4>(rest, depth, weights, depth, some, target);
+        if (rows - m == 2) dots_of_chunk<2, kPaired ? 4 : 6>(rest, depth, weights, depth, some, target);
+        if (rows - m == 1) dots_of_chunk<1, kPaired ? 6 : 12>(rest, depth, weights, depth, some, target);
     }
 }
 
@@ -219,15 +275,10 @@ void linear(
     const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const std::vector<Part<E>>& parts,
     int64_t rows, int64_t depth, int64_t width, X* y
 ) {
-    std::vector<float> copy;
-    const float* floats;
-    if constexpr (std::is_same_v<X, float>) {
-        floats = x;
-    } else {
-        copy.resize(rows * depth);
-        for (int64_t i = 0; i < rows * depth; i++) copy[i] = to_float(x[i]);
-        floats = copy.data();
-    }
+    std::vector<float> copy, copy_for_experts;
+    const float* const floats = operand<W>(x, rows, depth, copy);
+    const float* for_experts = floats;
+    if constexpr (!std::is_same_v<W, E>) for_experts = operand<E>(x, rows, depth, copy_for_experts);
     const int64_t gated = experts.rank ? rows - experts.first_row : 0;
     std::vector<float> narrow(gated * experts.rank);
     const int64_t rank_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
@@ -239,7 +290,7 @@ void linear(
 #pragma omp for
         for (int64_t chunk = 0; chunk < rank_chunks; chunk++) {
             const int64_t first = chunk * kChunk, count = std::min(kChunk, experts.rank - first);
-            multiply(floats + experts.first_row * depth, gated, depth, experts.a + first * depth, count, block.data());
+            multiply(for_experts + experts.first_row * depth, gated, depth, experts.a + first * depth, count, block.data());
             for (int64_t m = 0; m < gated; m++)
                 for (int64_t r = 0; r < count; r++)
                     narrow[m * experts.rank + first + r] =

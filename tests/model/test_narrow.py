@@ -171,13 +171,15 @@ def test_by_default_they_are(narrow_tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 9, 40])
 def test_the_kernel(native_kernels: None, rows: int) -> None:
-    """Every mixture of narrow and wide gives what wide alone gives, to the bit."""
-    x, weight = torch.randn(1, rows, 40), torch.randn(50, 40).bfloat16()
-    a, b_t, gate = torch.randn(7, 40).bfloat16(), torch.randn(7, 50).bfloat16(), torch.rand(rows, 7)
-    expected = decode_kernels.adapted_linear(x, weight.float(), None, a.float(), b_t.float(), gate, 0)
-    for own in (weight, weight.float()):
-        for stack in ((a, b_t), (a.float(), b_t.float())):
-            assert torch.equal(decode_kernels.adapted_linear(x, own, None, *stack, gate, 0), expected)
+    """Every mixture of narrow and wide gives what wide alone gives."""
+    for depth in (3, 16, 40, 200):
+        x, weight = torch.randn(1, rows, depth), torch.randn(50, depth).bfloat16()
+        a, b_t, gate = torch.randn(7, depth).bfloat16(), torch.randn(7, 50).bfloat16(), torch.rand(rows, 7)
+        expected = decode_kernels.adapted_linear(x, weight.float(), None, a.float(), b_t.float(), gate, 0)
+        for own in (weight, weight.float()):
+            for stack in ((a, b_t), (a.float(), b_t.float())):
+                ours = decode_kernels.adapted_linear(x, own, None, *stack, gate, 0)
+                torch.testing.assert_close(ours, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
     with pytest.raises(RuntimeError, match="fitting shapes"):
         decode_kernels.adapted_linear(x, weight, None, a, b_t.float(), gate, 0)
     with pytest.raises(RuntimeError, match="fitting shapes"):
