@@ -50,7 +50,8 @@ class MemoryPlan:
     """The memory of one engine, in bytes and tokens."""
 
     device: str  # cpu or cuda
-    dtype: str
+    dtype: str  # of the arithmetic
+    kept_dtypes: tuple[str, str]  # of the linears' weights where they are not quantised, and of the experts' stacks
     quantization: str | None
     gpu_bytes: int | None  # what was said to be free; None on a CPU
     weights: WeightBytes
@@ -97,7 +98,8 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
     plan = MemoryPlan(
         device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
+        kept_dtypes=(_kept(model, "weight"), _kept(model, "lora_a")),
         quantization=options.quantization,
         gpu_bytes=gpu_bytes,
         weights=weights,
@@ -134,11 +136,13 @@ def weight_bytes(model: XLoraModel) -> WeightBytes:
 def describe_plan(plan: MemoryPlan) -> str:
     """The plan as lines for people."""
     weights, position = plan.weights, 2 * (plan.kv_slot_bytes + plan.gate_row_bytes)
+    linears, stacks = plan.kept_dtypes
     kind = plan.dtype if plan.quantization is None else f"{plan.quantization}, the rest {plan.dtype}"
+    kind += f"; linears, without loss, {linears}" if linears != plan.dtype else ""
     lines = [
         f"memory       {plan.device}, {plan.dtype}" + (f", {_size(plan.gpu_bytes)}" if plan.gpu_bytes else ""),
         f"  base                     {_size(weights.base)}  ({kind})",
-        f"  experts                  {_size(weights.experts)}  (their stacks, {plan.dtype})",
+        f"  experts                  {_size(weights.experts)}  (their stacks, {stacks})",
         f"  classifier               {_size(weights.classifier)}  (float32)",
         f"  KV pool                  {_size(plan.pool_bytes)}  ({plan.num_blocks:,} blocks of {plan.block_size}"
         " positions, one for scratch, spare gate rows)",
@@ -155,6 +159,17 @@ def describe_plan(plan: MemoryPlan) -> str:
             f"at once (--max-num-seqs {plan.max_num_seqs})",
         ]
     )
+
+
+def _kept(model: XLoraModel, name: str) -> str:
+    """The narrowest dtype in which tensors of that name are kept."""
+    own = [tensor.dtype for full, tensor in _tensors(model.causal_lm) if full.rpartition(".")[2] == name]
+    floats = [dtype for dtype in own if dtype.is_floating_point]
+    return _name(min(floats, key=lambda dtype: dtype.itemsize, default=model.dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
