@@ -37,14 +37,16 @@ class Siblings:
         self._outs = [linear.out_features for linear in linears]
         self._ranks = [linear.get_buffer("lora_a").shape[0] for linear in linears]
         self._lora_a = torch.cat([linear.get_buffer("lora_a") for linear in linears])  # [sum of ranks, in]
-        self._lora_b_t = [linear.get_buffer("lora_b_t") for linear in linears]
+        # A stack that could have been kept narrow (narrow.py) is not, beside one that could not.
+        self._lora_b_t = [linear.get_buffer("lora_b_t").to(self._lora_a.dtype) for linear in linears]
         self._weight, self._bias = _joined(linears)
         self._onednn_rows = onednn_rows(linears[0].weight if self._weight is None else self._weight, self._gate.dtype)
         self._input: Tensor | None = None  # what _outputs were computed from
         self._outputs: Sequence[Tensor] = ()
         self._left = 0  # linears that have not come for theirs
-        for number, (linear, a) in enumerate(zip(linears, self._lora_a.split_with_sizes(self._ranks), strict=True)):
-            linear.lora_a = a
+        parts = zip(linears, self._lora_a.split_with_sizes(self._ranks), self._lora_b_t, strict=True)
+        for number, (linear, a, b_t) in enumerate(parts):
+            linear.lora_a, linear.lora_b_t = a, b_t
             linear.siblings = self, number
             linear.is_joint = self._weight is not None
 

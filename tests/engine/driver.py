@@ -138,10 +138,10 @@ def _collect(result: Run, output: StepOutput, engine: Engine) -> None:
 class Engines:
     """Engines around one model: they share its weights, each has a pool and a scheduler of its own."""
 
-    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float32, *, narrow: bool = False) -> None:
         self.tiny: Tiny = variant.tiny
         self.checkpoint = variant.checkpoint
-        self.model: XLoraModel = variant.model(dtype)
+        self.model: XLoraModel = variant.model(dtype, narrow=narrow)
         self.news: list[str] = []  # what engines have told while and after they were made
 
     def build(self, *, blocks: int | None = None, adaptive: bool = True, **options: Any) -> Engine:

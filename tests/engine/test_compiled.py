@@ -71,6 +71,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Stored in bfloat16, in which linears and experts stay where it is run as it is stored; variants are wide."""
+    xlora = {"xlora_depth": 2, "layerwise_scalings": True}
+    scales = {"alphas": 8, "rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "ranks": 4}
+    return Tiny(tmp_path_factory.mktemp("tiny") / "kept", xlora=xlora, strength=0.3, dtype=torch.bfloat16, **scales)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny: Tiny) -> Engines:
+    engines = Engines(tiny.as_stored(), narrow=True)
+    linears = [module for module in engines.model.causal_lm.modules() if isinstance(module, XLoraLinear)]
+    assert {t.dtype for linear in linears for t in (*linear.parameters(), *linear.buffers())} == {torch.bfloat16}
+    return engines
+
+
+@pytest.fixture(scope="module")
 def background(engines: Engines, cache: Path) -> Background:
     return Background(engines, cache)
 
@@ -94,10 +110,10 @@ class Compiled:
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
-def compiled(request: pytest.FixtureRequest, tiny: Tiny, cache: Path) -> Compiled:
+def compiled(request: pytest.FixtureRequest, tiny: Tiny, engines: Engines, cache: Path) -> Compiled:
     """The model as it is stored has the package that was compiled in the background, another one is compiled here."""
     if not request.param:
-        return Compiled(Engines(tiny.as_stored()), request.getfixturevalue("background").folder)
+        return Compiled(engines, request.getfixturevalue("background").folder)
     with pytest.MonkeyPatch.context() as patch:  # with oneDNN, as large weights have it
         patch.setattr("service.model.linear.onednn_is_faster", lambda: True)
         patch.setattr("service.model.linear._ONEDNN_ROWS", ((0, 16),))

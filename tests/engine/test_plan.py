@@ -32,8 +32,14 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("plan") / "tied", base_config=base, xlora={"xlora_depth": 3})
 
 
-def test_the_plan_is_what_the_engine_allocates(tied: Path) -> None:
-    cases = itertools.product((DEMO, tied), (None, "int8", "int4"), ("float32", "bfloat16"))
+@pytest.fixture(scope="module")
+def partly_narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in bfloat16, with experts at some sites whose scales are no powers of two."""
+    return make_bundle(tmp_path_factory.mktemp("plan") / "narrow", dtype=torch.bfloat16)
+
+
+def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) -> None:
+    cases = itertools.product((DEMO, tied, partly_narrow), (None, "int8", "int4"), ("float32", "bfloat16"))
     for (model, quantization, dtype), length in zip(cases, itertools.cycle((None, 100, 333)), strict=False):
         options = EngineOptions(
             *(str(model), "cpu", dtype, length, 3),

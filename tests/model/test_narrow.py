@@ -76,8 +76,7 @@ def test_the_engine_says_the_same(narrow_tiny: Tiny, is_fused: bool) -> None:
     requests += [replace(sampled(f"s{i}", words(9 + i, 4), 12, seed=i), return_scalings="full") for i in range(3)]
     runs = []
     for kept in (False, True):
-        engines = Engines(narrow_tiny.as_stored())
-        engines.model = load(narrow_tiny, narrow=kept)
+        engines = Engines(narrow_tiny.as_stored(), narrow=kept)
         assert engines.model.is_narrow == kept
         if not is_fused:
             engines.model._fused = None
@@ -140,14 +139,35 @@ def test_experts_in_float32_on_a_base_in_bfloat16(tmp_path: Path) -> None:
     tiny.checkpoint = replace(tiny.checkpoint, experts=wide)
     text, runs = words(3, 12), []
     for kept in (True, False):
-        model = load(tiny, narrow=kept)
-        assert dtypes(model, "lora_a") == {torch.float32}
-        assert {linear.weight.dtype for linear in linears(model)} == {torch.bfloat16 if kept else torch.float32}
-        engines = Engines(tiny.as_stored())
-        engines.model = model
+        engines = Engines(tiny.as_stored(), narrow=kept)
+        assert dtypes(engines.model, "lora_a") == {torch.float32}
+        assert {linear.weight.dtype for linear in linears(engines.model)} == {torch.bfloat16 if kept else torch.float32}
         runs.append(run(engines.build(), [greedy("r", text, 24, return_scalings="full")])["r"])
     assert runs[0].tokens == runs[1].tokens
     np.testing.assert_allclose(runs[0].full, runs[1].full, atol=1e-4)
+
+
+def test_experts_that_stay_narrow_beside_others_that_cannot(tmp_path: Path) -> None:
+    """Linears that are computed together agree on one dtype."""
+    tiny = Tiny(tmp_path / "mixed", dtype=torch.bfloat16, xlora=XLORA, strength=0.3, alphas=12, rslora=False)
+    tiny.checkpoint = replace(
+        tiny.checkpoint,
+        experts=[
+            replace(
+                e, weights={site: replace(w, scale=2.0 if "k_proj" in site else 1.5) for site, w in e.weights.items()}
+            )
+            for e in tiny.checkpoint.experts
+        ],
+    )
+    runs = []
+    for kept in (True, False):
+        engines = Engines(tiny.as_stored(), narrow=kept)
+        for linear in linears(engines.model):
+            assert linear.get_buffer("lora_a").dtype == linear.get_buffer("lora_b_t").dtype
+        runs.append(
+            [run(engines.build(native_kernels=native), [greedy("r", words(3, 9), 16)]) for native in (True, False)]
+        )
+    assert len({tuple(one["r"].tokens) for both in runs for one in both}) == 1
 
 
 @pytest.mark.parametrize(

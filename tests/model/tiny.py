@@ -36,9 +36,10 @@ class Variant:
     tiny: Tiny
     checkpoint: Checkpoint
 
-    def model(self, dtype: torch.dtype = torch.float32) -> XLoraModel:
+    def model(self, dtype: torch.dtype = torch.float32, *, narrow: bool = False) -> XLoraModel:
         """Our model, freshly built."""
-        return XLoraModel(self.checkpoint, copy.deepcopy(self.tiny.base(dtype)), device=CPU, dtype=dtype)
+        base = copy.deepcopy(self.tiny.base(dtype))
+        return XLoraModel(self.checkpoint, base, device=CPU, dtype=dtype, narrow=narrow)
 
     def oracle(self) -> PeftOracle:
         """The one oracle of the bundle, set to this configuration: use it before asking another variant for it."""
