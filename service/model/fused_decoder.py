@@ -77,17 +77,24 @@ class FusedDecoder:
         self._head = causal_lm.get_output_embeddings()
         self._gate = gate
         self._layers = layers
+        self._ways: list[_Attention] = []  # per layer
         self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
         self._calls: list[tuple[Any, ...]] = []  # per layer: its tensors, where its ranks begin, eps, scaling, window
 
     @classmethod
     def of(cls, causal_lm: Any, gate: Gate) -> FusedDecoder | None:
-        """For a float32 decoder of the kind on a CPU, whose norms, linears and rotations have been replaced."""
+        """For a float32 decoder of the kind on a CPU, whose norms and linears have been replaced. It wants `bind`
+        before it runs.
+        """
         layers = _layers(causal_lm)
         if layers is None:
             return None
         fused = cls(causal_lm, gate, layers)
         return fused if fused._agrees(causal_lm) else None
+
+    def bind(self) -> None:
+        """Takes the tensors as they are now: nobody replaces them any more."""
+        self._calls = [self._call(layer, how) for layer, how in zip(self._layers, self._ways, strict=True)]
 
     def forward(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [L, V] of `logit_rows`, last hidden state [T, H], under the gate as it is set."""
@@ -134,11 +141,9 @@ class FusedDecoder:
             return False
         finally:
             self._gate.clear()
-        ways = probe.calls
-        if [number for number, _ in ways] != list(range(len(self._layers))) or not torch.equal(ours, theirs):
-            return False
-        self._calls = [self._call(layer, how) for layer, (_, how) in zip(self._layers, ways, strict=True)]
-        return all(how.softcap is None for _, how in ways)
+        self._ways = [how for _, how in probe.calls]
+        in_order = [number for number, _ in probe.calls] == list(range(len(self._layers)))
+        return in_order and torch.equal(ours, theirs) and all(how.softcap is None for how in self._ways)
 
     def _call(self, layer: _Layer, how: _Attention) -> tuple[Any, ...]:
         norms = layer.input_norm, layer.inner_norm, layer.query_norm, layer.key_norm

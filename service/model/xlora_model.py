@@ -89,18 +89,20 @@ class XLoraModel:
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
         self.gate = self._swap_linears(checkpoint, causal_lm, shards)
         replace_norms(causal_lm, dtype, self.gate)
+        self._fused: FusedDecoder | None = None
         if device.type == "cpu" and shards is None:
             replace_linears(causal_lm, dtype, self.gate)
+            self._fused = FusedDecoder.of(causal_lm, self.gate)
         if narrow:
             keep_narrow(causal_lm, checkpoint, self.sites)
         join_siblings(causal_lm)
         replace_rotations(causal_lm, dtype, self.gate)
+        if self._fused is not None:
+            self._fused.bind()
         self._kv_split = 1 if shards is None else shards.kv_split
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
         self.scaling_pass_has_experts = bool(dummy_row.any())
-        whole = device.type == "cpu" and shards is None
-        self._fused = FusedDecoder.of(causal_lm, self.gate) if whole else None
         self.is_narrow = any(tensor.dtype != dtype for tensor in causal_lm.parameters()) if narrow else False
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
