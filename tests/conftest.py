@@ -45,6 +45,7 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files of LONGEST come first, in that order."""
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in ranks), "LONGEST names a file that is gone"
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 

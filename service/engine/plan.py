@@ -24,6 +24,7 @@ from service.engine.loader import (
 )
 from service.engine.options import EngineOptions
 from service.errors import StartupError
+from service.model.narrow import LAYER_LINEARS
 from service.model.quantised import QuantisedLinear
 from service.model.xlora_model import XLoraModel, outline_model
 
@@ -63,6 +64,7 @@ class MemoryPlan:
     num_blocks: int
     blocks_per_request: int  # of max_model_len tokens
     pool_bytes: int
+    loading_bytes: int  # the weights' while they are loaded, before any is narrowed
 
     @property
     def tokens(self) -> int:
@@ -111,6 +113,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         num_blocks=num_blocks,
         blocks_per_request=layout.blocks_for(max_model_len),
         pool_bytes=allocate_cache(model, num_blocks, options.block_size, max_rows).bytes,
+        loading_bytes=_wide_bytes(model) if model.is_narrow else weights.total,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
@@ -147,6 +150,8 @@ def describe_plan(plan: MemoryPlan) -> str:
         f"  KV pool                  {_size(plan.pool_bytes)}  ({plan.num_blocks:,} blocks of {plan.block_size}"
         " positions, one for scratch, spare gate rows)",
     ]
+    if plan.loading_bytes > weights.total:
+        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before any is narrowed)")
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {_size(plan.reserve_bytes)}")
     return "\n".join(
@@ -161,9 +166,14 @@ def describe_plan(plan: MemoryPlan) -> str:
     )
 
 
+def _wide_bytes(model: XLoraModel) -> int:
+    return sum(tensor.numel() * max(tensor.itemsize, model.dtype.itemsize) for _, tensor in _tensors(model.causal_lm))
+
+
 def _kept(model: XLoraModel, name: str) -> str:
     """The narrowest dtype in which tensors of that name are kept."""
-    own = [tensor.dtype for full, tensor in _tensors(model.causal_lm) if full.rpartition(".")[2] == name]
+    linears = [module for full, module in model.causal_lm.named_modules() if full.rpartition(".")[2] in LAYER_LINEARS]
+    own = [tensor.dtype for module in linears for full, tensor in _tensors(module) if full == name]
     floats = [dtype for dtype in own if dtype.is_floating_point]
     return _name(min(floats, key=lambda dtype: dtype.itemsize, default=model.dtype))
 

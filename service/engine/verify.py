@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from service.checkpoint import Checkpoint
-from service.engine.loader import build_engine
+from service.engine.loader import build_engine, keeps_narrow
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
 from service.model.two_pass import TwoPassModel
@@ -72,7 +72,12 @@ def _generate(
 ) -> tuple[list[int], list[int], Tensor, Tensor]:
     """Prompt, generated tokens, their logprobs and the scalings [T, S, E] of the whole text but its last token."""
     model = load_model(
-        checkpoint, device=device, dtype=dtype, max_model_len=options.max_model_len, on_progress=on_progress
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        max_model_len=options.max_model_len,
+        narrow=keeps_narrow(options, device, dtype),
+        on_progress=on_progress,
     )
     engine = build_engine(model, checkpoint, options)
     on_progress("generating")

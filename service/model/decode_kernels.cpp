@@ -690,9 +690,15 @@ bool is_sound(const Linear& own, const Tensor& x) {
         rank == own.a.size(0) && own.gate_offset + rank <= own.gate.size(1) && width == own.width();
 }
 
+// Whether it can be computed for that many rows of x.
+bool takes(const Linear& own, int64_t rows) {
+    return !own.a || (own.first_row >= 0 && own.gate.size(0) == rows - own.first_row);
+}
+
 bool fits(const Tensor& x, const Linear& own) {
     const int64_t dims = x.dims();
-    return dims <= kMostDims && is_known(x) && x.is_dense(dims) && is_sound(own, x) && x.size(dims - 1) == own.depth();
+    return dims <= kMostDims && is_known(x) && x.is_dense(dims) && is_sound(own, x) &&
+        x.size(dims - 1) == own.depth() && takes(own, x.numel() / own.depth());
 }
 
 AOTITorchError run(const Tensor& x, const Linear& own, AtenTensorHandle* result) {
@@ -724,7 +730,8 @@ Heads<W> heads_first(const Tensor& tensor) {
 }
 
 bool is_pool(const Tensor& keys, const Tensor& values, const Tensor& table) {
-    return keys.is_dense(4) && values.is_dense(4) && table.is_dense(2);
+    return keys.dims() == 4 && keys.is_dense(4) && values.dims() == 4 && values.is_dense(4) && table.dims() == 2 &&
+        table.is_dense(2) && table.has(aoti_torch_dtype_int64());
 }
 
 }  // namespace
@@ -939,7 +946,7 @@ bool fits(const Layer& layer, const Tensor& x, const Tensor& cos, const Tensor& 
     for (int number = 0; number < kLinears; number++) {
         const Linear& own = layer.linears[number];
         if (own.depth() != depths[number] || own.width() != widths[number]) return false;
-        if (own.gate && own.gate.size(0) != rows - own.first_row) return false;
+        if (!takes(own, rows)) return false;
     }
     for (int number = kQueryNorm; number < kNorms; number++)
         if (layer.norms[number] && !is_norm_of(layer.norms[number], head_dim)) return false;
@@ -999,9 +1006,10 @@ Given decode_layer(
         return checked(AOTI_TORCH_FAILURE, nullptr);
     const Layer layer = layer_of(tensors, gate, gate_offsets, first_row, eps);
     const int64_t dims = x.dims(), hidden = x.size(dims - 1), rows = x.numel() / hidden;
-    if (!fits(layer, x, cos, keys) || !is_pool(keys, values, table) || !keys.is_like(x) || !values.is_like(x) ||
+    if (!is_pool(keys, values, table) || !fits(layer, x, cos, keys) || !keys.is_like(x) || !values.is_like(x) ||
         !cos.is_like(x) || !sin.is_like(x) || !cos.is_dense(3) || !sin.is_dense(3) || sin.numel() != cos.numel() ||
-        !slots.is_dense(1) || slots.size(0) != rows || table.size(0) != rows)
+        !slots.is_dense(1) || !slots.has(aoti_torch_dtype_int64()) || slots.size(0) != rows || table.size(0) != rows ||
+        !positions.has(aoti_torch_dtype_int64()) || positions.size(0) != rows)
         return checked(AOTI_TORCH_FAILURE, nullptr);
     int64_t sizes[kMostDims];
     for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = x.size(dim);

@@ -34,8 +34,9 @@ from torch.overrides import TorchFunctionMode
 
 from service.model.batch import AttentionGroup, Batch
 from service.model.compile_cache import alone_in, scratch_in
-from service.model.gate import Kernels
+from service.model.gate import NO_KERNELS, Kernels
 from service.model.kv_cache import KVCache
+from service.model.linear import onednn_is_faster
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Up to how many rows eager linears are faster with these than with torch's: products in half precision are slow there.
@@ -217,15 +218,19 @@ TRACED = Kernels(linear=adapted_linear)
 EAGER_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm, layer=layer)
 EAGER_SOME_ROWS = Kernels(rotate=rotate, norm=norm, layer=layer)
 EAGER = Kernels(rotate=rotate, norm=norm)
+PREFILL_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
 
 
-def for_rows(rows: int, dtype: torch.dtype, *, is_narrow: bool) -> Kernels:
-    """What computes an eager decode step of so many rows. `is_narrow`: there are weights to be widened, for torch's
-    products in a step of their own.
+def for_rows(rows: int, dtype: torch.dtype, *, is_decode: bool, is_narrow: bool) -> Kernels:
+    """What computes an eager step of so many rows. `is_narrow`: there are weights that torch's products would want
+    widened first.
     """
-    if rows <= (MOST_LAYER_ROWS if is_narrow else MOST_ROWS[dtype]):
+    few = rows <= (MOST_LAYER_ROWS if is_narrow else MOST_ROWS[dtype])
+    if not is_decode:
+        return PREFILL_FEW_ROWS if few else NO_KERNELS
+    if few:
         return EAGER_FEW_ROWS
-    return EAGER_SOME_ROWS if rows <= MOST_LAYER_ROWS else EAGER
+    return EAGER_SOME_ROWS if rows <= MOST_LAYER_ROWS and not onednn_is_faster() else EAGER
 
 
 class PlainLinears(TorchFunctionMode):

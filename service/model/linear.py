@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from service.model.gate import Gate, GateReader
 # MKL reads a large weight once per row, up to four or so.
 _ONEDNN_ROWS = ((1 << 19, 1), (1 << 16, 16), (0, 64))
 _NEVER = 1 << 62
+_BLOCK = 1 << 20  # elements that are widened at once: small enough for a cache, and for malloc to keep
 
 
 class AdaptedModule(GateReader):
@@ -56,7 +58,7 @@ class XLoraLinear(AdaptedModule):
             siblings, number = self.siblings
             return siblings.output(x, number)
         linear = onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
-        y = linear(x, widened(own["weight"], x), own["bias"])
+        y = widening(linear, x, own["weight"], own["bias"])
         if gate.active:
             first, a, b_t = gate.first_row, widened(experts["lora_a"], x), widened(experts["lora_b_t"], x)
             narrow = F.linear(x.view(-1, self.in_features)[first:], a).mul_(gate.at(self.site))
@@ -81,7 +83,7 @@ class PlainLinear(GateReader):
         kernel = self.gate.kernels.linear
         if kernel is not None:
             return kernel(x, own["weight"], own["bias"], None, None, None, 0)
-        return F.linear(x, widened(own["weight"], x), own["bias"])
+        return widening(F.linear, x, own["weight"], own["bias"])
 
     __call__ = forward
 
@@ -96,6 +98,23 @@ class Siblings(Protocol):
 def widened(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in the dtype of x, a copy where it is kept narrower (narrow.py)."""
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+
+def widening(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """linear(x, weight, bias), with a weight that is kept narrower than x widened a block at a time.
+
+    A copy of a whole large weight would be new memory in every call, which costs eight times what the copying does.
+    """
+    out, depth = weight.shape
+    if weight.dtype == x.dtype or weight.numel() <= _BLOCK:
+        return linear(x, widened(weight, x), bias)
+    rows = max(1, _BLOCK // depth)
+    block = x.new_empty(rows, depth)
+    y = x.new_empty(*x.shape[:-1], out)
+    for first in range(0, out, rows):
+        some = weight[first : first + rows]
+        y[..., first : first + rows] = linear(x, block[: len(some)].copy_(some), None)
+    return y if bias is None else y.add_(bias)
 
 
 def onednn_rows(weight: Tensor, dtype: torch.dtype) -> int:

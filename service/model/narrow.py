@@ -1,16 +1,16 @@
 """Weights that bfloat16 holds without loss stay in bfloat16 under float32 arithmetic: half the memory, and half of what
-a decode step reads, which is most of its time. Nothing else changes, no result either.
+a decode step reads, which is most of its time. Results are the same up to rounding.
 
 The C++ kernels widen them as they read (decode_kernels.cpp); torch's operators get a wide copy for the length of a
-call. Only linears in layers of the usual names: code that looks at a weight itself would find another dtype than it
-knows.
+call. Only linears in layers of the usual names, and the head after them: code that looks at a weight itself would find
+another dtype than it knows.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from service.checkpoint import Checkpoint
 from service.model.linear import PlainLinear, XLoraLinear
 
+_BLOCK = 1 << 20  # elements
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -44,15 +45,17 @@ def keep_narrow(causal_lm: Any, checkpoint: Checkpoint, sites: Sequence[str]) ->
                 linear.lora_a, linear.lora_b_t = a, b_t
 
 
-def _linears(causal_lm: Any) -> Iterator[Any]:
-    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if _is_plain(head) and head.weight is not getattr(embeddings, "weight", None):
-        yield head
+def _linears(causal_lm: Any) -> list[Any]:
+    found: list[Any] = []
     for module in causal_lm.modules():
         parts = dict(module.named_children())
         if parts.keys() == LAYER_PARTS:
             inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
-            yield from (inner[name] for name in LAYER_LINEARS if _is_plain(inner.get(name)))
+            found += [inner[name] for name in LAYER_LINEARS if _is_plain(inner.get(name))]
+    embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    if found and _is_plain(head) and head.weight is not getattr(embeddings, "weight", None):
+        found.append(head)
+    return found
 
 
 def _is_plain(module: object) -> bool:
@@ -68,5 +71,12 @@ def _experts_are_narrow(checkpoint: Checkpoint, site: str) -> bool:
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
-    narrow = tensor.bfloat16()
-    return narrow if tensor.is_meta or torch.equal(narrow.float(), tensor) else tensor
+    """In bfloat16 if every value survives it, else as it is. Block by block, for copies of all of it cost new memory."""
+    narrow = torch.empty_like(tensor, dtype=torch.bfloat16)
+    if not tensor.is_meta:
+        flat, wide = narrow.view(-1), tensor.reshape(-1)
+        for first in range(0, wide.numel(), _BLOCK):
+            some = wide[first : first + _BLOCK]
+            if not torch.equal(flat[first : first + _BLOCK].copy_(some).float(), some):
+                return tensor
+    return narrow

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from service.model.attention import ATTENTION
-from service.model.linear import XLoraLinear, onednn_linear, onednn_rows, widened
+from service.model.linear import XLoraLinear, onednn_linear, onednn_rows, widened, widening
 
 _SHAPES = "xlora_shapes"  # an attention that computes nothing
 _TOKENS = 2
@@ -77,12 +77,12 @@ class Siblings:
         targets: Sequence[Tensor] = ()
         if self._weight is None:
             outputs: Sequence[Tensor] = [
-                linear(x, widened(own.weight, x), own._parameters["bias"]) for own in self._linears
+                widening(linear, x, own.weight, own._parameters["bias"]) for own in self._linears
             ]
             if gate.active:
                 targets = [y.view(-1, y.shape[-1])[first:] for y in outputs]
         else:
-            y = linear(x, widened(self._weight, x), self._bias)
+            y = widening(linear, x, self._weight, self._bias)
             outputs = y.split_with_sizes(outs, -1)
             if gate.active:
                 targets = y.view(-1, y.shape[-1])[first:].split_with_sizes(outs, 1)

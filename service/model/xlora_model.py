@@ -103,7 +103,8 @@ class XLoraModel:
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
         self.scaling_pass_has_experts = bool(dummy_row.any())
-        self.is_narrow = any(tensor.dtype != dtype for tensor in causal_lm.parameters()) if narrow else False
+        tensors = (*causal_lm.parameters(), *causal_lm.buffers())
+        self.is_narrow = narrow and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -165,9 +166,11 @@ class XLoraModel:
         """Settles by which kernels `batch` is computed."""
         gate, rows = self.gate, batch.rows.shape[1]
         gate.least_rows = rows
-        ours = batch.kernels and batch.is_decode
-        batch.self_attention = decode_kernels.self_attention if ours else None
-        gate.kernels = decode_kernels.for_rows(rows, self.dtype, is_narrow=self.is_narrow) if ours else NO_KERNELS
+        is_decode = batch.is_decode
+        batch.self_attention = decode_kernels.self_attention if batch.kernels and is_decode else None
+        gate.kernels = NO_KERNELS
+        if batch.kernels:
+            gate.kernels = decode_kernels.for_rows(rows, self.dtype, is_decode=is_decode, is_narrow=self.is_narrow)
 
     @property
     def suits_kernels(self) -> bool:

@@ -206,6 +206,9 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.rotate(x[:, None], wrong, wrong)
     a, gate = torch.randn(3, 8), torch.randn(2, 3)
+    for first_row, rows in ((0, 1), (0, 3), (-1, 3), (3, 0)):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.adapted_linear(x, weight, None, a, torch.randn(3, 8), torch.randn(rows, 3), first_row)
     for b_t in ([torch.randn(3, 7)], [torch.randn(2, 8)], [torch.randn(3, 8).bfloat16()], []):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.siblings(x, weight, None, a, b_t, gate, 0)

@@ -154,6 +154,18 @@ def a_layer_that_is_not_run(model: Any) -> None:
     model.model.config.num_hidden_layers = 1
 
 
+def something_at_late_positions(model: Any) -> None:
+    """As Ministral 3 scales its queries, beyond the length that it was first trained on."""
+    late = model.config.max_position_embeddings // 2
+
+    class Late(LlamaAttention):
+        def forward(self, hidden_states: Tensor, *args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+            scale = torch.where(position_ids >= late, 1.01, 1.0)[..., None]
+            return super().forward(hidden_states * scale, *args, position_ids=position_ids, **kwargs)
+
+    model.model.layers[1].self_attn.__class__ = Late
+
+
 def one_more_norm(model: Any) -> None:
     layer = model.model.layers[0]
     layer.extra_norm = copy.deepcopy(layer.input_layernorm)
@@ -170,6 +182,7 @@ DEFECTS = [
     capped_logits,
     one_layer_without_rope,
     a_layer_that_is_not_run,
+    something_at_late_positions,
     one_more_norm,
     another_eps,
 ]
