@@ -71,7 +71,7 @@ def _experts_are_narrow(checkpoint: Checkpoint, site: str) -> bool:
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
-    """In bfloat16 if every value survives it, else as it is. Block by block, for copies of all of it cost new memory."""
+    """In bfloat16 if every value survives it, else as it is. By blocks, for a copy of all of it costs new memory."""
     narrow = torch.empty_like(tensor, dtype=torch.bfloat16)
     if not tensor.is_meta:
         flat, wide = narrow.view(-1), tensor.reshape(-1)
