@@ -131,7 +131,7 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
-        narrow=ranks is None and keeps_narrow(options, device, dtype),
+        narrow=keeps_narrow(options, device, dtype),
         on_progress=on_progress,
     )
 

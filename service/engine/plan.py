@@ -174,8 +174,7 @@ def _kept(model: XLoraModel, name: str) -> str:
     """The narrowest dtype in which tensors of that name are kept."""
     linears = [module for full, module in model.causal_lm.named_modules() if full.rpartition(".")[2] in LAYER_LINEARS]
     own = [tensor.dtype for module in linears for full, tensor in _tensors(module) if full == name]
-    floats = [dtype for dtype in own if dtype.is_floating_point]
-    return _name(min(floats, key=lambda dtype: dtype.itemsize, default=model.dtype))
+    return _name(min(own, key=lambda dtype: dtype.itemsize, default=model.dtype))
 
 
 def _name(dtype: torch.dtype) -> str:

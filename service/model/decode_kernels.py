@@ -24,6 +24,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from service.model.linear import onednn_is_faster
 DTYPES = (torch.float32, torch.bfloat16)
 # Up to how many rows eager linears are faster with these than with torch's: products in half precision are slow there.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
-MOST_LAYER_ROWS = 64  # the same for whole layers
+MOST_LAYER_ROWS = 64  # the same for whole layers, and for linears that torch would want widened
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
@@ -215,10 +216,10 @@ def self_attention(
 
 
 TRACED = Kernels(linear=adapted_linear)
-EAGER_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm, layer=layer)
-EAGER_SOME_ROWS = Kernels(rotate=rotate, norm=norm, layer=layer)
-EAGER = Kernels(rotate=rotate, norm=norm)
 PREFILL_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
+EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
+EAGER = Kernels(rotate=rotate, norm=norm)
+EAGER_SOME_ROWS = replace(EAGER, layer=layer)
 
 
 def for_rows(rows: int, dtype: torch.dtype, *, is_decode: bool, is_narrow: bool) -> Kernels:

@@ -24,7 +24,7 @@ from service.model.batch import Batch
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache
 from service.model.linear import PlainLinear, XLoraLinear
-from service.model.narrow import LAYER_LINEARS, LAYER_PARTS
+from service.model.narrow import LAYER_LINEARS, layer_modules
 from service.model.norms import RMSNorm
 from service.model.rotation import rotated
 
@@ -192,10 +192,7 @@ def _layers(causal_lm: Any) -> list[_Layer] | None:
 
 
 def _layer(layer: nn.Module) -> _Layer | None:
-    parts = dict(layer.named_children())
-    if parts.keys() != LAYER_PARTS:
-        return None
-    inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
+    parts, inner = dict(layer.named_children()), layer_modules(layer)
     if inner.keys() - {*LAYER_LINEARS, "q_norm", "k_norm", "act_fn"} or not inner.keys() >= set(LAYER_LINEARS):
         return None
     norms = parts["input_layernorm"], parts["post_attention_layernorm"], inner.get("q_norm"), inner.get("k_norm")

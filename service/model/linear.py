@@ -18,7 +18,7 @@ from service.model.gate import Gate, GateReader
 # MKL reads a large weight once per row, up to four or so.
 _ONEDNN_ROWS = ((1 << 19, 1), (1 << 16, 16), (0, 64))
 _NEVER = 1 << 62
-_BLOCK = 1 << 20  # elements that are widened at once: small enough for a cache, and for malloc to keep
+WIDENED_AT_ONCE = 1 << 20  # elements: small enough for a cache, and for malloc to keep
 
 
 class AdaptedModule(GateReader):
@@ -106,9 +106,9 @@ def widening(linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Ten
     A copy of a whole large weight would be new memory in every call, which costs eight times what the copying does.
     """
     out, depth = weight.shape
-    if weight.dtype == x.dtype or weight.numel() <= _BLOCK:
+    if weight.dtype == x.dtype or weight.numel() <= WIDENED_AT_ONCE:
         return linear(x, widened(weight, x), bias)
-    rows = max(1, _BLOCK // depth)
+    rows = max(1, WIDENED_AT_ONCE // depth)
     block = x.new_empty(rows, depth)
     y = x.new_empty(*x.shape[:-1], out)
     for first in range(0, out, rows):

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint
-from service.model.linear import PlainLinear, XLoraLinear
+from service.model.linear import WIDENED_AT_ONCE, PlainLinear, XLoraLinear
 
-_BLOCK = 1 << 20  # elements
-LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -29,6 +28,14 @@ def stored_dtype(base: Path) -> str:
     """What config.json says that the base's weights are, as torch names it."""
     config = json.loads((base / "config.json").read_text())
     return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def layer_modules(layer: nn.Module) -> dict[str, nn.Module]:
+    """What attention and MLP are made of, by name, in a layer of the usual parts; nothing for any other module."""
+    parts = dict(layer.named_children())
+    if parts.keys() != _LAYER_PARTS:
+        return {}
+    return {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
 
 
 def keep_narrow(causal_lm: Any, checkpoint: Checkpoint, sites: Sequence[str]) -> None:
@@ -48,10 +55,8 @@ def keep_narrow(causal_lm: Any, checkpoint: Checkpoint, sites: Sequence[str]) ->
 def _linears(causal_lm: Any) -> list[Any]:
     found: list[Any] = []
     for module in causal_lm.modules():
-        parts = dict(module.named_children())
-        if parts.keys() == LAYER_PARTS:
-            inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
-            found += [inner[name] for name in LAYER_LINEARS if _is_plain(inner.get(name))]
+        inner = layer_modules(module)
+        found += [inner[name] for name in LAYER_LINEARS if _is_plain(inner.get(name))]
     embeddings, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if found and _is_plain(head) and head.weight is not getattr(embeddings, "weight", None):
         found.append(head)
@@ -75,8 +80,8 @@ def _narrowed(tensor: Tensor) -> Tensor:
     narrow = torch.empty_like(tensor, dtype=torch.bfloat16)
     if not tensor.is_meta:
         flat, wide = narrow.view(-1), tensor.reshape(-1)
-        for first in range(0, wide.numel(), _BLOCK):
-            some = wide[first : first + _BLOCK]
-            if not torch.equal(flat[first : first + _BLOCK].copy_(some).float(), some):
+        for first in range(0, wide.numel(), WIDENED_AT_ONCE):
+            some = wide[first : first + WIDENED_AT_ONCE]
+            if not torch.equal(flat[first : first + WIDENED_AT_ONCE].copy_(some).float(), some):
                 return tensor
     return narrow

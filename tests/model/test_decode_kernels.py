@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
 
 
 def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
-    """Eight compilers at once have used up a machine's memory."""
+    """160 compilers at once have used up a machine's memory."""
     script = (
         "import sys, pathlib; from service.model import decode_kernels as kernels; build = kernels.build\n"
         "kernels.build = lambda library: (print('compiled'), build(library))\n"

@@ -69,7 +69,7 @@ def test_page_stays_responsive(inspector: Page, demo_server: Server) -> None:
     gaps = sorted(inspector.evaluate("() => window.gaps"))
     assert inspector.locator(".token").count() == TOKENS
     assert len(exported_json(inspector)["scalings"]["full"]) == TOKENS
-    assert gaps[int(0.95 * len(gaps))] < 300, "frames were late while tokens came"
+    assert gaps[int(0.95 * len(gaps))] < 150, "frames were late while tokens came"
     assert gaps[-1] < 1000
     inspector.locator(".token").last.focus()
     for key in ("Home", "End", "ArrowUp", "ArrowLeft"):
