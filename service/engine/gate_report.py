@@ -18,7 +18,7 @@ from service.engine.request import GateRows, GateStats
 from service.engine.sequence import Sequence
 from service.model.gate_stats import GateSummary, summarise
 
-_STEPS_TOGETHER = 32
+_STEPS_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -292,25 +292,31 @@ class ModelRunner:
     def _batch(self, segments: list[_Segment], logit_rows: list[int]) -> Batch:
         """Every index of the batch in one tensor, and views of it."""
         cache = self.kv_cache
-        scaling = [s for s in segments if s.is_scaling]
-        real = segments[len(scaling) :]
-        scaling_rows = sum(s.count for s in scaling)
-        row_count = scaling_rows + sum(s.count for s in real)
+        scaling_rows = sum(s.count for s in segments if s.is_scaling)
+        row_count = segments[-1].row + segments[-1].count
         native = self.native  # another thread may set it
         grouped = _attention_groups(_one_row_each(segments) if native or self.compiled is not None else segments)
         tables = [self._block_table(group) for group in grouped]
-        values = [token for s in segments for token in s.share.sequence.hypothesis(s.start, s.start + s.count)]
-        values += (position for s in segments for position in range(s.start, s.start + s.count))
-        values += (slot for s in segments for slot in self._slots(s.stream, s.start, s.count))
-        for s in scaling:
-            values += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
-        values += (slot for s in real for slot in self._gate_slots(s.share.sequence, s.start, s.count))
-        values += (slot for s in scaling for slot in self._new_gate_slots(s))
-        values += [cache.scratch_slot] * (row_count - scaling_rows)
-        sizes = [len(values), len(logit_rows), *map(len, tables)]
-        packed = self._tensor([*values, *logit_rows, *(block for table in tables for block in table)])
+        ids: list[int] = []
+        positions: list[int] = []
+        kv_slots: list[int] = []
+        gate_slots: list[int] = []
+        new_gate_slots: list[int] = []
+        for s in segments:
+            ids += s.share.sequence.hypothesis(s.start, s.start + s.count)
+            positions += range(s.start, s.start + s.count)
+            kv_slots += self._slots(s.stream, s.start, s.count)
+            if s.is_scaling:
+                gate_slots += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
+                new_gate_slots += self._new_gate_slots(s)
+            else:
+                gate_slots += self._gate_slots(s.share.sequence, s.start, s.count)
+                new_gate_slots += [cache.scratch_slot] * s.count
+        values = [ids, positions, kv_slots, gate_slots, new_gate_slots, logit_rows, *tables]
+        sizes = [5 * row_count, *map(len, values[5:])]
+        packed = self._tensor(list(chain.from_iterable(values)))
         rows, logit_index, *views = packed.split_with_sizes(sizes)
-        gated = any(s.share.sequence.gate.dummy_row is not None for s in scaling)
+        gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
         batch = Batch(
             rows.view(5, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
         )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def to_device(values: Sequence[object], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """`values` (nested) as a tensor on `device`.
+def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`values` as a tensor on `device`.
 
     From pinned memory, where that is another device: a copy from ordinary memory would wait until everything queued on
     the device is done.
     """
     if device.type == "cpu":
+        if dtype == torch.int64 and values:  # several times as fast
+            return torch.frombuffer(array("q", values), dtype=dtype)
         return torch.tensor(values, dtype=dtype)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
