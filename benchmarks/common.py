@@ -22,6 +22,7 @@ from service.engine.engine import Engine
 from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
+from service.model import decode_kernels
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model_store" / "demo"
@@ -82,6 +83,14 @@ def wait_compiled(engine: Engine) -> None:
         engine.compilation.wait(_COMPILE_SECONDS)
         if engine._runner.compiled is None:
             raise RuntimeError("the decode step could not be compiled; the log says why")
+
+
+def use_threads(count: int, options: EngineOptions) -> None:
+    """From now on, torch and the native kernels of engines with these options compute on so many threads."""
+    torch.set_num_threads(count)
+    library = decode_kernels.find_library(Path(options.compile_cache).expanduser())
+    if library is not None:
+        decode_kernels.load(library, count)
 
 
 @dataclass

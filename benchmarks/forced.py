@@ -85,6 +85,7 @@ class ScriptedRunner(ModelRunner):
     def __init__(self, runner: ModelRunner, *, drafts_agree: bool) -> None:
         self.__dict__.update(runner.__dict__)
         self._miss = 0 if drafts_agree else 1
+        self._tokens = self.model.config.get_text_config().vocab_size - _FIRST_TOKEN - 1
 
     def run(self, plan: Plan) -> RunResult:
         """The step as ever, with other tokens and predictions."""
@@ -96,8 +97,7 @@ class ScriptedRunner(ModelRunner):
         return result
 
     def _token(self, position: int) -> int:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return _FIRST_TOKEN + position * 7919 % (vocabulary - _FIRST_TOKEN - 1)
+        return _FIRST_TOKEN + position * 7919 % self._tokens
 
 
 def script(engine: Engine, *, drafts_agree: bool) -> None:

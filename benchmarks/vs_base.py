@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, wait_compiled
+from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, use_threads, wait_compiled
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model
@@ -155,7 +155,7 @@ def large(
     prompt = list(range(100, 100 + _LARGE_PROMPT))
     rows, bars = [], []
     for count in threads:
-        torch.set_num_threads(count)
+        use_threads(count, options)
         sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
         for engine in engines.values():
             run_engine(engine, [prompt], 2)  # warms up
