@@ -27,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 FROM dependencies AS wheel
 ARG PIP_ARGS=""
-# The compiler of the native kernels stays here: what it makes runs on every CPU with AVX2.
+# The compiler of the native kernels stays here: what it makes is for every CPU with AVX2, and for those with AVX-512.
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -qq --no-install-recommends g++ >/dev/null && rm -rf /var/lib/apt/lists/*
 COPY service ./service

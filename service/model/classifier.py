@@ -40,7 +40,13 @@ class Classifier(nn.Module):
         self.config = config
         self.num_experts = num_experts
         self.stored_sites = num_sites if config.layerwise_scalings else 1
-        self.layers = nn.ModuleList(_linear(weight, bias, device) for weight, bias in weights.layers)
+        layers = [_linear(weight, bias, device) for weight, bias in weights.layers]
+        self.layers = nn.ModuleList(layers)
+        self.is_plain = config.top_k_lora is None and not config.enable_softmax_topk  # a softmax at most
+        self.softmax_temperature = config.softmax_temperature if config.enable_softmax else None
+        self.tensors: list[Tensor] = []  # weight and bias of each layer, empty where it has none
+        for layer, (_, bias) in zip(layers, weights.layers, strict=True):
+            self.tensors += [layer.weight, torch.empty(0) if bias is None else layer.bias]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] of any dtype -> z [n, S, E] fp32."""

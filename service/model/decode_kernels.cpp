@@ -1,9 +1,10 @@
 // The operations where a decode step spends its time, for few rows on a CPU: adapted linears, rotations, paged attention,
 // norms.
 //
-// Written for g++ and clang++ with their vector extensions: no intrinsics, so any instruction set that the compiler
-// knows. Everything is read where it lies: weights as the model stores them, keys and values through the block table.
-// Storage is float or bfloat16, arithmetic is float; weights may be narrower than what they are multiplied with.
+// Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; one
+// intrinsic stands where g++ does badly. Everything is read where it lies: weights as the model stores them, keys and values
+// through the block table. Storage is float or bfloat16, arithmetic is float; weights may be narrower than what they are
+// multiplied with.
 //
 // The functions at the end are what torch calls: compiled steps by the names and types of AOTInductor's C interface (C
 // shim), eager ones through the dispatcher. decode_kernels.py declares the operators and says what they compute.
@@ -12,11 +13,17 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -24,11 +31,17 @@ namespace {
 
 int threads = 1;
 
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+constexpr bool kManyRegisters = true;  // 32 of them
+#else
 constexpr int64_t kLanes = 8;
+constexpr bool kManyRegisters = false;
+#endif
 constexpr int64_t kMostDims = 4;
-typedef float Vec __attribute__((vector_size(32)));
-typedef int32_t IntVec __attribute__((vector_size(32)));
-typedef uint16_t HalfWords __attribute__((vector_size(16)));
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
 struct bfloat16 {
@@ -62,7 +75,11 @@ inline Vec load(const float* from) {
 inline Vec load(const bfloat16* from) {
     HalfWords words;
     std::memcpy(&words, from, sizeof words);
+#if defined(__AVX512F__)  // g++ makes six instructions of the conversion below
+    const IntVec bits = (IntVec)_mm512_cvtepu16_epi32((__m256i)words) << 16;
+#else
     const IntVec bits = __builtin_convertvector(words, IntVec) << 16;
+#endif
     return (Vec)bits;
 }
 
@@ -72,62 +89,154 @@ inline Vec load(const bfloat16* from) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
 #endif
 
+// Of a and b, one after the other: the sums of neighbouring numbers within every four, and of neighbouring fours.
+// `evens` and `odds` take the numbers at even and at odd places.
+#if defined(__AVX512F__)
+inline Vec add_neighbours(Vec a, Vec b) {
+    return SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+        SHUFFLE(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+
+inline Vec add_neighbouring_fours(Vec a, Vec b) {
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+inline Vec evens(Vec a, Vec b) { return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30); }
+inline Vec odds(Vec a, Vec b) { return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31); }
+#else
 inline Vec add_neighbours(Vec a, Vec b) {
     return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
+inline Vec add_neighbouring_fours(Vec a, Vec b) {
+    return SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+inline Vec evens(Vec a, Vec b) { return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+inline Vec odds(Vec a, Vec b) { return SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+#endif
+
+// Of every four lanes, the sums of a's, b's, c's and d's.
+inline Vec sums_of_fours(Vec a, Vec b, Vec c, Vec d) { return add_neighbours(add_neighbours(a, b), add_neighbours(c, d)); }
+
 // The sums of four vectors.
 inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
-    const Vec both = add_neighbours(add_neighbours(a, b), add_neighbours(c, d));
-    Quad halves[2];
-    std::memcpy(halves, &both, sizeof both);
-    return halves[0] + halves[1];
+    const Vec all = sums_of_fours(a, b, c, d);
+    Quad fours[kLanes / 4];
+    std::memcpy(fours, &all, sizeof all);
+    Quad sum = fours[0];
+    for (int i = 1; i < kLanes / 4; i++) sum += fours[i];
+    return sum;
 }
+
+inline float sum_of(Vec a) { return sums(a, Vec{}, Vec{}, Vec{})[0]; }
+
+// The sums of as many vectors as one has lanes.
+inline Vec sums(const Vec* all) {
+    Vec fours[kLanes / 4];
+    for (int i = 0; i < kLanes / 4; i++) fours[i] = sums_of_fours(all[4 * i], all[4 * i + 1], all[4 * i + 2], all[4 * i + 3]);
+    for (int count = kLanes / 4; count > 1; count /= 2)
+        for (int i = 0; i < count / 2; i++) fours[i] = add_neighbouring_fours(fours[2 * i], fours[2 * i + 1]);
+    return fours[0];
+}
+
+// out[i] = the sum of the i-th of COUNT vectors; there is room for kLanes more.
+template <int COUNT>
+inline void sums(const Vec* vectors, float* out) {
+    const auto at = [&](int number) { return vectors[std::min(number, COUNT - 1)]; };
+    constexpr int kSome = COUNT > kLanes / 2 ? kLanes : 4;
+    if constexpr (COUNT >= kLanes) {
+        const Vec all = sums(vectors);
+        std::memcpy(out, &all, sizeof all);
+    } else if constexpr (kSome == kLanes) {
+        Vec some[kLanes];
+        for (int i = 0; i < kLanes; i++) some[i] = at(i);
+        const Vec all = sums(some);
+        std::memcpy(out, &all, sizeof all);
+    } else {
+        const Quad four = sums(at(0), at(1), at(2), at(3));
+        std::memcpy(out, &four, sizeof four);
+    }
+    if constexpr (COUNT > kSome) sums<COUNT - kSome>(vectors + kSome, out + kSome);
+}
+
+constexpr std::align_val_t kLine{64};  // a cache line: vectors should not lie across two
+
+struct Room {
+    struct Free {
+        void operator()(float* floats) const { ::operator delete(floats, kLine); }
+    };
+    std::unique_ptr<float[], Free> floats;
+    int64_t size = 0;
+};
+
+thread_local std::vector<Room> rooms;  // that this thread has had and wants again, by the dozen in every layer
+
+// Room for so many floats, of any value.
+class Floats {
+public:
+    explicit Floats(int64_t count) {
+        const auto large_enough = [&](const Room& room) { return room.size >= count; };
+        const auto found = std::find_if(rooms.rbegin(), rooms.rend(), large_enough);
+        if (found != rooms.rend()) {
+            std::swap(*found, rooms.back());
+            room_ = std::move(rooms.back());
+            rooms.pop_back();
+        } else {
+            room_.size = std::max<int64_t>(count, 1 << 12);
+            room_.floats.reset(static_cast<float*>(::operator new(room_.size * sizeof(float), kLine)));
+        }
+    }
+    ~Floats() { rooms.push_back(std::move(room_)); }
+    Floats(const Floats&) = delete;
+    Floats& operator=(const Floats&) = delete;
+
+    float* data() const { return room_.floats.get(); }
+    float& operator[](int64_t i) const { return room_.floats[i]; }
+
+private:
+    Room room_;
+};
 
 // ---- linear: y = W x + b, and for rows from first_row on + B ((A x) * g) --------------------------------------------
 
 constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
 constexpr int64_t kPairs = 2 * kLanes;
+constexpr int64_t kFarAhead = 2048;  // numbers before they are wanted
 
 // x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
 // masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
 template <typename W, typename X>
-const float* operand(const X* x, int64_t rows, int64_t depth, std::vector<float>& copy) {
+const float* operand(const X* x, int64_t rows, int64_t depth, float* copy) {
     if constexpr (std::is_same_v<W, float>) {
         static_assert(std::is_same_v<X, float>, "weights are no wider than what they are multiplied with");
         return x;
     } else {
-        copy.resize(rows * depth);
         const int64_t paired = depth / kPairs * kPairs;
         for (int64_t row = 0; row < rows; row++) {
             const X* const from = x + row * depth;
-            float* const to = copy.data() + row * depth;
-            for (int64_t k = 0; k < paired; k += kPairs)
-                for (int64_t i = 0; i < kLanes; i++) {
-                    to[k + i] = to_float(from[k + 2 * i]);
-                    to[k + kLanes + i] = to_float(from[k + 2 * i + 1]);
-                }
+            float* const to = copy + row * depth;
+            for (int64_t k = 0; k < paired; k += kPairs) {
+                const Vec first = load(from + k), second = load(from + k + kLanes);
+                const Vec even = evens(first, second), odd = odds(first, second);
+                std::memcpy(to + k, &even, sizeof even);
+                std::memcpy(to + k + kLanes, &odd, sizeof odd);
+            }
             for (int64_t k = paired; k < depth; k++) to[k] = to_float(from[k]);
         }
-        return copy.data();
+        return copy;
     }
 }
 
-// out[m][n] = the sum of total[m][n], and x[m] . w[n] from k on.
+// out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on.
 template <int ROWS, int COLUMNS, typename W>
 inline void sum_up(
-    const Vec (&total)[ROWS][COLUMNS], const float* x, int64_t x_stride, const W* w, int64_t k, int64_t depth, float* out,
+    const Vec (&total)[ROWS * COLUMNS], const float* x, int64_t x_stride, const W* w, int64_t k, int64_t depth, float* out,
     int64_t out_stride
 ) {
-    float sum[ROWS * COLUMNS + 3];
-    for (int i = 0; i < ROWS * COLUMNS; i += 4) {
-        const auto at = [&](int j) {
-            const int number = std::min(i + j, ROWS * COLUMNS - 1);
-            return total[number / COLUMNS][number % COLUMNS];
-        };
-        const Quad four = sums(at(0), at(1), at(2), at(3));
-        std::memcpy(sum + i, &four, sizeof four);
-    }
+    float sum[ROWS * COLUMNS + kLanes];
+    sums<ROWS * COLUMNS>(total, sum);
     for (int m = 0; m < ROWS; m++)
         for (int n = 0; n < COLUMNS; n++) {
             float value = sum[m * COLUMNS + n];
@@ -137,33 +246,36 @@ inline void sum_up(
 }
 
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for.
-template <int ROWS, int COLUMNS>
+template <int ROWS, int COLUMNS, bool AHEAD>
 inline void dots(const float* x, int64_t x_stride, const float* w, int64_t depth, float* out, int64_t out_stride) {
-    Vec total[ROWS][COLUMNS] = {};
+    Vec total[ROWS * COLUMNS];
+    for (Vec& own : total) own = Vec{};
     int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes) {
         if constexpr (ROWS <= COLUMNS) {  // the fewer ones are held in registers
             Vec rows[ROWS];
             for (int m = 0; m < ROWS; m++) rows[m] = load(x + m * x_stride + k);
             for (int n = 0; n < COLUMNS; n++) {
+                if (AHEAD) __builtin_prefetch(w + COLUMNS * (depth + k) + n * kLanes);
                 const Vec weight = load(w + n * depth + k);
-                for (int m = 0; m < ROWS; m++) total[m][n] += rows[m] * weight;
+                for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
             }
         } else {
             Vec weights[COLUMNS];
             for (int n = 0; n < COLUMNS; n++) weights[n] = load(w + n * depth + k);
             for (int m = 0; m < ROWS; m++) {
                 const Vec row = load(x + m * x_stride + k);
-                for (int n = 0; n < COLUMNS; n++) total[m][n] += row * weights[n];
+                for (int n = 0; n < COLUMNS; n++) total[m * COLUMNS + n] += row * weights[n];
             }
         }
     }
-    sum_up(total, x, x_stride, w, k, depth, out, out_stride);
+    sum_up<ROWS, COLUMNS>(total, x, x_stride, w, k, depth, out, out_stride);
 }
 
-template <int ROWS, int COLUMNS>
+template <int ROWS, int COLUMNS, bool AHEAD>
 inline void dots(const float* x, int64_t x_stride, const bfloat16* w, int64_t depth, float* out, int64_t out_stride) {
-    Vec total[ROWS][COLUMNS] = {};
+    Vec total[ROWS * COLUMNS];
+    for (Vec& own : total) own = Vec{};
     int64_t k = 0;
     for (; k + kPairs <= depth; k += kPairs) {
         Vec even[ROWS], odd[ROWS];
@@ -172,38 +284,85 @@ inline void dots(const float* x, int64_t x_stride, const bfloat16* w, int64_t de
             odd[m] = load(x + m * x_stride + k + kLanes);
         }
         for (int n = 0; n < COLUMNS; n++) {
+            if (AHEAD) __builtin_prefetch(w + COLUMNS * (depth + k) + n * kPairs);
             IntVec words;
             std::memcpy(&words, w + n * depth + k, sizeof words);
             const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
-            for (int m = 0; m < ROWS; m++) total[m][n] += even[m] * low;
-            for (int m = 0; m < ROWS; m++) total[m][n] += odd[m] * high;
+            for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += even[m] * low;
+            for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += odd[m] * high;
         }
     }
-    sum_up(total, x, x_stride, w, k, depth, out, out_stride);
+    sum_up<ROWS, COLUMNS>(total, x, x_stride, w, k, depth, out, out_stride);
 }
 
-template <int ROWS, int COLUMNS, typename W>
+template <int ROWS, int COLUMNS, bool AHEAD, typename W>
 inline void dots_of_chunk(const float* x, int64_t stride, const W* w, int64_t depth, int64_t count, float* out) {
     int64_t n = 0;
-    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS>(x, stride, w + n * depth, depth, out + n, kChunk);
-    for (; n < count; n++) dots<ROWS, 1>(x, stride, w + n * depth, depth, out + n, kChunk);
+    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, stride, w + n * depth, depth, out + n, kChunk);
+    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, stride, w + n * depth, depth, out + n, kChunk);
+}
+
+// How many outputs are computed together for `rows` of x: what registers there are, less those for x and weights.
+template <typename W>
+constexpr int columns_for(int rows) {
+    constexpr int kFew[] = {12, 6, 4, 3}, kMany[] = {12, 12, 6, 6};
+    constexpr int kFewPaired[] = {6, 4, 3, 2}, kManyPaired[] = {12, 6, 6, 4};  // widening takes some, too
+    if (std::is_same_v<W, float>) return (kManyRegisters ? kMany : kFew)[rows - 1];
+    return (kManyRegisters ? kManyPaired : kFewPaired)[rows - 1];
+}
+
+// Whether a weight of so many numbers comes from memory: then it is read as it lies, one output after the other. bfloat16
+// is as fast either way.
+template <typename W>
+bool is_far(int64_t numbers) {
+    return std::is_same_v<W, float> && numbers > 1 << 19;
+}
+
+// The same as dots_of_chunk, so.
+template <int ROWS>
+void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth, int64_t count, float* out) {
+    constexpr int kSteps = 4;  // enough sums under way to hide how long one addition takes
+    for (int64_t n = 0; n < count; n++, w += depth, out++) {
+        Vec total[ROWS * kSteps];
+        for (Vec& own : total) own = Vec{};
+        int64_t k = 0;
+        for (; k + kSteps * kLanes <= depth; k += kSteps * kLanes)
+            for (int i = 0; i < kSteps; i++) {
+                __builtin_prefetch(w + k + i * kLanes + kFarAhead);
+                const Vec weight = load(w + k + i * kLanes);
+                for (int m = 0; m < ROWS; m++) total[m * kSteps + i] += load(x + m * stride + k + i * kLanes) * weight;
+            }
+        for (int m = 0; m < ROWS; m++) {
+            Vec sum{};
+            for (int i = 0; i < kSteps; i++) sum += total[m * kSteps + i];
+            float value = sum_of(sum);
+            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * stride + rest], w[rest], value);
+            out[m * kChunk] = value;
+        }
+    }
 }
 
 // out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w.
 template <typename W>
-void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, float* out) {
-    constexpr bool kPaired = !std::is_same_v<W, float>;  // needs more registers besides the accumulators
-    for (int64_t first = 0; first < count; first += 12) {  // few enough to stay in the first-level cache
-        const int64_t some = std::min<int64_t>(12, count - first);
+void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, bool far, float* out) {
+    if constexpr (std::is_same_v<W, float>) {
+        if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
+        if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
+    }
+    const int64_t most = rows > 4 && depth * int64_t(sizeof(W)) > 2048 ? 6 : 12;  // stay in the first-level cache
+    for (int64_t first = 0; first < count; first += most) {
+        const int64_t some = std::min(most, count - first);
         const W* const weights = w + first * depth;
+        float* const target = out + first;
         int64_t m = 0;
+        if (rows == 4) dots_of_chunk<4, columns_for<W>(4), true>(x, depth, weights, depth, some, target), m = 4;
         for (; m + 4 <= rows; m += 4)
-            dots_of_chunk<4, kPaired ? 2 : 3>(x + m * depth, depth, weights, depth, some, out + m * kChunk + first);
+            dots_of_chunk<4, columns_for<W>(4), false>(x + m * depth, depth, weights, depth, some, target + m * kChunk);
         const float* const rest = x + m * depth;
-        float* const target = out + m * kChunk + first;
-        if (rows - m == 3) dots_of_chunk<3, kPaired ? 3 : 4>(rest, depth, weights, depth, some, target);
-        if (rows - m == 2) dots_of_chunk<2, kPaired ? 4 : 6>(rest, depth, weights, depth, some, target);
-        if (rows - m == 1) dots_of_chunk<1, kPaired ? 6 : 12>(rest, depth, weights, depth, some, target);
+        float* const last = target + m * kChunk;
+        if (rows - m == 3) dots_of_chunk<3, columns_for<W>(3), true>(rest, depth, weights, depth, some, last);
+        if (rows - m == 2) dots_of_chunk<2, columns_for<W>(2), true>(rest, depth, weights, depth, some, last);
+        if (rows - m == 1) dots_of_chunk<1, columns_for<W>(1), true>(rest, depth, weights, depth, some, last);
     }
 }
 
@@ -213,24 +372,37 @@ struct Narrow {
     int64_t stride, rank;
 };
 
-// out [ROWS][VECTORS * 8] += the rows of `narrow` times columns of b [rank, stride].
+// out [ROWS][VECTORS * kLanes] += the rows of `narrow` times columns of b [rank, stride].
 template <int ROWS, int VECTORS, typename W>
 inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out) {
-    Vec total[ROWS][VECTORS];
-    for (int m = 0; m < ROWS; m++)
-        for (int v = 0; v < VECTORS; v++) total[m][v] = load(out + m * kChunk + v * kLanes);
-    for (int64_t r = 0; r < narrow.rank; r++)
+    constexpr int kRanks = std::clamp(12 / (ROWS * VECTORS), 1, 4);  // at once: additions take longer than they are apart
+    Vec total[kRanks][ROWS][VECTORS];
+    for (auto& own : total)
+        for (int m = 0; m < ROWS; m++)
+            for (int v = 0; v < VECTORS; v++) own[m][v] = Vec{};
+    const auto add = [&](Vec (&own)[ROWS][VECTORS], int64_t r) {
         for (int v = 0; v < VECTORS; v++) {
             const Vec weight = load(b + r * stride + v * kLanes);
-            for (int m = 0; m < ROWS; m++) total[m][v] += narrow.data[m * narrow.stride + r] * weight;
+            for (int m = 0; m < ROWS; m++) own[m][v] += narrow.data[m * narrow.stride + r] * weight;
         }
-    for (int m = 0; m < ROWS; m++) std::memcpy(out + m * kChunk, total[m], sizeof total[m]);
+    };
+    int64_t r = 0;
+    for (; r + kRanks <= narrow.rank; r += kRanks)
+        for (int i = 0; i < kRanks; i++) add(total[i], r + i);
+    for (; r < narrow.rank; r++) add(total[0], r);
+    for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++) {
+            Vec sum = load(out + m * kChunk + v * kLanes);
+            for (int i = 0; i < kRanks; i++) sum += total[i][m][v];
+            std::memcpy(out + m * kChunk + v * kLanes, &sum, sizeof sum);
+        }
 }
 
 template <int ROWS, typename W>
 void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out) {
+    constexpr int kVectors = kChunk / kLanes;
     int64_t n = 0;
-    for (; n + 6 * kLanes <= count; n += 6 * kLanes) widen<ROWS, 6>(narrow, b + n, stride, out + n);
+    for (; n + kVectors * kLanes <= count; n += kVectors * kLanes) widen<ROWS, kVectors>(narrow, b + n, stride, out + n);
     for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, b + n, stride, out + n);
     for (; n < count; n++)
         for (int m = 0; m < ROWS; m++)
@@ -275,44 +447,55 @@ void linear(
     const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const std::vector<Part<E>>& parts,
     int64_t rows, int64_t depth, int64_t width, X* y
 ) {
-    std::vector<float> copy, copy_for_experts;
-    const float* const floats = operand<W>(x, rows, depth, copy);
+    constexpr bool kTwoOperands = !std::is_same_v<W, E>;
+    const Floats copies((1 + kTwoOperands) * rows * depth);
+    const float* const floats = operand<W>(x, rows, depth, copies.data());
     const float* for_experts = floats;
-    if constexpr (!std::is_same_v<W, E>) for_experts = operand<E>(x, rows, depth, copy_for_experts);
+    if constexpr (kTwoOperands) for_experts = operand<E>(x, rows, depth, copies.data() + rows * depth);
     const int64_t gated = experts.rank ? rows - experts.first_row : 0;
-    std::vector<float> narrow(gated * experts.rank);
-    const int64_t rank_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
+    const Floats narrow(gated * experts.rank);
+    const auto narrow_chunk = [&](int64_t chunk, float* block) {
+        const int64_t first = chunk * kChunk, count = std::min(kChunk, experts.rank - first);
+        multiply(for_experts + experts.first_row * depth, gated, depth, experts.a + first * depth, count, false, block);
+        for (int64_t m = 0; m < gated; m++)
+            for (int64_t r = 0; r < count; r++)
+                narrow[m * experts.rank + first + r] =
+                    block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
+    };
+    const bool far = is_far<W>(depth * width);
+    const auto output_chunk = [&](const Chunk& chunk, float* block) {
+        const Part<E>& part = parts[chunk.part];
+        const int64_t first = chunk.output + chunk.first, count = chunk.count;
+        if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
+            for (int64_t r = 0; r < part.rank; r++)
+                for (int64_t n = 0; n < count; n += 64 / int64_t(sizeof(E)))
+                    __builtin_prefetch(part.b_t + r * part.width + chunk.first + n);
+        multiply(floats, rows, depth, weight + first * depth, count, far, block);
+        float* const own = block + experts.first_row * kChunk;
+        Narrow some{narrow.data() + chunk.rank, experts.rank, part.rank};
+        int64_t m = 0;
+        for (; m + 2 <= gated; m += 2, some.data += 2 * experts.rank)
+            widen_chunk<2>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
+        if (m < gated) widen_chunk<1>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t n = 0; n < count; n++)
+                store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
+    };
+    const int64_t narrow_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
     const std::vector<Chunk> chunks = chunks_of(parts);
-    const bool worth_threads = rows * depth * width > (1 << 18);
-#pragma omp parallel num_threads(threads) if (threads > 1 && worth_threads)
+    if (threads == 1 || rows * depth * width <= 1 << 18) {  // even one thread's parallel region calls the kernel
+        const Floats block(rows * kChunk);
+        for (int64_t chunk = 0; chunk < narrow_chunks; chunk++) narrow_chunk(chunk, block.data());
+        for (const Chunk& chunk : chunks) output_chunk(chunk, block.data());
+        return;
+    }
+#pragma omp parallel num_threads(threads)
     {
-        std::vector<float> block(rows * kChunk);
+        const Floats block(rows * kChunk);
 #pragma omp for
-        for (int64_t chunk = 0; chunk < rank_chunks; chunk++) {
-            const int64_t first = chunk * kChunk, count = std::min(kChunk, experts.rank - first);
-            multiply(for_experts + experts.first_row * depth, gated, depth, experts.a + first * depth, count, block.data());
-            for (int64_t m = 0; m < gated; m++)
-                for (int64_t r = 0; r < count; r++)
-                    narrow[m * experts.rank + first + r] =
-                        block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
-        }
+        for (int64_t chunk = 0; chunk < narrow_chunks; chunk++) narrow_chunk(chunk, block.data());
 #pragma omp for
-        for (size_t number = 0; number < chunks.size(); number++) {
-            const Chunk& chunk = chunks[number];
-            const Part<E>& part = parts[chunk.part];
-            const int64_t first = chunk.output + chunk.first, count = chunk.count;
-            multiply(floats, rows, depth, weight + first * depth, count, block.data());
-            float* const own = block.data() + experts.first_row * kChunk;
-            Narrow some{narrow.data() + chunk.rank, experts.rank, part.rank};
-            int64_t m = 0;
-            for (; m + 2 <= gated; m += 2, some.data += 2 * experts.rank)
-                widen_chunk<2>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
-            if (m < gated) widen_chunk<1>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
-            for (int64_t row = 0; row < rows; row++)
-                for (int64_t n = 0; n < count; n++)
-                    store(y + row * width + first + n,
-                          block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
-        }
+        for (size_t number = 0; number < chunks.size(); number++) output_chunk(chunks[number], block.data());
     }
 }
 
@@ -350,8 +533,7 @@ inline float to_weights(float* scores, int64_t count, float& most) {
         std::memcpy(scores + i, &weight, sizeof weight);
         total += weight;
     }
-    const Quad sum = sums(total, Vec{}, Vec{}, Vec{});
-    return sum[0];
+    return sum_of(total);
 }
 
 template <typename W>
@@ -362,51 +544,81 @@ struct Pool {  // [blocks, block_size, kv_heads, head_dim]
 };
 
 constexpr int64_t kTokens = 256;  // looked at together: their scores stay in the nearest cache
+constexpr int64_t kFarBytes = 3 << 20;  // of one layer's keys and values: those of all are more than a cache holds
+constexpr int64_t kTokensAhead = 32;  // how far keys are fetched before they are wanted, where they come from memory
 
-// scores[i] = q . key[i] for `count` keys.
 template <typename W>
-void score(const float* q, const W* const* keys, int64_t count, int64_t head_dim, float* scores) {
-    for (int64_t first = 0; first < count; first += 8) {
-        const W* key[8];
-        for (int i = 0; i < 8; i++) key[i] = keys[std::min(first + i, count - 1)];
-        Vec total[8] = {};
+inline void prefetch(const W* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(numbers + i);
+}
+
+// scores[h][i] = q[h] . key[i] for `count` keys, and for some more of both up to a multiple of kLanes. `far`: they come
+// from memory, and so will the values, of which each block is a page; nothing else fetches the next one in time.
+template <int HEADS, typename W>
+inline void score(
+    const float* q, const W* const* keys, const W* const* values, int64_t offset, int64_t count, int64_t head_dim, bool far,
+    float* scores
+) {
+    constexpr int kKeys = HEADS == 1 ? kLanes : kLanes / 2;
+    for (int64_t first = 0; first < count; first += kKeys) {
+        const W* const* const key = keys + first;
+        if (far)
+            for (int i = 0; i < kKeys; i++) {
+                prefetch(key[i + kTokensAhead] + offset, head_dim);
+                prefetch(values[first + i] + offset, head_dim);
+            }
+        Vec total[HEADS * kKeys];
+        for (Vec& own : total) own = Vec{};
         int64_t d = 0;
         for (; d + kLanes <= head_dim; d += kLanes) {
-            const Vec query = load(q + d);
-            for (int i = 0; i < 8; i++) total[i] += query * load(key[i] + d);
+            Vec query[HEADS];
+            for (int h = 0; h < HEADS; h++) query[h] = load(q + h * head_dim + d);
+            for (int i = 0; i < kKeys; i++) {
+                const Vec some = load(key[i] + offset + d);
+                for (int h = 0; h < HEADS; h++) total[h * kKeys + i] += query[h] * some;
+            }
         }
-        float sum[8];
-        const Quad low = sums(total[0], total[1], total[2], total[3]), high = sums(total[4], total[5], total[6], total[7]);
-        std::memcpy(sum, &low, sizeof low);
-        std::memcpy(sum + 4, &high, sizeof high);
+        float sum[HEADS * kKeys + kLanes];
+        sums<HEADS * kKeys>(total, sum);
         for (; d < head_dim; d++)
-            for (int i = 0; i < 8; i++) sum[i] += q[d] * to_float(key[i][d]);
-        std::copy_n(sum, std::min<int64_t>(8, count - first), scores + first);
+            for (int h = 0; h < HEADS; h++)
+                for (int i = 0; i < kKeys; i++) sum[h * kKeys + i] += q[h * head_dim + d] * to_float(key[i][offset + d]);
+        for (int h = 0; h < HEADS; h++) std::copy_n(sum + h * kKeys, kKeys, scores + h * kTokens + first);
     }
 }
 
-// out[h][0 .. VECTORS * 8] += sum over i of weights[h][i] * value[i], for HEADS heads at once.
+// out[h][0 .. VECTORS * kLanes] += sum over i of weights[h][i] * value[i], for HEADS heads at once.
 template <int HEADS, int VECTORS, typename W>
-inline void mix(const float* weights, const W* const* values, int64_t d, int64_t count, float* out, int64_t out_stride) {
-    Vec total[HEADS][VECTORS];
-    for (int h = 0; h < HEADS; h++)
-        for (int v = 0; v < VECTORS; v++) total[h][v] = load(out + h * out_stride + d + v * kLanes);
-    for (int64_t i = 0; i < count; i++)
+inline void mix(const float* weights, const W* const* values, int64_t offset, int64_t d, int64_t count, float* out, int64_t out_stride) {
+    constexpr int kAtOnce = HEADS * VECTORS > 6 ? 1 : 2;  // enough sums under way to hide how long one addition takes
+    Vec total[kAtOnce][HEADS][VECTORS] = {};
+    int64_t i = 0;
+    const auto add = [&](Vec (&own)[HEADS][VECTORS], int64_t number) {
         for (int v = 0; v < VECTORS; v++) {
-            const Vec value = load(values[i] + d + v * kLanes);
-            for (int h = 0; h < HEADS; h++) total[h][v] += weights[h * kTokens + i] * value;
+            const Vec value = load(values[number] + offset + d + v * kLanes);
+            for (int h = 0; h < HEADS; h++) own[h][v] += weights[h * kTokens + number] * value;
         }
-    for (int h = 0; h < HEADS; h++) std::memcpy(out + h * out_stride + d, total[h], sizeof total[h]);
+    };
+    for (; i + kAtOnce <= count; i += kAtOnce)
+        for (int j = 0; j < kAtOnce; j++) add(total[j], i + j);
+    if (i < count) add(total[0], i);
+    for (int h = 0; h < HEADS; h++)
+        for (int v = 0; v < VECTORS; v++) {
+            float* const to = out + h * out_stride + d + v * kLanes;
+            const Vec sum = load(to) + total[0][h][v] + (kAtOnce > 1 ? total[kAtOnce - 1][h][v] : Vec{});
+            std::memcpy(to, &sum, sizeof sum);
+        }
 }
 
 template <int HEADS, typename W>
-void mix_heads(const float* weights, const W* const* values, int64_t count, int64_t head_dim, float* out) {
+inline void mix(const float* weights, const W* const* values, int64_t offset, int64_t count, int64_t head_dim, float* out) {
     int64_t d = 0;
-    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) mix<HEADS, 4>(weights, values, d, count, out, head_dim);
-    for (; d + kLanes <= head_dim; d += kLanes) mix<HEADS, 1>(weights, values, d, count, out, head_dim);
+    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) mix<HEADS, 4>(weights, values, offset, d, count, out, head_dim);
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) mix<HEADS, 2>(weights, values, offset, d, count, out, head_dim);
+    for (; d + kLanes <= head_dim; d += kLanes) mix<HEADS, 1>(weights, values, offset, d, count, out, head_dim);
     for (; d < head_dim; d++)
         for (int h = 0; h < HEADS; h++)
-            for (int64_t i = 0; i < count; i++) out[h * head_dim + d] += weights[h * kTokens + i] * to_float(values[i][d]);
+            for (int64_t i = 0; i < count; i++) out[h * head_dim + d] += weights[h * kTokens + i] * to_float(values[i][offset + d]);
 }
 
 struct Scores {
@@ -415,47 +627,82 @@ struct Scores {
     float softcap;   // 0: none
 };
 
-// One row's query heads of one KV head, `head_stride` apart, over the keys begin .. position: softmax as it goes (online),
-// so that any context is read once and needs no memory.
+// What some heads have seen so far of the keys and values: softmax as it goes (online).
+struct Seen {
+    const float* query;  // [heads, head_dim], scaled
+    float* out;          // [heads, head_dim]: the values times their weights, which are e^(score - largest)
+    float* largest;      // [heads]
+    float* total;        // [heads]: of the weights
+    float* weights;      // [.., kTokens], to work in
+
+    Seen from(int64_t head, int64_t head_dim) const {
+        const int64_t first = head * head_dim;
+        return {query + first, out + first, largest + head, total + head, weights};
+    }
+};
+
+// HEADS heads see `count` more; keys and values are read once for all of them.
+template <int HEADS, typename W>
+void see(
+    const Seen& seen, const W* const* keys, const W* const* values, int64_t offset, int64_t count, int64_t head_dim,
+    float softcap, bool far
+) {
+    score<HEADS>(seen.query, keys, values, offset, count, head_dim, far, seen.weights);
+    for (int64_t h = 0; h < HEADS; h++) {
+        float* const own = seen.weights + h * kTokens;
+        if (softcap > 0)
+            for (int64_t i = 0; i < count; i++) own[i] = softcap * std::tanh(own[i] / softcap);
+        const float before = seen.largest[h], sum = to_weights(own, count, seen.largest[h]);
+        const float shrink = exponential(Vec{} + (before - seen.largest[h]))[0];
+        seen.total[h] = seen.total[h] * shrink + sum;
+        for (int64_t d = 0; d < head_dim; d++) seen.out[h * head_dim + d] *= shrink;
+    }
+    mix<HEADS>(seen.weights, values, offset, count, head_dim, seen.out);
+}
+
+// A row's query heads of `kv_heads` KV heads, `group` of each, over the keys begin .. position, so that any context is read
+// once and needs no memory. `query` and `result` begin with the first of them, heads are `head_stride` and head_dim apart.
 template <typename W>
 void attend(
-    const W* query, int64_t head_stride, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t kv_head,
-    int64_t heads, const Scores& how, W* result
+    const W* query, int64_t head_stride, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t first_kv_head,
+    int64_t kv_heads, int64_t group, const Scores& how, bool far, W* result
 ) {
     const int64_t head_dim = pool.head_dim, begin = how.window ? std::max<int64_t>(0, position - how.window + 1) : 0;
-    std::vector<float> floats(2 * heads * head_dim + heads * kTokens + 2 * heads);
+    const int64_t heads = kv_heads * group, stride = pool.kv_heads * head_dim;
+    const Floats floats(heads * (2 * head_dim + 2) + group * kTokens);
     float* const q = floats.data();
     float* const out = q + heads * head_dim;
-    float* const weights = out + heads * head_dim;
-    float* const largest = weights + heads * kTokens;
+    float* const largest = out + heads * head_dim;
     float* const total = largest + heads;
+    const Seen all{q, out, largest, total, total + heads};
+    std::fill_n(out, heads * head_dim, 0.0f);
     std::fill_n(largest, heads, -std::numeric_limits<float>::max());
+    std::fill_n(total, heads, 0.0f);
     for (int64_t h = 0; h < heads; h++)
         for (int64_t d = 0; d < head_dim; d++) q[h * head_dim + d] = to_float(query[h * head_stride + d]) * how.scaling;
-    const W *keys[kTokens], *values[kTokens];
+    const W *keys[kTokens + kTokensAhead + kLanes], *values[kTokens + kTokensAhead + kLanes];
     for (int64_t start = begin; start <= position; start += kTokens) {
         const int64_t count = std::min(kTokens, position + 1 - start);
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t slot = table[(start + i) / pool.block_size] * pool.block_size + (start + i) % pool.block_size;
-            keys[i] = pool.keys + (slot * pool.kv_heads + kv_head) * head_dim;
-            values[i] = pool.values + (slot * pool.kv_heads + kv_head) * head_dim;
+        const int64_t known = std::min(kTokens + kTokensAhead, position + 1 - start);
+        for (int64_t i = 0; i < known;) {  // block by block
+            const int64_t block = table[(start + i) / pool.block_size], inside = (start + i) % pool.block_size;
+            const int64_t end = std::min(known, i + pool.block_size - inside);
+            int64_t at = (block * pool.block_size + inside) * stride + first_kv_head * head_dim;
+            for (; i < end; i++, at += stride) keys[i] = pool.keys + at, values[i] = pool.values + at;
         }
-        for (int64_t h = 0; h < heads; h++) {
-            float* const own = weights + h * kTokens;
-            score(q + h * head_dim, keys, count, head_dim, own);
-            if (how.softcap > 0)
-                for (int64_t i = 0; i < count; i++) own[i] = how.softcap * std::tanh(own[i] / how.softcap);
-            const float before = largest[h], sum = to_weights(own, count, largest[h]);
-            const float shrink = exponential(Vec{} + (before - largest[h]))[0];
-            total[h] = total[h] * shrink + sum;
-            for (int64_t d = 0; d < head_dim; d++) out[h * head_dim + d] *= shrink;
+        std::fill(keys + known, keys + count + kTokensAhead + kLanes, keys[known - 1]);
+        std::fill(values + known, values + count + kTokensAhead + kLanes, values[known - 1]);
+        for (int64_t kv_head = 0; kv_head < kv_heads; kv_head++) {
+            const Seen own = all.from(kv_head * group, head_dim);
+            const int64_t offset = kv_head * head_dim;
+            const auto look = [&](auto heads_at_once, int64_t h) {
+                see<heads_at_once>(own.from(h, head_dim), keys, values, offset, count, head_dim, how.softcap, far && h == 0);
+            };
+            int64_t h = 0;
+            for (; h + 3 <= group && group - h != 4; h += 3) look(std::integral_constant<int, 3>(), h);
+            for (; h + 2 <= group; h += 2) look(std::integral_constant<int, 2>(), h);
+            if (h < group) look(std::integral_constant<int, 1>(), h);
         }
-        int64_t h = 0;
-        for (; h + 3 <= heads && heads - h != 4; h += 3)
-            mix_heads<3>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
-        for (; h + 2 <= heads; h += 2)
-            mix_heads<2>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
-        if (h < heads) mix_heads<1>(weights + h * kTokens, values, count, head_dim, out + h * head_dim);
     }
     for (int64_t h = 0; h < heads; h++)
         for (int64_t d = 0; d < head_dim; d++)
@@ -473,7 +720,7 @@ void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, 
             const Vec some = load(x + k);
             total += some * some;
         }
-        float sum = sums(total, Vec{}, Vec{}, Vec{})[0];
+        float sum = sum_of(total);
         for (; k < depth; k++) sum += to_float(x[k]) * to_float(x[k]);
         const float scale = 1.0f / std::sqrt(sum / depth + float(eps));
         for (k = 0; k < depth; k++) store(y + k, to_float(x[k]) * scale * to_float(weight[k]));
@@ -646,13 +893,23 @@ void attention_of(
 ) {
     const Pool<W> pool{keys.data<W>(), values.data<W>(), keys.size(1), keys.size(2), keys.size(3)};
     const int64_t group = query.heads / pool.kv_heads, width = table.size(1), stride = positions.stride(0);
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
+    const int64_t* const position = positions.data<int64_t>();
+    int64_t seen = 0;
     for (int64_t row = 0; row < query.rows; row++)
-        for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) {
-            attend<W>(
-                query.at(row, kv_head * group), query.head_stride, pool, table.data<int64_t>() + row * width,
-                positions.data<int64_t>()[row * stride], kv_head, group, how, result.at(row, kv_head * group));
-        }
+        seen += how.window ? std::min(how.window, position[row * stride] + 1) : position[row * stride] + 1;
+    const bool far = 2 * seen * pool.kv_heads * pool.head_dim * int64_t(sizeof(W)) > kFarBytes;
+    const auto run = [&](int64_t row, int64_t kv_head, int64_t kv_heads) {
+        attend<W>(
+            query.at(row, kv_head * group), query.head_stride, pool, table.data<int64_t>() + row * width,
+            position[row * stride], kv_head, kv_heads, group, how, far, result.at(row, kv_head * group));
+    };
+    if (threads == 1) {  // all KV heads of a token lie side by side
+        for (int64_t row = 0; row < query.rows; row++) run(row, 0, pool.kv_heads);
+        return;
+    }
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t row = 0; row < query.rows; row++)
+        for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) run(row, kv_head, 1);
 }
 
 bool is_known(const Tensor& tensor) {
@@ -895,6 +1152,111 @@ Given decode_norm(Given given, Given weight_, double eps) {
     return checked(error, result);
 }
 
+Tensor or_none(const Given& tensor) {
+    const Tensor given(tensor.get());
+    return given.numel() ? given : Tensor(static_cast<AtenTensorHandle>(nullptr));
+}
+
+// ---- the gate: from stored scalings to the weights of ranks, from hidden states to stored scalings ---------------------
+
+// Rows of scalings, wherever they are stored: [slots, sites, experts]
+bool is_store(const Tensor& gate_rows) {
+    return gate_rows.dims() == 3 && gate_rows.has(aoti_torch_dtype_float32()) && gate_rows.is_dense(3);
+}
+
+bool is_index(const Tensor& tensor) {
+    return tensor.dims() == 1 && tensor.has(aoti_torch_dtype_int64()) && tensor.is_dense(1);
+}
+
+Given decode_spread(Given gate_rows_, Given slots_, Given rank_index_, int64_t first_row, double weight) {
+    const Tensor gate_rows(gate_rows_.get()), slots(slots_.get()), rank_index(rank_index_.get());
+    if (!is_store(gate_rows) || !is_index(slots) || !is_index(rank_index) || first_row > slots.numel())
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const int64_t rows = slots.numel() - first_row, ranks = rank_index.numel(), width = gate_rows.size(1) * gate_rows.size(2);
+    const int64_t sizes[] = {rows, ranks};
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(gate_rows, 2, sizes, &result);
+    if (error == AOTI_TORCH_SUCCESS) {
+        const int64_t *const slot = slots.data<int64_t>() + first_row, *const index = rank_index.data<int64_t>();
+        float* const spread = Tensor(result).data<float>();
+        for (int64_t row = 0; row < rows; row++) {
+            const float* const stored = gate_rows.data<float>() + slot[row] * width;
+            for (int64_t r = 0; r < ranks; r++) spread[row * ranks + r] = stored[index[r]] * float(weight);
+        }
+    }
+    return checked(error, result);
+}
+
+// Softmax of `sites` times `experts` logits at this temperature.
+void softmax(const float* logits, int64_t sites, int64_t experts, float temperature, float* result) {
+    const int64_t count = sites * experts;
+    const Floats floats(count + kLanes);
+    float* const powers = floats.data();
+    for (int64_t site = 0; site < sites; site++) {
+        const float* const own = logits + site * experts;
+        const float most = *std::max_element(own, own + experts);
+        for (int64_t e = 0; e < experts; e++) powers[site * experts + e] = (own[e] - most) / temperature;
+    }
+    std::fill_n(powers + count, kLanes, 0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Vec some = exponential(load(powers + i));
+        std::memcpy(powers + i, &some, sizeof some);
+    }
+    for (int64_t first = 0; first < count; first += experts) {
+        float total = 0;
+        for (int64_t e = 0; e < experts; e++) total += powers[first + e];
+        for (int64_t e = 0; e < experts; e++) result[first + e] = powers[first + e] / total;
+    }
+}
+
+// The first rows of hidden [.., H] through linears with biases, or without where these are empty -> logits
+// [rows, sites, experts]; their scalings go to `slots` of gate_rows.
+Given decode_scalings(
+    Given hidden_, std::vector<Given> layers, bool relu, std::optional<double> temperature, Given gate_rows_, Given slots_,
+    int64_t rows
+) {
+    const Tensor hidden(hidden_.get()), gate_rows(gate_rows_.get()), slots(slots_.get());
+    const int64_t count = int64_t(layers.size()) / 2;
+    bool known = hidden.dims() == 2 && hidden.has(aoti_torch_dtype_float32()) && hidden.is_dense(2) && is_store(gate_rows) &&
+        is_index(slots) && rows <= slots.numel() && rows <= hidden.size(0) && count > 0;
+    int64_t width = known ? hidden.size(1) : 0, widest = 0;
+    std::vector<Linear> linears;
+    for (int64_t number = 0; known && number < count; number++) {
+        const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+        const Linear& own = linears.emplace_back(
+            Linear{Tensor(layers[2 * number].get()), or_none(layers[2 * number + 1]), none, none, {}, 0});
+        known = own.weight.dims() == 2 && is_sound(own, hidden) && own.depth() == width;
+        width = known ? own.width() : 0;
+        widest = std::max(widest, width);
+    }
+    if (!known || width != gate_rows.size(1) * gate_rows.size(2)) return checked(AOTI_TORCH_FAILURE, nullptr);
+    const int64_t sizes[] = {rows, gate_rows.size(1), gate_rows.size(2)};
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(hidden, 3, sizes, &result);
+    if (error != AOTI_TORCH_SUCCESS) return checked(error, result);
+    float* const logits = Tensor(result).data<float>();
+    const Floats between(2 * rows * widest);
+    const float* x = hidden.data<float>();
+    for (int64_t number = 0; number < count; number++) {
+        const bool last = number + 1 == count;
+        float* const y = last ? logits : between.data() + number % 2 * rows * widest;
+        linear_of(x, rows, linears[number], y);
+        if (relu && !last)
+            for (int64_t i = 0; i < rows * linears[number].width(); i++) y[i] = std::max(y[i], 0.0f);
+        x = y;
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        float* const stored = gate_rows.data<float>() + slots.data<int64_t>()[row] * width;
+        const float* const own = logits + row * width;
+        if (temperature) {
+            softmax(own, sizes[1], sizes[2], float(*temperature), stored);
+        } else {
+            std::copy_n(own, width, stored);
+        }
+    }
+    return checked(error, result);
+}
+
 // ---- a decoder layer: h = x + O attention(rotated Q n, rotated K n, V n), y = h + D (silu(G m) * U m), n and m normed
 
 // In the order in which decode_kernels.py gives them; what is missing is empty there.
@@ -907,11 +1269,6 @@ struct Layer {
     std::vector<Linear> linears;
     double eps;
 };
-
-Tensor or_none(const Given& tensor) {
-    const Tensor given(tensor.get());
-    return given.numel() ? given : Tensor(static_cast<AtenTensorHandle>(nullptr));
-}
 
 Layer layer_of(
     const std::vector<Given>& tensors, const Maybe& gate, const std::vector<int64_t>& gate_offsets, int64_t first_row,
@@ -962,7 +1319,7 @@ void run_layer(
 ) {
     const int64_t head_dim = keys.size(3), kv_heads = keys.size(2), heads = layer.linears[kQuery].width() / head_dim;
     const int64_t across = heads * head_dim, kv_across = kv_heads * head_dim, inner = layer.linears[kGate].width();
-    std::vector<float> floats(rows * (hidden + 2 * across + 2 * kv_across + 2 * inner));
+    const Floats floats(rows * (hidden + 2 * across + 2 * kv_across + 2 * inner));
     float* const normed = floats.data();  // and what a linear gives back to the stream
     float* const query = normed + rows * hidden;
     float* const attended = query + rows * across;
@@ -1026,6 +1383,8 @@ Given decode_layer(
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("decode_layer", TORCH_BOX(&decode_layer));
+    library.impl("decode_scalings", TORCH_BOX(&decode_scalings));
+    library.impl("decode_spread", TORCH_BOX(&decode_spread));
     library.impl("decode_linear", TORCH_BOX(&decode_linear));
     library.impl("decode_siblings", TORCH_BOX(&decode_siblings));
     library.impl("decode_self_attention", TORCH_BOX(&decode_self_attention));

@@ -6,6 +6,8 @@
     decode_self_attention    the same, after it has written the rows' own keys and values
     decode_rotate            RoPE
     decode_norm              y = x / sqrt(mean(x^2) + eps) * weight
+    decode_spread            the stored scalings of rows, at every rank
+    decode_scalings          the classifier, and its scalings into where they are stored
     decode_layer             a whole decoder layer of the commonest kind, made of all of these (fused_decoder.py)
 
 AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
@@ -35,22 +37,26 @@ from torch.overrides import TorchFunctionMode
 
 from service.model.batch import AttentionGroup, Batch
 from service.model.compile_cache import alone_in, scratch_in
-from service.model.gate import NO_KERNELS, Kernels
+from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
 from service.model.linear import onednn_is_faster
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Up to how many rows eager linears are faster with these than with torch's: products in half precision are slow there.
 MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
-MOST_LAYER_ROWS = 64  # the same for whole layers, and for linears that torch would want widened
+MOST_NARROW_ROWS = 96  # the same for those that torch would want widened
+MOST_LAYER_ROWS = 64  # the same for whole layers
+_MOST_BESIDE_ONEDNN = 32  # the same for whole layers, where torch has oneDNN's products and they are fast
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
 _NATIVE = "native"  # for this very CPU
-# By machine: the level that a portable library is built for, and what /proc/cpuinfo must name for a CPU to have it.
+# By machine: the levels that portable libraries are built for, best first, and what /proc/cpuinfo must name for each.
+_V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _PORTABLE = {
-    "x86_64": ("x86-64-v3", frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})),
-    "aarch64": ("armv8-a", frozenset({"asimd"})),
+    "x86_64": {"x86-64-v4": _V4, "x86-64-v3": _V3},
+    "aarch64": {"armv8-a": frozenset({"asimd"})},
 }
 _EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
 _libraries: dict[str, Any] = {}  # loaded ones by file name
@@ -85,6 +91,13 @@ _library.define(
     " Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor block_table, Tensor positions, float eps, float scaling,"
     " int window) -> Tensor"
 )
+_library.define(
+    "decode_spread(Tensor gate_rows, Tensor slots, Tensor rank_index, int first_row, float weight) -> Tensor"
+)
+_library.define(
+    "decode_scalings(Tensor hidden, Tensor[] layers, bool relu, float? temperature, Tensor(a!) gate_rows, Tensor slots,"
+    " int rows) -> Tensor"
+)
 _decode_linear = torch.ops.xlora.decode_linear.default
 _decode_siblings = torch.ops.xlora.decode_siblings.default
 _decode_attention = torch.ops.xlora.decode_attention.default
@@ -92,6 +105,8 @@ _decode_self_attention = torch.ops.xlora.decode_self_attention.default
 _decode_rotate = torch.ops.xlora.decode_rotate.default
 _decode_norm = torch.ops.xlora.decode_norm.default
 _decode_layer = torch.ops.xlora.decode_layer.default
+_decode_spread = torch.ops.xlora.decode_spread.default
+_decode_scalings = torch.ops.xlora.decode_scalings.default
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -176,6 +191,28 @@ def layer(
     return y
 
 
+def spread(gate_rows: Tensor, slots: Tensor, rank_index: Tensor, first_row: int, weight: float) -> Tensor:
+    """gate_rows [.., S, E], slots [T], rank_index [R] into a flattened [S, E] -> what is stored for the rows from
+    `first_row` on, times `weight`, [T - first_row, R].
+    """
+    y: Tensor = _decode_spread(gate_rows, slots, rank_index, first_row, weight)
+    return y
+
+
+def scalings(
+    hidden: Tensor,  # [T, H]
+    layers: Sequence[Tensor],  # weight and bias of each linear, empty where it has none
+    relu: bool,  # between them
+    temperature: float | None,  # of the softmax; None: there is none
+    gate_rows: Tensor,  # [.., S, E]
+    slots: Tensor,  # [T]
+    rows: int,
+) -> Tensor:
+    """Classifier.logits of the first `rows` of `hidden`, [rows, S, E]; writes their scalings into `slots`."""
+    y: Tensor = _decode_scalings(hidden, layers, relu, temperature, gate_rows, slots, rows)
+    return y
+
+
 def traced_attention(
     rows: Tensor,  # [N, heads, head_dim]
     group: AttentionGroup,
@@ -216,9 +253,10 @@ def self_attention(
 
 
 TRACED = Kernels(linear=adapted_linear)
-PREFILL_FEW_ROWS = Kernels(linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
+PREFILL = Kernels(spread=spread, scalings=scalings)
+PREFILL_FEW_ROWS = replace(PREFILL, linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
 EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
-EAGER = Kernels(rotate=rotate, norm=norm)
+EAGER = replace(PREFILL, rotate=rotate, norm=norm)
 EAGER_SOME_ROWS = replace(EAGER, layer=layer)
 
 
@@ -226,12 +264,12 @@ def for_rows(rows: int, dtype: torch.dtype, *, is_decode: bool, is_narrow: bool)
     """What computes an eager step of so many rows. `is_narrow`: there are weights that torch's products would want
     widened first.
     """
-    few = rows <= (MOST_LAYER_ROWS if is_narrow else MOST_ROWS[dtype])
+    few = rows <= (MOST_NARROW_ROWS if is_narrow else MOST_ROWS[dtype])
     if not is_decode:
-        return PREFILL_FEW_ROWS if few else NO_KERNELS
+        return PREFILL_FEW_ROWS if few else PREFILL
     if few:
         return EAGER_FEW_ROWS
-    return EAGER_SOME_ROWS if rows <= MOST_LAYER_ROWS and not onednn_is_faster() else EAGER
+    return EAGER_SOME_ROWS if rows <= (_MOST_BESIDE_ONEDNN if onednn_is_faster() else MOST_LAYER_ROWS) else EAGER
 
 
 class PlainLinears(TorchFunctionMode):
@@ -276,12 +314,10 @@ def can_be_had(cache: Path) -> bool:
 
 
 def find_library(cache: Path) -> Path | None:
-    """The library for this CPU in `cache`, else the portable one of this installation, where the CPU suits it."""
-    places = [library_in(cache)]
-    if platform.machine() in _PORTABLE:
-        level, needed = _PORTABLE[platform.machine()]
-        if needed <= set(cpu_flags().split()):
-            places.append(library_in(_SOURCE.parent, level))
+    """The library for this CPU in `cache`, else the best portable one of this installation that the CPU suits."""
+    own, flags = library_in(cache), set(cpu_flags().split())
+    levels = _PORTABLE.get(platform.machine(), {})
+    places = [own, *(library_in(_SOURCE.parent, level) for level, needed in levels.items() if needed <= flags)]
     return next((library for library in places if library.exists()), None)
 
 
@@ -292,14 +328,15 @@ def library_in(folder: Path, level: str = _NATIVE) -> Path:
     return folder / f"kernels-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.so"
 
 
-def build_portable() -> Path:
-    """Compiles the library for all CPUs that suit it into this package, for an image or a wheel. Returns where it is;
-    raises KeyError for a kind of machine that has no level, else as build does.
+def build_portable() -> list[Path]:
+    """Compiles the libraries for all CPUs that suit them into this package, for an image or a wheel. Returns where they
+    are, best first; raises KeyError for a kind of machine that has no level, else as build does.
     """
-    level, _ = _PORTABLE[platform.machine()]
-    library = library_in(_SOURCE.parent, level)
-    build(library, level)
-    return library
+    libraries = []
+    for level in _PORTABLE[platform.machine()]:
+        libraries.append(library_in(_SOURCE.parent, level))
+        build(libraries[-1], level)
+    return libraries
 
 
 def build(library: Path, level: str = _NATIVE) -> None:

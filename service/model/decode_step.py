@@ -57,14 +57,14 @@ class DecodeStep(nn.Module):
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
         if self._kernels:
             batch.attend = decode_kernels.traced_attention
-        self.gate.kernels = decode_kernels.TRACED if self._own_linears else NO_KERNELS  # the rest the compiler fuses
+        kernels = decode_kernels.TRACED if self._own_linears else NO_KERNELS  # the rest the compiler fuses
+        self.gate.choose(kernels, self._least_rows)
         self.gate.set(gate_rows.index_select(0, gate_slots), first_row=rows.shape[1] - gate_slots.shape[0])
-        self.gate.least_rows = self._least_rows
         with decode_kernels.PlainLinears() if self._own_linears else nullcontext():
             logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
             gate_logits = self.classifier.logits(hidden)
         self.gate.clear()  # torch.export wants every module as it was
-        self.gate.kernels = NO_KERNELS
+        self.gate.choose(NO_KERNELS, self._least_rows)
         gate_rows.index_copy_(0, batch.new_gate_slots, self.classifier.scalings(gate_logits))
         return logits, gate_logits
 

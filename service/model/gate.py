@@ -25,6 +25,8 @@ class Kernels:
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
     layer: Callable[..., Tensor] | None = None
+    spread: Callable[[Tensor, Tensor, Tensor, int, float], Tensor] | None = None
+    scalings: Callable[[Tensor, Sequence[Tensor], bool, float | None, Tensor, Tensor, int], Tensor] | None = None
 
 
 NO_KERNELS = Kernels()
@@ -72,15 +74,29 @@ class Gate(nn.Module):
         if not scalings.shape[0]:
             self.clear()
             return
-        self.first_row, self.active = first_row, True
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        self._spread = scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index)
-        self._by_site = ()
+        self._open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
+
+    def choose(self, kernels: Kernels, least_rows: int) -> None:
+        """Settles what computes a forward of at least so many rows."""
+        self.__dict__.update(kernels=kernels, least_rows=least_rows)
+
+    def read(self, gate_rows: Tensor, slots: Tensor, first_row: int) -> None:
+        """Sets the scalings that gate_rows [.., S, E] has in `slots` [T], from `first_row` on."""
+        kernel = self.kernels.spread
+        if kernel is None or self.dtype != torch.float32 or first_row == slots.shape[0]:
+            self.set(gate_rows.index_select(0, slots[first_row:]), first_row)
+            return
+        self._open(kernel(gate_rows, slots, self.rank_index, first_row, self.global_scaling_weight), first_row)
+
+    def _open(self, spread: Tensor, first_row: int) -> None:
+        # nn.Module looks at every attribute that is set: several microseconds of a step
+        self.__dict__.update(first_row=first_row, active=True, _spread=spread, _by_site=())
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""
-        self.active, self._spread, self._by_site, self.logit_rows = False, None, (), None
+        self.__dict__.update(active=False, _spread=None, _by_site=(), logit_rows=None)
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""

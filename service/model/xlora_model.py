@@ -152,25 +152,36 @@ class XLoraModel:
         """
         scaling_rows = batch.num_scaling_rows
         first = 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else scaling_rows
-        self.gate.set(kv_cache.gate_rows.index_select(0, batch.gate_slots[first:]), first)
         self.choose_kernels(batch)
+        self.gate.read(kv_cache.gate_rows, batch.gate_slots, first)
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        gate_logits = self.classifier.logits(hidden[:scaling_rows])
-        if not scaling_rows:
-            return ForwardOutput(logits, gate_logits)
-        new_scalings = self.classifier.scalings(gate_logits)
-        kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:scaling_rows], new_scalings)
-        return ForwardOutput(logits, gate_logits)
+        return ForwardOutput(logits, self._store_scalings(hidden, batch, kv_cache))
+
+    def _store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """The classifier on the scaling rows of hidden [T, H]: its logits; its scalings go where the batch says."""
+        rows, kernel, classifier = batch.num_scaling_rows, self.gate.kernels.scalings, self.classifier
+        if rows and kernel is not None and classifier.is_plain and hidden.dtype == torch.float32:
+            return kernel(
+                hidden,
+                classifier.tensors,
+                classifier.config.enable_relu_and_dropout,
+                classifier.softmax_temperature,
+                kv_cache.gate_rows,
+                batch.new_gate_slots,
+                rows,
+            )
+        gate_logits = classifier.logits(hidden[:rows])
+        if rows:
+            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:rows], classifier.scalings(gate_logits))
+        return gate_logits
 
     def choose_kernels(self, batch: Batch) -> None:
         """Settles by which kernels `batch` is computed."""
-        gate, rows = self.gate, batch.rows.shape[1]
-        gate.least_rows = rows
-        is_decode = batch.is_decode
+        rows, is_decode, kernels = batch.rows.shape[1], batch.is_decode, NO_KERNELS
         batch.self_attention = decode_kernels.self_attention if batch.kernels and is_decode else None
-        gate.kernels = NO_KERNELS
         if batch.kernels:
-            gate.kernels = decode_kernels.for_rows(rows, self.dtype, is_decode=is_decode, is_narrow=self.is_narrow)
+            kernels = decode_kernels.for_rows(rows, self.dtype, is_decode=is_decode, is_narrow=self.is_narrow)
+        self.gate.choose(kernels, rows)
 
     @property
     def suits_kernels(self) -> bool:

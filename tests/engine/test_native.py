@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as stored": {},
+    "two of the experts": {"top_k_lora": 2},
     "experts in the scaling pass, one row for all sites": {"scaling_pass_value": 0.25, "layerwise_scalings": False},
 }
 
@@ -47,7 +49,11 @@ class Calls:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = dict.fromkeys(
-            [f"_decode_{name}" for name in ("linear", "siblings", "self_attention", "rotate", "norm", "layer")], 0
+            [
+                f"_decode_{name}"
+                for name in ("linear", "siblings", "self_attention", "rotate", "norm", "layer", "spread", "scalings")
+            ],
+            0,
         )
         for name in self.count:
             patch.setattr(decode_kernels, name, self._counted(name, getattr(decode_kernels, name)))
@@ -82,6 +88,8 @@ def test_the_same_without(both: Engines, is_fused: bool, calls: Calls, lookahead
     assert not any(calls.count.values())
     assert_same(run(both.build(lookahead=lookahead), requests), expected)
     assert calls.count["_decode_norm"] > 20
+    assert calls.count["_decode_spread"] > 20
+    assert bool(calls.count["_decode_scalings"]) == both.model.classifier.is_plain
     if is_fused:
         assert calls.count["_decode_linear"] >= 4  # the head's; with 7, in the last steps only
         assert calls.count["_decode_layer"] > 40
@@ -176,22 +184,30 @@ def test_without_a_compiler_it_serves(
 
 
 def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the image has it, beside the source; on a CPU of a lower level it is as if it were not there."""
+    """As the image has them, beside the source; the best that suits the CPU is taken, and on a CPU of a lower level it
+    is as if there were none.
+    """
     source = tmp_path / "package" / decode_kernels._SOURCE.name
     source.parent.mkdir()
     shutil.copy(decode_kernels._SOURCE, source)
     monkeypatch.setattr(decode_kernels, "_SOURCE", source)
     monkeypatch.setattr(decode_kernels, "load", lambda library, threads: loaded.append(library))
     loaded: list[Path] = []
-    portable = decode_kernels.build_portable()
+    levels = decode_kernels._PORTABLE[platform.machine()]
+    libraries = dict(zip(levels, decode_kernels.build_portable(), strict=True))
+    here = set(decode_kernels.cpu_flags().split())
     monkeypatch.setattr("shutil.which", lambda _: None)
-    engines = Engines(tiny.as_stored())
-    assert engines.build(compile_cache=str(tmp_path / "cache"))._runner.native
-    assert engines.news == [f"native kernels are in use: {portable}"]
-    assert loaded == [portable]
-    assert use_library(portable).returncode == 0
+    cache = str(tmp_path / "cache")
+    for level, library in libraries.items():
+        if levels[level] <= here:
+            assert use_library(library).returncode == 0
+        monkeypatch.setattr(decode_kernels, "cpu_flags", lambda level=level: f"flags : {' '.join(levels[level])}")
+        engines = Engines(tiny.as_stored())
+        assert engines.build(compile_cache=cache)._runner.native
+        assert engines.news == [f"native kernels are in use: {library}"]
+    assert loaded == list(libraries.values())
     monkeypatch.setattr(decode_kernels, "cpu_flags", lambda: "flags : sse2")
-    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "cache"))
+    engine = Engines(tiny.as_stored()).build(compile_cache=cache)
     assert engine.kernels is not None
     assert engine.kernels.wait(60)
     assert not engine._runner.native

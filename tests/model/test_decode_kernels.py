@@ -20,7 +20,9 @@ from service.engine.options import EngineOptions
 from service.model import decode_kernels
 from service.model.attention import sdpa
 from service.model.batch import AttentionGroup, Batch
+from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
+from tests.model.test_classifier import E, H, build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
@@ -94,6 +96,21 @@ def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
             assert torch.equal(eager, ours[None])
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
+def test_large_weights(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+    """Such as come from memory, and rows too long for the nearest cache."""
+    width, depth, rank = 290, 1990, 5
+    x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
+    a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
+    gate = torch.randn(rows, rank, dtype=dtype)
+    expected = F.linear(x.double(), weight.double()) + (F.linear(x.double(), a.double()) * gate.double()) @ b_t.double()
+    ours = kernels("decode_linear", x, weight, [None], [a], [b_t], [gate], 0)
+    assert ours is not None
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -184,6 +201,54 @@ def test_norm(native_kernels: None, depth: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("layerwise", [True, False])
+@pytest.mark.parametrize("first_row", [0, 2, 5])
+def test_spread(native_kernels: None, first_row: int, layerwise: bool) -> None:
+    """What Gate makes of stored rows with torch's operators."""
+    ranks = [[3, 0, 17], [1, 2, 0], [0, 0, 0], [30, 1, 1]]
+    gate = Gate(ranks, layerwise=layerwise, dtype=torch.float32, device=torch.device("cpu"))
+    gate.global_scaling_weight = 0.7
+    stored, slots = torch.randn(9, 4 if layerwise else 1, 3), torch.tensor([4, 4, 0, 8, 2, 7])
+    gate.read(stored, slots, first_row)
+    expected = gate.spread
+    gate.clear()
+    gate.choose(decode_kernels.EAGER_FEW_ROWS, 1)
+    gate.read(stored, slots, first_row)
+    assert gate.active
+    assert gate.first_row == first_row
+    assert expected is not None
+    assert gate.spread is not None
+    torch.testing.assert_close(gate.spread, expected, atol=0, rtol=1e-6)
+    torch.testing.assert_close(gate.at(3), gate.spread[:, -32:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("depth", "xlora"),
+    [
+        (1, {}),
+        (2, {"softmax_temperature": 0.3}),
+        (3, {"enable_softmax": False}),
+        (4, {"enable_relu_and_dropout": False, "layerwise_scalings": False}),
+    ],
+    ids=str,
+)
+def test_scalings(native_kernels: None, depth: int, xlora: dict[str, Any], bias: bool, rows: int) -> None:
+    """What Classifier computes, and its scalings where they are stored; no other slot changes."""
+    classifier, _ = build(xlora_depth=depth, use_bias=bias, **{"enable_relu_and_dropout": True, **xlora})
+    hidden = 30 * torch.randn(7, H)  # some logits far apart
+    stored, slots = torch.full((9, classifier.stored_sites, E), float("nan")), torch.tensor([8, 0, 5, 3, 1, 2, 4])
+    logits = decode_kernels.scalings(
+        *(hidden, classifier.tensors, classifier.config.enable_relu_and_dropout, classifier.softmax_temperature),
+        *(stored, slots, rows),
+    )
+    expected = classifier.logits(hidden[:rows])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(stored[slots[:rows]], classifier.scalings(expected), atol=1e-5, rtol=1e-5)
+    assert stored[slots[rows:]].isnan().all()
+
+
 def test_what_is_not_dense_is_refused(kernels: Library) -> None:
     """Reading it as if it were would give rubbish."""
     x, weight = torch.randn(2, 8), torch.randn(8, 8)
@@ -209,6 +274,22 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
     for first_row, rows in ((0, 1), (0, 3), (-1, 3), (3, 0)):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.adapted_linear(x, weight, None, a, torch.randn(3, 8), torch.randn(rows, 3), first_row)
+    stored, slots = torch.zeros(4, 2, 3), torch.tensor([1, 2])
+    for wrong in ((stored.double(), slots), (stored, slots.int()), (stored[:, :, :2], slots), (stored[0], slots)):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.spread(*wrong, torch.tensor([0, 5]), 0, 1.0)
+    last, none = torch.randn(6, 8), torch.empty(0)
+    for layers, hidden, rows in (
+        ([last, torch.randn(5)], x[0], 1),
+        ([last[:5], none], x[0], 1),
+        ([last, none], x[0, :, :7].contiguous(), 1),
+        ([last, none], x[0], 3),
+        ([last.double(), none], x[0], 1),
+        ([], x[0], 1),
+    ):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.scalings(hidden, layers, True, 1.0, stored, slots, rows)
+    assert not stored.any()
     for b_t in ([torch.randn(3, 7)], [torch.randn(2, 8)], [torch.randn(3, 8).bfloat16()], []):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.siblings(x, weight, None, a, b_t, gate, 0)
