@@ -179,12 +179,14 @@ public:
     explicit Floats(int64_t count) {
         const auto large_enough = [&](const Room& room) { return room.size >= count; };
         const auto found = std::find_if(rooms.rbegin(), rooms.rend(), large_enough);
-        if (found != rooms.rend()) {
-            std::swap(*found, rooms.back());
+        if (found != rooms.rend()) std::swap(*found, rooms.back());
+        if (!rooms.empty()) {
             room_ = std::move(rooms.back());
             rooms.pop_back();
-        } else {
+        }
+        if (room_.size < count) {  // in the place of a smaller one, or there would be more and more
             room_.size = std::max<int64_t>(count, 1 << 12);
+            room_.floats.reset();
             room_.floats.reset(static_cast<float*>(::operator new(room_.size * sizeof(float), kLine)));
         }
     }
