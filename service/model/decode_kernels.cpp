@@ -239,12 +239,11 @@ inline void sum_up(
 ) {
     float sum[ROWS * COLUMNS + kLanes];
     sums<ROWS * COLUMNS>(total, sum);
-    for (int m = 0; m < ROWS; m++)
-        for (int n = 0; n < COLUMNS; n++) {
-            float value = sum[m * COLUMNS + n];
-            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * x_stride + rest], to_float(w[n * depth + rest]), value);
-            out[m * out_stride + n] = value;
-        }
+    for (; k < depth; k++)
+        for (int m = 0; m < ROWS; m++)
+            for (int n = 0; n < COLUMNS; n++)
+                sum[m * COLUMNS + n] = std::fma(x[m * x_stride + k], to_float(w[n * depth + k]), sum[m * COLUMNS + n]);
+    for (int m = 0; m < ROWS; m++) std::memcpy(out + m * out_stride, sum + m * COLUMNS, COLUMNS * sizeof(float));
 }
 
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for.
