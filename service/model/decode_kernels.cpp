@@ -133,7 +133,7 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
 inline float sum_of(Vec a) { return sums(a, Vec{}, Vec{}, Vec{})[0]; }
 
 // The sums of as many vectors as one has lanes.
-inline Vec sums(const Vec* all) {
+inline Vec sums_of_lanes(const Vec* all) {
     Vec fours[kLanes / 4];
     for (int i = 0; i < kLanes / 4; i++) fours[i] = sums_of_fours(all[4 * i], all[4 * i + 1], all[4 * i + 2], all[4 * i + 3]);
     for (int count = kLanes / 4; count > 1; count /= 2)
@@ -147,12 +147,12 @@ inline void sums(const Vec* vectors, float* out) {
     const auto at = [&](int number) { return vectors[std::min(number, COUNT - 1)]; };
     constexpr int kSome = COUNT > kLanes / 2 ? kLanes : 4;
     if constexpr (COUNT >= kLanes) {
-        const Vec all = sums(vectors);
+        const Vec all = sums_of_lanes(vectors);
         std::memcpy(out, &all, sizeof all);
     } else if constexpr (kSome == kLanes) {
         Vec some[kLanes];
         for (int i = 0; i < kLanes; i++) some[i] = at(i);
-        const Vec all = sums(some);
+        const Vec all = sums_of_lanes(some);
         std::memcpy(out, &all, sizeof all);
     } else {
         const Quad four = sums(at(0), at(1), at(2), at(3));
@@ -333,6 +333,10 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
                 const Vec weight = load(w + k + i * kLanes);
                 for (int m = 0; m < ROWS; m++) total[m * kSteps + i] += load(x + m * stride + k + i * kLanes) * weight;
             }
+        for (; k + kLanes <= depth; k += kLanes) {
+            const Vec weight = load(w + k);
+            for (int m = 0; m < ROWS; m++) total[m * kSteps] += load(x + m * stride + k) * weight;
+        }
         for (int m = 0; m < ROWS; m++) {
             Vec sum{};
             for (int i = 0; i < kSteps; i++) sum += total[m * kSteps + i];
@@ -343,7 +347,19 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
     }
 }
 
-// out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w.
+// `count` outputs of ROWS rows, at most a dozen.
+template <int ROWS, bool AHEAD, typename W>
+void tile(const float* x, int64_t depth, const W* w, int64_t count, float* out) {
+    constexpr int kColumns = columns_for<W>(ROWS);
+    if (count >= kColumns) {
+        dots_of_chunk<ROWS, kColumns, AHEAD>(x, depth, w, depth, count, out);
+    } else {
+        dots_of_chunk<ROWS, std::min(kColumns, 6), AHEAD>(x, depth, w, depth, count, out);
+    }
+}
+
+// out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What is multiplied with few rows is
+// fetched ahead; with many, there is time, and each four would fetch the same again.
 template <typename W>
 void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, bool far, float* out) {
     if constexpr (std::is_same_v<W, float>) {
@@ -355,15 +371,17 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
         const int64_t some = std::min(most, count - first);
         const W* const weights = w + first * depth;
         float* const target = out + first;
+        if (rows == 4) {
+            tile<4, true>(x, depth, weights, some, target);
+            continue;
+        }
         int64_t m = 0;
-        if (rows == 4) dots_of_chunk<4, columns_for<W>(4), true>(x, depth, weights, depth, some, target), m = 4;
-        for (; m + 4 <= rows; m += 4)
-            dots_of_chunk<4, columns_for<W>(4), false>(x + m * depth, depth, weights, depth, some, target + m * kChunk);
+        for (; m + 4 <= rows; m += 4) tile<4, false>(x + m * depth, depth, weights, some, target + m * kChunk);
         const float* const rest = x + m * depth;
         float* const last = target + m * kChunk;
-        if (rows - m == 3) dots_of_chunk<3, columns_for<W>(3), true>(rest, depth, weights, depth, some, last);
-        if (rows - m == 2) dots_of_chunk<2, columns_for<W>(2), true>(rest, depth, weights, depth, some, last);
-        if (rows - m == 1) dots_of_chunk<1, columns_for<W>(1), true>(rest, depth, weights, depth, some, last);
+        if (rows - m == 3) tile<3, true>(rest, depth, weights, some, last);
+        if (rows - m == 2) tile<2, true>(rest, depth, weights, some, last);
+        if (rows - m == 1) tile<1, true>(rest, depth, weights, some, last);
     }
 }
 
@@ -448,11 +466,10 @@ void linear(
     const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const std::vector<Part<E>>& parts,
     int64_t rows, int64_t depth, int64_t width, X* y
 ) {
-    constexpr bool kTwoOperands = !std::is_same_v<W, E>;
-    const Floats copies((1 + kTwoOperands) * rows * depth);
+    constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
+    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0);
     const float* const floats = operand<W>(x, rows, depth, copies.data());
-    const float* for_experts = floats;
-    if constexpr (kTwoOperands) for_experts = operand<E>(x, rows, depth, copies.data() + rows * depth);
+    const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
     const int64_t gated = experts.rank ? rows - experts.first_row : 0;
     const Floats narrow(gated * experts.rank);
     const auto narrow_chunk = [&](int64_t chunk, float* block) {
@@ -553,8 +570,9 @@ inline void prefetch(const W* numbers, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(numbers + i);
 }
 
-// scores[h][i] = q[h] . key[i] for `count` keys, and for some more of both up to a multiple of kLanes. `far`: they come
-// from memory, and so will the values, of which each block is a page; nothing else fetches the next one in time.
+// scores[h][i] = q[h] . key[i] for `count` keys, and for some more up to a multiple of kLanes. `far`: they come from memory,
+// and so will the values, of which each block is a page; nothing else fetches the next one in time. There are keys up to
+// count + kTokensAhead + kLanes, values up to count + kLanes.
 template <int HEADS, typename W>
 inline void score(
     const float* q, const W* const* keys, const W* const* values, int64_t offset, int64_t count, int64_t head_dim, bool far,
@@ -936,7 +954,8 @@ AOTITorchError new_tensor(
 bool is_sound(const Linear& own, const Tensor& x) {
     if (!own.bias.is_like(x) || !own.gate.is_like(x) || !own.weight.is_no_wider_than(x) || !own.a.is_no_wider_than(x))
         return false;
-    if (!own.weight || !own.weight.is_dense(2) || (own.bias && own.bias.numel() != own.width())) return false;
+    if (!own.weight || !own.weight.is_dense(2)) return false;
+    if (own.bias && (own.bias.numel() != own.width() || !own.bias.is_dense(own.bias.dims()))) return false;
     if (!own.a) return true;
     int64_t rank = 0, width = 0;
     for (const Tensor& b_t : own.b_t) {
@@ -987,9 +1006,17 @@ Heads<W> heads_first(const Tensor& tensor) {
     return {tensor.data<W>(), tensor.size(2), tensor.size(1), tensor.stride(2), tensor.stride(1)};
 }
 
-bool is_pool(const Tensor& keys, const Tensor& values, const Tensor& table) {
-    return keys.dims() == 4 && keys.is_dense(4) && values.dims() == 4 && values.is_dense(4) && table.dims() == 2 &&
-        table.is_dense(2) && table.has(aoti_torch_dtype_int64());
+// Whether it is a pool that so many rows of `heads` query heads can look into.
+bool is_pool_of(
+    const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& positions, int64_t rows, int64_t heads,
+    int64_t head_dim
+) {
+    if (keys.dims() != 4 || !keys.is_dense(4) || values.dims() != 4 || !values.is_dense(4)) return false;
+    for (int64_t dim = 0; dim < 4; dim++)
+        if (keys.size(dim) != values.size(dim)) return false;
+    return keys.size(2) > 0 && heads % keys.size(2) == 0 && keys.size(3) == head_dim && table.dims() == 2 &&
+        table.is_dense(2) && table.has(aoti_torch_dtype_int64()) && table.size(0) == rows && positions.dims() == 1 &&
+        positions.has(aoti_torch_dtype_int64()) && positions.size(0) == rows;
 }
 
 }  // namespace
@@ -1009,7 +1036,8 @@ AOTITorchError aoti_torch_cpu_decode_attention(
 ) {
     const Tensor query(query_), keys(keys_), values(values_), table(table_), positions(positions_);
     if (!is_known(query) || !keys.is_like(query) || !values.is_like(query)) return AOTI_TORCH_FAILURE;
-    if (!query.is_dense(3) || !is_pool(keys, values, table)) return AOTI_TORCH_FAILURE;
+    if (query.dims() != 3 || !query.is_dense(3)) return AOTI_TORCH_FAILURE;
+    if (!is_pool_of(keys, values, table, positions, query.size(0), query.size(1), query.size(2))) return AOTI_TORCH_FAILURE;
     const int64_t sizes[] = {query.size(0), query.size(1), query.size(2)};
     if (new_tensor(query, 3, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
     const Tensor attended(*result);
@@ -1086,8 +1114,9 @@ Given decode_self_attention(
 ) {
     const Tensor query(query_.get()), key(key_.get()), value(value_.get()), keys(keys_.get()), values(values_.get());
     const Tensor slots(slots_.get()), table(table_.get()), positions(positions_.get());
-    const bool known = is_known(query) && keys.is_like(query) && values.is_like(query) && is_pool(keys, values, table);
-    if (!known || query.dims() != 4 || !is_row_of(query, query, query.size(1)) || !is_row_of(key, query, keys.size(2)) ||
+    const bool known = is_known(query) && keys.is_like(query) && values.is_like(query) && query.dims() == 4 &&
+        is_pool_of(keys, values, table, positions, query.size(2), query.size(1), query.size(3));
+    if (!known || !is_row_of(query, query, query.size(1)) || !is_row_of(key, query, keys.size(2)) ||
         !is_row_of(value, query, keys.size(2)) || !slots.is_dense(1) || slots.size(0) != query.size(2))
         return checked(AOTI_TORCH_FAILURE, nullptr);
     const int64_t sizes[] = {1, query.size(2), query.size(1), query.size(3)};
@@ -1171,7 +1200,8 @@ bool is_index(const Tensor& tensor) {
 
 Given decode_spread(Given gate_rows_, Given slots_, Given rank_index_, int64_t first_row, double weight) {
     const Tensor gate_rows(gate_rows_.get()), slots(slots_.get()), rank_index(rank_index_.get());
-    if (!is_store(gate_rows) || !is_index(slots) || !is_index(rank_index) || first_row > slots.numel())
+    if (!is_store(gate_rows) || !is_index(slots) || !is_index(rank_index) || first_row < 0 ||
+        first_row > slots.numel())
         return checked(AOTI_TORCH_FAILURE, nullptr);
     const int64_t rows = slots.numel() - first_row, ranks = rank_index.numel(), width = gate_rows.size(1) * gate_rows.size(2);
     const int64_t sizes[] = {rows, ranks};
@@ -1364,10 +1394,10 @@ Given decode_layer(
         return checked(AOTI_TORCH_FAILURE, nullptr);
     const Layer layer = layer_of(tensors, gate, gate_offsets, first_row, eps);
     const int64_t dims = x.dims(), hidden = x.size(dims - 1), rows = x.numel() / hidden;
-    if (!is_pool(keys, values, table) || !fits(layer, x, cos, keys) || !keys.is_like(x) || !values.is_like(x) ||
-        !cos.is_like(x) || !sin.is_like(x) || !cos.is_dense(3) || !sin.is_dense(3) || sin.numel() != cos.numel() ||
-        !slots.is_dense(1) || !slots.has(aoti_torch_dtype_int64()) || slots.size(0) != rows || table.size(0) != rows ||
-        !positions.has(aoti_torch_dtype_int64()) || positions.size(0) != rows)
+    if (keys.dims() != 4 || !fits(layer, x, cos, keys) || !keys.is_like(x) || !values.is_like(x) || !cos.is_like(x) ||
+        !sin.is_like(x) || !cos.is_dense(3) || !sin.is_dense(3) || sin.numel() != cos.numel() || !is_index(slots) ||
+        slots.numel() != rows ||
+        !is_pool_of(keys, values, table, positions, rows, layer.linears[kQuery].width() / keys.size(3), keys.size(3)))
         return checked(AOTI_TORCH_FAILURE, nullptr);
     int64_t sizes[kMostDims];
     for (int64_t dim = 0; dim < dims; dim++) sizes[dim] = x.size(dim);

@@ -192,7 +192,7 @@ def layer(
 
 
 def spread(gate_rows: Tensor, slots: Tensor, rank_index: Tensor, first_row: int, weight: float) -> Tensor:
-    """gate_rows [.., S, E], slots [T], rank_index [R] into a flattened [S, E] -> what is stored for the rows from
+    """gate_rows [slots, S, E], slots [T], rank_index [R] into a flattened [S, E] -> what is stored for the rows from
     `first_row` on, times `weight`, [T - first_row, R].
     """
     y: Tensor = _decode_spread(gate_rows, slots, rank_index, first_row, weight)
@@ -204,7 +204,7 @@ def scalings(
     layers: Sequence[Tensor],  # weight and bias of each linear, empty where it has none
     relu: bool,  # between them
     temperature: float | None,  # of the softmax; None: there is none
-    gate_rows: Tensor,  # [.., S, E]
+    gate_rows: Tensor,  # [slots, S, E]
     slots: Tensor,  # [T]
     rows: int,
 ) -> Tensor:

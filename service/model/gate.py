@@ -83,7 +83,7 @@ class Gate(nn.Module):
         self.__dict__.update(kernels=kernels, least_rows=least_rows)
 
     def read(self, gate_rows: Tensor, slots: Tensor, first_row: int) -> None:
-        """Sets the scalings that gate_rows [.., S, E] has in `slots` [T], from `first_row` on."""
+        """Sets the scalings that gate_rows [slots, S, E] has in `slots` [T], from `first_row` on."""
         kernel = self.kernels.spread
         if kernel is None or self.dtype != torch.float32 or first_row == slots.shape[0]:
             self.set(gate_rows.index_select(0, slots[first_row:]), first_row)

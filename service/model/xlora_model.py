@@ -160,7 +160,13 @@ class XLoraModel:
     def _store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """The classifier on the scaling rows of hidden [T, H]: its logits; its scalings go where the batch says."""
         rows, kernel, classifier = batch.num_scaling_rows, self.gate.kernels.scalings, self.classifier
-        if rows and kernel is not None and classifier.is_plain and hidden.dtype == torch.float32:
+        if (
+            rows
+            and kernel is not None
+            and classifier.is_plain
+            and hidden.dtype == torch.float32
+            and hidden.is_contiguous()
+        ):
             return kernel(
                 hidden,
                 classifier.tensors,

@@ -102,7 +102,7 @@ def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
 def test_large_weights(kernels: Library, rows: int, dtype: torch.dtype) -> None:
     """Such as come from memory, and rows too long for the nearest cache."""
-    width, depth, rank = 290, 1990, 5
+    width, depth, rank = 290, 2030, 5  # what is left of 2030 is some vectors and some numbers
     x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
     a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
     gate = torch.randn(rows, rank, dtype=dtype)
@@ -121,7 +121,14 @@ def test_attention(kernels: Library, window: int | None, softcap: float | None, 
 
     What no row may see is NaN in ours.
     """
-    sizes = [(4, 1, 1, 8), (16, 2, 3, 32), (7, 2, 4, 20), (16, 1, 8, 64), (4, 1, 5, 44)]
+    sizes = [
+        (4, 1, 1, 8),
+        (16, 2, 3, 32),
+        (7, 2, 4, 20),
+        (16, 1, 8, 64),
+        (4, 1, 5, 44),
+        (16, 8, 2, 96),
+    ]  # the last is fetched ahead
     for block_size, kv_heads, heads_each, head_dim in sizes:
         positions = torch.tensor([0, block_size, 41, 255, 256, 700])
         width = 700 // block_size + 1
@@ -256,7 +263,7 @@ def test_what_is_not_dense_is_refused(kernels: Library) -> None:
     assert kernels("decode_linear", torch.randn(8, 2).T, weight, [None], [None], [None], [None], 0) is None
 
 
-def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
+def test_what_does_not_fit_is_an_error(kernels: Library) -> None:
     """Of another dtype, or another width: eager steps are told, and memory is not read as what it is not."""
     x, weight = torch.randn(1, 2, 8), torch.randn(8, 8)
     for wrong in (weight.half(), weight.double(), weight.T, torch.randn(8, 9)):
@@ -270,6 +277,17 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
     for wrong in (torch.randn(1, 2, 6), torch.randn(1, 1, 8), torch.randn(1, 2, 8).double()):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.rotate(x[:, None], wrong, wrong)
+    query, pool = torch.randn(1, 4, 8), torch.zeros(2, 4, 2, 8)
+    table, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for one, keys, values, blocks, places in (
+        (torch.randn(1, 5, 8), pool, pool, table, positions),
+        (torch.randn(1, 4, 6), pool, pool, table, positions),
+        (query, pool, pool[:, :2], table, positions),
+        (query, pool, pool, table.repeat(2, 1), positions),
+        (query, pool, pool, table, positions.repeat(2)),
+        (query, pool, pool, table, positions.int()),
+    ):
+        assert kernels("decode_attention", one, keys, values, blocks, places, 0.3, 0, 0.0) is None
     a, gate = torch.randn(3, 8), torch.randn(2, 3)
     for first_row, rows in ((0, 1), (0, 3), (-1, 3), (3, 0)):
         with pytest.raises(RuntimeError, match="fitting shapes"):
@@ -278,9 +296,13 @@ def test_what_does_not_fit_is_an_error(native_kernels: None) -> None:
     for wrong in ((stored.double(), slots), (stored, slots.int()), (stored[:, :, :2], slots), (stored[0], slots)):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.spread(*wrong, torch.tensor([0, 5]), 0, 1.0)
+    for first_row in (-1, 3):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.spread(stored, slots, torch.tensor([0, 5]), first_row, 1.0)
     last, none = torch.randn(6, 8), torch.empty(0)
     for layers, hidden, rows in (
         ([last, torch.randn(5)], x[0], 1),
+        ([last, torch.randn(12)[::2]], x[0], 1),
         ([last[:5], none], x[0], 1),
         ([last, none], x[0, :, :7].contiguous(), 1),
         ([last, none], x[0], 3),
