@@ -303,14 +303,18 @@ inline void dots_of_chunk(const float* x, int64_t stride, const W* w, int64_t de
     for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, stride, w + n * depth, depth, out + n, kChunk);
 }
 
-// How many outputs are computed together for `rows` of x: what registers there are, less those for x and weights.
+// How many outputs are computed together for `rows` of x: as many sums as are taken at once, or what registers there are,
+// less those for x and weights. Widening takes some, too.
 template <typename W>
 constexpr int columns_for(int rows) {
-    constexpr int kFew[] = {12, 6, 4, 3}, kMany[] = {12, 12, 6, 6};
-    constexpr int kFewPaired[] = {6, 4, 3, 2}, kManyPaired[] = {12, 6, 6, 4};  // widening takes some, too
-    if (std::is_same_v<W, float>) return (kManyRegisters ? kMany : kFew)[rows - 1];
-    return (kManyRegisters ? kManyPaired : kFewPaired)[rows - 1];
+    constexpr bool kPaired = !std::is_same_v<W, float>;
+    constexpr int kMany[] = {16, 8, 4, kPaired ? 4 : 6}, kFew[] = {12, 6, 4, 3}, kFewPaired[] = {6, 4, 3, 2};
+    return (kManyRegisters ? kMany : kPaired ? kFewPaired : kFew)[rows - 1];
 }
+
+// Outputs whose weights stay in the nearest cache while all rows pass: a multiple of what four of them take together.
+template <typename W>
+constexpr int kTile = kManyRegisters && !std::is_same_v<W, float> ? 16 : 12;
 
 // Whether a weight of so many numbers comes from memory: then it is read as it lies, one output after the other. bfloat16
 // is as fast either way.
@@ -347,14 +351,14 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
     }
 }
 
-// `count` outputs of ROWS rows, at most a dozen.
+// `count` outputs of ROWS rows.
 template <int ROWS, bool AHEAD, typename W>
 void tile(const float* x, int64_t depth, const W* w, int64_t count, float* out) {
     constexpr int kColumns = columns_for<W>(ROWS);
     if (count >= kColumns) {
         dots_of_chunk<ROWS, kColumns, AHEAD>(x, depth, w, depth, count, out);
     } else {
-        dots_of_chunk<ROWS, std::min(kColumns, 6), AHEAD>(x, depth, w, depth, count, out);
+        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, depth, w, depth, count, out);
     }
 }
 
@@ -366,7 +370,7 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
         if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
         if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
     }
-    const int64_t most = rows > 4 && depth * int64_t(sizeof(W)) > 2048 ? 6 : 12;  // stay in the first-level cache
+    const int64_t most = rows <= 4 ? count : depth * int64_t(sizeof(W)) > 2048 ? kTile<W> / 2 : kTile<W>;
     for (int64_t first = 0; first < count; first += most) {
         const int64_t some = std::min(most, count - first);
         const W* const weights = w + first * depth;
