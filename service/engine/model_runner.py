@@ -55,7 +55,7 @@ class RunResult:
         self.errors += other.errors
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Segment:
     """`count` consecutive positions of one stream of one scheduled sequence: rows of the flat batch from `row` on."""
 

@@ -14,6 +14,7 @@ from service.errors import InvalidRequestError
 ReturnScalings = Literal["none", "mean", "full"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 _Number = TypeVar("_Number", int, float)
+_GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
     form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what is in the text already changes the logits, or the caller does."""
+        penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return self.repetition_penalty != 1.0 or penalised or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)

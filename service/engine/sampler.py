@@ -18,12 +18,11 @@ from service.engine.request import TokenOutput
 from service.engine.sequence import Sequence
 from service.model.transfer import bits_to_device, to_device
 
-_GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes twice as long to make, and there are two for every token
 class SampleRow:
     """A row of logits: the next token of `sequence` after `pending`, drafts that are not accepted yet."""
 
@@ -39,11 +38,13 @@ class SampleRow:
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
     """Samples one token per row of logits [n, V] (any dtype); where the temperature is (next to) 0, the argmax."""
     logits = logits.float()
-    if any(_needs_history(row.sequence) for row in rows):
+    if all(row.sequence.takes_argmax and row.sequence.grammar is None for row in rows):
+        return logits.argmax(-1).tolist()
+    if any(row.sequence.sampling.needs_history for row in rows):
         logits = _process_history(logits.clone(), rows)
     if any(row.sequence.grammar is not None for row in rows):
         logits = _forbid(logits, rows)
-    random = [i for i, row in enumerate(rows) if row.sequence.sampling.temperature >= _GREEDY_BELOW]
+    random = [i for i, row in enumerate(rows) if not row.sequence.sampling.is_greedy]
     if not random:
         return logits.argmax(-1).tolist()
     chosen = logits.argmax(-1)
@@ -79,12 +80,6 @@ def with_logprobs(logits: Tensor, tokens: SequenceOf[int], alternatives: Sequenc
     found = zip(best.indices.tolist(), best.values.tolist(), alternatives, strict=True)
     tops = [list(zip(ids[:count], values[:count], strict=True)) for ids, values, count in found]
     return [TokenOutput(*one) for one in zip(tokens, own, tops, strict=True)]
-
-
-def _needs_history(sequence: Sequence) -> bool:
-    params = sequence.sampling
-    penalised = params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-    return penalised or bool(params.logit_bias)
 
 
 def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:

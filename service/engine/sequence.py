@@ -74,6 +74,7 @@ class Sequence:
     logged: int = 0  # positions below it are in the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, rows (scalings_log.py)
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
+    takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
     score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
@@ -85,6 +86,7 @@ class Sequence:
         sampling = self.request.sampling
         score_from = self.request.score_from
         self.generates = sampling is not None
+        self.takes_argmax = sampling is not None and sampling.is_greedy and not sampling.needs_history
         self.scores_only = score_from is not None
         self.scored = 0 if score_from is None else score_from - 1
         asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
