@@ -205,7 +205,7 @@ private:
 
 constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
 constexpr int64_t kPairs = 2 * kLanes;
-constexpr int64_t kFarAhead = 2048;  // numbers before they are wanted
+constexpr int64_t kFarAhead = 2048;  // numbers: how early those of large weights are fetched
 
 // x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
 // masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
@@ -246,7 +246,8 @@ inline void sum_up(
     for (int m = 0; m < ROWS; m++) std::memcpy(out + m * out_stride, sum + m * COLUMNS, COLUMNS * sizeof(float));
 }
 
-// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for.
+// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for. AHEAD: the
+// weights of as many outputs more are fetched meanwhile, in the order in which they lie.
 template <int ROWS, int COLUMNS, bool AHEAD>
 inline void dots(const float* x, int64_t x_stride, const float* w, int64_t depth, float* out, int64_t out_stride) {
     Vec total[ROWS * COLUMNS];
@@ -323,7 +324,7 @@ bool is_far(int64_t numbers) {
     return std::is_same_v<W, float> && numbers > 1 << 19;
 }
 
-// The same as dots_of_chunk, so.
+// What dots_of_chunk computes, for such a weight.
 template <int ROWS>
 void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth, int64_t count, float* out) {
     constexpr int kSteps = 4;  // enough sums under way to hide how long one addition takes
@@ -370,6 +371,7 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
         if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
         if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
     }
+    // beyond four rows, the weights are read again and again
     const int64_t most = rows <= 4 ? count : depth * int64_t(sizeof(W)) > 2048 ? kTile<W> / 2 : kTile<W>;
     for (int64_t first = 0; first < count; first += most) {
         const int64_t some = std::min(most, count - first);
