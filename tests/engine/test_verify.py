@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from service.cli import main
-from service.model.classifier import Classifier
+from service.model.batch import Batch
+from service.model.kv_cache import KVCache
+from service.model.xlora_model import XLoraModel
 from tests.bundles import make_bundle
 
 
@@ -35,12 +37,12 @@ def test_a_wrong_computation_is_found(
     bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scalings that depend on how many rows share the forward, as a real bug would make them."""
-    right = Classifier.scalings
+    right = XLoraModel._store_scalings
 
-    def wrong(self: Classifier, logits: torch.Tensor) -> torch.Tensor:
-        return right(self, logits * (1.1 if len(logits) < 11 else 1.0))
+    def wrong(self: XLoraModel, hidden: torch.Tensor, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        return right(self, hidden * (1.1 if batch.num_scaling_rows < 11 else 1.0), batch, kv_cache)
 
-    monkeypatch.setattr(Classifier, "scalings", wrong)
+    monkeypatch.setattr(XLoraModel, "_store_scalings", wrong)
     assert main(["check", bundle, "--verify", "--device", "cpu"]) == 1
     assert "NOT exact" in capsys.readouterr().out
 
