@@ -1,5 +1,5 @@
 // The operations where a decode step spends its time, for few rows on a CPU: adapted linears, rotations, paged attention,
-// norms.
+// norms, layers made of these, gate and classifier.
 //
 // Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; one
 // intrinsic stands where g++ does badly. Everything is read where it lies: weights as the model stores them, keys and values
@@ -200,6 +200,11 @@ public:
 private:
     Room room_;
 };
+
+template <typename W>
+inline void prefetch(const W* numbers, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(numbers + i);
+}
 
 // ---- linear: y = W x + b, and for rows from first_row on + B ((A x) * g) --------------------------------------------
 
@@ -491,9 +496,7 @@ void linear(
         const Part<E>& part = parts[chunk.part];
         const int64_t first = chunk.output + chunk.first, count = chunk.count;
         if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
-            for (int64_t r = 0; r < part.rank; r++)
-                for (int64_t n = 0; n < count; n += 64 / int64_t(sizeof(E)))
-                    __builtin_prefetch(part.b_t + r * part.width + chunk.first + n);
+            for (int64_t r = 0; r < part.rank; r++) prefetch(part.b_t + r * part.width + chunk.first, count);
         multiply(floats, rows, depth, weight + first * depth, count, far, block);
         float* const own = block + experts.first_row * kChunk;
         Narrow some{narrow.data() + chunk.rank, experts.rank, part.rank};
@@ -570,11 +573,6 @@ struct Pool {  // [blocks, block_size, kv_heads, head_dim]
 constexpr int64_t kTokens = 256;  // looked at together: their scores stay in the nearest cache
 constexpr int64_t kFarBytes = 3 << 20;  // of one layer's keys and values: those of all are more than a cache holds
 constexpr int64_t kTokensAhead = 32;  // how far keys are fetched before they are wanted, where they come from memory
-
-template <typename W>
-inline void prefetch(const W* numbers, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(W))) __builtin_prefetch(numbers + i);
-}
 
 // scores[h][i] = q[h] . key[i] for `count` keys, and for some more up to a multiple of kLanes. `far`: they come from memory,
 // and so will the values, of which each block is a page; nothing else fetches the next one in time. There are keys up to
