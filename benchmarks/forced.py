@@ -28,12 +28,13 @@ _FIRST_TOKEN = 16  # the ones before it may be special
 
 
 class PlainBase(XLoraModel):
-    """The same decoder on the same weights without gate, experts and classifier."""
+    """The same decoder on the same weights without gate, experts, classifier and draft head."""
 
     def __init__(self, model: XLoraModel) -> None:
         self.__dict__.update(model.__dict__)
         self.classifier = _NoGate(model.classifier.stored_sites, model.classifier.num_experts)  # type: ignore[assignment]
         self.scaling_pass_has_experts = False
+        self.draft_head = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:

@@ -359,7 +359,8 @@ def idle_batch(cache: KVCache, rows: int, *, position: int, scaling_rows: int = 
     gates[scaling_rows:] = slots[scaling_rows:]
     new_gates = torch.full_like(positions, cache.scratch_slot)
     group = AttentionGroup(0, rows, 1, positions[:, None], table, position + 1, needs_mask=False)
-    lines = torch.stack([positions + 16, positions, slots, gates, new_gates])
+    is_scaling = (torch.arange(rows, device=device) < scaling_rows).long()
+    lines = torch.stack([positions + 16, positions, slots, gates, new_gates, is_scaling])
     return Batch(lines, scaling_rows, torch.arange(rows, device=device), [group])
 
 

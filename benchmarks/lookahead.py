@@ -2,9 +2,11 @@
 
     python -m benchmarks.lookahead [--model DIR] [--prompts 8] [--tokens 128] [--repeats 3] [--eager-only]
 
-a is measured without cache and without the engine: transformers' own base and PEFT's X-LoRA read the text that X-LoRA
-has written, once each, and a is the share of tokens on which their best guesses agree. A row per prompt and engine.
+a is measured without cache and without the engine: transformers' own base, by way of the bundle's draft head where it
+has one, and PEFT's X-LoRA read the text that X-LoRA has written, once each, and a is the share of tokens on which their
+best guesses agree. A row per prompt and engine.
 
+    a_alone    the same without the draft head
     speedup    tokens/s with lookahead over without; the bar is on the prompts with a >= 0.7, together
     excess     forwards per token - (2 - a)
 """
@@ -17,6 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
@@ -33,18 +37,30 @@ class Agreement:
     def __init__(self, model: Path) -> None:
         self._oracle = PeftOracle(model)
         self._base = AutoModelForCausalLM.from_pretrained(model / "base", dtype=torch.float32).eval()
+        draft_head = model / "draft_head" / "draft_head.safetensors"
+        self._draft_head = load_file(draft_head) if draft_head.exists() else None
 
     @torch.inference_mode()
-    def of(self, prompt: list[int], tokens: list[int]) -> tuple[float, bool]:
-        """a over the tokens that could be drafted (all but the last, after which nothing comes), and whether
-        X-LoRA's best guesses are these tokens.
+    def of(self, prompt: list[int], tokens: list[int]) -> tuple[float, float, bool]:
+        """a over the tokens that could be drafted (all but the last, after which nothing comes), with the draft head
+        and without, and whether X-LoRA's best guesses are these tokens.
         """
         text = torch.tensor([prompt + tokens[:-1]])
-        first = len(prompt) - 1
-        base = self._base(text).logits[0, first:].argmax(-1)  # [tokens], each guessed from all before it
+        first = len(prompt) - 1  # each token is guessed from all before it
+        hidden = self._base(text, output_hidden_states=True).hidden_states[-1][0, first:]
         xlora = self._oracle.logits(text[0].tolist())[first:].argmax(-1)
-        agreeing = (base[:-1] == xlora[:-1]).float().mean()
-        return float(agreeing), xlora.tolist() == tokens
+        agreeing = []
+        for state in (self._drafting(hidden), hidden):
+            drafts = self._base.get_output_embeddings()(state).argmax(-1)
+            agreeing.append(float((drafts[:-1] == xlora[:-1]).float().mean()))
+        return agreeing[0], agreeing[1], xlora.tolist() == tokens
+
+    def _drafting(self, hidden: Tensor) -> Tensor:
+        """h + D silu(U h + b)"""
+        if self._draft_head is None:
+            return hidden
+        up, bias, down = (self._draft_head[name].float() for name in ("up.weight", "up.bias", "down.weight"))
+        return hidden + torch.nn.functional.silu(hidden @ up.T + bias) @ down.T
 
 
 def compare(
@@ -61,10 +77,11 @@ def compare(
             steps[lookahead] = run.steps
             texts.add(tuple(run.tokens["0"]))
     text = list(texts.pop())
-    a, guessed = agreement.of(prompt, text)
+    a, a_alone, guessed = agreement.of(prompt, text)
     row = {
         "engine": name,
         "a": a,
+        "a_alone": a_alone,
         "forwards_per_token": steps[True] / tokens,
         "excess": steps[True] / tokens - (2 - a),
         "without": steps[False] / tokens,

@@ -86,6 +86,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[XLora
         xlora=XLoraConfig(hidden_size=shape.hidden, layerwise_scalings=True),
         classifier=ClassifierWeights(((last, torch.zeros(last.shape[0])),)),
         gate_profile=None,
+        draft_head=None,
         weights_sha256="",
     )
     model = XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype)

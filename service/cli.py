@@ -87,6 +87,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"
     )
     _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype", *PLAN_FLAGS))
+    distill = _command(commands, "distill", "service.commands.distill", "give a bundle a draft head")
+    distill.add_argument("directory", metavar="DIR", help="the bundle, which is changed")
+    distill.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help='texts as users send them: a line each, or JSON Lines with {"prompt": "..."}',
+    )
+    distill.add_argument(
+        "--max-tokens", type=_positive, default=128, metavar="N", help="most tokens to write after each (default 128)"
+    )
+    distill.add_argument("--size", type=_positive, metavar="N", help="width of the head; default: by the base's")
+    _add_settings(distill, ("base", "device", "dtype", "threads", "allow_outside"))
     convert = _command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle")
     convert.add_argument("source", metavar="SRC", help="a bundle, a PEFT or original X-LoRA save; directory or hub id")
     convert.add_argument("target", metavar="DST", help="the bundle's directory; must not exist or be empty")

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from service.checkpoint import XLoraConfig, write_bundle
+from service.checkpoint import DraftHeadWeights, XLoraConfig, write_bundle
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
@@ -69,6 +69,7 @@ def make_bundle(
     base_config: Mapping[str, Any] | None = None,
     with_sites: bool = True,
     gate_profile: Mapping[str, Any] | None = None,
+    draft_head: int | None = None,
 ) -> Path:
     """Write a bundle at `path` and return `path`.
 
@@ -76,6 +77,7 @@ def make_bundle(
     `ranks, targets, alphas, rslora, rank_pattern, alpha_pattern` override every expert: one value for all, or a dict
     {expert name: value}. `xlora` are XLoraConfig fields. `strength`: size of an expert's update relative to its input.
     `head`: standard deviation of the logits, about.
+    `draft_head`: the width of a random one, which drafts something else now and then.
     `architecture` is a transformers model_type; `base_config` goes to its config. The vocabulary is at least the
     tokenizer's (all 256 bytes and the special tokens), whatever `vocab` says.
     """
@@ -117,10 +119,18 @@ def make_bundle(
         xlora=config,
         classifier=make_classifier(config, sites=len(sites), experts=len(entries), generator=generator),
         gate_profile=gate_profile,
+        draft_head=None if draft_head is None else make_draft_head(hidden, draft_head, generator),
     )
     if not with_sites:
         _drop_sites(path)
     return path
+
+
+def make_draft_head(hidden: int, size: int, generator: torch.Generator) -> DraftHeadWeights:
+    """A random one, whose changes are a third of what it changes in size."""
+    up = torch.randn(size, hidden, generator=generator) / math.sqrt(hidden)
+    bias = torch.randn(size, generator=generator)
+    return DraftHeadWeights(up, bias, torch.randn(hidden, size, generator=generator) / (2 * math.sqrt(size)))
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

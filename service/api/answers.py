@@ -282,6 +282,7 @@ class Info(BaseModel):
     limits: dict[str, int]
     weights_sha256: str
     gate_profile: dict[str, Any] | None
+    draft_head: int | None = Field(description="The width of the bundle's draft head; null where it has none.")
 
 
 class ErrorDetail(BaseModel):

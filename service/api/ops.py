@@ -94,6 +94,7 @@ async def info(service: ServiceDependency) -> Response:
         },
         "weights_sha256": engine.weights_sha256,
         "gate_profile": engine.gate_profile,
+        "draft_head": engine.draft_head,
     }
     return JSONResponse(content)
 

@@ -1,6 +1,13 @@
 """Files on disk -> Checkpoint. Knows formats and validation, builds no modules; imports neither model nor engine."""
 
-from service.checkpoint.bundle import Checkpoint, ClassifierWeights, Expert, LoraWeights, load_checkpoint
+from service.checkpoint.bundle import (
+    Checkpoint,
+    ClassifierWeights,
+    DraftHeadWeights,
+    Expert,
+    LoraWeights,
+    load_checkpoint,
+)
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.live import export
 from service.checkpoint.report import describe, find_problems
@@ -10,6 +17,7 @@ from service.checkpoint.writer import write_bundle
 __all__ = [
     "Checkpoint",
     "ClassifierWeights",
+    "DraftHeadWeights",
     "Expert",
     "LoraWeights",
     "Overrides",

@@ -17,6 +17,8 @@ from service.checkpoint.base import BaseModel, read_base
 from service.checkpoint.classifier import ClassifierWeights, layer_prefixes, read_classifier
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
+from service.checkpoint.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
+from service.checkpoint.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.files import BundleRoot
 from service.checkpoint.hashes import WeightFile, WeightHasher
 from service.checkpoint.hub import is_hub_id, same_repository
@@ -30,6 +32,7 @@ from service.checkpoint.tensors import TensorFile, read_header
 __all__ = [
     "Checkpoint",
     "ClassifierWeights",
+    "DraftHeadWeights",
     "Expert",
     "LoraWeights",
     "WeightFile",
@@ -62,6 +65,7 @@ class Checkpoint:
     xlora: XLoraConfig
     classifier: ClassifierWeights
     gate_profile: dict[str, Any] | None
+    draft_head: DraftHeadWeights | None
     weights_sha256: str  # over the hashes of all weight files, sorted by label
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
@@ -132,6 +136,10 @@ def read_checkpoint(
             experts.append(_read_expert(root, folder, entry, known_base, hasher, defects))
     if overrides.base is None:
         _check_base_names(manifest, experts, defects)
+    draft_head: DraftHeadWeights | None = None
+    if manifest.draft_head is not None:
+        with defects.guard():
+            draft_head = _read_draft_head(root, manifest, manifest.draft_head, base, hasher, defects)
     classifier: ClassifierWeights | None = None
     with defects.guard():
         sites = _check_sites(manifest, experts, defects)
@@ -149,6 +157,7 @@ def read_checkpoint(
         xlora=gate.config,
         classifier=classifier,
         gate_profile=manifest.gate_profile,
+        draft_head=draft_head,
         weights_sha256=hasher.combined(),
         weight_files=tuple(hasher.files),
         layout=manifest.layout,
@@ -176,6 +185,15 @@ def _read_expert(
         weights = {}  # what the sites should be is then unknown
     hasher.add(f"experts/{entry.name}/{file.path.name}", file)
     return Expert(entry.name, entry.description, weights, config, folder)
+
+
+def _read_draft_head(
+    root: BundleRoot, manifest: Manifest, where: str, base: BaseModel | None, hasher: WeightHasher, defects: Defects
+) -> DraftHeadWeights | None:
+    folder = root.folder(where, manifest.source, "draft_head")
+    file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
+    hasher.add(f"draft_head/{file.path.name}", file)
+    return read_draft_head(file, None if base is None else base.hidden_size, defects)
 
 
 def _check_base_names(manifest: Manifest, experts: list[Expert], defects: Defects) -> None:

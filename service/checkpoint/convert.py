@@ -64,6 +64,7 @@ def convert(
             xlora=checkpoint.xlora,
             classifier=checkpoint.classifier.layers,
             gate_profile=checkpoint.gate_profile,
+            draft_head=checkpoint.draft_head,
             base=base,
         )
     return target

@@ -18,7 +18,7 @@ from service.checkpoint.files import BundleRoot
 from service.checkpoint.writer import FORMAT_VERSION
 
 FILE_NAME = "bundle.json"
-KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile")
+KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile", "draft_head")
 EXPERT_KEYS = ("name", "path", "description")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -46,6 +46,7 @@ class Manifest:
     sites: tuple[str, ...] | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
     gate_profile: dict[str, Any] | None = None
+    draft_head: str | None = None  # its folder
 
 
 def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
@@ -73,6 +74,7 @@ def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
         sites=_sites(data.get("sites"), source, defects),
         sha256=_hashes(data.get("sha256"), source, defects),
         gate_profile=profile if isinstance(profile, dict) else None,
+        draft_head=None if data.get("draft_head") is None else _text(data, "draft_head", source),
     )
 
 

@@ -42,6 +42,7 @@ def describe(checkpoint: Checkpoint) -> str:
         f"sites        S = {len(sites)} ({_module_counts(sites)}), from {origin}",
         *_classifier_lines(checkpoint),
         f"gate profile {'present' if checkpoint.gate_profile else 'absent'}",
+        f"draft head   {_draft_head(checkpoint)}",
         *_weight_lines(checkpoint),
     ]
     return "\n".join(lines)
@@ -72,6 +73,13 @@ def _classifier_lines(checkpoint: Checkpoint) -> list[str]:
     fields = checkpoint.xlora.to_dict().items()
     head = f"classifier   {len(layers)} linear layers {shapes}, {parameters:,} parameters"
     return [head, *(f"  {name:<24} {'null' if value is None else value}" for name, value in fields)]
+
+
+def _draft_head(checkpoint: Checkpoint) -> str:
+    head = checkpoint.draft_head
+    if head is None:
+        return "absent; xlora-serve distill makes one"
+    return f"{head.size} wide, {head.up.numel() + head.bias.numel() + head.down.numel():,} parameters"
 
 
 def _weight_lines(checkpoint: Checkpoint) -> list[str]:

@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import save
 
 from service.checkpoint.config import XLoraConfig
+from service.checkpoint.draft_head import FOLDER as DRAFT_HEAD_FOLDER
+from service.checkpoint.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
+from service.checkpoint.draft_head import DraftHeadWeights, write_draft_head
 
 FORMAT_VERSION = 1
 
@@ -28,6 +31,7 @@ def write_bundle(
     xlora: XLoraConfig | Mapping[str, Any],
     classifier: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     gate_profile: Mapping[str, Any] | None = None,
+    draft_head: DraftHeadWeights | None = None,
     base: str = "base",
 ) -> Path:
     """Complete the bundle at `path`, whose base and adapter folders exist; returns the path of bundle.json.
@@ -55,7 +59,19 @@ def write_bundle(
     if gate_profile is not None:
         manifest["gate_profile"] = dict(gate_profile)
     _write_json(path / "bundle.json", manifest)
+    if draft_head is not None:
+        add_draft_head(path, draft_head)
     return path / "bundle.json"
+
+
+def add_draft_head(path: Path, weights: DraftHeadWeights) -> None:
+    """Gives the bundle at `path` a draft head, in the place of one that it has. Nothing else of it changes."""
+    manifest = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
+    write_draft_head(path, weights)
+    file = f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"
+    manifest["draft_head"] = DRAFT_HEAD_FOLDER
+    manifest.setdefault("sha256", {})[file] = file_sha256(path / file)
+    _write_json(path / "bundle.json", manifest)
 
 
 def classifier_tensors(

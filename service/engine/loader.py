@@ -352,6 +352,7 @@ def _engine_info(
         },
         tokenizer_path=os.fspath(checkpoint.tokenizer_path),
         gate_profile=checkpoint.gate_profile,
+        draft_head=None if checkpoint.draft_head is None else checkpoint.draft_head.size,
     )
 
 

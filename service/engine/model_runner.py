@@ -18,7 +18,7 @@ from service.engine.sampler import SampleRow, sample, token_outputs, with_logpro
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence, Stream
 from service.engine.steering import excluded_experts, fixed_row
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
@@ -302,6 +302,7 @@ class ModelRunner:
         kv_slots: list[int] = []
         gate_slots: list[int] = []
         new_gate_slots: list[int] = []
+        is_scaling = [1] * scaling_rows + [0] * (row_count - scaling_rows)
         for s in segments:
             ids += s.share.sequence.hypothesis(s.start, s.start + s.count)
             positions += range(s.start, s.start + s.count)
@@ -312,13 +313,13 @@ class ModelRunner:
             else:
                 gate_slots += self._gate_slots(s.share.sequence, s.start, s.count)
                 new_gate_slots += [cache.scratch_slot] * s.count
-        values = [ids, positions, kv_slots, gate_slots, new_gate_slots, logit_rows, *tables]
-        sizes = [5 * row_count, *map(len, values[5:])]
+        values = [ids, positions, kv_slots, gate_slots, new_gate_slots, is_scaling, logit_rows, *tables]
+        sizes = [LINES * row_count, *map(len, values[LINES:])]
         packed = self._tensor(list(chain.from_iterable(values)))
         rows, logit_index, *views = packed.split_with_sizes(sizes)
         gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
         batch = Batch(
-            rows.view(5, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
+            rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
         )
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch

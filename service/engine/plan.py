@@ -39,11 +39,12 @@ class WeightBytes:
     base: int
     experts: int  # their stacks, and the index that spreads the gate over them
     classifier: int
+    draft_head: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.base + self.experts + self.classifier
+        return self.base + self.experts + self.classifier + self.draft_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,9 @@ def weight_bytes(model: XLoraModel) -> WeightBytes:
             base += tensor.nbytes
     quantised = (module for module in model.causal_lm.modules() if isinstance(module, QuantisedLinear))
     base += sum(module.bytes - module.get_buffer("packed").nbytes for module in quantised)
-    return WeightBytes(base, experts, sum(tensor.nbytes for _, tensor in _tensors(model.classifier)))
+    classifier = sum(tensor.nbytes for _, tensor in _tensors(model.classifier))
+    draft_head = 0 if model.draft_head is None else sum(tensor.nbytes for tensor in model.draft_head.tensors)
+    return WeightBytes(base, experts, classifier, draft_head)
 
 
 def describe_plan(plan: MemoryPlan) -> str:
@@ -150,6 +153,8 @@ def describe_plan(plan: MemoryPlan) -> str:
         f"  KV pool                  {_size(plan.pool_bytes)}  ({plan.num_blocks:,} blocks of {plan.block_size}"
         " positions, one for scratch, spare gate rows)",
     ]
+    if weights.draft_head:
+        lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")
     if plan.loading_bytes > weights.total:
         lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before any is narrowed)")
     if plan.reserve_bytes is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import LINES, AttentionGroup, Batch
 
 _FORWARD, _GATE_ROWS = 0, 1  # the first integer; a control message begins with a brace
 _WORD = 8  # bytes of an integer
@@ -52,9 +52,9 @@ def unpack_batch(frame: bytes, device: torch.device) -> Batch | None:
     row_count, scaling_rows, gated, logits, groups = numbers[1:6].tolist()
     first = 6 + groups * _GROUP_FIELDS
     heads = numbers[6:first].view(groups, _GROUP_FIELDS).tolist()
-    sizes = [5 * row_count, logits, *(segments * width for _, segments, _, width, _, _ in heads)]
+    sizes = [LINES * row_count, logits, *(segments * width for _, segments, _, width, _, _ in heads)]
     rows, logit_rows, *tables = numbers[first:].to(device).split_with_sizes(sizes)
-    batch = Batch(rows.view(5, row_count), scaling_rows, logit_rows, [], bool(gated))
+    batch = Batch(rows.view(LINES, row_count), scaling_rows, logit_rows, [], bool(gated))
     for (start, segments, queries, width, keys, needs_mask), table in zip(heads, tables, strict=True):
         positions = batch.positions[start : start + segments * queries].view(segments, queries)
         table = table.view(segments, width)

@@ -297,6 +297,7 @@ class EngineInfo:
     versions: dict[str, str]
     tokenizer_path: str  # tokenizer.json of the base
     gate_profile: dict[str, object] | None = None
+    draft_head: int | None = None  # its width
 
 
 def _added(one: list[_Number], other: list[_Number]) -> list[_Number]:

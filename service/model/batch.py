@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+LINES = 6  # of `rows`
+
 
 @dataclass(slots=True)
 class AttentionGroup:
@@ -57,7 +59,7 @@ class AttentionGroup:
 
 @dataclass(slots=True)
 class Batch:
-    """T rows. `rows` is one int64 tensor [5, T], so that a step costs one copy to the device; its lines by name below.
+    """T rows. `rows` is one int64 tensor [6, T], so that a step costs one copy to the device; its lines by name below.
 
     Scaling rows read the dummy row's gate slot, or one with another gate for them; rows that bring no scalings of their
     own to keep write to the scratch slot (kv_cache.py has both). So the rows of every step look alike, and a captured
@@ -77,9 +79,11 @@ class Batch:
     kv_slots: Tensor = field(init=False)  # where each row's key and value are written
     gate_slots: Tensor = field(init=False)  # where each row's scalings are read
     new_gate_slots: Tensor = field(init=False)  # where the scalings that a scaling row brings are written
+    is_scaling: Tensor = field(init=False)  # 1 for scaling rows, whose logits are drafts; 0 for real rows
 
     def __post_init__(self) -> None:
-        self.input_ids, self.positions, self.kv_slots, self.gate_slots, self.new_gate_slots = self.rows.unbind(0)
+        lines = self.rows.unbind(0)
+        self.input_ids, self.positions, self.kv_slots, self.gate_slots, self.new_gate_slots, self.is_scaling = lines
 
     @property
     def is_decode(self) -> bool:

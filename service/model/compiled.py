@@ -20,7 +20,7 @@ from torch.export import Dim
 
 import service.model as package
 from service.model import decode_kernels
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.compile_cache import scratch_in
 from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache, KVLayout
@@ -91,7 +91,7 @@ def _export(model: XLoraModel, layout: KVLayout, least_rows: int) -> torch.expor
     rows, gated, width = Dim("rows", min=_MIN), Dim("gated", min=_MIN), Dim("width", min=_MIN)
     pool, gate_rows = [{0: Dim("blocks")}] * layout.layers, {0: Dim("slots")}
     cache = KVCache.allocate(layout, 8, model.dummy_row)
-    example = [torch.zeros(shape, dtype=torch.int64) for shape in ((5, 7), (4,), (7, 5))]
+    example = [torch.zeros(shape, dtype=torch.int64) for shape in ((LINES, 7), (4,), (7, 5))]
     with torch.no_grad():
         return torch.export.export(
             DecodeStep(model, least_rows, kernels=_has_kernels(model)),
@@ -139,7 +139,7 @@ class CompiledStep:
             none = torch.zeros(count, dtype=torch.int64)
             slots = [none + cache.dummy_slot, none + cache.scratch_slot]
             group = AttentionGroup(0, count, 1, none[:, None], none[:, None], block_size, needs_mask=True)
-            self.forward(Batch(torch.stack([none, none, none, *slots]), 1, none, [group]), cache)
+            self.forward(Batch(torch.stack([none, none, none, *slots, none]), 1, none, [group]), cache)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
@@ -161,7 +161,7 @@ class CompiledStep:
 
 
 def _with_idle_row(rows: Tensor, kv_cache: KVCache) -> Tensor:
-    """rows [5, 1] and one more, whose keys, values and scalings are thrown away."""
+    """rows [6, 1] and one more, whose keys, values and scalings are thrown away."""
     scratch = kv_cache.scratch_slot
-    idle = torch.tensor([[0], [0], [scratch], [kv_cache.dummy_slot], [scratch]])
+    idle = torch.tensor([[0], [0], [scratch], [kv_cache.dummy_slot], [scratch], [0]])
     return torch.cat([rows, idle], 1)

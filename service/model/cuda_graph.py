@@ -86,10 +86,10 @@ class CapturedSteps:
         self.row_buckets = buckets(1, 2, max_rows)
         self.width_buckets = buckets(-(-_SMALLEST_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
         scratch = kv_cache.scratch_slot
-        # token, position, KV slot, gate slot, new gate slot of a row whose outcome nobody reads
-        idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch], device=model.device)
+        # token, position, KV slot, gate slot, new gate slot, is scaling: a row whose outcome nobody reads
+        idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch, 0], device=model.device)
         self._idle = idle[:, None]
-        self._rows = self._idle.repeat(1, max_rows)  # int64 [5, rows]
+        self._rows = self._idle.repeat(1, max_rows)  # int64 [6, rows]
         # Where no table is written, any block will do: positions hide it.
         self._tables = torch.full(
             (max_rows, self.width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=model.device

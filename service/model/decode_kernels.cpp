@@ -788,6 +788,16 @@ inline void gated_product(float* g, const float* u, int64_t count) {
     for (; i < count; i++) g[i] = silu(Vec{} + g[i])[0] * u[i];
 }
 
+// In place of x [count].
+inline void silu(float* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vec value = silu(load(x + i));
+        std::memcpy(x + i, &value, sizeof value);
+    }
+    for (; i < count; i++) x[i] = silu(Vec{} + x[i])[0];
+}
+
 // ---- what AOTInductor calls ----------------------------------------------------------------------------------------
 
 // A tensor that somebody else owns; none where there is no handle.
@@ -1292,6 +1302,48 @@ Given decode_scalings(
     return checked(error, result);
 }
 
+// ---- the draft head: h + D silu(U h + b) of scaling rows ---------------------------------------------------------------
+
+// rows [L] of hidden [T, H], the first `scaling_rows` of which draft; tensors U [R, H], b [R], D [H, R] -> [L, H]
+Given decode_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vector<Given> tensors) {
+    const Tensor hidden(hidden_.get()), rows(rows_.get()), none(static_cast<AtenTensorHandle>(nullptr));
+    if (hidden.dims() != 2 || !hidden.has(aoti_torch_dtype_float32()) || !hidden.is_dense(2) || !is_index(rows) ||
+        tensors.size() != 3)
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const Linear up{Tensor(tensors[0].get()), Tensor(tensors[1].get()), none, none, {}, 0};
+    const Linear down{Tensor(tensors[2].get()), none, none, none, {}, 0};
+    const int64_t width = hidden.size(1);
+    if (up.weight.dims() != 2 || down.weight.dims() != 2 || !is_sound(up, hidden) || !is_sound(down, hidden) ||
+        up.depth() != width || down.width() != width || up.width() != down.depth())
+        return checked(AOTI_TORCH_FAILURE, nullptr);
+    const int64_t count = rows.numel(), sizes[] = {count, width};
+    AtenTensorHandle result = nullptr;
+    const AOTITorchError error = new_tensor(hidden, 2, sizes, &result);
+    if (error != AOTI_TORCH_SUCCESS) return checked(error, result);
+    float* const seen = Tensor(result).data<float>();
+    const Floats floats(count * (2 * width + up.width()));
+    float* const drafts = floats.data();
+    float* const changes = drafts + count * width;
+    float* const between = changes + count * width;
+    int64_t drafting = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t row = rows.data<int64_t>()[i];
+        std::copy_n(hidden.data<float>() + row * width, width, seen + i * width);
+        if (row < scaling_rows) std::copy_n(seen + i * width, width, drafts + drafting++ * width);
+    }
+    if (!drafting) return checked(error, result);
+    linear_of(drafts, drafting, up, between);
+    silu(between, drafting * up.width());
+    linear_of(between, drafting, down, changes);
+    const float* change = changes;
+    for (int64_t i = 0; i < count; i++) {
+        if (rows.data<int64_t>()[i] >= scaling_rows) continue;
+        for (int64_t k = 0; k < width; k++) seen[i * width + k] += change[k];
+        change += width;
+    }
+    return checked(error, result);
+}
+
 // ---- a decoder layer: h = x + O attention(rotated Q n, rotated K n, V n), y = h + D (silu(G m) * U m), n and m normed
 
 // In the order in which decode_kernels.py gives them; what is missing is empty there.
@@ -1417,6 +1469,7 @@ Given decode_layer(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
+    library.impl("decode_drafting", TORCH_BOX(&decode_drafting));
     library.impl("decode_layer", TORCH_BOX(&decode_layer));
     library.impl("decode_scalings", TORCH_BOX(&decode_scalings));
     library.impl("decode_spread", TORCH_BOX(&decode_spread));

@@ -8,6 +8,7 @@
     decode_norm              y = x / sqrt(mean(x^2) + eps) * weight
     decode_spread            the stored scalings of rows, at every rank
     decode_scalings          the classifier, and its scalings into where they are stored
+    decode_drafting          rows as the head is to see them (draft_head.py)
     decode_layer             a whole decoder layer of the commonest kind, made of all of these (fused_decoder.py)
 
 AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
@@ -98,6 +99,7 @@ _library.define(
     "decode_scalings(Tensor hidden, Tensor[] layers, bool relu, float? temperature, Tensor(a!) gate_rows, Tensor slots,"
     " int rows) -> Tensor"
 )
+_library.define("decode_drafting(Tensor hidden, Tensor rows, int scaling_rows, Tensor[] tensors) -> Tensor")
 _decode_linear = torch.ops.xlora.decode_linear.default
 _decode_siblings = torch.ops.xlora.decode_siblings.default
 _decode_attention = torch.ops.xlora.decode_attention.default
@@ -107,6 +109,7 @@ _decode_norm = torch.ops.xlora.decode_norm.default
 _decode_layer = torch.ops.xlora.decode_layer.default
 _decode_spread = torch.ops.xlora.decode_spread.default
 _decode_scalings = torch.ops.xlora.decode_scalings.default
+_decode_drafting = torch.ops.xlora.decode_drafting.default
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -213,6 +216,14 @@ def scalings(
     return y
 
 
+def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[Tensor]) -> Tensor:
+    """`rows` [L] of hidden [T, H], of which the first `scaling_rows` are scaling rows -> what the head is to see of
+    them, [L, H]. `tensors` are DraftHead's.
+    """
+    y: Tensor = _decode_drafting(hidden, rows, scaling_rows, tensors)
+    return y
+
+
 def traced_attention(
     rows: Tensor,  # [N, heads, head_dim]
     group: AttentionGroup,
@@ -253,7 +264,7 @@ def self_attention(
 
 
 TRACED = Kernels(linear=adapted_linear)
-PREFILL = Kernels(spread=spread, scalings=scalings)
+PREFILL = Kernels(spread=spread, scalings=scalings, drafting=drafting)
 PREFILL_FEW_ROWS = replace(PREFILL, linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
 EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
 EAGER = replace(PREFILL, rotate=rotate, norm=norm)

@@ -2,7 +2,7 @@
 
 Every row is a segment of its own, so any number of requests, scaling rows and real rows alike, is one call:
 
-    rows [5, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], gate logits [T, S, E]
+    rows [6, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], gate logits [T, S, E]
 
 Prefill, where a segment has many rows, stays with XLoraModel.forward.
 """
@@ -38,6 +38,7 @@ class DecodeStep(nn.Module):
         self.causal_lm = model.causal_lm
         self.classifier = model.classifier
         self.gate = model.gate
+        self.draft_head = model.draft_head
         self._model = (model,)  # in a tuple, so that it is not a second way to the same tensors
 
     def forward(

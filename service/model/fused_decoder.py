@@ -3,7 +3,7 @@
     x = embedding of the tokens
     h = x + O attention(rotated Q n, rotated K n, V n)     n = norm(x)     in every layer; Q n and K n may have norms
     x = h + D (silu(G m) * U m)                            m = norm(h)
-    logits = head(norm(x))
+    logits = head(norm(x))                                 by way of the draft head in scaling rows
 
 Which decoders compute that shows in what they return, not in their names: one is run on a few tokens, at positions up
 to the last it knows, with its own modules and an attention that only writes down how it was called, and compared with
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.batch import Batch
+from service.model.draft_head import DraftHead
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache
 from service.model.linear import PlainLinear, XLoraLinear
@@ -95,18 +96,23 @@ class FusedDecoder:
         """Takes the tensors as they are now: nobody replaces them any more."""
         self._calls = [self._call(layer, how) for layer, how in zip(self._layers, self._ways, strict=True)]
 
-    def forward(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor, draft_head: DraftHead | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [L, V] of `logit_rows`, last hidden state [T, H], under the gate as it is set."""
         gate = self._gate
-        kernel = gate.kernels.layer
+        kernel, drafting = gate.kernels.layer, gate.kernels.drafting
         assert kernel is not None, "no kernel for layers"
+        assert drafting is not None, "no kernel for drafts"
         x = self._embed(batch.input_ids[None])
         cos, sin = self._rotation(batch)
         spread, first_row = gate.spread, gate.first_row
         for number, (tensors, offsets, *how) in enumerate(self._calls):
             x = kernel(x, tensors, spread, offsets, first_row, cos, sin, batch, number, kv_cache, *how)
         hidden: Tensor = self._norm(x)[0]
-        return self._head(hidden.index_select(0, logit_rows)), hidden
+        if draft_head is None:
+            return self._head(hidden.index_select(0, logit_rows)), hidden
+        return self._head(drafting(hidden, logit_rows, batch.num_scaling_rows, draft_head.tensors)), hidden
 
     def _rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """cos and sin [1, T, head_dim] of the rows' positions."""

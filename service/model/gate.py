@@ -27,6 +27,7 @@ class Kernels:
     layer: Callable[..., Tensor] | None = None
     spread: Callable[[Tensor, Tensor, Tensor, int, float], Tensor] | None = None
     scalings: Callable[[Tensor, Sequence[Tensor], bool, float | None, Tensor, Tensor, int], Tensor] | None = None
+    drafting: Callable[[Tensor, Tensor, int, Sequence[Tensor]], Tensor] | None = None
 
 
 NO_KERNELS = Kernels()

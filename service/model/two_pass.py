@@ -4,7 +4,7 @@
     real pass      the same with the scalings
 
 Knows transformers' modules and the checkpoint; shares no code with what serves requests but the classifier's formula.
-`xlora-serve check --verify` compares with it.
+`xlora-serve check --verify` compares with it, `xlora-serve distill` learns from it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from service.checkpoint import Checkpoint, Expert
 from service.model.classifier import Classifier
@@ -35,7 +36,7 @@ class TwoPassModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-        self.causal_lm = causal_lm.to(device).eval()
+        self.causal_lm = causal_lm.to(device).eval().requires_grad_(False)
         self.sites = resolve_sites(checkpoint, self.causal_lm)
         self.gate: Tensor | None = None  # [T, S, E] of the pass under way
         experts = len(checkpoint.experts)
@@ -43,15 +44,49 @@ class TwoPassModel:
         for number, site in enumerate(self.sites):
             self.causal_lm.get_submodule(site).register_forward_hook(self._hook(number, site))
 
-    @torch.inference_mode()
     def forward(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Logits [T, V] and scalings [T, S, E] of the text, T tokens."""
-        ids = torch.tensor([list(tokens)], device=self.causal_lm.device)
-        shape = (len(tokens), len(self.sites), -1)
-        self.gate = self.classifier.dummy_row().to(ids.device)[None].expand(shape)
-        hidden = self.causal_lm(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
-        self.gate = self.classifier(hidden[0]).expand(shape)
-        return self.causal_lm(input_ids=ids, use_cache=False).logits[0], self.gate
+        scalings = self.scalings(self.scaling_pass(tokens))
+        return self.real_pass(tokens, scalings), scalings
+
+    @torch.inference_mode()
+    def scaling_pass(self, tokens: Sequence[int]) -> Tensor:
+        """The last hidden state [T, H], after the final norm."""
+        self.gate = self._dummy_rows(len(tokens))
+        ids = self._ids(tokens)
+        hidden: Tensor = self.causal_lm(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        return hidden[0]
+
+    @torch.inference_mode()
+    def scalings(self, hidden: Tensor) -> Tensor:
+        """hidden [T, H] of the scaling pass -> [T, S, E]."""
+        rows: Tensor = self.classifier(hidden)
+        return rows.expand(len(hidden), len(self.sites), -1)
+
+    @torch.inference_mode()
+    def real_pass(self, tokens: Sequence[int], scalings: Tensor) -> Tensor:
+        """Logits [T, V]."""
+        self.gate = scalings
+        logits: Tensor = self.causal_lm(input_ids=self._ids(tokens), use_cache=False).logits
+        return logits[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> logits [n, V], as the scaling pass has them; gradients go through it."""
+        self.gate = self._dummy_rows(len(hidden))
+        prefix = self.causal_lm.base_model_prefix
+        decoder = getattr(self.causal_lm, prefix)
+        setattr(self.causal_lm, prefix, _Given(hidden.to(self.causal_lm.dtype)[None]))
+        try:
+            logits: Tensor = self.causal_lm(input_ids=self._ids([0] * len(hidden)), use_cache=False).logits
+        finally:
+            setattr(self.causal_lm, prefix, decoder)
+        return logits[0].float()
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self.causal_lm.device)
+
+    def _dummy_rows(self, count: int) -> Tensor:
+        return self.classifier.dummy_row().to(self.causal_lm.device)[None].expand(count, len(self.sites), -1)
 
     def _hook(self, number: int, site: str) -> Any:
         """Adds global_scaling_weight * sum_e g[e] * scale_e * B_e A_e x to the module's output."""
@@ -65,6 +100,17 @@ class TwoPassModel:
             return output
 
         return add_experts
+
+
+class _Given(nn.Module):
+    """Stands where the decoder is, and has computed already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden  # [1, n, H]
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 def _update(expert: Expert, site: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,7 @@ from service.model import decode_kernels
 from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
+from service.model.draft_head import DraftHead
 from service.model.experts import stack_experts
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.fused_decoder import FusedDecoder
@@ -45,16 +46,18 @@ from service.model.targets import adapt, refusal, replace_linears
 
 
 class _HiddenStateTap(nn.Module):
-    """Stands where the causal LM keeps its decoder, and remembers the last hidden state that went to the head."""
+    """Stands where the causal LM keeps its decoder, and remembers the last hidden state before the head."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
         self.last_hidden_state: Tensor | None = None  # [1, T, H], after the final norm
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self.decoder(*args, **kwargs)
+    def forward(self, *args: Any, batch: Batch, draft_head: DraftHead | None = None, **kwargs: Any) -> Any:
+        outputs = self.decoder(*args, batch=batch, **kwargs)
         self.last_hidden_state = outputs.last_hidden_state
+        if draft_head is not None:
+            outputs.last_hidden_state = draft_head(outputs.last_hidden_state, batch.is_scaling)
         return outputs
 
 
@@ -87,6 +90,9 @@ class XLoraModel:
         self.sites = resolve_sites(checkpoint, causal_lm if shards is None else shards.skeleton)
         experts, sites = len(self.expert_names), len(self.sites)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, sites, device)
+        self.draft_head: DraftHead | None = None
+        if checkpoint.draft_head is not None:
+            self.draft_head = DraftHead(checkpoint.draft_head, device=device, dtype=dtype)
         self.gate = self._swap_linears(checkpoint, causal_lm, shards)
         replace_norms(causal_lm, dtype, self.gate)
         self._fused: FusedDecoder | None = None
@@ -204,7 +210,7 @@ class XLoraModel:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
         if self._fused is not None and self.gate.kernels.layer is not None and isinstance(logit_rows, Tensor):
             self.gate.logit_rows = logit_rows
-            return self._fused.forward(batch, kv_cache, logit_rows)
+            return self._fused.forward(batch, kv_cache, logit_rows, self.draft_head)
         rows = batch.rows
         of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
         self.gate.logit_rows = of_head
@@ -215,6 +221,7 @@ class XLoraModel:
             logits_to_keep=logit_rows,
             batch=batch,
             kv_cache=kv_cache,
+            draft_head=self.draft_head,
         ).logits[0]
         assert self._tap.last_hidden_state is not None
         hidden = self._tap.last_hidden_state[0]

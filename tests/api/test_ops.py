@@ -62,6 +62,7 @@ def test_info(http: TestClient) -> None:
     assert (info["n_classes"], info["n_layers"], info["sites"]) == (3, 2, SITES)
     assert info["limits"]["max_model_len"] == 96
     assert len(info["dummy_row"]) == 2
+    assert info["draft_head"] is None
 
 
 def test_tokenize_and_back(http: TestClient) -> None:

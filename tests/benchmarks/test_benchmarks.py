@@ -17,8 +17,9 @@ from benchmarks import common, observability, suite, vs_mistralrs
 from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
+from service.checkpoint.writer import add_draft_head
 from service.engine.options import EngineOptions
-from tests.bundles import make_bundle
+from tests.bundles import make_bundle, make_draft_head
 from tests.oracle import PeftOracle
 from tests.proxy import MISSING, installed
 
@@ -130,15 +131,24 @@ def test_script_forces_drafts(bundle, agree, steps):
     assert len(set(run.tokens["0"])) == 16
 
 
-def test_agreement_predicts_the_forwards(bundle):
-    """a, measured on whole texts by transformers and PEFT, is what the engine's steps come to: 2 + (N - 1)(2 - a)."""
-    engine = make_engine(bundle)
-    engine._scheduler.row_cost = 0.0  # drafts always
-    run = run_engine(engine, [PROMPT], 32)
-    a, guessed = Agreement(bundle).of(PROMPT, run.tokens["0"])
-    assert guessed
-    assert 0 < a < 1
-    assert run.steps == round(2 + 31 * (2 - a))
+def test_agreement_predicts_the_forwards(bundle, tmp_path):
+    """a, measured on whole texts by transformers and PEFT, is what the engine's steps come to: 2 + (N - 1)(2 - a).
+    With a draft head and without.
+    """
+    found = []
+    for draft_head in (None, make_draft_head(32, 8, torch.Generator().manual_seed(1))):
+        path = shutil.copytree(bundle, tmp_path / f"bundle-{draft_head is None}")
+        if draft_head is not None:
+            add_draft_head(path, draft_head)
+        engine = make_engine(path)
+        engine._scheduler.row_cost = 0.0  # drafts always
+        run = run_engine(engine, [PROMPT], 32)
+        a, a_alone, guessed = Agreement(path).of(PROMPT, run.tokens["0"])
+        assert guessed
+        assert 0 < a < 1
+        assert run.steps == round(2 + 31 * (2 - a))
+        found += [a, a_alone]
+    assert found[0] == found[1] == found[3] != found[2]
 
 
 def test_a_cost_is_found_amid_noise_that_a_round_shares():

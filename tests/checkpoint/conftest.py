@@ -13,9 +13,10 @@ from tests.checkpoint.damage import edit_json
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never modified. Depth 3 and layerwise, so that every kind of classifier tensor exists."""
+    """Never modified. Depth 3 and layerwise, so that every kind of classifier tensor exists; a draft head."""
     path = tmp_path_factory.mktemp("pristine") / "tiny"
-    return make_bundle(path, xlora={"xlora_depth": 3, "layerwise_scalings": True}, gate_profile={"entropy": 0.5})
+    xlora = {"xlora_depth": 3, "layerwise_scalings": True}
+    return make_bundle(path, xlora=xlora, gate_profile={"entropy": 0.5}, draft_head=6)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ ADAPTER = "experts/alpha/adapter_config.json"
 EXPERT = "experts/alpha/adapter_model.safetensors"
 CONFIG = "classifier/xlora_config.json"
 GATE = "classifier/xlora_classifier.safetensors"
+DRAFT = "draft_head/draft_head.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 NAN, INF = float("nan"), float("inf")
 
@@ -115,6 +116,48 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "gate_profile of a wrong type": (
         set_json(BUNDLE, gate_profile=1),
         ["gate_profile: expected an object", "found 1"],
+    ),
+    # the draft head
+    "draft_head of a wrong type": (
+        set_json(BUNDLE, draft_head=["draft_head"]),
+        [BUNDLE, "draft_head: expected a non-empty string, found ['draft_head']"],
+    ),
+    "draft_head that is not there": (
+        set_json(BUNDLE, draft_head="elsewhere"),
+        [BUNDLE, "draft_head: expected a folder at", "found nothing"],
+    ),
+    "draft_head outside": (
+        set_json(BUNDLE, draft_head="../elsewhere"),
+        ["draft_head", "outside the bundle"],
+    ),
+    "draft head without its file": (remove(DRAFT), [DRAFT, "expected a file, found nothing"]),
+    "draft head without a tensor": (
+        set_tensor(DRAFT, "up.bias", None),
+        [DRAFT, "missing tensor 'up.bias'"],
+    ),
+    "draft head with another tensor": (
+        set_tensor(DRAFT, "down.bias", torch.zeros(32)),
+        [DRAFT, "unexpected tensor 'down.bias'", "up.weight, up.bias, down.weight"],
+    ),
+    "draft head of another base": (
+        set_tensor(DRAFT, "up.weight", torch.zeros(6, 48)),
+        [DRAFT, "tensor 'up.weight': expected shape [any, 32], found [6, 48]"],
+    ),
+    "draft head of no width": (
+        set_tensor(DRAFT, "up.weight", torch.zeros(0, 32)),
+        [DRAFT, "tensor 'up.weight': expected shape [any, 32], found [0, 32]"],
+    ),
+    "draft head with a bias for another width": (
+        set_tensor(DRAFT, "up.bias", torch.zeros(7)),
+        [DRAFT, "tensor 'up.bias': expected shape [6], found [7]"],
+    ),
+    "draft head the wrong way round": (
+        set_tensor(DRAFT, "down.weight", torch.zeros(6, 32)),
+        [DRAFT, "tensor 'down.weight': expected shape [32, 6], found [6, 32]"],
+    ),
+    "NaN in the draft head": (
+        poison(DRAFT, "down.weight", NAN),
+        [DRAFT, "tensor 'down.weight'", "found NaN"],
     ),
     "hash of a wrong type": (
         set_json(BUNDLE, sha256={BASE: "12"}),
@@ -511,7 +554,7 @@ def test_no_folder_and_a_file_instead_of_a_folder(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "file")
 
 
-@pytest.mark.parametrize("file", [BUNDLE, ADAPTER, EXPERT, CONFIG, GATE, "base/config.json", BASE])
+@pytest.mark.parametrize("file", [BUNDLE, ADAPTER, EXPERT, CONFIG, GATE, "base/config.json", BASE, DRAFT])
 def test_random_damage_never_escapes_as_another_exception(bundle: Path, file: str) -> None:
     """Flipped bytes, cuts and insertions: the bundle loads or the error is ours, on one line."""
     generator = random.Random(file)
@@ -539,7 +582,8 @@ def test_summary(pristine: Path) -> None:
         "softmax_temperature      1.0",
         "top_k_lora               null",
         "gate profile present",
-        "5 files",
+        "draft head   6 wide, 390 parameters",
+        "6 files",
         "all match bundle.json",
     ):
         assert fragment in text

@@ -188,6 +188,7 @@ def test_verify_hashes_off_does_not_read_the_base(hashed: Path) -> None:
         "experts/alpha/adapter_model.safetensors",
         "experts/beta/adapter_model.safetensors",
         "experts/gamma/adapter_model.safetensors",
+        "draft_head/draft_head.safetensors",
     ]
 
 
@@ -219,7 +220,7 @@ def test_two_experts_may_share_one_adapter(hashed: Path) -> None:
     edit_json("bundle.json", lambda data: data["sha256"].pop("classifier/xlora_classifier.safetensors"))(hashed)
     checkpoint = load_checkpoint(hashed)
     assert set(checkpoint.experts[1].weights) == set(checkpoint.experts[2].weights)
-    assert [file.verified for file in checkpoint.weight_files] == [True, False, True, True, True]
+    assert [file.verified for file in checkpoint.weight_files] == [True, False, True, True, True, True]
 
 
 def test_writer_is_idempotent(hashed: Path) -> None:
@@ -233,12 +234,13 @@ def test_writer_is_idempotent(hashed: Path) -> None:
         xlora=checkpoint.xlora,
         classifier=checkpoint.classifier.layers,
         gate_profile=checkpoint.gate_profile,
+        draft_head=checkpoint.draft_head,
     )
     assert (hashed / "bundle.json").read_bytes() == before
 
 
 def test_builder_is_seeded_and_its_tokenizer_is_complete(pristine: Path, tmp_path: Path) -> None:
-    again = make_bundle(tmp_path / "tiny", xlora={"xlora_depth": 3, "layerwise_scalings": True})
+    again = make_bundle(tmp_path / "tiny", xlora={"xlora_depth": 3, "layerwise_scalings": True}, draft_head=6)
     assert load_checkpoint(again).weights_sha256 == load_checkpoint(pristine).weights_sha256
     tokenizer = AutoTokenizer.from_pretrained(again / "base")
     text = "naïve 日本語 😀 zebra\n"

@@ -78,8 +78,8 @@ def test_drain_refuses_new_requests_and_cuts_off_at_its_end(tiny_bundle: Path) -
     """While it drains the server still answers: 503 with Retry-After to the new. What takes too long hears why."""
 
     async def scene(running: Server) -> tuple[int, str]:
-        long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
-        reader, writer = await send(running.port, long)
+        body = {"prompt": [5, 6, 7], "max_tokens": 900, "n": 16, "ignore_eos": True, "stream": True}
+        reader, writer = await send(running.port, json.dumps(body).encode())
         await reader.readuntil(b"data: ")
         running.process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.15)

@@ -43,6 +43,12 @@ class Choice:
         return [token.id for token in self.token_outputs]
 
     @property
+    def drafts(self) -> tuple[int, int]:
+        """Of the scaling pass: how many were kept and how many dropped."""
+        assert self.usage is not None
+        return self.usage.draft_hits, self.usage.draft_misses
+
+    @property
     def rows(self) -> int:
         return sum(len(mean) for mean in self.means)
 

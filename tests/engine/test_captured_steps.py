@@ -64,6 +64,7 @@ def assert_same(ours: Run, expected: Run) -> None:
     assert ours.choices.keys() == expected.choices.keys()
     for key, choice in expected.choices.items():
         assert ours[key].tokens == choice.tokens
+        assert ours[key].drafts == choice.drafts
         np.testing.assert_allclose(ours[key].full, choice.full, atol=1e-5)
 
 

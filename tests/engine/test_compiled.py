@@ -75,7 +75,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Stored in bfloat16, in which linears and experts stay where it is run as it is stored; variants are wide."""
     xlora = {"xlora_depth": 2, "layerwise_scalings": True}
     scales = {"alphas": 8, "rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "ranks": 4}
-    return Tiny(tmp_path_factory.mktemp("tiny") / "kept", xlora=xlora, strength=0.3, dtype=torch.bfloat16, **scales)
+    return Tiny(
+        tmp_path_factory.mktemp("tiny") / "kept",
+        xlora=xlora,
+        strength=0.3,
+        dtype=torch.bfloat16,
+        draft_head=8,
+        **scales,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +149,7 @@ def test_equals_eager(compiled: Compiled, lookahead: bool, count: int) -> None:
     before = compiled.calls
     ours = run(compiled.build(lookahead=lookahead), requests)
     assert_same(ours, expected)
+    assert [one.drafts for one in ours.choices.values()] == [one.drafts for one in expected.choices.values()]
     assert compiled.calls - before > 20, "the compiled step was not used"
 
 

@@ -136,7 +136,7 @@ def test_families(pair: Pair, tmp_path: Path, family: str) -> None:
 
 
 def test_a_step_survives_its_frame() -> None:
-    rows = torch.arange(35).view(5, 7)
+    rows = torch.arange(42).view(6, 7)
     tables = torch.tensor([[3, 4], [5, 6]]), torch.tensor([[1]])
     groups = [
         AttentionGroup(0, 2, 3, rows[1][:6].view(2, 3), tables[0], 8, True),

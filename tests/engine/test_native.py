@@ -51,7 +51,17 @@ class Calls:
         self.count = dict.fromkeys(
             [
                 f"_decode_{name}"
-                for name in ("linear", "siblings", "self_attention", "rotate", "norm", "layer", "spread", "scalings")
+                for name in (
+                    "linear",
+                    "siblings",
+                    "self_attention",
+                    "rotate",
+                    "norm",
+                    "layer",
+                    "spread",
+                    "scalings",
+                    "drafting",
+                )
             ],
             0,
         )
@@ -75,6 +85,7 @@ def assert_same(ours: Run, expected: Run) -> None:
     assert ours.choices.keys() == expected.choices.keys()
     for key, choice in expected.choices.items():
         assert ours[key].tokens == choice.tokens
+        assert ours[key].drafts == choice.drafts
         np.testing.assert_allclose(ours[key].full, choice.full, atol=1e-4)
 
 

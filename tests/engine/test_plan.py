@@ -29,7 +29,9 @@ def plan_of(options: EngineOptions, gpu_bytes: int | None = None) -> Any:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A head that is the embedding, biases, and experts that differ in rank and site."""
     base = {"tie_word_embeddings": True, "attention_bias": True}
-    return make_bundle(tmp_path_factory.mktemp("plan") / "tied", base_config=base, xlora={"xlora_depth": 3})
+    return make_bundle(
+        tmp_path_factory.mktemp("plan") / "tied", base_config=base, xlora={"xlora_depth": 3}, draft_head=4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,9 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) 
 def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
     """The oracle of the count itself: storages by address, so that nothing shared is counted twice."""
     model = loader.load_engine(EngineOptions(str(tied), "cpu", threads=1))._runner.model
-    tensors = [
-        tensor for module in (model.causal_lm, model.classifier) for tensor in (*module.parameters(), *module.buffers())
-    ]
+    assert model.draft_head is not None
+    modules = model.causal_lm, model.classifier, model.draft_head
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     assert weight_bytes(model).total == sum(storages.values())
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from service.engine.options import EngineOptions
 from service.model import decode_kernels
 from service.model.attention import sdpa
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
 from tests.model.test_classifier import E, H, build
@@ -165,7 +165,7 @@ def self_attention(query: Tensor, cache: KVCache, table: Tensor, positions: Tens
     expected = [one.clone() for one in pool]
     for one in pool:
         one[slots] = float("nan")
-    rows = torch.zeros(5, len(positions), dtype=torch.int64)
+    rows = torch.zeros(LINES, len(positions), dtype=torch.int64)
     rows[1], rows[2] = positions, slots
     batch = Batch(rows, 0, slots, [AttentionGroup(0, len(positions), 1, positions[:, None], table, 701, True)])
     wide = torch.randn(1, 2, *query.shape, dtype=query.dtype)  # rows and heads do not lie side by side

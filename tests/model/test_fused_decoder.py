@@ -64,7 +64,8 @@ def step(model: XLoraModel, rows: int, scaling_rows: int, *, kernels: bool) -> t
     read = torch.where(torch.arange(rows) < scaling_rows, cache.dummy_slot, slots)
     group = AttentionGroup(0, rows, 1, positions[:, None], table, WIDTH * BLOCK_SIZE, needs_mask=True)
     wanted = torch.randperm(rows, generator=generator)[: max(1, rows // 2)]
-    batch = Batch(torch.stack([ids, positions, slots, read, new]), scaling_rows, wanted, [group], kernels=kernels)
+    lines = torch.stack([ids, positions, slots, read, new, (torch.arange(rows) < scaling_rows).long()])
+    batch = Batch(lines, scaling_rows, wanted, [group], kernels=kernels)
     return model.forward(batch, cache), cache
 
 

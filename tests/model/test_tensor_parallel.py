@@ -58,7 +58,7 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Those of ONE_OF_EACH, or the rest."""
     root = tmp_path_factory.mktemp("bundles")
     xlora = {"xlora_depth": 2, "layerwise_scalings": True, "scaling_pass_value": 0.1}
-    shared = {"experts": ["math", "bio"], "xlora": xlora, "strength": 0.3, "head": 2.0}
+    shared = {"experts": ["math", "bio"], "xlora": xlora, "strength": 0.3, "head": 2.0, "draft_head": 4}
     return {
         name: make_bundle(root / name, architecture=architecture, **shared, **options)
         for name, (architecture, options) in BUNDLES.items()

@@ -127,6 +127,7 @@ class OneRequest:
             [slot for row in rows for slot in self.slots(*row)],
             [self.cache.dummy_slot] * scaling_rows + self.slots(self.real_blocks, *real),
             self.slots(self.real_blocks, *scaling) + [self.cache.scratch_slot] * real_rows,
+            [1] * scaling_rows + [0] * real_rows,
         ]
         logit_rows = torch.arange(scaling_rows, scaling_rows + real_rows)
         return Batch(torch.tensor(rows_of, dtype=torch.int64), scaling_rows, logit_rows, groups)

@@ -1,0 +1,87 @@
+"""xlora-serve distill DIR: teaches a bundle's scaling pass to draft what its real pass will say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from service.checkpoint import Overrides, load_checkpoint
+from service.checkpoint.writer import add_draft_head
+from service.cli import given_settings
+from service.engine.distill import distill
+from service.engine.options import EngineOptions
+from service.errors import CheckpointError, SettingsError
+from service.settings import load_settings
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the draft head into the bundle, unless it drafts no better than the scaling pass does alone: then 1."""
+    settings = load_settings(given_settings(arguments))
+    texts = read_prompts(Path(arguments.prompts))
+    folder = Path(arguments.directory)
+    with Console(stderr=True).status(f"reading {folder}") as status:
+        checkpoint = load_checkpoint(
+            folder,
+            overrides=Overrides.parse(settings.base, [], None),
+            allow_outside=settings.allow_outside,
+            on_progress=status.update,
+        )
+        if checkpoint.layout != "bundle" or not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: only a bundle can have a draft head", hint="xlora-serve convert makes one"
+            )
+        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+        options = EngineOptions(
+            str(folder),
+            base=settings.base,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+            allow_outside=settings.allow_outside,
+        )
+        made = distill(
+            checkpoint,
+            options,
+            [tokenizer.encode(text).ids for text in texts],
+            max_tokens=arguments.max_tokens,
+            size=arguments.size,
+            on_progress=status.update,
+        )
+    found = f"agreement on {made.held_out:,} positions that it has not seen {made.before:.3f} -> {made.after:.3f}"
+    sys.stdout.write(f"draft head   {made.weights.size} wide, from {made.positions:,} positions: {found}\n")
+    if made.after <= made.before:
+        sys.stdout.write("nothing written: the scaling pass drafts as well without it\n")
+        return 1
+    add_draft_head(folder, made.weights)
+    sys.stdout.write(
+        f"             written to {folder}; forwards per token {2 - made.before:.2f} -> {2 - made.after:.2f}\n"
+    )
+    return 0
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line, as plain text or as JSON Lines with `prompt`. Raises SettingsError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--prompts {path}: {error}") from error
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)["prompt"] if line.strip() else None
+        except (ValueError, KeyError, TypeError):
+            prompt = 0
+        if isinstance(prompt, str) and prompt:
+            prompts.append(prompt)
+        elif prompt is not None:
+            raise SettingsError(
+                f'--prompts {path}, line {number}: expected an object with a text "prompt", found {line:.60}'
+            )
+    return prompts
