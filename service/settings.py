@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (drafts are exact, and faster)")
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     native_kernels: bool = Field(
-        True, description="C++ kernels in decode steps (CPU; built in the background the first time, needs g++)"
+        True, description="C++ kernels (CPU; built in the background the first time, needs g++)"
     )
     compile: bool = Field(
         False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"

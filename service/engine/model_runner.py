@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 import torch
@@ -28,7 +28,8 @@ from service.model.xlora_model import ForwardOutput, XLoraModel
 
 logger = logging.getLogger(__name__)
 
-_MOST_SPLIT_ROWS = 16  # longer segments are not worth gathering their keys once per row
+_NEAR_BYTES = 4 << 20  # keys and values of a stream in one layer, as far as they may be read again for each of its rows
+_MOST_COMPILED_ROWS = 64  # eager kernels are faster with more
 _MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
@@ -80,6 +81,8 @@ class ModelRunner:
         self.leader: Leader | None = None  # of a tensor-parallel group
         self.logs_scalings = False
         self._observer = GateObserver(len(model.sites))
+        one_position = kv_cache.keys[0][0, 0].nbytes + kv_cache.values[0][0, 0].nbytes
+        self._near_positions = _NEAR_BYTES // one_position
 
     def run(self, plan: Plan) -> RunResult:
         """One forward over everything scheduled, then sampling of tokens and predictions in one go.
@@ -113,7 +116,8 @@ class ModelRunner:
         admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
         admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
         eager = self.captured or self.leader or self.model
-        step = self.compiled if self.compiled is not None and batch.is_decode else eager
+        compiled = self.compiled if batch.is_decode and batch.rows.shape[1] <= _MOST_COMPILED_ROWS else None
+        step = compiled or eager
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
@@ -295,7 +299,9 @@ class ModelRunner:
         scaling_rows = sum(s.count for s in segments if s.is_scaling)
         row_count = segments[-1].row + segments[-1].count
         native = self.native  # another thread may set it
-        grouped = _attention_groups(_one_row_each(segments) if native or self.compiled is not None else segments)
+        is_near = max(s.start + s.count for s in segments) <= self._near_positions
+        splits = is_near and (native or self.compiled is not None)  # their attention wants one row each
+        grouped = [segments] if splits else _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
         ids: list[int] = []
         positions: list[int] = []
@@ -321,7 +327,8 @@ class ModelRunner:
         batch = Batch(
             rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
         )
-        batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
+        make = _group_of_rows if splits else _group
+        batch.groups = [make(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 
     def _block_table(self, group: list[_Segment]) -> list[int]:
@@ -408,13 +415,6 @@ def _other_weights(segments: list[_Segment]) -> dict[int, float]:
     return {row: s.share.sequence.gate.weight for s in others for row in range(s.row, s.row + s.count)}
 
 
-def _one_row_each(segments: list[_Segment]) -> list[_Segment]:
-    """Segments of one row each, where all are short: a compiled step wants them so. Else `segments` as they are."""
-    if all(s.count == 1 for s in segments) or any(s.count > _MOST_SPLIT_ROWS for s in segments):
-        return segments
-    return [replace(s, start=s.start + i, count=1, row=s.row + i) for s in segments for i in range(s.count)]
-
-
 def _attention_groups(segments: list[_Segment]) -> list[list[_Segment]]:
     """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
     groups: list[list[_Segment]] = []
@@ -424,6 +424,16 @@ def _attention_groups(segments: list[_Segment]) -> list[list[_Segment]]:
         else:
             groups.append([segment])
     return groups
+
+
+def _group_of_rows(segments: list[_Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:
+    """The same with every row a segment of its own, which has the block table of that which it comes from."""
+    starts, ends, number = [s.start for s in segments], [s.start + s.count for s in segments], len(positions)
+    table = block_table.view(len(segments), -1)
+    if number > len(segments):
+        table = table.repeat_interleave(torch.tensor([s.count for s in segments], device=table.device), 0)
+    needs_mask = min(starts) + 1 != max(ends)
+    return AttentionGroup(0, number, 1, positions.view(number, 1), table, max(ends), needs_mask)
 
 
 def _group(segments: list[_Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:

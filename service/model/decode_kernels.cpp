@@ -83,6 +83,14 @@ inline Vec load(const bfloat16* from) {
     return (Vec)bits;
 }
 
+// The same, in a register: g++ would read it again for every product.
+inline Vec held(Vec value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#endif
+    return value;
+}
+
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -132,6 +140,14 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
 
 inline float sum_of(Vec a) { return sums(a, Vec{}, Vec{}, Vec{})[0]; }
 
+inline float largest_of(Vec a) {
+    Quad fours[kLanes / 4];
+    std::memcpy(fours, &a, sizeof a);
+    Quad most = fours[0];
+    for (int i = 1; i < kLanes / 4; i++) most = fours[i] > most ? fours[i] : most;
+    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+}
+
 // The sums of as many vectors as one has lanes.
 inline Vec sums_of_lanes(const Vec* all) {
     Vec fours[kLanes / 4];
@@ -159,6 +175,13 @@ inline void sums(const Vec* vectors, float* out) {
         std::memcpy(out, &four, sizeof four);
     }
     if constexpr (COUNT > kSome) sums<COUNT - kSome>(vectors + kSome, out + kSome);
+}
+
+// Zeros, one by one: as a loop it would become a memset, and what that has touched lives in memory and not in registers.
+template <int COUNT>
+inline void clear(Vec* vectors) {
+#pragma GCC unroll 32
+    for (int i = 0; i < COUNT; i++) vectors[i] = Vec{};
 }
 
 constexpr std::align_val_t kLine{64};  // a cache line: vectors should not lie across two
@@ -236,77 +259,92 @@ const float* operand(const X* x, int64_t rows, int64_t depth, float* copy) {
     }
 }
 
-// out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on.
+// Numbers side by side, of rows that lie `stride` apart.
+template <typename W>
+struct Rows {
+    const W* data;
+    int64_t stride;
+
+    const W* at(int64_t row, int64_t k) const { return data + row * stride + k; }
+};
+
+// out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on; what is in `out` stays in it where there is
+// `more` than this.
 template <int ROWS, int COLUMNS, typename W>
 inline void sum_up(
-    const Vec (&total)[ROWS * COLUMNS], const float* x, int64_t x_stride, const W* w, int64_t k, int64_t depth, float* out,
-    int64_t out_stride
+    const Vec (&total)[ROWS * COLUMNS], const Rows<float>& x, const Rows<W>& w, int64_t k, int64_t depth, bool more, float* out
 ) {
     float sum[ROWS * COLUMNS + kLanes];
     sums<ROWS * COLUMNS>(total, sum);
     for (; k < depth; k++)
         for (int m = 0; m < ROWS; m++)
             for (int n = 0; n < COLUMNS; n++)
-                sum[m * COLUMNS + n] = std::fma(x[m * x_stride + k], to_float(w[n * depth + k]), sum[m * COLUMNS + n]);
-    for (int m = 0; m < ROWS; m++) std::memcpy(out + m * out_stride, sum + m * COLUMNS, COLUMNS * sizeof(float));
+                sum[m * COLUMNS + n] = std::fma(*x.at(m, k), to_float(*w.at(n, k)), sum[m * COLUMNS + n]);
+    for (int m = 0; m < ROWS; m++) {
+        float* const own = sum + m * COLUMNS;
+        if (more)
+            for (int n = 0; n < COLUMNS; n++) own[n] += out[m * kChunk + n];
+        std::memcpy(out + m * kChunk, own, COLUMNS * sizeof(float));
+    }
 }
 
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for. AHEAD: the
 // weights of as many outputs more are fetched meanwhile, in the order in which they lie.
 template <int ROWS, int COLUMNS, bool AHEAD>
-inline void dots(const float* x, int64_t x_stride, const float* w, int64_t depth, float* out, int64_t out_stride) {
+inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
-    for (Vec& own : total) own = Vec{};
+    clear<ROWS * COLUMNS>(total);
     int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes) {
         if constexpr (ROWS <= COLUMNS) {  // the fewer ones are held in registers
             Vec rows[ROWS];
-            for (int m = 0; m < ROWS; m++) rows[m] = load(x + m * x_stride + k);
+            for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
             for (int n = 0; n < COLUMNS; n++) {
-                if (AHEAD) __builtin_prefetch(w + COLUMNS * (depth + k) + n * kLanes);
-                const Vec weight = load(w + n * depth + k);
+                if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kLanes);
+                const Vec weight = held(load(w.at(n, k)));
                 for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
             }
         } else {
             Vec weights[COLUMNS];
-            for (int n = 0; n < COLUMNS; n++) weights[n] = load(w + n * depth + k);
+            for (int n = 0; n < COLUMNS; n++) weights[n] = load(w.at(n, k));
             for (int m = 0; m < ROWS; m++) {
-                const Vec row = load(x + m * x_stride + k);
+                const Vec row = held(load(x.at(m, k)));
                 for (int n = 0; n < COLUMNS; n++) total[m * COLUMNS + n] += row * weights[n];
             }
         }
     }
-    sum_up<ROWS, COLUMNS>(total, x, x_stride, w, k, depth, out, out_stride);
+    sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
 }
 
 template <int ROWS, int COLUMNS, bool AHEAD>
-inline void dots(const float* x, int64_t x_stride, const bfloat16* w, int64_t depth, float* out, int64_t out_stride) {
+inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
-    for (Vec& own : total) own = Vec{};
+    clear<ROWS * COLUMNS>(total);
     int64_t k = 0;
     for (; k + kPairs <= depth; k += kPairs) {
         Vec even[ROWS], odd[ROWS];
         for (int m = 0; m < ROWS; m++) {
-            even[m] = load(x + m * x_stride + k);
-            odd[m] = load(x + m * x_stride + k + kLanes);
+            even[m] = load(x.at(m, k));
+            odd[m] = load(x.at(m, k + kLanes));
         }
         for (int n = 0; n < COLUMNS; n++) {
-            if (AHEAD) __builtin_prefetch(w + COLUMNS * (depth + k) + n * kPairs);
+            if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kPairs);
             IntVec words;
-            std::memcpy(&words, w + n * depth + k, sizeof words);
+            std::memcpy(&words, w.at(n, k), sizeof words);
             const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
             for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += even[m] * low;
             for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += odd[m] * high;
         }
     }
-    sum_up<ROWS, COLUMNS>(total, x, x_stride, w, k, depth, out, out_stride);
+    sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
 }
 
 template <int ROWS, int COLUMNS, bool AHEAD, typename W>
-inline void dots_of_chunk(const float* x, int64_t stride, const W* w, int64_t depth, int64_t count, float* out) {
+inline void dots_of_chunk(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
     int64_t n = 0;
-    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, stride, w + n * depth, depth, out + n, kChunk);
-    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, stride, w + n * depth, depth, out + n, kChunk);
+    const auto from = [&](int64_t output) { return Rows<W>{w.at(output, 0), w.stride}; };
+    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, from(n), depth, more, out + n);
+    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, from(n), depth, more, out + n);
 }
 
 // How many outputs are computed together for `rows` of x: as many sums as are taken at once, or what registers there are,
@@ -322,14 +360,13 @@ constexpr int columns_for(int rows) {
 template <typename W>
 constexpr int kTile = kManyRegisters && !std::is_same_v<W, float> ? 16 : 12;
 
-// Whether a weight of so many numbers comes from memory: then it is read as it lies, one output after the other. bfloat16
-// is as fast either way.
+// Whether a weight of so many numbers comes from memory.
 template <typename W>
 bool is_far(int64_t numbers) {
-    return std::is_same_v<W, float> && numbers > 1 << 19;
+    return numbers * int64_t(sizeof(W)) > 2 << 20;
 }
 
-// What dots_of_chunk computes, for such a weight.
+// What dots_of_chunk computes, for one from memory: as it lies, one output after the other. bfloat16 is as fast either way.
 template <int ROWS>
 void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth, int64_t count, float* out) {
     constexpr int kSteps = 4;  // enough sums under way to hide how long one addition takes
@@ -359,13 +396,44 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
 
 // `count` outputs of ROWS rows.
 template <int ROWS, bool AHEAD, typename W>
-void tile(const float* x, int64_t depth, const W* w, int64_t count, float* out) {
+void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
     constexpr int kColumns = columns_for<W>(ROWS);
     if (count >= kColumns) {
-        dots_of_chunk<ROWS, kColumns, AHEAD>(x, depth, w, depth, count, out);
+        dots_of_chunk<ROWS, kColumns, AHEAD>(x, w, depth, count, more, out);
     } else {
-        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, depth, w, depth, count, out);
+        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, w, depth, count, more, out);
     }
+}
+
+constexpr int64_t kRowsToWiden = 16;  // from so many on, weights are widened once for all rows
+constexpr int64_t kDepth = 1024;      // numbers of each that many rows are multiplied with at once: a tile stays in cache
+
+// `depth` numbers of `count` rows of w as floats, in the order of `operand`. `far`: the next ones are fetched meanwhile.
+inline void widen_weights(const Rows<bfloat16>& w, int64_t count, int64_t depth, bool far, float* wide) {
+    const int64_t paired = depth / kPairs * kPairs;
+    for (int64_t n = 0; n < count; n++, wide += depth) {
+        for (int64_t k = 0; k < paired; k += kPairs) {
+            IntVec words;
+            std::memcpy(&words, w.at(n, k), sizeof words);
+            if (far) __builtin_prefetch(w.at(n + count, k));
+            const IntVec low = words << 16, high = words & int32_t(0xffff0000);
+            std::memcpy(wide + k, &low, sizeof low);
+            std::memcpy(wide + k + kLanes, &high, sizeof high);
+        }
+        for (int64_t k = paired; k < depth; k++) wide[k] = to_float(*w.at(n, k));
+    }
+}
+
+// out [rows][kChunk] = x [rows, depth] times some rows of w, four rows of x at a time.
+template <typename W>
+void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+    int64_t m = 0;
+    const auto rest = [&] { return Rows<float>{x.at(m, 0), x.stride}; };
+    for (; m + 4 <= rows; m += 4) tile<4, false>(rest(), w, depth, count, more, out + m * kChunk);
+    float* const last = out + m * kChunk;
+    if (rows - m == 3) tile<3, true>(rest(), w, depth, count, more, last);
+    if (rows - m == 2) tile<2, true>(rest(), w, depth, count, more, last);
+    if (rows - m == 1) tile<1, true>(rest(), w, depth, count, more, last);
 }
 
 // out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What is multiplied with few rows is
@@ -376,23 +444,28 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
         if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
         if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
     }
+    if (rows == 4) return tile<4, true>(Rows<float>{x, depth}, Rows<W>{w, depth}, depth, count, false, out);
+    if (rows < 4) return multiply_tile(Rows<float>{x, depth}, rows, Rows<W>{w, depth}, depth, count, false, out);
     // beyond four rows, the weights are read again and again
-    const int64_t most = rows <= 4 ? count : depth * int64_t(sizeof(W)) > 2048 ? kTile<W> / 2 : kTile<W>;
-    for (int64_t first = 0; first < count; first += most) {
-        const int64_t some = std::min(most, count - first);
-        const W* const weights = w + first * depth;
-        float* const target = out + first;
-        if (rows == 4) {
-            tile<4, true>(x, depth, weights, some, target);
-            continue;
+    constexpr bool kWidens = !std::is_same_v<W, float>;
+    const bool widens = kWidens && rows >= kRowsToWiden;
+    const int64_t most = (widens ? kTile<float> : kTile<W>) / (depth > kDepth / 2 ? 2 : 1);
+    const Floats wide(widens ? most * kDepth : 0);
+    for (int64_t start = 0; start < depth; start += kDepth) {
+        const int64_t part = std::min(kDepth, depth - start);
+        const Rows<float> numbers{x + start, depth};
+        for (int64_t first = 0; first < count; first += most) {
+            const int64_t some = std::min(most, count - first);
+            const Rows<W> weights{w + first * depth + start, depth};
+            if constexpr (kWidens) {
+                if (widens) {
+                    widen_weights(weights, some, part, far, wide.data());
+                    multiply_tile(numbers, rows, Rows<float>{wide.data(), part}, part, some, start > 0, out + first);
+                    continue;
+                }
+            }
+            multiply_tile(numbers, rows, weights, part, some, start > 0, out + first);
         }
-        int64_t m = 0;
-        for (; m + 4 <= rows; m += 4) tile<4, false>(x + m * depth, depth, weights, some, target + m * kChunk);
-        const float* const rest = x + m * depth;
-        float* const last = target + m * kChunk;
-        if (rows - m == 3) tile<3, true>(rest, depth, weights, some, last);
-        if (rows - m == 2) tile<2, true>(rest, depth, weights, some, last);
-        if (rows - m == 1) tile<1, true>(rest, depth, weights, some, last);
     }
 }
 
@@ -544,7 +617,8 @@ inline Vec exponential(Vec x) {
     return p * (Vec)exponent;
 }
 
-// The scores of `count` keys to weights: e^(score - most), where `most` is the largest ever. Returns their sum.
+// The scores of `count` keys to weights: e^(score - most), where `most` is the largest ever. Returns their sum. Up to a
+// multiple of kLanes there are more, of which each adds 1e-38.
 inline float to_weights(float* scores, int64_t count, float& most) {
     const float least = -std::numeric_limits<float>::max();
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -554,9 +628,9 @@ inline float to_weights(float* scores, int64_t count, float& most) {
         const Vec some = load(scores + i);
         largest = some > largest ? some : largest;
     }
-    for (int lane = 0; lane < kLanes; lane++) most = std::max(most, largest[lane]);
+    most = largest_of(largest);
     for (int64_t i = 0; i < padded; i += kLanes) {
-        const Vec some = load(scores + i), weight = some == least ? Vec{} : exponential(some - most);
+        const Vec weight = exponential(load(scores + i) - most);
         std::memcpy(scores + i, &weight, sizeof weight);
         total += weight;
     }
@@ -591,13 +665,13 @@ inline void score(
                 prefetch(values[first + i] + offset, head_dim);
             }
         Vec total[HEADS * kKeys];
-        for (Vec& own : total) own = Vec{};
+        clear<HEADS * kKeys>(total);
         int64_t d = 0;
         for (; d + kLanes <= head_dim; d += kLanes) {
             Vec query[HEADS];
             for (int h = 0; h < HEADS; h++) query[h] = load(q + h * head_dim + d);
             for (int i = 0; i < kKeys; i++) {
-                const Vec some = load(key[i] + offset + d);
+                const Vec some = held(load(key[i] + offset + d));
                 for (int h = 0; h < HEADS; h++) total[h * kKeys + i] += query[h] * some;
             }
         }
@@ -614,11 +688,12 @@ inline void score(
 template <int HEADS, int VECTORS, typename W>
 inline void mix(const float* weights, const W* const* values, int64_t offset, int64_t d, int64_t count, float* out, int64_t out_stride) {
     constexpr int kAtOnce = HEADS * VECTORS > 6 ? 1 : 2;  // enough sums under way to hide how long one addition takes
-    Vec total[kAtOnce][HEADS][VECTORS] = {};
+    Vec total[kAtOnce][HEADS][VECTORS];
+    clear<kAtOnce * HEADS * VECTORS>(&total[0][0][0]);
     int64_t i = 0;
     const auto add = [&](Vec (&own)[HEADS][VECTORS], int64_t number) {
         for (int v = 0; v < VECTORS; v++) {
-            const Vec value = load(values[number] + offset + d + v * kLanes);
+            const Vec value = held(load(values[number] + offset + d + v * kLanes));
             for (int h = 0; h < HEADS; h++) own[h][v] += weights[h * kTokens + number] * value;
         }
     };

@@ -40,14 +40,10 @@ from service.model.batch import AttentionGroup, Batch
 from service.model.compile_cache import alone_in, scratch_in
 from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
-from service.model.linear import onednn_is_faster
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Up to how many rows eager linears are faster with these than with torch's: products in half precision are slow there.
-MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16}
-MOST_NARROW_ROWS = 96  # the same for those that torch would want widened
-MOST_LAYER_ROWS = 64  # the same for whole layers
-_MOST_BESIDE_ONEDNN = 32  # the same for whole layers, where torch has oneDNN's products and they are fast
+# Up to how many rows eager linears are no slower with these than with torch's, which would widen narrow weights first.
+MOST_ROWS = {torch.float32: 128, torch.bfloat16: 16}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
@@ -267,20 +263,17 @@ TRACED = Kernels(linear=adapted_linear)
 PREFILL = Kernels(spread=spread, scalings=scalings, drafting=drafting)
 PREFILL_FEW_ROWS = replace(PREFILL, linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
 EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
-EAGER = replace(PREFILL, rotate=rotate, norm=norm)
-EAGER_SOME_ROWS = replace(EAGER, layer=layer)
+EAGER = replace(PREFILL, rotate=rotate, norm=norm, layer=layer)
 
 
 def for_rows(rows: int, dtype: torch.dtype, *, is_decode: bool, is_narrow: bool) -> Kernels:
     """What computes an eager step of so many rows. `is_narrow`: there are weights that torch's products would want
     widened first.
     """
-    few = rows <= (MOST_NARROW_ROWS if is_narrow else MOST_ROWS[dtype])
-    if not is_decode:
-        return PREFILL_FEW_ROWS if few else PREFILL
-    if few:
-        return EAGER_FEW_ROWS
-    return EAGER_SOME_ROWS if rows <= (_MOST_BESIDE_ONEDNN if onednn_is_faster() else MOST_LAYER_ROWS) else EAGER
+    few = is_narrow or rows <= MOST_ROWS[dtype]
+    if is_decode:
+        return EAGER_FEW_ROWS if few else EAGER
+    return PREFILL_FEW_ROWS if few else PREFILL
 
 
 class PlainLinears(TorchFunctionMode):

@@ -113,6 +113,22 @@ def test_the_same_without(both: Engines, is_fused: bool, calls: Calls, lookahead
         assert not calls.count["_decode_layer"]
 
 
+def test_prompts_whose_keys_do_not_stay_near(both: Engines, calls: Calls) -> None:
+    """Their rows attend together, with torch's attention; shorter ones are rows of their own, as in decode steps."""
+    requests = [replace(greedy(f"g{i}", words(i, 3 + 25 * i), 6), return_scalings="full") for i in range(3)]
+    expected = run(both.build(native_kernels=False), requests)
+    called = []
+    for near in (20, 1000):
+        engine = both.build(prefix_cache=False)
+        engine._runner._near_positions = near
+        before = calls.count["_decode_layer"] + calls.count["_decode_self_attention"]
+        alone = run(engine, requests[2:])
+        called.append(calls.count["_decode_layer"] + calls.count["_decode_self_attention"] - before)
+        assert alone["g2"].tokens == expected["g2"].tokens
+        assert_same(run(engine, requests), expected)
+    assert 0 < called[0] < called[1]
+
+
 def test_steered_and_copied_drafts_are_the_same(both: Engines, calls: Calls) -> None:
     """Several rows of one stream in a step, fixed gates, frozen ones, and cached prompts."""
     repeating = words(3, 6) * 4

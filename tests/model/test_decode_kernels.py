@@ -99,10 +99,10 @@ def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 16, 35])
 def test_large_weights(kernels: Library, rows: int, dtype: torch.dtype) -> None:
     """Such as come from memory, and rows too long for the nearest cache."""
-    width, depth, rank = 290, 2030, 5  # what is left of 2030 is some vectors and some numbers
+    width, depth, rank = 590, 2030, 5  # what is left of 2030 is some vectors and some numbers
     x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
     a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
     gate = torch.randn(rows, rank, dtype=dtype)

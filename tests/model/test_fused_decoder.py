@@ -77,13 +77,12 @@ def threads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     decode_kernels.provide(cache, 1)
 
 
-@pytest.mark.parametrize(("rows", "scaling_rows"), [(1, 0), (1, 1), (2, 1), (7, 3), (19, 19), (64, 30)])
+@pytest.mark.parametrize(("rows", "scaling_rows"), [(1, 0), (1, 1), (2, 1), (7, 3), (19, 19), (64, 30), (140, 60)])
 def test_the_same_as_its_modules(
     model: XLoraModel, threads: int, rows: int, scaling_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers: list[int] = []
     operator = decode_kernels._decode_layer
-    monkeypatch.setattr(decode_kernels, "onednn_is_faster", lambda: False)  # on every machine, 64 rows are few enough
     monkeypatch.setattr(decode_kernels, "_decode_layer", lambda *args: layers.append(1) or operator(*args))
     expected, expected_cache = step(model, rows, scaling_rows, kernels=False)
     assert not layers
@@ -98,13 +97,6 @@ def test_the_same_as_its_modules(
         strict=True,
     ):
         torch.testing.assert_close(own, others, atol=1e-4, rtol=1e-4, equal_nan=True)
-
-
-def test_a_step_of_too_many_rows_goes_its_modules_way(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There torch's products are faster."""
-    model = tiny.as_stored().model()
-    monkeypatch.setattr(decode_kernels, "_decode_layer", None)
-    step(model, decode_kernels.MOST_LAYER_ROWS + 1, 3, kernels=True)
 
 
 # -- what is not of the kind ------------------------------------------------------------------------------------------

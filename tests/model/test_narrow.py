@@ -189,10 +189,10 @@ def test_by_default_they_are(narrow_tiny: Tiny) -> None:
     assert model.is_narrow
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("rows", [1, 2, 3, 9, 16, 43])
 def test_the_kernel(native_kernels: None, rows: int) -> None:
     """Every mixture of narrow and wide gives what wide alone gives."""
-    for depth in (3, 16, 40, 200):
+    for depth in (3, 16, 40, 200, 1048):
         x, weight = torch.randn(1, rows, depth), torch.randn(50, depth).bfloat16()
         a, b_t, gate = torch.randn(7, depth).bfloat16(), torch.randn(7, 50).bfloat16(), torch.rand(rows, 7)
         expected = decode_kernels.adapted_linear(x, weight.float(), None, a.float(), b_t.float(), gate, 0)
