@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def teach(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int, count: int) 
     """Gives the bundle at `out` its draft head."""
     ids = [tokenizer.encode(text) for text in prompts(count, seed)]
     made = distill(
-        load_checkpoint(out),
+        replace(load_checkpoint(out), draft_head=None),
         EngineOptions(str(out), device="cpu", dtype="float32"),
         ids,
         max_tokens=128,
@@ -92,9 +93,9 @@ def add_section(report: Path, made: Distilled, rows: list[list[str]], seconds: f
 {HEADING}
 
 `xlora-serve distill` taught it, {made.weights.size} wide, on {made.positions:,} positions of texts that X-LoRA wrote
-from questions of the training kind, in {seconds:.0f} s. On {made.held_out:,} positions of other such texts, questions
-included, the scaling pass agrees with the real pass {made.before:.3f} of the time, and with the draft head
-{made.after:.3f}. On X-LoRA's greedy answers to held-out questions:
+from questions of the training kind, in {seconds:.0f} s. In its answers to others of that kind, {made.judged:,} tokens,
+half of the texts sampled, the scaling pass drafts what the real pass says {made.before:.3f} of the time, and with the
+draft head {made.after:.3f}. On X-LoRA's greedy answers to held-out questions:
 
 {table(["text", "tokens", "agreement a of the scaling pass", "with the draft head"], rows)}
 """

@@ -1,4 +1,4 @@
-"""The draft head's file -> its tensors, checked against the base's hidden size; and the same back.
+"""The draft head's file -> its tensors, checked against the base's hidden size; and back to bytes.
 
 Knows names and shapes only; builds no module.
 """
@@ -6,7 +6,6 @@ Knows names and shapes only; builds no module.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -58,10 +57,7 @@ def read_draft_head(file: TensorFile, hidden_size: int | None, defects: Defects)
     return DraftHeadWeights(*map(read_tensors(file).__getitem__, _NAMES))
 
 
-def write_draft_head(bundle: Path, weights: DraftHeadWeights) -> None:
-    """Writes the file into its folder of the bundle, readable by everybody; bundle.json is writer.py's."""
-    folder = bundle / FOLDER
-    folder.mkdir(exist_ok=True)
+def draft_head_bytes(weights: DraftHeadWeights) -> bytes:
+    """The content of its file."""
     tensors = (weights.up, weights.bias, weights.down)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in zip(_NAMES, tensors, strict=True)}
-    (folder / WEIGHTS_FILE).write_bytes(save(stored))
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in zip(_NAMES, tensors, strict=True)})

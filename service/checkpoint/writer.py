@@ -1,4 +1,4 @@
-"""Writing a bundle: bundle.json and the classifier's two files, around a base and adapters that already lie in place.
+"""Writing a bundle: bundle.json, classifier and draft head, around a base and adapters that already lie in place.
 
 Knows the format of DESIGN section 5. Copies and changes no base or adapter file; hashes all of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import save
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.draft_head import FOLDER as DRAFT_HEAD_FOLDER
 from service.checkpoint.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
-from service.checkpoint.draft_head import DraftHeadWeights, write_draft_head
+from service.checkpoint.draft_head import DraftHeadWeights, draft_head_bytes
 
 FORMAT_VERSION = 1
 
@@ -65,13 +66,16 @@ def write_bundle(
 
 
 def add_draft_head(path: Path, weights: DraftHeadWeights) -> None:
-    """Gives the bundle at `path` a draft head, in the place of one that it has. Nothing else of it changes."""
+    """Gives the bundle at `path` a draft head, in the place of one that it has. Nothing else of it changes, and each
+    file is there as a whole or as it was. Raises OSError.
+    """
     manifest = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
-    write_draft_head(path, weights)
-    file = f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"
+    content, file = draft_head_bytes(weights), f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"
+    (path / file).parent.mkdir(exist_ok=True)
+    _replace(path / file, content)
     manifest["draft_head"] = DRAFT_HEAD_FOLDER
-    manifest.setdefault("sha256", {})[file] = file_sha256(path / file)
-    _write_json(path / "bundle.json", manifest)
+    manifest["sha256"] = {**(manifest.get("sha256") or {}), file: hashlib.sha256(content).hexdigest()}
+    _replace(path / "bundle.json", _json_bytes(manifest))
 
 
 def classifier_tensors(
@@ -100,5 +104,17 @@ def _weight_files(path: Path, folders: Sequence[str]) -> list[str]:
     return sorted({file.relative_to(path).as_posix() for d in inside for file in (path / d).glob("*.safetensors")})
 
 
+def _replace(path: Path, content: bytes) -> None:
+    """A new file in the place of the old one, readable by everybody."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(content)
+    new.chmod(0o644)
+    os.replace(new, path)
+
+
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_bytes(_json_bytes(data))
+
+
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

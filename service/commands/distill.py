@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from service.settings import load_settings
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the draft head into the bundle, unless it drafts no better than the scaling pass does alone: then 1."""
+    """Writes the draft head into the bundle, unless the bundle drafts as well without: then 1."""
     settings = load_settings(given_settings(arguments))
     texts = read_prompts(Path(arguments.prompts))
     folder = Path(arguments.directory)
@@ -35,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise CheckpointError(
                 f"{folder}: only a bundle can have a draft head", hint="xlora-serve convert makes one"
             )
+        if not os.access(folder, os.W_OK):
+            raise CheckpointError(f"{folder}: cannot be written to", hint="work on a copy")
         tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
         options = EngineOptions(
             str(folder),
@@ -52,12 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
             size=arguments.size,
             on_progress=status.update,
         )
-    found = f"agreement on {made.held_out:,} positions that it has not seen {made.before:.3f} -> {made.after:.3f}"
-    sys.stdout.write(f"draft head   {made.weights.size} wide, from {made.positions:,} positions: {found}\n")
+    found = f"on {made.judged:,} others, drafts that come true {made.before:.3f} -> {made.after:.3f}"
+    sys.stdout.write(f"draft head   {made.weights.size} wide, learned from {made.positions:,} positions; {found}\n")
     if made.after <= made.before:
-        sys.stdout.write("nothing written: the scaling pass drafts as well without it\n")
+        sys.stdout.write("nothing written: the bundle drafts as well as it is\n")
         return 1
-    add_draft_head(folder, made.weights)
+    try:
+        add_draft_head(folder, made.weights)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     sys.stdout.write(
         f"             written to {folder}; forwards per token {2 - made.before:.2f} -> {2 - made.after:.2f}\n"
     )
@@ -65,12 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A prompt a line, as plain text or as JSON Lines with `prompt`. Raises SettingsError naming the line."""
+    """A prompt a line, as plain text, or as JSON Lines with `prompt` where the first one is an object. Raises
+    SettingsError naming the line.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--prompts {path}: {error}") from error
-    if path.suffix != ".jsonl":
+    first = next((line for line in lines if line.strip()), "")
+    if not first.lstrip().startswith("{"):
         return [line for line in lines if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):

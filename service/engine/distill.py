@@ -2,14 +2,15 @@
 
     texts       the prompts and what the engine makes of them, greedily and sampled in turn
     lessons     per position: the scaling pass's last hidden state, and the real pass's likeliest next tokens
-    training    cross-entropy against those, on nine texts of ten; the state that
-                agrees most often on the others is kept
+    training    cross-entropy against those, on eight texts of ten; of its states, the one that agrees most often on the
+                ninth is kept, and judged by the tenth
 
 The engine and the plain computation (model/two_pass.py) are in memory one after the other, never together.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,13 +28,13 @@ from service.model.draft_head import DraftHead
 from service.model.two_pass import TwoPassModel
 
 _LIKELIEST = 64  # tokens of the real pass that a lesson keeps, with their shares
-_HELD_OUT = 10  # every so manieth text
+_HELD_OUT = 10  # of so many pairs of texts, one greedy and one sampled, one is to choose by and one to judge by
 _STEPS = 1500
 _EVALUATE_EVERY = 100
 _POSITIONS_PER_STEP = 512
 _LEARNING_RATE = 3e-3
 _FIRST_DEVIATION = 0.02  # of U's entries; D begins at zero, so that the head begins with no opinion
-_LEAST_TEXTS = 20
+_LEAST_TEXTS = 2 * _HELD_OUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,17 @@ class Distilled:
 
     weights: DraftHeadWeights
     positions: int  # learned from
-    held_out: int  # positions
-    before: float  # share of held-out positions at which the scaling pass's best token is the real pass's
-    after: float  # the same with the draft head
+    judged: int  # positions of other texts, from the last one of the prompt on: where drafts are made
+    before: float  # share of those at which the checkpoint as it is drafts what the real pass says
+    after: float  # the same with this draft head
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A prompt and what was written after it."""
+
+    tokens: list[int]
+    prompt: int  # how many of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +88,24 @@ def distill(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     texts = _written(checkpoint, options, prompts, max_tokens, on_progress)
+    gc.collect()  # adapted linears know each other, and the weights of the engine would stay beside the next model's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     plain = TwoPassModel(checkpoint, device=device, dtype=dtype)
-    held_out = texts[::_HELD_OUT]
-    learned = [text for number, text in enumerate(texts) if number % _HELD_OUT]
-    lessons = _read(plain, learned, "learn from", on_progress)
-    judged = _read(plain, held_out, "judge by", on_progress)
-    return _train(plain, lessons, judged, size, seed, on_progress)
+    parts: list[list[_Text]] = [[], [], []]  # to judge by, to choose by, to learn from
+    for number, text in enumerate(texts):
+        parts[min(number // 2 % _HELD_OUT, 2)].append(text)
+    judged = _read(plain, parts[0], "judge by", on_progress, answers_only=True)
+    chosen = _read(plain, parts[1], "choose by", on_progress)
+    lessons = _read(plain, parts[2], "learn from", on_progress)
+    weights = _train(plain, lessons, chosen, size, seed, on_progress)
+    return Distilled(
+        weights,
+        len(lessons.hidden),
+        len(judged.hidden),
+        _agreement(plain, judged, _head(plain, checkpoint.draft_head)),
+        _agreement(plain, judged, _head(plain, weights)),
+    )
 
 
 def _written(
@@ -93,8 +114,8 @@ def _written(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     on_progress: Callable[[str], None],
-) -> list[list[int]]:
-    """Every prompt with its continuation."""
+) -> list[_Text]:
+    """Every prompt with its continuation. Raises StartupError where one cannot be written."""
     options = replace(options, native_kernels=False)  # they may come in the middle of a text, which would then vary
     engine = build_engine(load_model_of(checkpoint, options, on_progress), checkpoint, options)
     longest = engine.info.max_model_len - max_tokens
@@ -111,42 +132,54 @@ def _written(
     left = len(texts)
     while engine.has_work():
         for output in engine.step().outputs:
+            if output.error is not None:
+                raise StartupError(f"prompt {int(output.request_id) + 1}: {output.error}")
             texts[output.request_id] += [token.id for token in output.tokens]
             left -= output.finish_reason is not None
         on_progress(f"writing {left} of {len(texts)} texts")
-    return list(texts.values())
+    return [_Text(tokens, len(prompt)) for tokens, prompt in zip(texts.values(), prompts, strict=True)]
 
 
-def _read(plain: TwoPassModel, texts: list[list[int]], purpose: str, on_progress: Callable[[str], None]) -> _Lessons:
-    """What both passes make of every position."""
+def _read(
+    plain: TwoPassModel,
+    texts: list[_Text],
+    purpose: str,
+    on_progress: Callable[[str], None],
+    *,
+    answers_only: bool = False,
+) -> _Lessons:
+    """What both passes make of every position, or of those where drafts are made: the last one of the prompt, and all
+    after it but the last.
+    """
     hidden, tokens, shares = [], [], []
     for number, text in enumerate(texts):
         on_progress(f"reading text {number + 1} of {len(texts)} to {purpose}")
-        own = plain.scaling_pass(text)
-        logits = plain.real_pass(text, plain.scalings(own)).float()
+        own = plain.scaling_pass(text.tokens)
+        logits = plain.real_pass(text.tokens, plain.scalings(own)).float()
+        if answers_only:
+            own, logits = (part[text.prompt - 1 : -1] for part in (own, logits))
         likeliest = logits.topk(min(_LIKELIEST, logits.shape[-1]))
         hidden.append(own.float().cpu())
         tokens.append(likeliest.indices.cpu())
         shares.append(likeliest.values.softmax(-1).cpu())
-    # Out of inference mode these are ordinary tensors again, from which gradients may start.
-    return _Lessons(*(torch.cat(parts).clone() for parts in (hidden, tokens, shares)))
+    return _Lessons(*map(torch.cat, (hidden, tokens, shares)))
 
 
 def _train(
     plain: TwoPassModel,
     lessons: _Lessons,
-    judged: _Lessons,
+    chosen: _Lessons,
     size: int | None,
     seed: int,
     on_progress: Callable[[str], None],
-) -> Distilled:
+) -> DraftHeadWeights:
     device, width = plain.causal_lm.device, lessons.hidden.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    head = DraftHead(_beginning(width, size or suitable_size(width), generator), device=device, dtype=torch.float32)
+    head = _head(plain, _beginning(width, size or suitable_size(width), generator))
     head.requires_grad_(True)
     optimizer = torch.optim.AdamW(head.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
-    before = best = _agreement(plain, judged, head)
+    before = best = _agreement(plain, chosen, head)
     kept = _weights(head)
     for step in range(1, _STEPS + 1):
         some = torch.randint(len(lessons.hidden), (_POSITIONS_PER_STEP,), generator=generator)
@@ -158,11 +191,11 @@ def _train(
         optimizer.step()
         schedule.step()
         if step % _EVALUATE_EVERY == 0:
-            agreement = _agreement(plain, judged, head)
+            agreement = _agreement(plain, chosen, head)
             if agreement > best:
                 best, kept = agreement, _weights(head)
             on_progress(f"training, step {step} of {_STEPS}: agreement {before:.3f} -> {best:.3f}")
-    return Distilled(kept, len(lessons.hidden), len(judged.hidden), before, best)
+    return kept
 
 
 def suitable_size(hidden_size: int) -> int:
@@ -173,6 +206,14 @@ def suitable_size(hidden_size: int) -> int:
 def _beginning(width: int, size: int, generator: torch.Generator) -> DraftHeadWeights:
     up = torch.randn(size, width, generator=generator) * _FIRST_DEVIATION
     return DraftHeadWeights(up, torch.zeros(size), torch.zeros(width, size))
+
+
+def _head(plain: TwoPassModel, weights: DraftHeadWeights | None) -> DraftHead:
+    """As the training and its judges compute it; None is one that changes nothing."""
+    if weights is None:
+        width = plain.checkpoint.xlora.hidden_size
+        weights = DraftHeadWeights(torch.zeros(1, width), torch.zeros(1), torch.zeros(width, 1))
+    return DraftHead(weights, device=plain.causal_lm.device, dtype=torch.float32)
 
 
 def _weights(head: DraftHead) -> DraftHeadWeights:

@@ -29,7 +29,7 @@ from service.model.xlora_model import ForwardOutput, XLoraModel
 logger = logging.getLogger(__name__)
 
 _NEAR_BYTES = 4 << 20  # keys and values of a stream in one layer, as far as they may be read again for each of its rows
-_MOST_COMPILED_ROWS = 64  # eager kernels are faster with more
+_MOST_SHORT_ROWS = 16  # of a segment that is computed row by row wherever its keys are, compiled where that can be
 _MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
@@ -116,8 +116,7 @@ class ModelRunner:
         admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
         admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
         eager = self.captured or self.leader or self.model
-        compiled = self.compiled if batch.is_decode and batch.rows.shape[1] <= _MOST_COMPILED_ROWS else None
-        step = compiled or eager
+        step = self.compiled if self.compiled is not None and batch.is_decode and _are_short(segments) else eager
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
@@ -300,7 +299,8 @@ class ModelRunner:
         row_count = segments[-1].row + segments[-1].count
         native = self.native  # another thread may set it
         is_near = max(s.start + s.count for s in segments) <= self._near_positions
-        splits = is_near and (native or self.compiled is not None)  # their attention wants one row each
+        # The attention of kernels and of a compiled step wants one row each.
+        splits = (native and is_near) or (_are_short(segments) and (native or self.compiled is not None))
         grouped = [segments] if splits else _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
         ids: list[int] = []
@@ -413,6 +413,10 @@ def _other_weights(segments: list[_Segment]) -> dict[int, float]:
     """The real rows under another global weight than the checkpoint's, and that weight."""
     others = [s for s in segments if not s.is_scaling and s.share.sequence.gate.weight != 1.0]
     return {row: s.share.sequence.gate.weight for s in others for row in range(s.row, s.row + s.count)}
+
+
+def _are_short(segments: list[_Segment]) -> bool:
+    return all(s.count <= _MOST_SHORT_ROWS for s in segments)
 
 
 def _attention_groups(segments: list[_Segment]) -> list[list[_Segment]]:

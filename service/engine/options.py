@@ -28,7 +28,7 @@ class EngineOptions:
     prefix_cache: bool = True
     cuda_graphs: bool = True  # capture small steps, on a GPU
     allow_outside: bool = False
-    native_kernels: bool = True  # C++ kernels in decode steps, on a CPU; built in the background
+    native_kernels: bool = True  # C++ kernels, on a CPU; built in the background
     compile: bool = False  # the decode step, in the background
     compile_cache: str = "~/.cache/xlora-serve"  # of both
     quantization: Literal["int8", "int4"] | None = None  # of the base's weights

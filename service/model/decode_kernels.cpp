@@ -1,4 +1,4 @@
-// The operations where a decode step spends its time, for few rows on a CPU: adapted linears, rotations, paged attention,
+// The operations where a step spends its time on a CPU, for rows that attend one by one: adapted linears, rotations, paged attention,
 // norms, layers made of these, gate and classifier.
 //
 // Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; one
@@ -431,9 +431,9 @@ void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t
     const auto rest = [&] { return Rows<float>{x.at(m, 0), x.stride}; };
     for (; m + 4 <= rows; m += 4) tile<4, false>(rest(), w, depth, count, more, out + m * kChunk);
     float* const last = out + m * kChunk;
-    if (rows - m == 3) tile<3, true>(rest(), w, depth, count, more, last);
-    if (rows - m == 2) tile<2, true>(rest(), w, depth, count, more, last);
-    if (rows - m == 1) tile<1, true>(rest(), w, depth, count, more, last);
+    if (rows - m == 3) tile<3, false>(rest(), w, depth, count, more, last);
+    if (rows - m == 2) tile<2, false>(rest(), w, depth, count, more, last);
+    if (rows - m == 1) tile<1, false>(rest(), w, depth, count, more, last);
 }
 
 // out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What is multiplied with few rows is
@@ -444,8 +444,12 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
         if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
         if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
     }
-    if (rows == 4) return tile<4, true>(Rows<float>{x, depth}, Rows<W>{w, depth}, depth, count, false, out);
-    if (rows < 4) return multiply_tile(Rows<float>{x, depth}, rows, Rows<W>{w, depth}, depth, count, false, out);
+    const Rows<float> all{x, depth};
+    const Rows<W> whole{w, depth};
+    if (rows == 1) return tile<1, true>(all, whole, depth, count, false, out);
+    if (rows == 2) return tile<2, true>(all, whole, depth, count, false, out);
+    if (rows == 3) return tile<3, true>(all, whole, depth, count, false, out);
+    if (rows == 4) return tile<4, true>(all, whole, depth, count, false, out);
     // beyond four rows, the weights are read again and again
     constexpr bool kWidens = !std::is_same_v<W, float>;
     const bool widens = kWidens && rows >= kRowsToWiden;
@@ -620,7 +624,7 @@ inline Vec exponential(Vec x) {
 // The scores of `count` keys to weights: e^(score - most), where `most` is the largest ever. Returns their sum. Up to a
 // multiple of kLanes there are more, of which each adds 1e-38.
 inline float to_weights(float* scores, int64_t count, float& most) {
-    const float least = -std::numeric_limits<float>::max();
+    const float least = -std::numeric_limits<float>::infinity();
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     std::fill(scores + count, scores + padded, least);
     Vec largest = Vec{} + most, total{};
@@ -1392,6 +1396,9 @@ Given decode_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vec
         up.depth() != width || down.width() != width || up.width() != down.depth())
         return checked(AOTI_TORCH_FAILURE, nullptr);
     const int64_t count = rows.numel(), sizes[] = {count, width};
+    for (int64_t i = 0; i < count; i++)
+        if (rows.data<int64_t>()[i] < 0 || rows.data<int64_t>()[i] >= hidden.size(0))
+            return checked(AOTI_TORCH_FAILURE, nullptr);
     AtenTensorHandle result = nullptr;
     const AOTITorchError error = new_tensor(hidden, 2, sizes, &result);
     if (error != AOTI_TORCH_SUCCESS) return checked(error, result);

@@ -1,4 +1,4 @@
-"""The operators of decode_kernels.cpp: what they compute, how they are built, how decode steps come to call them.
+"""The operators of decode_kernels.cpp: what they compute, how they are built, how steps come to call them.
 
     decode_linear            y = W x + b, and from row `first_row` on + B ((A x) * g)
     decode_siblings          the same for several linears that read the same x, with joint W, b, A and g

@@ -4,7 +4,7 @@ Every row is a segment of its own, so any number of requests, scaling rows and r
 
     rows [6, T], gate_slots [G], block_table [T, W]  ->  logits [T, V], gate logits [T, S, E]
 
-Prefill, where a segment has many rows, stays with XLoraModel.forward.
+Prompts, where a segment has many rows, stay with XLoraModel.forward.
 """
 
 from __future__ import annotations

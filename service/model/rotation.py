@@ -1,4 +1,4 @@
-"""RoPE in one call per tensor, in decode steps that have a kernel for it.
+"""RoPE in one call per tensor, in steps that have a kernel for it.
 
 The decoders of transformers call a function of their own file, under the name apply_rotary_pos_emb. Where that is found
 to compute what the kernel does, on pairs half a head apart, each attention module gets its own forward once more, with

@@ -102,6 +102,14 @@ class TwoPassModel:
         return add_experts
 
 
+class _Output(BaseModelOutputWithPast):
+    """What a decoder returns; what only some families' decoders have is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands where the decoder is, and has computed already."""
 
@@ -109,8 +117,8 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden = hidden  # [1, n, H]
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
 
 
 def _update(expert: Expert, site: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -153,6 +153,16 @@ def test_equals_eager(compiled: Compiled, lookahead: bool, count: int) -> None:
     assert compiled.calls - before > 20, "the compiled step was not used"
 
 
+def test_prompts_are_left_to_eager_kernels(compiled: Compiled) -> None:
+    """Their heads would be computed for every row."""
+    engine = compiled.build(lookahead=False)
+    before = compiled.calls
+    run(engine, [greedy("r", words(1, 60), 1)])
+    assert compiled.calls == before
+    run(engine, [greedy("r", words(2, 9), 1)])
+    assert compiled.calls > before
+
+
 def test_steered_equals_eager(compiled: Compiled, lookahead: bool) -> None:
     """What varies per request is in the stored rows: one compiled step serves every gate, amid unsteered requests."""
     weights = (GateWeight(0, 0.8), GateWeight(2, -0.4))

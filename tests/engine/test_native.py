@@ -129,6 +129,23 @@ def test_prompts_whose_keys_do_not_stay_near(both: Engines, calls: Calls) -> Non
     assert 0 < called[0] < called[1]
 
 
+def test_copied_drafts_beyond_what_is_near(both: Engines, calls: Calls) -> None:
+    """Short segments are computed row by row wherever their keys are."""
+    request = greedy("r", words(3, 24), 20, return_scalings="full")
+    assert request.sampling is not None
+    requests = [replace(request, sampling=replace(request.sampling, logit_bias={7: 100.0}))]  # it repeats itself
+    expected = run(both.build(adaptive=False, native_kernels=False), requests)
+    engine = both.build(adaptive=False)
+    engine._runner._near_positions = 4
+    ours = run(engine, requests)
+    assert_same(ours, expected)
+    usage = ours["r"].usage
+    assert usage is not None
+    assert usage.speculated_tokens > 0
+    decoding = len(ours.steps) - 2  # the prompt is one step of each stream
+    assert calls.count["_decode_layer"] + calls.count["_decode_self_attention"] >= 2 * decoding
+
+
 def test_steered_and_copied_drafts_are_the_same(both: Engines, calls: Calls) -> None:
     """Several rows of one stream in a step, fixed gates, frozen ones, and cached prompts."""
     repeating = words(3, 6) * 4

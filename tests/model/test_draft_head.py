@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +72,9 @@ def test_what_does_not_fit_is_an_error(native_kernels: None, weights: DraftHeadW
         for wrong in (good[number].double(), torch.randn(5, 3), torch.empty(0)):
             with pytest.raises(RuntimeError, match="fitting shapes"):
                 decode_kernels.drafting(hidden, rows, 1, [*good[:number], wrong, *good[number + 1 :]])
+    for missing in ([0, 2], [-1, 1]):
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            decode_kernels.drafting(hidden, torch.tensor(missing), 1, good)
     for bad in ((hidden[:, 1:], rows, 1, good), (hidden, rows.int(), 1, good), (hidden, rows, 1, good[:2])):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.drafting(*bad)
@@ -83,6 +88,14 @@ def test_it_changes_drafts_and_nothing_else(tiny: Tiny) -> None:
     weights = make_draft_head(model.config.hidden_size, SIZE, torch.Generator().manual_seed(0))
     tokens = [5, 9, 200, 31, 7, 8]
     runs = {}
+    states: list[Tensor] = []
+    store = model._store_scalings
+
+    def stored(hidden: Tensor, *rest: Any) -> Tensor:
+        states[:] = hidden if hidden.shape[0] == 6 and not states else states
+        return store(hidden, *rest)
+
+    model._store_scalings = stored  # type: ignore[method-assign]
     for head in (None, head_of(weights)):
         model.draft_head = head
         request = OneRequest(model, len(tokens))
@@ -94,3 +107,6 @@ def test_it_changes_drafts_and_nothing_else(tiny: Tiny) -> None:
     assert torch.equal(runs[True][1], runs[False][1])
     assert torch.equal(runs[True][2], runs[False][2])
     assert (runs[True][0].argmax(-1) != runs[False][0].argmax(-1)).any()
+    seen = torch.stack([recomputed(weights, row) for row in states])
+    head_weight = tiny.base(torch.float32).get_output_embeddings().weight
+    torch.testing.assert_close(runs[True][0], seen @ head_weight.T, atol=1e-4, rtol=0)
