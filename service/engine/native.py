@@ -1,4 +1,4 @@
-"""The C++ kernels of steps on a CPU: loaded at once where they have been built, else compiled beside the running engine.
+"""The C++ kernels on a CPU: loaded at once where they have been built, else compiled beside the running engine.
 
 Until they are there, and where they cannot be had, steps are made of torch's operators; only speed differs.
 """
