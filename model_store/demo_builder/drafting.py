@@ -48,8 +48,6 @@ def teach(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int, count: int) 
         on_progress=_every_tenth(),
     )
     add_draft_head(out, made.weights)
-    for file in (out / "bundle.json", *(out / "draft_head").iterdir()):
-        file.chmod(0o644)
     return made
 
 

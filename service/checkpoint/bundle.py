@@ -137,9 +137,8 @@ def read_checkpoint(
     if overrides.base is None:
         _check_base_names(manifest, experts, defects)
     draft_head: DraftHeadWeights | None = None
-    if manifest.draft_head is not None:
-        with defects.guard():
-            draft_head = _read_draft_head(root, manifest, manifest.draft_head, base, hasher, defects)
+    with defects.guard():
+        draft_head = _read_draft_head(root, manifest, base, hasher, defects)
     classifier: ClassifierWeights | None = None
     with defects.guard():
         sites = _check_sites(manifest, experts, defects)
@@ -188,9 +187,11 @@ def _read_expert(
 
 
 def _read_draft_head(
-    root: BundleRoot, manifest: Manifest, where: str, base: BaseModel | None, hasher: WeightHasher, defects: Defects
+    root: BundleRoot, manifest: Manifest, base: BaseModel | None, hasher: WeightHasher, defects: Defects
 ) -> DraftHeadWeights | None:
-    folder = root.folder(where, manifest.source, "draft_head")
+    if manifest.draft_head is None:
+        return None
+    folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
     file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
     hasher.add(f"draft_head/{file.path.name}", file)
     return read_draft_head(file, None if base is None else base.hidden_size, defects)

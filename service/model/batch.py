@@ -87,5 +87,5 @@ class Batch:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every row is a segment of its own: what a captured step can run."""
+        """Whether every row attends alone, as in decode steps: what a captured step can run."""
         return len(self.groups) == 1 and self.groups[0].queries == 1

@@ -42,7 +42,8 @@ from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Up to how many rows eager linears are no slower with these than with torch's, which would widen narrow weights first.
+# Up to how many rows eager linears, experts included, are no slower with these than with torch's (in the demo; plain
+# products of 4096 x 4096 are 13 % slower at 128). Narrow weights torch would widen first.
 MOST_ROWS = {torch.float32: 128, torch.bfloat16: 16}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
