@@ -85,12 +85,10 @@ def wait_compiled(engine: Engine) -> None:
             raise RuntimeError("the decode step could not be compiled; the log says why")
 
 
-def use_threads(count: int, options: EngineOptions) -> None:
-    """From now on, torch and the native kernels of engines with these options compute on so many threads."""
+def use_threads(count: int) -> None:
+    """From now on, torch and the native kernels compute on so many threads."""
     torch.set_num_threads(count)
-    library = decode_kernels.find_library(Path(options.compile_cache).expanduser())
-    if library is not None:
-        decode_kernels.load(library, count)
+    decode_kernels.use_threads(count)
 
 
 @dataclass

@@ -155,7 +155,7 @@ def large(
     prompt = list(range(100, 100 + _LARGE_PROMPT))
     rows, bars = [], []
     for count in threads:
-        use_threads(count, options)
+        use_threads(count)
         sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
         for engine in engines.values():
             run_engine(engine, [prompt], 2)  # warms up

@@ -107,7 +107,7 @@ check_generates() {
 check_source() {
     local sum='import hashlib, importlib.util as u, pathlib
 root = pathlib.Path(u.find_spec("service").origin).parent
-files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".js", ".css", ".html"))
+files = sorted(p for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".js", ".css", ".html"))
 print(hashlib.sha256(b"".join(p.relative_to(root).as_posix().encode() + p.read_bytes() for p in files)).hexdigest())'
     [ "$("$engine" exec "$name" python -c "$sum")" = "$(python3 -c "$sum")" ] || fail "the image has other code than this folder"
     say "code" "that of this folder"

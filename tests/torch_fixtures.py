@@ -27,7 +27,7 @@ def native_kernels() -> None:
     """Where there is a compiler, every engine has its kernels from the first step on."""
     if shutil.which("g++") is not None:
         cache = Path(EngineOptions("").compile_cache).expanduser()
-        decode_kernels.provide(cache, torch.get_num_threads())
+        decode_kernels.provide(cache)
 
 
 @pytest.fixture(autouse=True)

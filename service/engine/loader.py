@@ -25,6 +25,7 @@ from service.engine.native import NativeKernels
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
+from service.engine.threads import use_threads
 from service.errors import SettingsError, StartupError, XLoraError
 from service.model import decode_kernels
 from service.model.compiled import CompiledStep
@@ -92,8 +93,8 @@ def load_group_engine(
 def load_checkpoint_and_model(
     options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None
 ) -> tuple[XLoraModel, Checkpoint]:
-    """The model, or this rank's part of it, on its device, and the checkpoint it came from. Sets torch's number of
-    threads.
+    """The model, or this rank's part of it, on its device, and the checkpoint it came from. Sets how many
+    threads compute.
     """
     checkpoint = read_checkpoint(options, on_progress, verify_hashes=ranks is None)
     return load_model_of(checkpoint, options, on_progress, ranks), checkpoint
@@ -117,9 +118,9 @@ def read_checkpoint(
 def load_model_of(
     checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
 ) -> XLoraModel:
-    """The model of a checkpoint, or this rank's part of it, on its device. Sets torch's number of threads."""
+    """The model of a checkpoint, or this rank's part of it, on its device. Sets how many threads compute."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    torch.set_num_threads(options.threads or default_threads(options.tensor_parallel))
+    use_threads(options)
     device = resolve_device(options.device)
     if ranks is not None and device.type == "cuda":
         device = torch.device("cuda", ranks.rank)
@@ -219,13 +220,6 @@ def start_compilation(
         scheduler.row_cost = _COMPILED_ROW_COST
 
     return Compilation(runner.model, options, use, on_progress)
-
-
-def default_threads(ranks: int = 1) -> int:
-    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md). Each of
-    several ranks has an equal share.
-    """
-    return max(1, (len(os.sched_getaffinity(0)) - 1) // ranks)
 
 
 def keep_freed_memory() -> None:

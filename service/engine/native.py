@@ -10,8 +10,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from service.engine.options import EngineOptions
 from service.model import decode_kernels
 
@@ -27,7 +25,6 @@ class NativeKernels:
         self, options: EngineOptions, on_ready: Callable[[], None], on_progress: Callable[[str], None]
     ) -> None:
         self._cache = Path(options.compile_cache).expanduser()
-        self._threads = torch.get_num_threads()
         self._on_ready = on_ready
         self._on_progress = on_progress
         self._done = threading.Event()
@@ -43,7 +40,7 @@ class NativeKernels:
     def _provide(self) -> None:
         try:
             if decode_kernels.can_be_had(self._cache):
-                library = decode_kernels.provide(self._cache, self._threads)
+                library = decode_kernels.provide(self._cache)
                 self._on_ready()
                 self._on_progress(f"native kernels are in use: {library}")
             else:

@@ -41,7 +41,8 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    code = [path.read_text() for path in sorted(Path(inspect.getfile(package)).parent.glob("*.[cp]*"))]  # .py, .cpp
+    sources = sorted(Path(inspect.getfile(package)).parent.glob("*.[chp]*"))  # .py, .cpp, .h
+    code = [path.read_text() for path in sources]
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), decode_kernels.cpu_flags())
     parts = (
         config,
@@ -65,7 +66,7 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
     torch.export or the C++ compiler has to say.
     """
     if _has_kernels(model):
-        decode_kernels.provide(folder.parent, threads)
+        decode_kernels.provide(folder.parent)
     with scratch_in(folder.parent) as scratch:
         made = scratch / folder.name
         made.mkdir()
@@ -125,7 +126,7 @@ class CompiledStep:
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
         if _has_kernels(model):
-            decode_kernels.provide(folder.parent, torch.get_num_threads())
+            decode_kernels.provide(folder.parent)
         self._packages: dict[int, Any] = {}  # by least rows, most first
         for least_rows in (_MANY, 1):
             if least_rows == _MANY and not _package(folder, least_rows).exists():

@@ -23,13 +23,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
-namespace {
+#include "helpers.h"
 
-int threads = 1;
+namespace {
 
 #if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
@@ -184,17 +183,18 @@ inline void clear(Vec* vectors) {
     for (int i = 0; i < COUNT; i++) vectors[i] = Vec{};
 }
 
-constexpr std::align_val_t kLine{64};  // a cache line: vectors should not lie across two
-
 struct Room {
-    struct Free {
-        void operator()(float* floats) const { ::operator delete(floats, kLine); }
-    };
-    std::unique_ptr<float[], Free> floats;
+    Memory floats;
     int64_t size = 0;
 };
 
-thread_local std::vector<Room> rooms;  // that this thread has had and wants again, by the dozen in every layer
+// That this thread has had and wants again, by the dozen in every layer.
+struct Rooms : std::vector<Room> {
+    ~Rooms() {
+        for (Room& room : *this) Helpers::the().bury(std::move(room.floats));
+    }
+};
+thread_local Rooms rooms;
 
 // Room for so many floats, of any value.
 class Floats {
@@ -209,8 +209,8 @@ public:
         }
         if (room_.size < count) {  // in the place of a smaller one, or there would be more and more
             room_.size = std::max<int64_t>(count, 1 << 12);
-            room_.floats.reset();
-            room_.floats.reset(static_cast<float*>(::operator new(room_.size * sizeof(float), kLine)));
+            if (room_.floats) Helpers::the().bury(std::move(room_.floats));
+            room_.floats = memory_for(room_.size);
         }
     }
     ~Floats() { rooms.push_back(std::move(room_)); }
@@ -532,75 +532,110 @@ struct Part {
     int64_t rank, width;
 };
 
-// What one thread computes at once: `count` outputs of one part.
+constexpr int64_t kMostParts = 8;
+
+// What is computed at once: `count` outputs of one part.
+template <typename E>
 struct Chunk {
-    int64_t part, first, count;  // of the part
-    int64_t output, rank;        // where the part's outputs and ranks begin among all
+    Part<E> part;
+    int64_t first, count;  // of the part
+    int64_t output, rank;  // where the part's outputs and ranks begin among all
 };
 
 template <typename E>
-std::vector<Chunk> chunks_of(const std::vector<Part<E>>& parts) {
-    std::vector<Chunk> chunks;
-    int64_t output = 0, rank = 0;
-    for (size_t part = 0; part < parts.size(); output += parts[part].width, rank += parts[part].rank, part++)
-        for (int64_t first = 0; first < parts[part].width; first += kChunk)
-            chunks.push_back({int64_t(part), first, std::min(kChunk, parts[part].width - first), output, rank});
-    return chunks;
+struct Parts {
+    Part<E> all[kMostParts];
+    int64_t count;
+
+    int64_t chunks() const {
+        int64_t chunks = 0;
+        for (int64_t number = 0; number < count; number++) chunks += (all[number].width + kChunk - 1) / kChunk;
+        return chunks;
+    }
+
+    Chunk<E> chunk(int64_t number) const {
+        Chunk<E> chunk{all[0], number * kChunk, 0, 0, 0};
+        for (const Part<E>* next = all + 1; chunk.first >= chunk.part.width; next++) {
+            chunk.first -= (chunk.part.width + kChunk - 1) / kChunk * kChunk;
+            chunk.output += chunk.part.width;
+            chunk.rank += chunk.part.rank;
+            chunk.part = *next;
+        }
+        chunk.count = std::min(kChunk, chunk.part.width - chunk.first);
+        return chunk;
+    }
+};
+
+constexpr int64_t kWorthSharing = 1 << 19;  // products: some microseconds
+
+// compute(chunk, block) and place(chunk, block) of all chunks; helpers are asked if there are enough products.
+template <typename Compute, typename Place, typename Keep>
+void in_chunks(
+    int64_t chunks, int64_t floats, int64_t products, const Compute& compute, const Place& place, const Keep& keep
+) {
+    const Floats block(floats);
+    Helpers& helpers = Helpers::the();
+    if (products >= kWorthSharing && helpers.count()) return helpers.share(chunks, floats, compute, place, keep, block.data());
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        compute(chunk, block.data());
+        place(chunk, block.data());
+    }
 }
 
 // x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
-template <typename X, typename W, typename E>
+// `keep` as Helpers want it, for weights and experts.
+template <typename X, typename W, typename E, typename Keep>
 void linear(
-    const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const std::vector<Part<E>>& parts,
-    int64_t rows, int64_t depth, int64_t width, X* y
+    const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const Parts<E>& parts, int64_t rows,
+    int64_t depth, int64_t width, const Keep& keep, X* y
 ) {
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
-    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0);
-    const float* const floats = operand<W>(x, rows, depth, copies.data());
+    const bool shares = Helpers::the().count() && rows * depth * width >= kWorthSharing;
+    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && shares ? rows * depth : 0);
+    const float* floats = operand<W>(x, rows, depth, copies.data());
+    if constexpr (!kCopies)
+        if (shares) floats = std::copy_n(x, rows * depth, plain.data()) - rows * depth;  // x may be gone before helpers are
     const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
-    const int64_t gated = experts.rank ? rows - experts.first_row : 0;
-    const Floats narrow(gated * experts.rank);
-    const auto narrow_chunk = [&](int64_t chunk, float* block) {
-        const int64_t first = chunk * kChunk, count = std::min(kChunk, experts.rank - first);
-        multiply(for_experts + experts.first_row * depth, gated, depth, experts.a + first * depth, count, false, block);
-        for (int64_t m = 0; m < gated; m++)
-            for (int64_t r = 0; r < count; r++)
-                narrow[m * experts.rank + first + r] =
-                    block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
-    };
+    const int64_t gated = experts.rank ? rows - experts.first_row : 0, first_row = experts.first_row;
+    const Floats narrowed(gated * experts.rank);
+    float* const narrow = narrowed.data();
+    if (gated) {
+        const int64_t rank = experts.rank;
+        const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
+            const int64_t first = chunk * kChunk, count = std::min(kChunk, rank - first);
+            multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, false, block);
+        };
+        const auto place = [&](int64_t chunk, const float* block) {
+            const int64_t first = chunk * kChunk, count = std::min(kChunk, rank - first);
+            for (int64_t m = 0; m < gated; m++)
+                for (int64_t r = 0; r < count; r++)
+                    narrow[m * rank + first + r] =
+                        block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
+        };
+        in_chunks((rank + kChunk - 1) / kChunk, gated * kChunk, gated * rank * depth, compute, place, keep);
+    }
     const bool far = is_far<W>(depth * width);
-    const auto output_chunk = [&](const Chunk& chunk, float* block) {
-        const Part<E>& part = parts[chunk.part];
-        const int64_t first = chunk.output + chunk.first, count = chunk.count;
+    const auto compute = [=, all_ranks = experts.rank](int64_t number, float* block) {
+        const Chunk<E> chunk = parts.chunk(number);
+        const E* const b_t = chunk.part.b_t + chunk.first;
+        const int64_t rank = chunk.part.rank, stride = chunk.part.width, count = chunk.count;
         if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
-            for (int64_t r = 0; r < part.rank; r++) prefetch(part.b_t + r * part.width + chunk.first, count);
-        multiply(floats, rows, depth, weight + first * depth, count, far, block);
-        float* const own = block + experts.first_row * kChunk;
-        Narrow some{narrow.data() + chunk.rank, experts.rank, part.rank};
+            for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * stride, count);
+        multiply(floats, rows, depth, weight + (chunk.output + chunk.first) * depth, count, far, block);
+        float* const own = block + first_row * kChunk;
+        Narrow some{narrow + chunk.rank, all_ranks, rank};
         int64_t m = 0;
-        for (; m + 2 <= gated; m += 2, some.data += 2 * experts.rank)
-            widen_chunk<2>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
-        if (m < gated) widen_chunk<1>(some, part.b_t + chunk.first, part.width, count, own + m * kChunk);
+        for (; m + 2 <= gated; m += 2, some.data += 2 * all_ranks) widen_chunk<2>(some, b_t, stride, count, own + m * kChunk);
+        if (m < gated) widen_chunk<1>(some, b_t, stride, count, own + m * kChunk);
+    };
+    const auto place = [&](int64_t number, const float* block) {
+        const Chunk<E> chunk = parts.chunk(number);
+        const int64_t first = chunk.output + chunk.first;
         for (int64_t row = 0; row < rows; row++)
-            for (int64_t n = 0; n < count; n++)
+            for (int64_t n = 0; n < chunk.count; n++)
                 store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
     };
-    const int64_t narrow_chunks = gated ? (experts.rank + kChunk - 1) / kChunk : 0;
-    const std::vector<Chunk> chunks = chunks_of(parts);
-    if (threads == 1 || rows * depth * width <= 1 << 18) {  // even one thread's parallel region calls the kernel
-        const Floats block(rows * kChunk);
-        for (int64_t chunk = 0; chunk < narrow_chunks; chunk++) narrow_chunk(chunk, block.data());
-        for (const Chunk& chunk : chunks) output_chunk(chunk, block.data());
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        const Floats block(rows * kChunk);
-#pragma omp for
-        for (int64_t chunk = 0; chunk < narrow_chunks; chunk++) narrow_chunk(chunk, block.data());
-#pragma omp for
-        for (size_t number = 0; number < chunks.size(); number++) output_chunk(chunks[number], block.data());
-    }
+    in_chunks(parts.chunks(), rows * kChunk, rows * depth * width, compute, place, keep);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------
@@ -767,7 +802,7 @@ void see(
 template <typename W>
 void attend(
     const W* query, int64_t head_stride, const Pool<W>& pool, const int64_t* table, int64_t position, int64_t first_kv_head,
-    int64_t kv_heads, int64_t group, const Scores& how, bool far, W* result
+    int64_t kv_heads, int64_t group, const Scores& how, bool far, float* result
 ) {
     const int64_t head_dim = pool.head_dim, begin = how.window ? std::max<int64_t>(0, position - how.window + 1) : 0;
     const int64_t heads = kv_heads * group, stride = pool.kv_heads * head_dim;
@@ -808,7 +843,7 @@ void attend(
     }
     for (int64_t h = 0; h < heads; h++)
         for (int64_t d = 0; d < head_dim; d++)
-            store(result + h * head_dim + d, out[h * head_dim + d] / total[h]);
+            result[h * head_dim + d] = out[h * head_dim + d] / total[h];
 }
 
 // ---- norm: y = x / sqrt(mean(x^2) + eps) * weight ------------------------------------------------------------------
@@ -946,9 +981,17 @@ public:
         return true;
     }
 
+    std::shared_ptr<void> owner() const {
+        AtenTensorHandle same = nullptr;
+        if (handle_) aoti_torch_new_tensor_handle(handle_, &same);
+        return {same, [](void* tensor) { aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(tensor)); }};
+    }
+
 private:
     AtenTensorHandle handle_;
 };
+
+using Owners = std::vector<std::shared_ptr<void>>;
 
 // What an adapted linear is made of; without experts a and gate are missing.
 struct Linear {
@@ -959,20 +1002,27 @@ struct Linear {
 
     int64_t depth() const { return weight.size(1); }
     int64_t width() const { return weight.size(0); }
+
+    Owners owners() const {
+        Owners all{weight.owner(), a.owner()};
+        for (const Tensor& part : b_t) all.push_back(part.owner());
+        return all;
+    }
 };
 
 template <typename X, typename W, typename E>
 void linear_with(const X* x, int64_t rows, const Linear& own, X* y) {
     Experts<X, E> experts{};
-    std::vector<Part<E>> parts;
+    Parts<E> parts{{}, 0};
     if (own.a) {
         const X* const gate = own.gate.data<X>() + own.gate_offset;
         experts = {own.a.data<E>(), gate, own.a.size(0), own.gate.stride(0), own.first_row};
-        for (const Tensor& b_t : own.b_t) parts.push_back({b_t.data<E>(), b_t.size(0), b_t.size(1)});
+        for (const Tensor& b_t : own.b_t) parts.all[parts.count++] = {b_t.data<E>(), b_t.size(0), b_t.size(1)};
     } else {
-        parts.push_back({nullptr, 0, own.width()});
+        parts.all[parts.count++] = {nullptr, 0, own.width()};
     }
-    linear(x, own.weight.data<W>(), own.bias.data<X>(), experts, parts, rows, own.depth(), own.width(), y);
+    const auto keep = [&] { return own.owners(); };
+    linear(x, own.weight.data<W>(), own.bias.data<X>(), experts, parts, rows, own.depth(), own.width(), keep, y);
 }
 
 template <typename X>
@@ -998,10 +1048,13 @@ struct Heads {
     W* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
+constexpr int64_t kRowsPerThread = 4;
+
+// `of_query` is the tensor that `query` lies in, if it is none of Floats.
 template <typename W>
 void attention_of(
-    const Heads<W>& query, const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& positions,
-    const Scores& how, const Heads<W>& result
+    const Heads<W>& query, const Tensor& of_query, const Tensor& keys, const Tensor& values, const Tensor& table,
+    const Tensor& positions, const Scores& how, const Heads<W>& result
 ) {
     const Pool<W> pool{keys.data<W>(), values.data<W>(), keys.size(1), keys.size(2), keys.size(3)};
     const int64_t group = query.heads / pool.kv_heads, width = table.size(1), stride = positions.stride(0);
@@ -1010,18 +1063,23 @@ void attention_of(
     for (int64_t row = 0; row < query.rows; row++)
         seen += how.window ? std::min(how.window, position[row * stride] + 1) : position[row * stride] + 1;
     const bool far = 2 * seen * pool.kv_heads * pool.head_dim * int64_t(sizeof(W)) > kFarBytes;
-    const auto run = [&](int64_t row, int64_t kv_head, int64_t kv_heads) {
+    // All KV heads of a token lie side by side; where few rows are shared, one head of one row is a chunk.
+    const int64_t helpers = Helpers::the().count(), head_dim = pool.head_dim;
+    const int64_t kv_heads = query.rows < kRowsPerThread * (helpers + 1) && helpers ? 1 : pool.kv_heads;
+    const int64_t chunks_of_row = pool.kv_heads / kv_heads, heads = kv_heads * group;
+    const auto compute = [=, table = table.data<int64_t>()](int64_t chunk, float* block) {
+        const int64_t row = chunk / chunks_of_row, first = chunk % chunks_of_row * kv_heads;
         attend<W>(
-            query.at(row, kv_head * group), query.head_stride, pool, table.data<int64_t>() + row * width,
-            position[row * stride], kv_head, kv_heads, group, how, far, result.at(row, kv_head * group));
+            query.at(row, first * group), query.head_stride, pool, table + row * width, position[row * stride], first, kv_heads,
+            group, how, far, block);
     };
-    if (threads == 1) {  // all KV heads of a token lie side by side
-        for (int64_t row = 0; row < query.rows; row++) run(row, 0, pool.kv_heads);
-        return;
-    }
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t row = 0; row < query.rows; row++)
-        for (int64_t kv_head = 0; kv_head < pool.kv_heads; kv_head++) run(row, kv_head, 1);
+    const auto place = [&](int64_t chunk, const float* block) {
+        const int64_t row = chunk / chunks_of_row, first = chunk % chunks_of_row * heads;
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t d = 0; d < head_dim; d++) store(result.at(row, first + h) + d, block[h * head_dim + d]);
+    };
+    const auto keep = [&] { return Owners{keys.owner(), values.owner(), table.owner(), positions.owner(), of_query.owner()}; };
+    in_chunks(query.rows * chunks_of_row, heads * head_dim, 2 * seen * query.heads * head_dim, compute, place, keep);
 }
 
 bool is_known(const Tensor& tensor) {
@@ -1050,6 +1108,7 @@ bool is_sound(const Linear& own, const Tensor& x) {
     if (!own.weight || !own.weight.is_dense(2)) return false;
     if (own.bias && (own.bias.numel() != own.width() || !own.bias.is_dense(own.bias.dims()))) return false;
     if (!own.a) return true;
+    if (own.b_t.size() > kMostParts) return false;
     int64_t rank = 0, width = 0;
     for (const Tensor& b_t : own.b_t) {
         if (!b_t.is_like(own.a) || !b_t.is_dense(2)) return false;
@@ -1136,10 +1195,10 @@ AOTITorchError aoti_torch_cpu_decode_attention(
     const Tensor attended(*result);
     const Scores how{float(scaling), window, float(softcap)};
     if (query.has(aoti_torch_dtype_float32())) {
-        attention_of<float>(rows_first<float>(query), keys, values, table, positions, how, rows_first<float>(attended));
+        attention_of<float>(rows_first<float>(query), query, keys, values, table, positions, how, rows_first<float>(attended));
     } else {
         attention_of<bfloat16>(
-            rows_first<bfloat16>(query), keys, values, table, positions, how, rows_first<bfloat16>(attended));
+            rows_first<bfloat16>(query), query, keys, values, table, positions, how, rows_first<bfloat16>(attended));
     }
     return AOTI_TORCH_SUCCESS;
 }
@@ -1198,7 +1257,7 @@ void self_attention_of(
 ) {
     write(heads_first<W>(key), slots, keys);
     write(heads_first<W>(value), slots, values);
-    attention_of<W>(heads_first<W>(query), keys, values, table, positions, how, rows_first<W>(result));
+    attention_of<W>(heads_first<W>(query), query, keys, values, table, positions, how, rows_first<W>(result));
 }
 
 Given decode_self_attention(
@@ -1510,7 +1569,8 @@ void run_layer(
     const Heads<float> queries = rotate(query, heads, layer.norms[kQueryNorm]);
     write(rotate(key, kv_heads, layer.norms[kKeyNorm]), slots, keys);
     write(Heads<float>{value, rows, kv_heads, kv_across, head_dim}, slots, values);
-    attention_of(queries, keys, values, table, positions, how, Heads<float>{attended, rows, heads, across, head_dim});
+    const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+    attention_of(queries, none, keys, values, table, positions, how, Heads<float>{attended, rows, heads, across, head_dim});
     run(kOutput, attended, normed);
     for (int64_t i = 0; i < rows * hidden; i++) y[i] = x[i] + normed[i];
     norm(y, layer.norms[kInnerNorm].data<float>(), layer.eps, rows, hidden, normed);
@@ -1562,4 +1622,10 @@ STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("decode_norm", TORCH_BOX(&decode_norm));
 }
 
-extern "C" void xlora_set_threads(int count) { threads = count; }
+extern "C" {
+
+void xlora_set_helpers(int count, int guests) { Helpers::the().set(count, guests); }
+
+int64_t xlora_repeated_chunks() { return Helpers::the().repeated(); }
+
+}  // extern "C"

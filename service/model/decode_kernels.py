@@ -47,7 +47,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROWS = {torch.float32: 128, torch.bfloat16: 16}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp")
+_HEADER = _SOURCE.with_name("helpers.h")
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _NATIVE = "native"  # for this very CPU
 # By machine: the levels that portable libraries are built for, best first, and what /proc/cpuinfo must name for each.
 _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
@@ -58,6 +59,7 @@ _PORTABLE = {
 }
 _EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
 _libraries: dict[str, Any] = {}  # loaded ones by file name
+_helpers = 0, 0  # of each: threads, guests
 _HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
 _LINEAR = (*[_HANDLE] * 2, *[_OPTIONAL] * 4, "int64_t")
 _ATTENTION = (*[_HANDLE] * 5, "double", "int64_t", "double")
@@ -299,8 +301,8 @@ def inductor_configs() -> dict[str, Any]:
     }
 
 
-def provide(cache: Path, threads: int) -> Path:
-    """Makes the operators work in this process, on `threads` threads; compiles the library into `cache` where there is
+def provide(cache: Path) -> Path:
+    """Makes the operators work in this process; compiles the library into `cache` where there is
     none yet, in seconds. Returns where it is. Raises RuntimeError with what the compiler said, OSError.
     """
     library = find_library(cache)
@@ -309,7 +311,7 @@ def provide(cache: Path, threads: int) -> Path:
         with alone_in(cache):
             if not library.exists():
                 build(library)
-    load(library, threads)
+    load(library)
     return library
 
 
@@ -329,7 +331,8 @@ def find_library(cache: Path) -> Path | None:
 def library_in(folder: Path, level: str = _NATIVE) -> Path:
     """Where the library is or will be: named after source, flags, torch and CPU."""
     cpu = cpu_flags() if level == _NATIVE else ""
-    parts = (_SOURCE.read_text(), _FLAGS, level, torch.__version__, platform.machine(), cpu)
+    sources = [source.read_text() for source in (_SOURCE, _HEADER)]
+    parts = (sources, _FLAGS, level, torch.__version__, platform.machine(), cpu)
     return folder / f"kernels-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.so"
 
 
@@ -363,13 +366,23 @@ def build(library: Path, level: str = _NATIVE) -> None:
         os.replace(made, library)
 
 
-def load(library: Path, threads: int) -> None:
+def load(library: Path) -> None:
     """Makes the operators work in this process, and the C functions known to compiled steps that are loaded later.
     Raises OSError.
     """
     if library.name not in _libraries:  # it makes itself known to torch, which wants to hear it once
         _libraries[library.name] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    _libraries[library.name].xlora_set_threads(threads)
+    _libraries[library.name].xlora_set_helpers(*_helpers)
+
+
+def use_threads(count: int, guests: int = 0) -> None:
+    """From now on, kernels of this process compute in the thread that calls them and in `count` - 1 others; `guests`
+    more help where a core has nothing else to do. 1 and 0 until somebody says so.
+    """
+    global _helpers
+    _helpers = count - 1, guests
+    for library in _libraries.values():
+        library.xlora_set_helpers(*_helpers)
 
 
 def cpu_flags() -> str:

@@ -234,6 +234,7 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
     source = tmp_path / "package" / decode_kernels._SOURCE.name
     source.parent.mkdir()
     shutil.copy(decode_kernels._SOURCE, source)
+    shutil.copy(decode_kernels._HEADER, source.parent)
     monkeypatch.setattr(decode_kernels, "_SOURCE", source)
     monkeypatch.setattr(decode_kernels, "load", lambda library, threads: loaded.append(library))
     loaded: list[Path] = []

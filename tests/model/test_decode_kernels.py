@@ -34,7 +34,8 @@ class Library:
 
     def __init__(self, threads: int) -> None:
         cache = Path(EngineOptions("").compile_cache).expanduser()
-        decode_kernels.provide(cache, threads)
+        decode_kernels.provide(cache)
+        decode_kernels.use_threads(threads)
         self._library = ctypes.CDLL(str(decode_kernels.library_in(cache)))  # the same once more
 
     def __call__(self, name: str, *args: Any) -> Tensor | None:
@@ -322,7 +323,7 @@ def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
     script = (
         "import sys, pathlib; from service.model import decode_kernels as kernels; build = kernels.build\n"
         "kernels.build = lambda library: (print('compiled'), build(library))\n"
-        "kernels.provide(pathlib.Path(sys.argv[1]), 1)"
+        "kernels.provide(pathlib.Path(sys.argv[1]))"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -338,5 +339,5 @@ def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     source.write_text("this is no C++")
     monkeypatch.setattr(decode_kernels, "_SOURCE", source)
     with pytest.raises(RuntimeError, match="could not be compiled"):
-        decode_kernels.provide(tmp_path / "cache", 1)
+        decode_kernels.provide(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()), "nothing is left"

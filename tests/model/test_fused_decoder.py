@@ -72,9 +72,10 @@ def step(model: XLoraModel, rows: int, scaling_rows: int, *, kernels: bool) -> t
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     cache = Path("~/.cache/xlora-serve").expanduser()
-    decode_kernels.provide(cache, request.param)
+    decode_kernels.provide(cache)
+    decode_kernels.use_threads(request.param)
     yield request.param
-    decode_kernels.provide(cache, 1)
+    decode_kernels.use_threads(1)
 
 
 @pytest.mark.parametrize(("rows", "scaling_rows"), [(1, 0), (1, 1), (2, 1), (7, 3), (19, 19), (64, 30), (140, 60)])

@@ -1,0 +1,45 @@
+"""How many threads an engine computes with on a CPU: torch's, and those of the native kernels."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from service.engine.options import EngineOptions
+from service.model import decode_kernels
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may compute, of how many
+
+
+def use_threads(options: EngineOptions) -> None:
+    """Sets them in this process. Unless the options say how many, one more helps the kernels where the last core, which
+    is the API process's, has nothing else to do (helpers.h); not under a limit on CPU time: its waiting counts.
+    """
+    ranks = options.tensor_parallel
+    guests = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
+    threads = options.threads or default_threads(ranks)
+    torch.set_num_threads(threads)
+    decode_kernels.use_threads(threads, guests=int(guests))
+
+
+def default_threads(ranks: int = 1) -> int:
+    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md). Each of
+    several ranks has an equal share.
+    """
+    return max(1, (min(_cores(), math.ceil(_limit())) - 1) // ranks)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _limit() -> float:
+    """How many cores' time there is, as the kernel grants it (cgroup v2)."""
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+    except (OSError, ValueError):
+        return _cores()
+    return _cores() if quota == "max" else int(quota) / int(period)

@@ -1,0 +1,304 @@
+// Threads that help another one with its jobs, chunk by chunk, and are never waited for long.
+//
+// Whoever is free takes the next chunk from a counter. A helper that loses its core while it holds one (to the API process,
+// to another machine on the same processor) does not hold up the job: after a while its chunk is computed once more where
+// the result is wanted. So helpers write to memory of their own, from which that thread takes what they have done; and as a
+// late one still reads what its job read, arguments are copied, and tensors are kept until it is back.
+
+#pragma once
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace {
+
+constexpr std::align_val_t kLine{64};  // a cache line: vectors should not lie across two
+
+struct Free {
+    void operator()(float* floats) const { ::operator delete(floats, kLine); }
+};
+
+using Memory = std::unique_ptr<float[], Free>;
+
+inline Memory memory_for(int64_t floats) {
+    return Memory(static_cast<float*>(::operator new(floats * sizeof(float), kLine)));
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Helpers {
+public:
+    // From now on `count` threads help, and `guests` more, which run where nothing else wants to.
+    void set(int count, int guests) {
+        const std::lock_guard<std::mutex> lock(sharing_);
+        const int all = count + guests;
+        while (int(helpers_.size()) < all) {
+            helpers_.push_back(std::make_unique<Helper>());
+            std::thread([this, own = helpers_.back().get()] { help(*own); }).detach();
+        }
+        for (int number = 0; number < int(helpers_.size()); number++)
+            helpers_[number]->role = number < count ? kHost : number < all ? kGuest : kOff;
+        { const std::lock_guard<std::mutex> lock(waking_); }
+        wake_.notify_all();
+        static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the().count_ = 0; });  // a child has none
+        count_ = at_fork == 0 ? all : 0;
+    }
+
+    int count() const { return count_.load(std::memory_order_relaxed); }
+
+    // How many chunks were computed here because a helper was late.
+    int64_t repeated() const { return repeated_.load(std::memory_order_relaxed); }
+
+    // compute(chunk, block) for every chunk below `count`, here or by a helper, into a block of `floats` numbers; then, here,
+    // place(chunk, block). Helpers get a copy of `compute` and of the pointers in it; `keep` returns owners of what these
+    // point to, other than Floats, for the case that one is late. `block` is for what is computed here. Where another
+    // thread shares a job already, this one computes alone.
+    template <typename Compute, typename Place, typename Keep>
+    void share(int64_t count, int64_t floats, const Compute& compute, const Place& place, const Keep& keep, float* block) {
+        const std::unique_lock<std::mutex> lock(sharing_, std::try_to_lock);
+        if (!lock || count_ == 0 || count < 2) {
+            for (int64_t chunk = 0; chunk < count; chunk++) {
+                compute(chunk, block);
+                place(chunk, block);
+            }
+            return;
+        }
+        forget_those_back();
+        publish(uint32_t(count), floats, compute);
+        left_.assign(count, true);
+        int64_t left = count, own = 0;
+        const auto finish = [&](uint32_t chunk, const float* result) {
+            place(chunk, result);
+            left_[chunk] = false;
+            left--;
+        };
+        const Clock::time_point started = Clock::now();
+        for (uint32_t chunk; claim(job_, uint32_t(count), chunk); own++) {
+            compute(chunk, block);
+            finish(chunk, block);
+            collect(floats, finish);
+        }
+        const Clock::time_point now = Clock::now();
+        const Clock::time_point end = now + kPatience + kChunksOfPatience * (now - started) / std::max<int64_t>(own, 1);
+        for (collect(floats, finish); left && Clock::now() < end; collect(floats, finish))
+            for (int i = 0; i < kPauses; i++) pause();
+        if (!left) return;
+        late_.push_back({job_, keep()});
+        is_late_ = true;
+        for (int64_t chunk = 0; chunk < count; chunk++) {
+            if (!left_[chunk]) continue;
+            compute(chunk, block);
+            place(chunk, block);
+            repeated_.fetch_add(1, std::memory_order_relaxed);
+        }
+    }
+
+    // Frees this, once no helper can still read it.
+    void bury(Memory memory) {
+        const std::lock_guard<std::mutex> lock(burying_);
+        if (is_late_) buried_.push_back(std::move(memory));
+    }
+
+    static Helpers& the() {
+        static Helpers& helpers = *new Helpers;  // for good: threads use it until the process ends
+        return helpers;
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+
+    static constexpr int kWords = 64;                               // of a job's arguments
+    static constexpr uint32_t kHeld = 8;                            // blocks that a helper has computed and nobody taken
+    static constexpr auto kAwake = std::chrono::microseconds(200);  // how long one looks out for the next job
+    static constexpr auto kPatience = std::chrono::microseconds(5);
+    static constexpr int kChunksOfPatience = 3;
+    static constexpr int kPauses = 16;  // between two looks at the clock
+
+    // A job in the upper half, a number in the lower one: what belongs to one job is not taken for another's.
+    static uint64_t tagged(uint32_t job, uint32_t number) { return uint64_t(job) << 32 | number; }
+    static uint32_t number_of(uint64_t tagged, uint32_t job) { return tagged >> 32 == job ? uint32_t(tagged) : 0; }
+
+    enum Role { kOff, kHost, kGuest };
+
+    struct alignas(64) Helper {
+        std::atomic<uint64_t> done{0};         // how many chunks it has computed
+        std::atomic<uint64_t> taken{0};        // how many of those have been taken from it
+        std::atomic<uint32_t> chunks[kHeld]{};  // which they are, each at its number % kHeld, like their blocks
+        std::atomic<const float*> blocks{nullptr};
+        std::atomic<uint32_t> inside{0};  // the job that it reads the arguments of; 0: none
+        std::atomic<Role> role{kOff};
+        Memory memory;
+        int64_t size = 0;
+    };
+
+    struct Late {
+        uint32_t job;
+        std::vector<std::shared_ptr<void>> kept;
+    };
+
+    template <typename Compute>
+    void publish(uint32_t count, int64_t floats, const Compute& compute) {
+        static_assert(std::is_trivially_copyable_v<Compute> && sizeof(Compute) <= kWords * sizeof(uint64_t));
+        const uint32_t job = std::max<uint32_t>(job_ + 1, 1);
+        next_.store(tagged(job, UINT32_MAX), std::memory_order_relaxed);  // nobody takes chunks while the rest changes
+        std::atomic_thread_fence(std::memory_order_release);
+        uint64_t words[kWords];
+        std::memcpy(words, &compute, sizeof compute);
+        constexpr int kOwn = (sizeof compute + 7) / 8;
+        for (int i = 0; i < kOwn; i++) words_[i].store(words[i], std::memory_order_relaxed);
+        used_words_.store(kOwn, std::memory_order_relaxed);
+        const auto run = [](const uint64_t* own, int64_t chunk, float* block) {
+            (*reinterpret_cast<const Compute*>(own))(chunk, block);
+        };
+        run_.store(run, std::memory_order_relaxed);
+        chunks_.store(count, std::memory_order_relaxed);
+        floats_.store(floats, std::memory_order_relaxed);
+        next_.store(tagged(job, 0), std::memory_order_release);
+        job_.store(job);
+        if (asleep_.exchange(false)) {
+            { const std::lock_guard<std::mutex> lock(waking_); }
+            wake_.notify_all();
+        }
+    }
+
+    bool claim(uint32_t job, uint32_t count, uint32_t& chunk) {
+        uint64_t next = next_.load(std::memory_order_relaxed);
+        while (next >> 32 == job && uint32_t(next) < count)
+            if (next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) {
+                chunk = uint32_t(next);
+                return true;
+            }
+        return false;
+    }
+
+    // Finishes the chunks of the present job that helpers have computed since the last time.
+    template <typename Finish>
+    void collect(int64_t floats, const Finish& finish) {
+        for (const auto& helper : helpers_) {
+            const uint32_t done = number_of(helper->done.load(std::memory_order_acquire), job_);
+            uint32_t taken = number_of(helper->taken.load(std::memory_order_relaxed), job_);
+            if (taken == done) continue;
+            for (; taken < done; taken++)
+                finish(helper->chunks[taken % kHeld].load(std::memory_order_relaxed),
+                       helper->blocks.load(std::memory_order_relaxed) + taken % kHeld * floats);
+            helper->taken.store(tagged(job_, taken), std::memory_order_release);
+        }
+    }
+
+    void forget_those_back() {
+        const auto is_back = [&](const Late& late) {
+            return std::none_of(helpers_.begin(), helpers_.end(), [&](const auto& own) { return own->inside == late.job; });
+        };
+        if (late_.empty()) return;
+        late_.erase(std::remove_if(late_.begin(), late_.end(), is_back), late_.end());
+        if (!late_.empty()) return;
+        const std::lock_guard<std::mutex> lock(burying_);
+        is_late_ = false;
+        buried_.clear();
+    }
+
+    void help(Helper& own) {
+        Role role = kHost;
+        for (uint32_t seen = 0;;) {
+            seen = wait_for_another(own, seen);
+            if (role != own.role) {
+                role = own.role;
+#if defined(SCHED_IDLE)
+                const sched_param none{};
+                sched_setscheduler(0, role == kGuest ? SCHED_IDLE : SCHED_OTHER, &none);
+#endif
+            }
+            own.inside = seen;
+            compute_some(own, seen);
+            own.inside = 0;
+        }
+    }
+
+    uint32_t wait_for_another(const Helper& own, uint32_t seen) {
+        for (const Clock::time_point end = Clock::now() + kAwake; own.role != kOff && Clock::now() < end;)
+            for (int i = 0; i < kPauses; i++) {
+                if (job_.load(std::memory_order_acquire) != seen) return job_;
+                pause();
+            }
+        std::unique_lock<std::mutex> lock(waking_);
+        wake_.wait(lock, [&] {
+            if (own.role == kOff) return false;
+            asleep_ = true;
+            return job_ != seen;
+        });
+        return job_;
+    }
+
+    void compute_some(Helper& own, uint32_t job) {
+        uint64_t words[kWords];
+        const int used = used_words_.load(std::memory_order_relaxed);
+        for (int i = 0; i < used; i++) words[i] = words_[i].load(std::memory_order_relaxed);
+        const auto run = run_.load(std::memory_order_relaxed);
+        const uint32_t count = chunks_.load(std::memory_order_relaxed);
+        const int64_t floats = floats_.load(std::memory_order_relaxed);
+        std::atomic_thread_fence(std::memory_order_acquire);  // where these are of another job, no chunk can be claimed
+        uint32_t chunk;
+        for (uint32_t done = 0;; done++) {
+            while (done - number_of(own.taken.load(std::memory_order_acquire), job) >= kHeld) {
+                if (job_ != job) return;
+                pause();
+            }
+            if (!claim(job, count, chunk)) return;
+            if (own.size < kHeld * floats) {
+                own.size = kHeld * floats;
+                own.memory = memory_for(own.size);
+                own.blocks.store(own.memory.get(), std::memory_order_relaxed);
+            }
+            run(words, chunk, own.memory.get() + done % kHeld * floats);
+            own.chunks[done % kHeld].store(chunk, std::memory_order_relaxed);
+            own.done.store(tagged(job, done + 1), std::memory_order_release);
+        }
+    }
+
+    std::mutex sharing_;  // guards what only the thread with a job changes
+    std::vector<std::unique_ptr<Helper>> helpers_;
+    std::vector<bool> left_;
+    std::vector<Late> late_;
+    std::atomic<int> count_{0};
+    std::atomic<int64_t> repeated_{0};
+
+    std::mutex burying_;
+    std::vector<Memory> buried_;
+    std::atomic<bool> is_late_{false};
+
+    std::mutex waking_;
+    std::condition_variable wake_;
+    std::atomic<bool> asleep_{false};
+
+    alignas(64) std::atomic<uint32_t> job_{0};  // the latest
+    std::atomic<uint64_t> words_[kWords]{};      // its arguments
+    std::atomic<int> used_words_{0};
+    std::atomic<void (*)(const uint64_t*, int64_t, float*)> run_{nullptr};
+    std::atomic<uint32_t> chunks_{0};
+    std::atomic<int64_t> floats_{0};
+    alignas(64) std::atomic<uint64_t> next_{0};  // chunk to be claimed
+};
+
+}  // namespace

@@ -1,0 +1,145 @@
+"""helpers.h: what is computed with threads that are late, many or gone is what one thread computes, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.engine.options import EngineOptions
+from service.model import decode_kernels
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+
+CACHE = Path(EngineOptions("").compile_cache).expanduser()
+MANY = 4 * (os.cpu_count() or 1)  # there is always one that has to wait for a core
+
+
+@pytest.fixture(autouse=True)
+def alone_again() -> Iterator[None]:
+    decode_kernels.provide(CACHE)
+    yield
+    decode_kernels.use_threads(1)
+
+
+def repeated() -> int:
+    """How many chunks have been computed twice so far."""
+    library = ctypes.CDLL(str(decode_kernels.library_in(CACHE)))  # the same once more
+    library.xlora_repeated_chunks.restype = ctypes.c_int64
+    return int(library.xlora_repeated_chunks())
+
+
+def linear(dtype: torch.dtype, weights: torch.dtype) -> Callable[[], Tensor]:
+    """What computes an adapted linear, in 13 chunks of outputs and 2 of ranks."""
+    rows, depth, width, rank = 160, 300, 600, 90
+    x, gate = torch.randn(rows, depth, dtype=dtype), torch.randn(rows - 7, rank, dtype=dtype)
+    weight, bias = torch.randn(width, depth).to(weights), torch.randn(width, dtype=dtype)
+    a, b_t = torch.randn(rank, depth).to(weights), torch.randn(rank, width).to(weights)
+    return lambda: decode_kernels.adapted_linear(x, weight, bias, a, b_t, gate, 7)
+
+
+def attention(dtype: torch.dtype, rows: int) -> Callable[[], Tensor]:
+    """What computes attention of `rows` rows, each over its own up to 6,400 tokens."""
+    heads, kv_heads, head_dim, block_size, width = 6, 2, 32, 16, 400
+    keys, values = (torch.randn(rows * width, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    table = torch.randperm(rows * width).view(rows, width)
+    positions = torch.randint(0, width * block_size, (rows,))
+    query = torch.randn(rows, heads, head_dim, dtype=dtype)
+    attend = torch.ops.xlora.decode_self_attention.default
+    new = [torch.randn(1, kv_heads, rows, head_dim, dtype=dtype) for _ in range(2)]
+    slots = table[torch.arange(rows), positions // block_size] * block_size + positions % block_size
+    query = query.transpose(0, 1)[None].contiguous()
+    return lambda: attend(query, *new, keys, values, slots, table, positions, 0.2, 0, 0.0)
+
+
+JOBS: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    "wide": lambda: linear(torch.float32, torch.float32),
+    "widened": lambda: linear(torch.float32, torch.bfloat16),
+    "bfloat16": lambda: linear(torch.bfloat16, torch.bfloat16),
+    "two rows": lambda: attention(torch.float32, 2),
+    "many rows": lambda: attention(torch.bfloat16, 30),
+}
+
+
+@pytest.mark.parametrize(("threads", "guests"), [(2, 0), (1, 1), (3, 2)])
+@pytest.mark.parametrize("job", JOBS)
+def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
+    compute = JOBS[job]()
+    alone = compute()
+    decode_kernels.use_threads(threads, guests)
+    assert all(torch.equal(compute(), alone) for _ in range(100))
+    decode_kernels.use_threads(1)
+    assert torch.equal(compute(), alone)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_same_where_helpers_are_late(job: str) -> None:
+    compute = JOBS[job]()
+    alone, before = compute(), repeated()
+    decode_kernels.use_threads(2, MANY)
+    for number in range(20_000):
+        assert torch.equal(compute(), alone)
+        if number >= 100 and repeated() > before + 3:
+            return
+    pytest.fail("nobody was late")
+
+
+LATE = f"""
+import pathlib, sys, torch
+from service.model import decode_kernels
+from tests.model.test_helpers import CACHE, repeated
+decode_kernels.provide(CACHE)
+x, path = torch.randn(8, 512), pathlib.Path(sys.argv[1])
+torch.randn(1024, 512).numpy().tofile(path)
+weights = lambda: torch.from_file(str(path), size=1024 * 512).view(1024, 512)
+alone = decode_kernels.linear(x, weights())
+decode_kernels.use_threads(2, {MANY})
+while repeated() < 50:  # what is mapped goes when the tensor goes
+    assert torch.equal(decode_kernels.linear(x.clone(), weights()), alone)
+"""
+
+
+def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path) -> None:
+    """Weights that are unmapped right after the job; in another process, because reading them then would end it."""
+    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path / "weights")], timeout=300, check=False)
+    assert done.returncode == 0
+
+
+def test_two_threads_with_jobs_of_their_own() -> None:
+    decode_kernels.use_threads(3)
+    wrong = []
+
+    def check(compute: Callable[[], Tensor], expected: Tensor) -> None:
+        wrong.extend([number for number in range(200) if not torch.equal(compute(), expected)])
+
+    computes = [linear(torch.float32, torch.bfloat16), attention(torch.float32, 9)]
+    threads = [threading.Thread(target=check, args=(compute, compute())) for compute in computes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_forked_process_computes_alone() -> None:
+    decode_kernels.use_threads(3)
+    compute = linear(torch.float32, torch.float32)
+    expected = compute()
+
+    def check() -> None:
+        assert torch.equal(compute(), expected)
+
+    child = multiprocessing.get_context("fork").Process(target=check)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
