@@ -1048,8 +1048,6 @@ struct Heads {
     W* at(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
 };
 
-constexpr int64_t kRowsPerThread = 4;
-
 // `of_query` is the tensor that `query` lies in, if it is none of Floats.
 template <typename W>
 void attention_of(
@@ -1063,9 +1061,8 @@ void attention_of(
     for (int64_t row = 0; row < query.rows; row++)
         seen += how.window ? std::min(how.window, position[row * stride] + 1) : position[row * stride] + 1;
     const bool far = 2 * seen * pool.kv_heads * pool.head_dim * int64_t(sizeof(W)) > kFarBytes;
-    // All KV heads of a token lie side by side; where few rows are shared, one head of one row is a chunk.
-    const int64_t helpers = Helpers::the().count(), head_dim = pool.head_dim;
-    const int64_t kv_heads = query.rows < kRowsPerThread * (helpers + 1) && helpers ? 1 : pool.kv_heads;
+    // All KV heads of a token lie side by side, so they are one chunk, unless these were too few.
+    const int64_t head_dim = pool.head_dim, kv_heads = query.rows <= Helpers::the().count() ? 1 : pool.kv_heads;
     const int64_t chunks_of_row = pool.kv_heads / kv_heads, heads = kv_heads * group;
     const auto compute = [=, table = table.data<int64_t>()](int64_t chunk, float* block) {
         const int64_t row = chunk / chunks_of_row, first = chunk % chunks_of_row * kv_heads;

@@ -131,7 +131,7 @@ private:
 
     static constexpr int kWords = 64;                               // of a job's arguments
     static constexpr uint32_t kHeld = 8;                            // blocks that a helper has computed and nobody taken
-    static constexpr auto kAwake = std::chrono::microseconds(200);  // how long one looks out for the next job
+    static constexpr auto kAwake = std::chrono::milliseconds(2);  // how long one looks out for the next job
     static constexpr auto kPatience = std::chrono::microseconds(5);
     static constexpr int kChunksOfPatience = 3;
     static constexpr int kPauses = 16;  // between two looks at the clock
