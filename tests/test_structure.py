@@ -60,6 +60,7 @@ TYPES_ONLY = {
 }
 # Modules that may touch the environment, and why.
 ENVIRONMENT = {
+    "service": "torch takes from nowhere else how its threads wait",
     "service.settings": "the only reader of the environment",
     "service.engine.group": "gloo takes its network interface, and transformers its GPU, from nowhere else",
 }

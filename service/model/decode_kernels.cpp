@@ -567,6 +567,8 @@ struct Parts {
 };
 
 constexpr int64_t kWorthSharing = 1 << 19;  // products: some microseconds
+constexpr int64_t kProductsPerFar = 32;     // as long as one number from memory takes
+constexpr int64_t kNarrowChunk = 16;        // ranks computed together: there are few
 
 // compute(chunk, block) and place(chunk, block) of all chunks; helpers are asked if there are enough products.
 template <typename Compute, typename Place, typename Keep>
@@ -590,7 +592,9 @@ void linear(
     int64_t depth, int64_t width, const Keep& keep, X* y
 ) {
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
-    const bool shares = Helpers::the().count() && rows * depth * width >= kWorthSharing;
+    const bool far = is_far<W>(depth * width);
+    const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, of each weight
+    const bool shares = Helpers::the().count() && effort * depth * width >= kWorthSharing;
     const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && shares ? rows * depth : 0);
     const float* floats = operand<W>(x, rows, depth, copies.data());
     if constexpr (!kCopies)
@@ -602,19 +606,18 @@ void linear(
     if (gated) {
         const int64_t rank = experts.rank;
         const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
-            const int64_t first = chunk * kChunk, count = std::min(kChunk, rank - first);
+            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
             multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, false, block);
         };
         const auto place = [&](int64_t chunk, const float* block) {
-            const int64_t first = chunk * kChunk, count = std::min(kChunk, rank - first);
+            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
             for (int64_t m = 0; m < gated; m++)
                 for (int64_t r = 0; r < count; r++)
                     narrow[m * rank + first + r] =
                         block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
         };
-        in_chunks((rank + kChunk - 1) / kChunk, gated * kChunk, gated * rank * depth, compute, place, keep);
+        in_chunks((rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, effort * rank * depth, compute, place, keep);
     }
-    const bool far = is_far<W>(depth * width);
     const auto compute = [=, all_ranks = experts.rank](int64_t number, float* block) {
         const Chunk<E> chunk = parts.chunk(number);
         const E* const b_t = chunk.part.b_t + chunk.first;
@@ -635,7 +638,7 @@ void linear(
             for (int64_t n = 0; n < chunk.count; n++)
                 store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
     };
-    in_chunks(parts.chunks(), rows * kChunk, rows * depth * width, compute, place, keep);
+    in_chunks(parts.chunks(), rows * kChunk, effort * depth * width, compute, place, keep);
 }
 
 // ---- attention -----------------------------------------------------------------------------------------------------

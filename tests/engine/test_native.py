@@ -236,8 +236,8 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
     shutil.copy(decode_kernels._SOURCE, source)
     shutil.copy(decode_kernels._HEADER, source.parent)
     monkeypatch.setattr(decode_kernels, "_SOURCE", source)
-    monkeypatch.setattr(decode_kernels, "load", lambda library, threads: loaded.append(library))
     loaded: list[Path] = []
+    monkeypatch.setattr(decode_kernels, "load", loaded.append)
     levels = decode_kernels._PORTABLE[platform.machine()]
     libraries = dict(zip(levels, decode_kernels.build_portable(), strict=True))
     here = set(decode_kernels.cpu_flags().split())
@@ -262,7 +262,7 @@ def use_library(library: Path) -> subprocess.CompletedProcess[bytes]:
     """In a process of its own: a library makes itself known to torch, which wants to hear it once."""
     script = (
         "import sys, pathlib, torch; from service.model import decode_kernels as kernels\n"
-        "kernels.load(pathlib.Path(sys.argv[1]), 1); x, weight = torch.randn(1, 2, 40), torch.randn(24, 40)\n"
+        "kernels.load(pathlib.Path(sys.argv[1])); x, weight = torch.randn(1, 2, 40), torch.randn(24, 40)\n"
         "torch.testing.assert_close(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))"
     )
     return subprocess.run([sys.executable, "-c", script, str(library)], check=False, timeout=120)
