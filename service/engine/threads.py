@@ -16,7 +16,7 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may
 
 def use_threads(options: EngineOptions) -> None:
     """Sets them in this process. Unless the options say how many, one more helps the kernels where the last core, which
-    is the API process's, has nothing else to do (helpers.h); not under a limit on CPU time: its waiting counts.
+    is the API process's, has nothing else to do (kernels/helpers.h); not under a limit on CPU time: its waiting counts.
     """
     ranks = options.tensor_parallel
     guests = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()

@@ -41,7 +41,7 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    sources = sorted(Path(inspect.getfile(package)).parent.glob("*.[chp]*"))  # .py, .cpp, .h
+    sources = [*sorted(Path(inspect.getfile(package)).parent.glob("*.py")), *decode_kernels.sources()]
     code = [path.read_text() for path in sources]
     cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), decode_kernels.cpu_flags())
     parts = (

@@ -1,4 +1,4 @@
-"""The operators of decode_kernels.cpp: what they compute, how they are built, how steps come to call them.
+"""The operators of kernels/: what they compute, how they are built, how steps come to call them.
 
     decode_linear            y = W x + b, and from row `first_row` on + B ((A x) * g)
     decode_siblings          the same for several linears that read the same x, with joint W, b, A and g
@@ -46,8 +46,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 # products of 4096 x 4096 are 13 % slower at 128). Narrow weights torch would widen first.
 MOST_ROWS = {torch.float32: 128, torch.bfloat16: 16}
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_HEADER = _SOURCE.with_name("helpers.h")
+_SOURCES = Path(__file__).with_name("kernels")
+_INSTALLED = Path(__file__).parent  # where portable libraries are
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _NATIVE = "native"  # for this very CPU
 # By machine: the levels that portable libraries are built for, best first, and what /proc/cpuinfo must name for each.
@@ -324,15 +324,19 @@ def find_library(cache: Path) -> Path | None:
     """The library for this CPU in `cache`, else the best portable one of this installation that the CPU suits."""
     own, flags = library_in(cache), set(cpu_flags().split())
     levels = _PORTABLE.get(platform.machine(), {})
-    places = [own, *(library_in(_SOURCE.parent, level) for level, needed in levels.items() if needed <= flags)]
+    places = [own, *(library_in(_INSTALLED, level) for level, needed in levels.items() if needed <= flags)]
     return next((library for library in places if library.exists()), None)
 
 
+def sources() -> list[Path]:
+    """What the library is compiled from."""
+    return sorted(_SOURCES.glob("*.[ch]*"))
+
+
 def library_in(folder: Path, level: str = _NATIVE) -> Path:
-    """Where the library is or will be: named after source, flags, torch and CPU."""
+    """Where the library is or will be: named after sources, flags, torch and CPU."""
     cpu = cpu_flags() if level == _NATIVE else ""
-    sources = [source.read_text() for source in (_SOURCE, _HEADER)]
-    parts = (sources, _FLAGS, level, torch.__version__, platform.machine(), cpu)
+    parts = ([source.read_text() for source in sources()], _FLAGS, level, torch.__version__, platform.machine(), cpu)
     return folder / f"kernels-{hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()}.so"
 
 
@@ -342,7 +346,7 @@ def build_portable() -> list[Path]:
     """
     libraries = []
     for level in _PORTABLE[platform.machine()]:
-        libraries.append(library_in(_SOURCE.parent, level))
+        libraries.append(library_in(_INSTALLED, level))
         build(libraries[-1], level)
     return libraries
 
@@ -357,12 +361,13 @@ def build(library: Path, level: str = _NATIVE) -> None:
     with scratch_in(library.parent) as scratch:
         made = scratch / library.name
         command = [
-            *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, f"-march={level}", str(_SOURCE), "-o", str(made)),
+            *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, f"-march={level}"),
+            *(str(_SOURCES / "operators.cpp"), "-o", str(made)),
             *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{_SOURCE.name} could not be compiled: {done.stderr.strip()}")
+            raise RuntimeError(f"native kernels could not be compiled: {done.stderr.strip()}")
         os.replace(made, library)
 
 

@@ -202,7 +202,7 @@ def _layer(layer: nn.Module) -> _Layer | None:
     if inner.keys() - {*LAYER_LINEARS, "q_norm", "k_norm", "act_fn"} or not inner.keys() >= set(LAYER_LINEARS):
         return None
     norms = parts["input_layernorm"], parts["post_attention_layernorm"], inner.get("q_norm"), inner.get("k_norm")
-    linears = [inner[name] for name in LAYER_LINEARS]  # in decode_kernels.cpp's order
+    linears = [inner[name] for name in LAYER_LINEARS]  # in the order of kernels/operators.cpp
     own = [norm for norm in norms if norm is not None]
     if not all(isinstance(norm, RMSNorm) for norm in own) or len({norm.eps for norm in own}) > 1:
         return None

@@ -1,7 +1,7 @@
 """Weights that bfloat16 holds without loss stay in bfloat16 under float32 arithmetic: half the memory, and half of what
 a decode step reads, which is most of its time. Results are the same up to rounding.
 
-The C++ kernels widen them as they read (decode_kernels.cpp); torch's operators get a wide copy for the length of a
+The C++ kernels widen them as they read (kernels/linear.h); torch's operators get a wide copy for the length of a
 call. Only linears in layers of the usual names, and the head after them: code that looks at a weight itself would find
 another dtype than it knows.
 """

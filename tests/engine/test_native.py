@@ -231,11 +231,7 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
     """As the image has them, beside the source; the best that suits the CPU is taken, and on a CPU of a lower level it
     is as if there were none.
     """
-    source = tmp_path / "package" / decode_kernels._SOURCE.name
-    source.parent.mkdir()
-    shutil.copy(decode_kernels._SOURCE, source)
-    shutil.copy(decode_kernels._HEADER, source.parent)
-    monkeypatch.setattr(decode_kernels, "_SOURCE", source)
+    monkeypatch.setattr(decode_kernels, "_INSTALLED", tmp_path / "package")
     loaded: list[Path] = []
     monkeypatch.setattr(decode_kernels, "load", loaded.append)
     levels = decode_kernels._PORTABLE[platform.machine()]

@@ -335,9 +335,8 @@ def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "decode_kernels.cpp"
-    source.write_text("this is no C++")
-    monkeypatch.setattr(decode_kernels, "_SOURCE", source)
+    (tmp_path / "operators.cpp").write_text("this is no C++")
+    monkeypatch.setattr(decode_kernels, "_SOURCES", tmp_path)
     with pytest.raises(RuntimeError, match="could not be compiled"):
         decode_kernels.provide(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()), "nothing is left"

@@ -1,4 +1,4 @@
-"""helpers.h: what is computed with threads that are late, many or gone is what one thread computes, bit for bit."""
+"""kernels/helpers.h: what threads compute that are late, many or gone is what one computes, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+// Norms, rotations, and the products of gated units.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "vectors.h"
+
+namespace {
+
+// ---- norm: y = x / sqrt(mean(x^2) + eps) * weight ------------------------------------------------------------------
+
+template <typename W>
+void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, W* y) {
+    for (int64_t row = 0; row < rows; row++, x += depth, y += depth) {
+        Vec total{};
+        int64_t k = 0;
+        for (; k + kLanes <= depth; k += kLanes) {
+            const Vec some = load(x + k);
+            total += some * some;
+        }
+        float sum = sum_of(total);
+        for (; k < depth; k++) sum += to_float(x[k]) * to_float(x[k]);
+        const float scale = 1.0f / std::sqrt(sum / depth + float(eps));
+        for (k = 0; k < depth; k++) store(y + k, to_float(x[k]) * scale * to_float(weight[k]));
+    }
+}
+
+// ---- rotation: RoPE of pairs half a head apart ----------------------------------------------------------------------
+
+inline float rounded(float value, float*) { return value; }
+
+inline float rounded(float value, bfloat16* as) {
+    store(as, value);
+    return to_float(*as);
+}
+
+// One head: x, cos and sin [depth] -> y [depth]. Rounds where the formula in torch does: after every product.
+template <typename W>
+void rotate(const W* x, const W* cos, const W* sin, int64_t depth, W* y) {
+    const int64_t half = depth / 2;
+    W spare;
+    for (int64_t i = 0; i < half; i++) {
+        const float low = to_float(x[i]), high = to_float(x[half + i]);
+        store(y + i, rounded(low * to_float(cos[i]), &spare) - rounded(high * to_float(sin[i]), &spare));
+        store(y + half + i, rounded(high * to_float(cos[half + i]), &spare) + rounded(low * to_float(sin[half + i]), &spare));
+    }
+}
+
+// ---- SwiGLU's product: y = g / (1 + e^-g) * u ------------------------------------------------------------------------
+
+inline Vec silu(Vec x) {
+    const Vec small = exponential(x < 0.0f ? x : -x);  // of -|x|: it cannot overflow
+    return x * (x < 0.0f ? small : Vec{} + 1.0f) / (small + 1.0f);
+}
+
+// In place of g [count].
+inline void gated_product(float* g, const float* u, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vec value = silu(load(g + i)) * load(u + i);
+        std::memcpy(g + i, &value, sizeof value);
+    }
+    for (; i < count; i++) g[i] = silu(Vec{} + g[i])[0] * u[i];
+}
+
+// In place of x [count].
+inline void silu(float* x, int64_t count) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vec value = silu(load(x + i));
+        std::memcpy(x + i, &value, sizeof value);
+    }
+    for (; i < count; i++) x[i] = silu(Vec{} + x[i])[0];
+}
+
+}  // namespace

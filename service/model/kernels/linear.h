@@ -1,0 +1,429 @@
+// Adapted linears: y = W x + b, and for rows from first_row on + B ((A x) * g).
+//
+// Weights are read where they lie, and may be narrower than what they are multiplied with; sums are of floats.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "floats.h"
+#include "helpers.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
+constexpr int64_t kPairs = 2 * kLanes;
+constexpr int64_t kFarAhead = 2048;  // numbers: how early those of large weights are fetched
+
+// x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
+// masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
+template <typename W, typename X>
+const float* operand(const X* x, int64_t rows, int64_t depth, float* copy) {
+    if constexpr (std::is_same_v<W, float>) {
+        static_assert(std::is_same_v<X, float>, "weights are no wider than what they are multiplied with");
+        return x;
+    } else {
+        const int64_t paired = depth / kPairs * kPairs;
+        for (int64_t row = 0; row < rows; row++) {
+            const X* const from = x + row * depth;
+            float* const to = copy + row * depth;
+            for (int64_t k = 0; k < paired; k += kPairs) {
+                const Vec first = load(from + k), second = load(from + k + kLanes);
+                const Vec even = evens(first, second), odd = odds(first, second);
+                std::memcpy(to + k, &even, sizeof even);
+                std::memcpy(to + k + kLanes, &odd, sizeof odd);
+            }
+            for (int64_t k = paired; k < depth; k++) to[k] = to_float(from[k]);
+        }
+        return copy;
+    }
+}
+
+// Numbers side by side, of rows that lie `stride` apart.
+template <typename W>
+struct Rows {
+    const W* data;
+    int64_t stride;
+
+    const W* at(int64_t row, int64_t k) const { return data + row * stride + k; }
+};
+
+// out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on; what is in `out` stays in it where there is
+// `more` than this.
+template <int ROWS, int COLUMNS, typename W>
+inline void sum_up(
+    const Vec (&total)[ROWS * COLUMNS], const Rows<float>& x, const Rows<W>& w, int64_t k, int64_t depth, bool more, float* out
+) {
+    float sum[ROWS * COLUMNS + kLanes];
+    sums<ROWS * COLUMNS>(total, sum);
+    for (; k < depth; k++)
+        for (int m = 0; m < ROWS; m++)
+            for (int n = 0; n < COLUMNS; n++)
+                sum[m * COLUMNS + n] = std::fma(*x.at(m, k), to_float(*w.at(n, k)), sum[m * COLUMNS + n]);
+    for (int m = 0; m < ROWS; m++) {
+        float* const own = sum + m * COLUMNS;
+        if (more)
+            for (int n = 0; n < COLUMNS; n++) own[n] += out[m * kChunk + n];
+        std::memcpy(out + m * kChunk, own, COLUMNS * sizeof(float));
+    }
+}
+
+// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for. AHEAD: the
+// weights of as many outputs more are fetched meanwhile, in the order in which they lie.
+template <int ROWS, int COLUMNS, bool AHEAD>
+inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool more, float* out) {
+    Vec total[ROWS * COLUMNS];
+    clear<ROWS * COLUMNS>(total);
+    int64_t k = 0;
+    for (; k + kLanes <= depth; k += kLanes) {
+        if constexpr (ROWS <= COLUMNS) {  // the fewer ones are held in registers
+            Vec rows[ROWS];
+            for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
+            for (int n = 0; n < COLUMNS; n++) {
+                if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kLanes);
+                const Vec weight = held(load(w.at(n, k)));
+                for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
+            }
+        } else {
+            Vec weights[COLUMNS];
+            for (int n = 0; n < COLUMNS; n++) weights[n] = load(w.at(n, k));
+            for (int m = 0; m < ROWS; m++) {
+                const Vec row = held(load(x.at(m, k)));
+                for (int n = 0; n < COLUMNS; n++) total[m * COLUMNS + n] += row * weights[n];
+            }
+        }
+    }
+    sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
+}
+
+template <int ROWS, int COLUMNS, bool AHEAD>
+inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, bool more, float* out) {
+    Vec total[ROWS * COLUMNS];
+    clear<ROWS * COLUMNS>(total);
+    int64_t k = 0;
+    for (; k + kPairs <= depth; k += kPairs) {
+        Vec even[ROWS], odd[ROWS];
+        for (int m = 0; m < ROWS; m++) {
+            even[m] = load(x.at(m, k));
+            odd[m] = load(x.at(m, k + kLanes));
+        }
+        for (int n = 0; n < COLUMNS; n++) {
+            if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kPairs);
+            IntVec words;
+            std::memcpy(&words, w.at(n, k), sizeof words);
+            const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
+            for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += even[m] * low;
+            for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += odd[m] * high;
+        }
+    }
+    sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
+}
+
+template <int ROWS, int COLUMNS, bool AHEAD, typename W>
+inline void dots_of_chunk(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+    int64_t n = 0;
+    const auto from = [&](int64_t output) { return Rows<W>{w.at(output, 0), w.stride}; };
+    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, from(n), depth, more, out + n);
+    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, from(n), depth, more, out + n);
+}
+
+// How many outputs are computed together for `rows` of x: as many sums as are taken at once, or what registers there are,
+// less those for x and weights. Widening takes some, too.
+template <typename W>
+constexpr int columns_for(int rows) {
+    constexpr bool kPaired = !std::is_same_v<W, float>;
+    constexpr int kMany[] = {16, 8, 4, kPaired ? 4 : 6}, kFew[] = {12, 6, 4, 3}, kFewPaired[] = {6, 4, 3, 2};
+    return (kManyRegisters ? kMany : kPaired ? kFewPaired : kFew)[rows - 1];
+}
+
+// Outputs whose weights stay in the nearest cache while all rows pass: a multiple of what four of them take together.
+template <typename W>
+constexpr int kTile = kManyRegisters && !std::is_same_v<W, float> ? 16 : 12;
+
+// Whether a weight of so many numbers comes from memory.
+template <typename W>
+bool is_far(int64_t numbers) {
+    return numbers * int64_t(sizeof(W)) > 2 << 20;
+}
+
+// What dots_of_chunk computes, for one from memory: as it lies, one output after the other. bfloat16 is as fast either way.
+template <int ROWS>
+void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth, int64_t count, float* out) {
+    constexpr int kSteps = 4;  // enough sums under way to hide how long one addition takes
+    for (int64_t n = 0; n < count; n++, w += depth, out++) {
+        Vec total[ROWS * kSteps];
+        for (Vec& own : total) own = Vec{};
+        int64_t k = 0;
+        for (; k + kSteps * kLanes <= depth; k += kSteps * kLanes)
+            for (int i = 0; i < kSteps; i++) {
+                __builtin_prefetch(w + k + i * kLanes + kFarAhead);
+                const Vec weight = load(w + k + i * kLanes);
+                for (int m = 0; m < ROWS; m++) total[m * kSteps + i] += load(x + m * stride + k + i * kLanes) * weight;
+            }
+        for (; k + kLanes <= depth; k += kLanes) {
+            const Vec weight = load(w + k);
+            for (int m = 0; m < ROWS; m++) total[m * kSteps] += load(x + m * stride + k) * weight;
+        }
+        for (int m = 0; m < ROWS; m++) {
+            Vec sum{};
+            for (int i = 0; i < kSteps; i++) sum += total[m * kSteps + i];
+            float value = sum_of(sum);
+            for (int64_t rest = k; rest < depth; rest++) value = std::fma(x[m * stride + rest], w[rest], value);
+            out[m * kChunk] = value;
+        }
+    }
+}
+
+// `count` outputs of ROWS rows.
+template <int ROWS, bool AHEAD, typename W>
+void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+    constexpr int kColumns = columns_for<W>(ROWS);
+    if (count >= kColumns) {
+        dots_of_chunk<ROWS, kColumns, AHEAD>(x, w, depth, count, more, out);
+    } else {
+        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, w, depth, count, more, out);
+    }
+}
+
+constexpr int64_t kRowsToWiden = 16;  // from so many on, weights are widened once for all rows
+constexpr int64_t kDepth = 1024;      // numbers of each that many rows are multiplied with at once: a tile stays in cache
+
+// `depth` numbers of `count` rows of w as floats, in the order of `operand`. `far`: the next ones are fetched meanwhile.
+inline void widen_weights(const Rows<bfloat16>& w, int64_t count, int64_t depth, bool far, float* wide) {
+    const int64_t paired = depth / kPairs * kPairs;
+    for (int64_t n = 0; n < count; n++, wide += depth) {
+        for (int64_t k = 0; k < paired; k += kPairs) {
+            IntVec words;
+            std::memcpy(&words, w.at(n, k), sizeof words);
+            if (far) __builtin_prefetch(w.at(n + count, k));
+            const IntVec low = words << 16, high = words & int32_t(0xffff0000);
+            std::memcpy(wide + k, &low, sizeof low);
+            std::memcpy(wide + k + kLanes, &high, sizeof high);
+        }
+        for (int64_t k = paired; k < depth; k++) wide[k] = to_float(*w.at(n, k));
+    }
+}
+
+// out [rows][kChunk] = x [rows, depth] times some rows of w, four rows of x at a time.
+template <typename W>
+void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+    int64_t m = 0;
+    const auto rest = [&] { return Rows<float>{x.at(m, 0), x.stride}; };
+    for (; m + 4 <= rows; m += 4) tile<4, false>(rest(), w, depth, count, more, out + m * kChunk);
+    float* const last = out + m * kChunk;
+    if (rows - m == 3) tile<3, false>(rest(), w, depth, count, more, last);
+    if (rows - m == 2) tile<2, false>(rest(), w, depth, count, more, last);
+    if (rows - m == 1) tile<1, false>(rest(), w, depth, count, more, last);
+}
+
+// out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What is multiplied with few rows is
+// fetched ahead; with many, there is time, and each four would fetch the same again.
+template <typename W>
+void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, bool far, float* out) {
+    if constexpr (std::is_same_v<W, float>) {
+        if (far && rows == 1) return dots_in_line<1>(x, depth, w, depth, count, out);
+        if (far && rows == 2) return dots_in_line<2>(x, depth, w, depth, count, out);
+    }
+    const Rows<float> all{x, depth};
+    const Rows<W> whole{w, depth};
+    if (rows == 1) return tile<1, true>(all, whole, depth, count, false, out);
+    if (rows == 2) return tile<2, true>(all, whole, depth, count, false, out);
+    if (rows == 3) return tile<3, true>(all, whole, depth, count, false, out);
+    if (rows == 4) return tile<4, true>(all, whole, depth, count, false, out);
+    // beyond four rows, the weights are read again and again
+    constexpr bool kWidens = !std::is_same_v<W, float>;
+    const bool widens = kWidens && rows >= kRowsToWiden;
+    const int64_t most = (widens ? kTile<float> : kTile<W>) / (depth > kDepth / 2 ? 2 : 1);
+    const Floats wide(widens ? most * kDepth : 0);
+    for (int64_t start = 0; start < depth; start += kDepth) {
+        const int64_t part = std::min(kDepth, depth - start);
+        const Rows<float> numbers{x + start, depth};
+        for (int64_t first = 0; first < count; first += most) {
+            const int64_t some = std::min(most, count - first);
+            const Rows<W> weights{w + first * depth + start, depth};
+            if constexpr (kWidens) {
+                if (widens) {
+                    widen_weights(weights, some, part, far, wide.data());
+                    multiply_tile(numbers, rows, Rows<float>{wide.data(), part}, part, some, start > 0, out + first);
+                    continue;
+                }
+            }
+            multiply_tile(numbers, rows, weights, part, some, start > 0, out + first);
+        }
+    }
+}
+
+// Some ranks of the rows that experts act on: rows `stride` apart.
+struct Narrow {
+    const float* data;
+    int64_t stride, rank;
+};
+
+// out [ROWS][VECTORS * kLanes] += the rows of `narrow` times columns of b [rank, stride].
+template <int ROWS, int VECTORS, typename W>
+inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out) {
+    constexpr int kRanks = std::clamp(12 / (ROWS * VECTORS), 1, 4);  // at once: additions take longer than they are apart
+    Vec total[kRanks][ROWS][VECTORS];
+    for (auto& own : total)
+        for (int m = 0; m < ROWS; m++)
+            for (int v = 0; v < VECTORS; v++) own[m][v] = Vec{};
+    const auto add = [&](Vec (&own)[ROWS][VECTORS], int64_t r) {
+        for (int v = 0; v < VECTORS; v++) {
+            const Vec weight = load(b + r * stride + v * kLanes);
+            for (int m = 0; m < ROWS; m++) own[m][v] += narrow.data[m * narrow.stride + r] * weight;
+        }
+    };
+    int64_t r = 0;
+    for (; r + kRanks <= narrow.rank; r += kRanks)
+        for (int i = 0; i < kRanks; i++) add(total[i], r + i);
+    for (; r < narrow.rank; r++) add(total[0], r);
+    for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++) {
+            Vec sum = load(out + m * kChunk + v * kLanes);
+            for (int i = 0; i < kRanks; i++) sum += total[i][m][v];
+            std::memcpy(out + m * kChunk + v * kLanes, &sum, sizeof sum);
+        }
+}
+
+template <int ROWS, typename W>
+void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out) {
+    constexpr int kVectors = kChunk / kLanes;
+    int64_t n = 0;
+    for (; n + kVectors * kLanes <= count; n += kVectors * kLanes) widen<ROWS, kVectors>(narrow, b + n, stride, out + n);
+    for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, b + n, stride, out + n);
+    for (; n < count; n++)
+        for (int m = 0; m < ROWS; m++)
+            for (int64_t r = 0; r < narrow.rank; r++)
+                out[m * kChunk + n] =
+                    std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
+}
+
+template <typename X, typename E>
+struct Experts {
+    const E* a;     // [rank, depth]
+    const X* gate;  // [rows - first_row, rank], rows `gate_stride` apart
+    int64_t rank, gate_stride, first_row;
+};
+
+// Outputs of one linear among several that are computed as one; the experts of each act on its own outputs only.
+template <typename E>
+struct Part {
+    const E* b_t;  // [rank, width]
+    int64_t rank, width;
+};
+
+constexpr int64_t kMostParts = 8;
+
+// What is computed at once: `count` outputs of one part.
+template <typename E>
+struct Chunk {
+    Part<E> part;
+    int64_t first, count;  // of the part
+    int64_t output, rank;  // where the part's outputs and ranks begin among all
+};
+
+template <typename E>
+struct Parts {
+    Part<E> all[kMostParts];
+    int64_t count;
+
+    int64_t chunks() const {
+        int64_t chunks = 0;
+        for (int64_t number = 0; number < count; number++) chunks += (all[number].width + kChunk - 1) / kChunk;
+        return chunks;
+    }
+
+    Chunk<E> chunk(int64_t number) const {
+        Chunk<E> chunk{all[0], number * kChunk, 0, 0, 0};
+        for (const Part<E>* next = all + 1; chunk.first >= chunk.part.width; next++) {
+            chunk.first -= (chunk.part.width + kChunk - 1) / kChunk * kChunk;
+            chunk.output += chunk.part.width;
+            chunk.rank += chunk.part.rank;
+            chunk.part = *next;
+        }
+        chunk.count = std::min(kChunk, chunk.part.width - chunk.first);
+        return chunk;
+    }
+};
+
+constexpr int64_t kWorthSharing = 1 << 19;  // products: some microseconds
+constexpr int64_t kProductsPerFar = 32;     // as long as one number from memory takes
+constexpr int64_t kNarrowChunk = 16;        // ranks computed together: there are few
+
+// compute(chunk, block) and place(chunk, block) of all chunks; helpers are asked if there are enough products.
+template <typename Compute, typename Place, typename Keep>
+void in_chunks(
+    int64_t chunks, int64_t floats, int64_t products, const Compute& compute, const Place& place, const Keep& keep
+) {
+    const Floats block(floats);
+    Helpers& helpers = Helpers::the();
+    if (products >= kWorthSharing && helpers.count()) return helpers.share(chunks, floats, compute, place, keep, block.data());
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        compute(chunk, block.data());
+        place(chunk, block.data());
+    }
+}
+
+// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
+// `keep` as Helpers want it, for weights and experts.
+template <typename X, typename W, typename E, typename Keep>
+void linear(
+    const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const Parts<E>& parts, int64_t rows,
+    int64_t depth, int64_t width, const Keep& keep, X* y
+) {
+    constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
+    const bool far = is_far<W>(depth * width);
+    const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, of each weight
+    const bool shares = Helpers::the().count() && effort * depth * width >= kWorthSharing;
+    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && shares ? rows * depth : 0);
+    const float* floats = operand<W>(x, rows, depth, copies.data());
+    if constexpr (!kCopies)
+        if (shares) floats = std::copy_n(x, rows * depth, plain.data()) - rows * depth;  // x may be gone before helpers are
+    const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
+    const int64_t gated = experts.rank ? rows - experts.first_row : 0, first_row = experts.first_row;
+    const Floats narrowed(gated * experts.rank);
+    float* const narrow = narrowed.data();
+    if (gated) {
+        const int64_t rank = experts.rank;
+        const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
+            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
+            multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, false, block);
+        };
+        const auto place = [&](int64_t chunk, const float* block) {
+            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
+            for (int64_t m = 0; m < gated; m++)
+                for (int64_t r = 0; r < count; r++)
+                    narrow[m * rank + first + r] =
+                        block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
+        };
+        in_chunks((rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, effort * rank * depth, compute, place, keep);
+    }
+    const auto compute = [=, all_ranks = experts.rank](int64_t number, float* block) {
+        const Chunk<E> chunk = parts.chunk(number);
+        const E* const b_t = chunk.part.b_t + chunk.first;
+        const int64_t rank = chunk.part.rank, stride = chunk.part.width, count = chunk.count;
+        if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
+            for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * stride, count);
+        multiply(floats, rows, depth, weight + (chunk.output + chunk.first) * depth, count, far, block);
+        float* const own = block + first_row * kChunk;
+        Narrow some{narrow + chunk.rank, all_ranks, rank};
+        int64_t m = 0;
+        for (; m + 2 <= gated; m += 2, some.data += 2 * all_ranks) widen_chunk<2>(some, b_t, stride, count, own + m * kChunk);
+        if (m < gated) widen_chunk<1>(some, b_t, stride, count, own + m * kChunk);
+    };
+    const auto place = [&](int64_t number, const float* block) {
+        const Chunk<E> chunk = parts.chunk(number);
+        const int64_t first = chunk.output + chunk.first;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t n = 0; n < chunk.count; n++)
+                store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
+    };
+    in_chunks(parts.chunks(), rows * kChunk, effort * depth * width, compute, place, keep);
+}
+
+}  // namespace
