@@ -7,12 +7,16 @@
 
 #pragma once
 
+#include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
+#include <climits>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -21,10 +25,6 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
 
 namespace {
 
@@ -60,8 +60,8 @@ public:
         }
         for (int number = 0; number < int(helpers_.size()); number++)
             helpers_[number]->role = number < count ? kHost : number < all ? kGuest : kOff;
-        { const std::lock_guard<std::mutex> lock(waking_); }
-        wake_.notify_all();
+        asleep_ = true;  // or one that is on its way to sleep would not see its new role
+        wake();
         static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the().count_ = 0; });  // a child has none
         count_ = at_fork == 0 ? all : 0;
     }
@@ -177,10 +177,7 @@ private:
         floats_.store(floats, std::memory_order_relaxed);
         next_.store(tagged(job, 0), std::memory_order_release);
         job_.store(job);
-        if (asleep_.exchange(false)) {
-            { const std::lock_guard<std::mutex> lock(waking_); }
-            wake_.notify_all();
-        }
+        if (asleep_.exchange(false)) wake();
     }
 
     bool claim(uint32_t job, uint32_t count, uint32_t& chunk) {
@@ -225,10 +222,8 @@ private:
             seen = wait_for_another(own, seen);
             if (role != own.role) {
                 role = own.role;
-#if defined(SCHED_IDLE)
                 const sched_param none{};
                 sched_setscheduler(0, role == kGuest ? SCHED_IDLE : SCHED_OTHER, &none);
-#endif
             }
             own.inside = seen;
             compute_some(own, seen);
@@ -237,19 +232,25 @@ private:
     }
 
     uint32_t wait_for_another(const Helper& own, uint32_t seen) {
-        for (const Clock::time_point end = Clock::now() + kAwake; own.role != kOff && Clock::now() < end;)
-            for (int i = 0; i < kPauses; i++) {
-                if (job_.load(std::memory_order_acquire) != seen) return job_;
-                pause();
+        for (;;) {
+            if (own.role == kOff) {
+                sleep_unless_after(job_);
+                continue;
             }
-        std::unique_lock<std::mutex> lock(waking_);
-        wake_.wait(lock, [&] {
-            if (own.role == kOff) return false;
-            asleep_ = true;
-            return job_ != seen;
-        });
-        return job_;
+            for (const Clock::time_point end = Clock::now() + kAwake; Clock::now() < end;)
+                for (int i = 0; i < kPauses; i++) {
+                    if (job_.load(std::memory_order_acquire) != seen) return job_;
+                    pause();
+                }
+            asleep_ = true;  // from here on, whoever publishes a job wakes us
+            sleep_unless_after(seen);
+            if (job_ != seen) return job_;
+        }
     }
+
+    // With nothing that a sleeper could hold while it waits for its core, as it may with a condition variable.
+    void sleep_unless_after(uint32_t job) { syscall(SYS_futex, &job_, FUTEX_WAIT_PRIVATE, job, nullptr, nullptr, 0); }
+    void wake() { syscall(SYS_futex, &job_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 
     void compute_some(Helper& own, uint32_t job) {
         uint64_t words[kWords];
@@ -288,9 +289,7 @@ private:
     std::vector<Memory> buried_;
     std::atomic<bool> is_late_{false};
 
-    std::mutex waking_;
-    std::condition_variable wake_;
-    std::atomic<bool> asleep_{false};
+    std::atomic<bool> asleep_{false};  // some helper, perhaps
 
     alignas(64) std::atomic<uint32_t> job_{0};  // the latest
     std::atomic<uint64_t> words_[kWords]{};      // its arguments
