@@ -1,24 +1,24 @@
-"""A plan in, tokens and gate rows out: builds the flat batch, runs the model once, samples. Decides nothing."""
+"""A plan in, tokens and gate rows out: has the flat batch built, runs the model once, samples. Decides nothing."""
 
 from __future__ import annotations
 
 import gc
 import logging
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from service.engine import admitted_gate, scalings_log
+from service.engine.flat_batch import BatchBuilder, Segment, are_short, ordered_segments
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
 from service.engine.group import Leader
 from service.engine.request import Failure, GateRows, GateSettings, GateStats, LoggedRows, Steering, TokenOutput
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
-from service.engine.sequence import Sequence, Stream
+from service.engine.sequence import Sequence
 from service.engine.steering import excluded_experts, fixed_row
-from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
@@ -27,10 +27,6 @@ from service.model.transfer import to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 logger = logging.getLogger(__name__)
-
-_NEAR_BYTES = 4 << 20  # keys and values of a stream in one layer, as far as they may be read again for each of its rows
-_MOST_SHORT_ROWS = 16  # of a segment that is computed row by row wherever its keys are, compiled where that can be
-_MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
 class OutOfMemory(Exception):
@@ -56,33 +52,19 @@ class RunResult:
         self.errors += other.errors
 
 
-@dataclass(slots=True)
-class _Segment:
-    """`count` consecutive positions of one stream of one scheduled sequence: rows of the flat batch from `row` on."""
-
-    share: Scheduled
-    stream: Stream
-    start: int
-    count: int
-    is_scaling: bool
-    row: int = 0
-
-
 class ModelRunner:
     """Owns the model and the KV cache, on one device."""
 
     def __init__(self, model: XLoraModel, kv_cache: KVCache) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.block_size = kv_cache.block_size
         self.native = False  # whether there are C++ kernels for eager steps
         self.compiled: CompiledStep | None = None  # on a CPU, once it is there
         self.captured: CapturedSteps | None = None  # on CUDA
         self.leader: Leader | None = None  # of a tensor-parallel group
         self.logs_scalings = False
         self._observer = GateObserver(len(model.sites))
-        one_position = kv_cache.keys[0][0, 0].nbytes + kv_cache.values[0][0, 0].nbytes
-        self._near_positions = _NEAR_BYTES // one_position
+        self.batches = BatchBuilder(kv_cache, model.device)
 
     def run(self, plan: Plan) -> RunResult:
         """One forward over everything scheduled, then sampling of tokens and predictions in one go.
@@ -97,7 +79,7 @@ class ModelRunner:
             raise OutOfMemory(str(error)) from error
 
     def _run(self, shares: list[Scheduled]) -> RunResult:
-        segments = _ordered_segments(shares)
+        segments = ordered_segments(shares)
         first_rows = {(id(s.share), s.is_scaling): s.row for s in segments}
         token_rows: list[int] = []
         prediction_rows: list[int] = []
@@ -110,13 +92,15 @@ class ModelRunner:
             prediction_rows += range(first, first + share.predict_count)
             if share.scores:
                 score_rows += range(real + share.scores.start, real + share.scores.stop)
-        batch = self._batch(segments, token_rows + prediction_rows + score_rows)
+        logit_rows = token_rows + prediction_rows + score_rows
+        native = self.native  # another thread may set it
+        batch = self.batches.build(segments, logit_rows, native=native, compiled=self.compiled is not None)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
         admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
         admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
         eager = self.captured or self.leader or self.model
-        step = self.compiled if self.compiled is not None and batch.is_decode and _are_short(segments) else eager
+        step = self.compiled if self.compiled is not None and batch.rows_attend_alone and are_short(segments) else eager
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
@@ -141,7 +125,7 @@ class ModelRunner:
             if steering is not None and steering.weights is not None and share.real_start == 0:
                 sites, experts = self.kv_cache.gate_rows.shape[1:]
                 row = fixed_row(steering.weights, self.model.sites[:sites], experts)
-                slots = self._slots(share.sequence.real, 0, 1)
+                slots = self.batches.slots(share.sequence.real, 0, 1)
                 self._store_gate_rows(slots, torch.tensor([row], device=self.model.device))
 
     def dummy_row(self, settings: GateSettings, weight: float) -> bytes | None:
@@ -149,7 +133,7 @@ class ModelRunner:
         row = self.model.classifier.dummy_row_of(settings.scaling_pass_value, settings.top_k_lora) * weight
         return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
 
-    def _log(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+    def _log(self, gate_logits: Tensor, segments: list[Segment]) -> None:
         """Keeps what the classifier said until it is known to be kept."""
         said = self.model.classifier.before_top_k(gate_logits).to("cpu", copy=True)
         for segment in segments:
@@ -163,7 +147,7 @@ class ModelRunner:
             return []
         return [rows for share in plan.scheduled for rows in scalings_log.take_final(share.sequence)]
 
-    def _steer(self, gate_logits: Tensor, segments: list[_Segment]) -> None:
+    def _steer(self, gate_logits: Tensor, segments: list[Segment]) -> None:
         """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
         steered: dict[Steering, tuple[list[int], list[int]]] = {}  # rows, slots
         for segment in segments:
@@ -171,7 +155,7 @@ class ModelRunner:
             if segment.is_scaling and steering is not None and segment.share.sequence.generates:
                 rows, slots = steered.setdefault(steering, ([], []))
                 rows += range(segment.row, segment.row + segment.count)
-                slots += self._new_gate_slots(segment)
+                slots += self.batches.new_gate_slots(segment)
         for steering, (rows, slots) in steered.items():
             self._store_gate_rows(slots, self._scalings(gate_logits[self._tensor(rows)], steering))
 
@@ -271,7 +255,7 @@ class ModelRunner:
         spans = report_spans(sequences)
         if not spans:
             return {}
-        slots = [slot for s in spans for slot in self._gate_slots(s.sequence, s.start, s.count)]
+        slots = [slot for s in spans for slot in self.batches.gate_slots(s.sequence, s.start, s.count)]
         observed = self._observer.observe(spans, self._stored_gate_rows(slots))
         for span in spans:
             span.sequence.reported = span.start + span.count
@@ -289,79 +273,6 @@ class ModelRunner:
     def take_statistics(self) -> GateStats:
         """Statistics that no step has reported: of sequences that were dropped since."""
         return self._observer.take_statistics()
-
-    # -- the flat batch ------------------------------------------------------------------------------------------
-
-    def _batch(self, segments: list[_Segment], logit_rows: list[int]) -> Batch:
-        """Every index of the batch in one tensor, and views of it."""
-        cache = self.kv_cache
-        scaling_rows = sum(s.count for s in segments if s.is_scaling)
-        row_count = segments[-1].row + segments[-1].count
-        native = self.native  # another thread may set it
-        is_near = max(s.start + s.count for s in segments) <= self._near_positions
-        # The attention of kernels and of a compiled step wants one row each.
-        splits = (native and is_near) or (_are_short(segments) and (native or self.compiled is not None))
-        grouped = [segments] if splits else _attention_groups(segments)
-        tables = [self._block_table(group) for group in grouped]
-        ids: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        gate_slots: list[int] = []
-        new_gate_slots: list[int] = []
-        is_scaling = [1] * scaling_rows + [0] * (row_count - scaling_rows)
-        for s in segments:
-            ids += s.share.sequence.hypothesis(s.start, s.start + s.count)
-            positions += range(s.start, s.start + s.count)
-            kv_slots += self._slots(s.stream, s.start, s.count)
-            if s.is_scaling:
-                gate_slots += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
-                new_gate_slots += self._new_gate_slots(s)
-            else:
-                gate_slots += self._gate_slots(s.share.sequence, s.start, s.count)
-                new_gate_slots += [cache.scratch_slot] * s.count
-        values = [ids, positions, kv_slots, gate_slots, new_gate_slots, is_scaling, logit_rows, *tables]
-        sizes = [LINES * row_count, *map(len, values[LINES:])]
-        packed = self._tensor(list(chain.from_iterable(values)))
-        rows, logit_index, *views = packed.split_with_sizes(sizes)
-        gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
-        batch = Batch(
-            rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
-        )
-        make = _group_of_rows if splits else _group
-        batch.groups = [make(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
-        return batch
-
-    def _block_table(self, group: list[_Segment]) -> list[int]:
-        """The block tables of a group's streams, one after another, as wide as the widest needs."""
-        width = -(-max(s.start + s.count for s in group) // self.block_size)
-        table: list[int] = []
-        for segment in group:
-            blocks = segment.stream.blocks[:width]
-            table += blocks + blocks[:1] * (width - len(blocks))
-        return table
-
-    def _new_gate_slots(self, segment: _Segment) -> list[int]:
-        """Where the new scalings of a segment of the scaling stream go."""
-        sequence = segment.share.sequence
-        if not sequence.generates:
-            return [self.kv_cache.scratch_slot] * segment.count
-        return self._slots(sequence.real, segment.start, segment.count)
-
-    def _gate_slots(self, sequence: Sequence, start: int, count: int) -> list[int]:
-        """Slots of the gate rows that serve positions start .. start + count."""
-        end = start + count
-        if end <= sequence.gate_end:
-            return self._slots(sequence.real, start, count)
-        frozen = max(start, sequence.gate_end)
-        [slot] = self._slots(sequence.real, max(0, sequence.gate_end - 1), 1)
-        return [*self._slots(sequence.real, start, frozen - start), *[slot] * (end - frozen)]
-
-    def _slots(self, stream: Stream, start: int, count: int) -> list[int]:
-        """Slots of positions start .. start + count of a stream."""
-        size, blocks = self.block_size, stream.blocks
-        if count == 1:
-            return [blocks[start // size] * size + start % size]
-        return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
     def _tensor(self, values: list[int]) -> Tensor:
         return to_device(values, self.model.device)
@@ -392,64 +303,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _ordered_segments(shares: list[Scheduled]) -> list[_Segment]:
-    """Scaling rows first, then real rows; single rows meet in the middle, where they form one attention group."""
-    scaling = [s for s in shares if s.scaling_count]
-    real = [s for s in shares if s.real_count]
-    scaling.sort(key=lambda share: -share.scaling_count)
-    real.sort(key=lambda share: share.real_count)
-    segments: list[_Segment] = []
-    row = 0
-    for share in scaling:
-        segments.append(_Segment(share, share.sequence.scaling, share.scaling_start, share.scaling_count, True, row))
-        row += share.scaling_count
-    for share in real:
-        segments.append(_Segment(share, share.sequence.real, share.real_start, share.real_count, False, row))
-        row += share.real_count
-    return segments
-
-
-def _other_weights(segments: list[_Segment]) -> dict[int, float]:
+def _other_weights(segments: list[Segment]) -> dict[int, float]:
     """The real rows under another global weight than the checkpoint's, and that weight."""
     others = [s for s in segments if not s.is_scaling and s.share.sequence.gate.weight != 1.0]
     return {row: s.share.sequence.gate.weight for s in others for row in range(s.row, s.row + s.count)}
-
-
-def _are_short(segments: list[_Segment]) -> bool:
-    return all(s.count <= _MOST_SHORT_ROWS for s in segments)
-
-
-def _attention_groups(segments: list[_Segment]) -> list[list[_Segment]]:
-    """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
-    groups: list[list[_Segment]] = []
-    for segment in segments:
-        if groups and segment.count == groups[-1][0].count <= _MOST_SHARED_QUERIES:
-            groups[-1].append(segment)
-        else:
-            groups.append([segment])
-    return groups
-
-
-def _group_of_rows(segments: list[_Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:
-    """The same with every row a segment of its own, which has the block table of that which it comes from."""
-    starts, ends, number = [s.start for s in segments], [s.start + s.count for s in segments], len(positions)
-    table = block_table.view(len(segments), -1)
-    if number > len(segments):
-        table = table.repeat_interleave(torch.tensor([s.count for s in segments], device=table.device), 0)
-    needs_mask = min(starts) + 1 != max(ends)
-    return AttentionGroup(0, number, 1, positions.view(number, 1), table, max(ends), needs_mask)
-
-
-def _group(segments: list[_Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:
-    """positions int64 [T] of the whole batch, block_table int64 [segments * blocks]"""
-    ends = [s.start + s.count for s in segments]
-    number, count, first = len(segments), segments[0].count, segments[0].row
-    return AttentionGroup(
-        start=first,
-        segments=number,
-        queries=count,
-        positions=positions[first : first + number * count].view(number, count),
-        block_table=block_table.view(number, -1),
-        keys=max(ends),
-        needs_mask=count > 1 or min(ends) != max(ends),
-    )

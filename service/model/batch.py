@@ -86,6 +86,6 @@ class Batch:
         self.input_ids, self.positions, self.kv_slots, self.gate_slots, self.new_gate_slots, self.is_scaling = lines
 
     @property
-    def is_decode(self) -> bool:
+    def rows_attend_alone(self) -> bool:
         """Whether every row attends alone, as in decode steps: what a captured step can run."""
         return len(self.groups) == 1 and self.groups[0].queries == 1

@@ -144,7 +144,7 @@ class CompiledStep:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """XLoraModel.forward of a batch that `is_decode`."""
+        """XLoraModel.forward of a batch whose rows attend alone."""
         [group] = batch.groups
         rows, table = batch.rows, group.block_table
         count = rows.shape[1]

@@ -183,7 +183,7 @@ def layer(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """A decoder layer of a batch that `is_decode`, with the writing of its keys and values: [1, T, H]."""
+    """A decoder layer of a batch whose rows attend alone, with the writing of their keys and values: [1, T, H]."""
     [group] = batch.groups
     pool = kv_cache.keys[number], kv_cache.values[number]
     y: Tensor = _decode_layer(
@@ -252,7 +252,7 @@ def self_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of a batch that `is_decode`, with the writing of its keys and values: [1, T, heads, head_dim]."""
+    """Attention of a batch whose rows attend alone, after writing their keys and values: [1, T, heads, head_dim]."""
     [group] = batch.groups
     pool = kv_cache.keys[layer], kv_cache.values[layer]
     attended: Tensor = _decode_self_attention(
@@ -269,12 +269,12 @@ EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
 EAGER = replace(PREFILL, rotate=rotate, norm=norm, layer=layer)
 
 
-def for_rows(rows: int, dtype: torch.dtype, *, is_decode: bool, is_narrow: bool) -> Kernels:
+def for_rows(rows: int, dtype: torch.dtype, *, rows_attend_alone: bool, is_narrow: bool) -> Kernels:
     """What computes an eager step of so many rows. `is_narrow`: there are weights that torch's products would want
     widened first.
     """
     few = is_narrow or rows <= MOST_ROWS[dtype]
-    if is_decode:
+    if rows_attend_alone:
         return EAGER_FEW_ROWS if few else EAGER
     return PREFILL_FEW_ROWS if few else PREFILL
 

@@ -189,10 +189,12 @@ class XLoraModel:
 
     def choose_kernels(self, batch: Batch) -> None:
         """Settles by which kernels `batch` is computed."""
-        rows, is_decode, kernels = batch.rows.shape[1], batch.is_decode, NO_KERNELS
-        batch.self_attention = decode_kernels.self_attention if batch.kernels and is_decode else None
+        rows, rows_attend_alone, kernels = batch.rows.shape[1], batch.rows_attend_alone, NO_KERNELS
+        batch.self_attention = decode_kernels.self_attention if batch.kernels and rows_attend_alone else None
         if batch.kernels:
-            kernels = decode_kernels.for_rows(rows, self.dtype, is_decode=is_decode, is_narrow=self.is_narrow)
+            kernels = decode_kernels.for_rows(
+                rows, self.dtype, rows_attend_alone=rows_attend_alone, is_narrow=self.is_narrow
+            )
         self.gate.choose(kernels, rows)
 
     @property

@@ -120,7 +120,7 @@ def test_prompts_whose_keys_do_not_stay_near(both: Engines, calls: Calls) -> Non
     called = []
     for near in (20, 1000):
         engine = both.build(prefix_cache=False)
-        engine._runner._near_positions = near
+        engine._runner.batches.near_positions = near
         before = calls.count["_decode_layer"] + calls.count["_decode_self_attention"]
         alone = run(engine, requests[2:])
         called.append(calls.count["_decode_layer"] + calls.count["_decode_self_attention"] - before)
@@ -136,7 +136,7 @@ def test_copied_drafts_beyond_what_is_near(both: Engines, calls: Calls) -> None:
     requests = [replace(request, sampling=replace(request.sampling, logit_bias={7: 100.0}))]  # it repeats itself
     expected = run(both.build(adaptive=False, native_kernels=False), requests)
     engine = both.build(adaptive=False)
-    engine._runner._near_positions = 4
+    engine._runner.batches.near_positions = 4
     ours = run(engine, requests)
     assert_same(ours, expected)
     usage = ours["r"].usage
