@@ -40,6 +40,6 @@ def _limit() -> float:
     """How many cores' time there is, as the kernel grants it (cgroup v2)."""
     try:
         quota, period = _CPU_MAX.read_text().split()
+        return _cores() if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         return _cores()
-    return _cores() if quota == "max" else int(quota) / int(period)

@@ -26,6 +26,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ _PORTABLE = {
 _EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
 _libraries: dict[str, Any] = {}  # loaded ones by file name
 _helpers = 0, 0  # of each: threads, guests
+_loading = threading.Lock()  # guards both
 _HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
 _LINEAR = (*[_HANDLE] * 2, *[_OPTIONAL] * 4, "int64_t")
 _ATTENTION = (*[_HANDLE] * 5, "double", "int64_t", "double")
@@ -375,9 +377,10 @@ def load(library: Path) -> None:
     """Makes the operators work in this process, and the C functions known to compiled steps that are loaded later.
     Raises OSError.
     """
-    if library.name not in _libraries:  # it makes itself known to torch, which wants to hear it once
-        _libraries[library.name] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    _libraries[library.name].xlora_set_helpers(*_helpers)
+    with _loading:
+        if library.name not in _libraries:  # it makes itself known to torch, which wants to hear it once
+            _libraries[library.name] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        _libraries[library.name].xlora_set_helpers(*_helpers)
 
 
 def use_threads(count: int, guests: int = 0) -> None:
@@ -385,9 +388,10 @@ def use_threads(count: int, guests: int = 0) -> None:
     more help where a core has nothing else to do. 1 and 0 until somebody says so.
     """
     global _helpers
-    _helpers = count - 1, guests
-    for library in _libraries.values():
-        library.xlora_set_helpers(*_helpers)
+    with _loading:
+        _helpers = count - 1, guests
+        for library in _libraries.values():
+            library.xlora_set_helpers(*_helpers)
 
 
 def cpu_flags() -> str:

@@ -49,6 +49,7 @@ def limit(text: str) -> None:
         ("50000 100000\n", 1, 1),
         ("6400000 100000\n", 1, 3),
         ("nonsense", 1, 3),
+        ("abc 100000", 1, 3),
     ],
 )
 def test_all_cores_but_one(machine: pytest.MonkeyPatch, cpu_max: str | None, ranks: int, expected: int) -> None:

@@ -99,20 +99,38 @@ import pathlib, sys, torch
 from service.model import decode_kernels
 from tests.model.test_helpers import CACHE, repeated
 decode_kernels.provide(CACHE)
-x, path = torch.randn(8, 512), pathlib.Path(sys.argv[1])
-torch.randn(1024, 512).numpy().tofile(path)
-weights = lambda: torch.from_file(str(path), size=1024 * 512).view(1024, 512)
-alone = decode_kernels.linear(x, weights())
+rows, depth, width, rank = map(int, sys.argv[2:])
+path = pathlib.Path(sys.argv[1])
+torch.randn(1 << 20).numpy().tofile(path)
+mapped = lambda *shape: torch.from_file(str(path), size=shape[0] * shape[1]).view(shape)
+gate = torch.randn(rows, rank)
+def compute():
+    experts = (mapped(rank, depth), mapped(rank, width), gate) if rank else (None, None, None)
+    return decode_kernels.adapted_linear(mapped(rows, depth), mapped(width, depth), None, *experts, 0)
+alone = compute()
 decode_kernels.use_threads(2, {MANY})
-while repeated() < 50:  # what is mapped goes when the tensor goes
-    assert torch.equal(decode_kernels.linear(x.clone(), weights()), alone)
+while repeated() < 50:
+    assert torch.equal(compute(), alone)
 """
 
 
-def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path) -> None:
-    """Weights that are unmapped right after the job; in another process, because reading them then would end it."""
-    done = subprocess.run([sys.executable, "-c", LATE, str(tmp_path / "weights")], timeout=300, check=False)
-    assert done.returncode == 0
+@pytest.mark.parametrize("shape", [(8, 512, 1024, 0), (64, 1024, 4, 512), (64, 512, 300, 300)], ids=str)
+def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """What is mapped from a file goes with its tensor, right after the job; in another process, because reading it then
+    would end it. Rows, depth, width, rank.
+    """
+    command = [sys.executable, "-c", LATE, str(tmp_path / "numbers"), *map(str, shape)]
+    assert subprocess.run(command, timeout=300, check=False).returncode == 0
+
+
+def test_switched_on_again() -> None:
+    """Helpers, none, guests instead, more of both."""
+    compute = JOBS["wide"]()
+    alone = compute()
+    for _ in range(20):
+        for threads, guests in ((3, 0), (1, 0), (1, 2), (2, 3)):
+            decode_kernels.use_threads(threads, guests)
+            assert all(torch.equal(compute(), alone) for _ in range(5))
 
 
 def test_two_threads_with_jobs_of_their_own() -> None:
@@ -131,7 +149,7 @@ def test_two_threads_with_jobs_of_their_own() -> None:
     assert wrong == []
 
 
-def test_a_forked_process_computes_alone() -> None:
+def test_a_forked_process_computes_the_same() -> None:
     decode_kernels.use_threads(3)
     compute = linear(torch.float32, torch.float32)
     expected = compute()

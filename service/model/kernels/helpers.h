@@ -50,20 +50,25 @@ inline void pause() {
 
 class Helpers {
 public:
-    // From now on `count` threads help, and `guests` more, which run where nothing else wants to.
-    void set(int count, int guests) {
+    // From now on `hosts` threads help, and `guests` more, which run where nothing else wants to.
+    void set(int hosts, int guests) {
+        if (is_child_) return;
         const std::lock_guard<std::mutex> lock(sharing_);
-        const int all = count + guests;
-        while (int(helpers_.size()) < all) {
-            helpers_.push_back(std::make_unique<Helper>());
-            std::thread([this, own = helpers_.back().get()] { help(*own); }).detach();
-        }
-        for (int number = 0; number < int(helpers_.size()); number++)
-            helpers_[number]->role = number < count ? kHost : number < all ? kGuest : kOff;
-        asleep_ = true;  // or one that is on its way to sleep would not see its new role
+        forget_those_back();
+        int left[] = {hosts, guests};
+        for (const auto& helper : helpers_) helper->is_on = left[helper->is_guest]-- > 0;
+        for (const bool is_guest : {false, true})
+            for (; left[is_guest] > 0; left[is_guest]--) {
+                helpers_.push_back(std::make_unique<Helper>(is_guest));
+                std::thread([this, own = helpers_.back().get()] { help(*own); }).detach();
+            }
+        asleep_ = true;  // or one that is on its way to sleep would not see that it has been switched on
         wake();
-        static const int at_fork = pthread_atfork(nullptr, nullptr, [] { the().count_ = 0; });  // a child has none
-        count_ = at_fork == 0 ? all : 0;
+        static const int at_fork = pthread_atfork(nullptr, nullptr, [] {  // no thread but one is in the child
+            the().is_child_ = true;
+            the().count_ = 0;
+        });
+        count_ = at_fork == 0 ? hosts + guests : 0;
     }
 
     int count() const { return count_.load(std::memory_order_relaxed); }
@@ -78,6 +83,7 @@ public:
     template <typename Compute, typename Place, typename Keep>
     void share(int64_t count, int64_t floats, const Compute& compute, const Place& place, const Keep& keep, float* block) {
         const std::unique_lock<std::mutex> lock(sharing_, std::try_to_lock);
+        if (lock) forget_those_back();
         if (!lock || count_ == 0 || count < 2) {
             for (int64_t chunk = 0; chunk < count; chunk++) {
                 compute(chunk, block);
@@ -85,33 +91,14 @@ public:
             }
             return;
         }
-        forget_those_back();
-        publish(uint32_t(count), floats, compute);
         left_.assign(count, true);
-        int64_t left = count, own = 0;
-        const auto finish = [&](uint32_t chunk, const float* result) {
-            place(chunk, result);
-            left_[chunk] = false;
-            left--;
-        };
-        const Clock::time_point started = Clock::now();
-        for (uint32_t chunk; claim(job_, uint32_t(count), chunk); own++) {
-            compute(chunk, block);
-            finish(chunk, block);
-            collect(floats, finish);
-        }
-        const Clock::time_point now = Clock::now();
-        const Clock::time_point end = now + kPatience + kChunksOfPatience * (now - started) / std::max<int64_t>(own, 1);
-        for (collect(floats, finish); left && Clock::now() < end; collect(floats, finish))
-            for (int i = 0; i < kPauses; i++) pause();
-        if (!left) return;
-        late_.push_back({job_, keep()});
-        is_late_ = true;
-        for (int64_t chunk = 0; chunk < count; chunk++) {
-            if (!left_[chunk]) continue;
-            compute(chunk, block);
-            place(chunk, block);
-            repeated_.fetch_add(1, std::memory_order_relaxed);
+        publish(uint32_t(count), floats, compute);
+        try {
+            work(count, floats, compute, place, keep, block);
+        } catch (...) {  // no memory; helpers are still inside
+            next_.store(tagged(job_, UINT32_MAX));
+            be_late(keep);
+            throw;
         }
     }
 
@@ -129,8 +116,8 @@ public:
 private:
     using Clock = std::chrono::steady_clock;
 
-    static constexpr int kWords = 64;                               // of a job's arguments
-    static constexpr uint32_t kHeld = 8;                            // blocks that a helper has computed and nobody taken
+    static constexpr int kWords = 64;                             // of a job's arguments
+    static constexpr uint32_t kHeld = 8;                          // blocks that a helper has computed and nobody taken
     static constexpr auto kAwake = std::chrono::milliseconds(2);  // how long one looks out for the next job
     static constexpr auto kPatience = std::chrono::microseconds(5);
     static constexpr int kChunksOfPatience = 3;
@@ -140,23 +127,62 @@ private:
     static uint64_t tagged(uint32_t job, uint32_t number) { return uint64_t(job) << 32 | number; }
     static uint32_t number_of(uint64_t tagged, uint32_t job) { return tagged >> 32 == job ? uint32_t(tagged) : 0; }
 
-    enum Role { kOff, kHost, kGuest };
-
     struct alignas(64) Helper {
         std::atomic<uint64_t> done{0};         // how many chunks it has computed
         std::atomic<uint64_t> taken{0};        // how many of those have been taken from it
         std::atomic<uint32_t> chunks[kHeld]{};  // which they are, each at its number % kHeld, like their blocks
         std::atomic<const float*> blocks{nullptr};
         std::atomic<uint32_t> inside{0};  // the job that it reads the arguments of; 0: none
-        std::atomic<Role> role{kOff};
+        std::atomic<bool> is_on{true};
+        const bool is_guest;
         Memory memory;
         int64_t size = 0;
+
+        explicit Helper(bool is_guest) : is_guest(is_guest) {}
     };
 
     struct Late {
         uint32_t job;
         std::vector<std::shared_ptr<void>> kept;
     };
+
+    template <typename Compute, typename Place, typename Keep>
+    void work(int64_t count, int64_t floats, const Compute& compute, const Place& place, const Keep& keep, float* block) {
+        int64_t left = count, own = 0;
+        const auto finish = [&](uint32_t chunk, const float* result) {
+            place(chunk, result);
+            left_[chunk] = false;
+            left--;
+        };
+        const Clock::time_point started = Clock::now();
+        uint32_t chunk;
+        bool is_mine = claim(job_, uint32_t(count), chunk);  // before others are awake, who could take them all
+        if (asleep_.exchange(false)) wake();
+        for (; is_mine; is_mine = claim(job_, uint32_t(count), chunk), own++) {
+            compute(chunk, block);
+            finish(chunk, block);
+            collect(floats, finish);
+        }
+        const Clock::time_point now = Clock::now();
+        const Clock::time_point end = now + kPatience + kChunksOfPatience * (now - started) / std::max<int64_t>(own, 1);
+        for (collect(floats, finish); left && Clock::now() < end; collect(floats, finish))
+            for (int i = 0; i < kPauses; i++) pause();
+        if (!left) return;
+        be_late(keep);
+        for (int64_t number = 0; number < count; number++) {
+            if (!left_[number]) continue;
+            compute(number, block);
+            place(number, block);
+            repeated_.fetch_add(1, std::memory_order_relaxed);
+        }
+    }
+
+    // Helpers may read what the present job reads, from now until they are back.
+    template <typename Keep>
+    void be_late(const Keep& keep) {
+        is_late_ = true;
+        late_.push_back({job_, keep()});
+    }
 
     template <typename Compute>
     void publish(uint32_t count, int64_t floats, const Compute& compute) {
@@ -177,11 +203,10 @@ private:
         floats_.store(floats, std::memory_order_relaxed);
         next_.store(tagged(job, 0), std::memory_order_release);
         job_.store(job);
-        if (asleep_.exchange(false)) wake();
     }
 
     bool claim(uint32_t job, uint32_t count, uint32_t& chunk) {
-        uint64_t next = next_.load(std::memory_order_relaxed);
+        uint64_t next = next_.load(std::memory_order_acquire);
         while (next >> 32 == job && uint32_t(next) < count)
             if (next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) {
                 chunk = uint32_t(next);
@@ -217,14 +242,10 @@ private:
     }
 
     void help(Helper& own) {
-        Role role = kHost;
+        const sched_param none{};
+        if (own.is_guest) sched_setscheduler(0, SCHED_IDLE, &none);  // there is no way back without privileges
         for (uint32_t seen = 0;;) {
             seen = wait_for_another(own, seen);
-            if (role != own.role) {
-                role = own.role;
-                const sched_param none{};
-                sched_setscheduler(0, role == kGuest ? SCHED_IDLE : SCHED_OTHER, &none);
-            }
             own.inside = seen;
             compute_some(own, seen);
             own.inside = 0;
@@ -233,8 +254,9 @@ private:
 
     uint32_t wait_for_another(const Helper& own, uint32_t seen) {
         for (;;) {
-            if (own.role == kOff) {
-                sleep_unless_after(job_);
+            const uint32_t latest = job_;
+            if (!own.is_on) {
+                sleep_unless_after(latest);
                 continue;
             }
             for (const Clock::time_point end = Clock::now() + kAwake; Clock::now() < end;)
@@ -263,7 +285,7 @@ private:
         uint32_t chunk;
         for (uint32_t done = 0;; done++) {
             while (done - number_of(own.taken.load(std::memory_order_acquire), job) >= kHeld) {
-                if (job_ != job) return;
+                if (next_.load(std::memory_order_relaxed) >= tagged(job, UINT32_MAX)) return;  // that one is over
                 pause();
             }
             if (!claim(job, count, chunk)) return;
@@ -283,6 +305,7 @@ private:
     std::vector<bool> left_;
     std::vector<Late> late_;
     std::atomic<int> count_{0};
+    std::atomic<bool> is_child_{false};  // of a process that had helpers
     std::atomic<int64_t> repeated_{0};
 
     std::mutex burying_;

@@ -355,14 +355,13 @@ constexpr int64_t kWorthSharing = 1 << 19;  // products: some microseconds
 constexpr int64_t kProductsPerFar = 32;     // as long as one number from memory takes
 constexpr int64_t kNarrowChunk = 16;        // ranks computed together: there are few
 
-// compute(chunk, block) and place(chunk, block) of all chunks; helpers are asked if there are enough products.
+// compute(chunk, block) and place(chunk, block) of all chunks, with helpers if it `shares` them.
 template <typename Compute, typename Place, typename Keep>
 void in_chunks(
-    int64_t chunks, int64_t floats, int64_t products, const Compute& compute, const Place& place, const Keep& keep
+    bool shares, int64_t chunks, int64_t floats, const Compute& compute, const Place& place, const Keep& keep
 ) {
     const Floats block(floats);
-    Helpers& helpers = Helpers::the();
-    if (products >= kWorthSharing && helpers.count()) return helpers.share(chunks, floats, compute, place, keep, block.data());
+    if (shares) return Helpers::the().share(chunks, floats, compute, place, keep, block.data());
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         compute(chunk, block.data());
         place(chunk, block.data());
@@ -379,11 +378,12 @@ void linear(
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
     const bool far = is_far<W>(depth * width);
     const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, of each weight
-    const bool shares = Helpers::the().count() && effort * depth * width >= kWorthSharing;
-    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && shares ? rows * depth : 0);
+    const bool helped = Helpers::the().count() > 0, shares = helped && effort * depth * width >= kWorthSharing;
+    const bool shares_narrow = helped && effort * depth * experts.rank >= kWorthSharing;
+    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && (shares || shares_narrow) ? rows * depth : 0);
     const float* floats = operand<W>(x, rows, depth, copies.data());
     if constexpr (!kCopies)
-        if (shares) floats = std::copy_n(x, rows * depth, plain.data()) - rows * depth;  // x may be gone before helpers are
+        if (shares || shares_narrow) floats = std::copy_n(x, rows * depth, plain.data()) - rows * depth;  // x may be gone before helpers are
     const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
     const int64_t gated = experts.rank ? rows - experts.first_row : 0, first_row = experts.first_row;
     const Floats narrowed(gated * experts.rank);
@@ -401,7 +401,7 @@ void linear(
                     narrow[m * rank + first + r] =
                         block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
         };
-        in_chunks((rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, effort * rank * depth, compute, place, keep);
+        in_chunks(shares_narrow, (rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, compute, place, keep);
     }
     const auto compute = [=, all_ranks = experts.rank](int64_t number, float* block) {
         const Chunk<E> chunk = parts.chunk(number);
@@ -423,7 +423,7 @@ void linear(
             for (int64_t n = 0; n < chunk.count; n++)
                 store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
     };
-    in_chunks(parts.chunks(), rows * kChunk, effort * depth * width, compute, place, keep);
+    in_chunks(shares, parts.chunks(), rows * kChunk, compute, place, keep);
 }
 
 }  // namespace

@@ -168,7 +168,9 @@ void attention_of(
         seen += how.window ? std::min(how.window, position[row * stride] + 1) : position[row * stride] + 1;
     const bool far = 2 * seen * pool.kv_heads * pool.head_dim * int64_t(sizeof(W)) > kFarBytes;
     // All KV heads of a token lie side by side, so they are one chunk, unless these were too few.
-    const int64_t head_dim = pool.head_dim, kv_heads = query.rows <= Helpers::the().count() ? 1 : pool.kv_heads;
+    const int64_t head_dim = pool.head_dim, helpers = Helpers::the().count();
+    const int64_t kv_heads = query.rows <= helpers ? 1 : pool.kv_heads;
+    const bool shares = helpers && 2 * seen * query.heads * head_dim >= kWorthSharing;
     const int64_t chunks_of_row = pool.kv_heads / kv_heads, heads = kv_heads * group;
     const auto compute = [=, table = table.data<int64_t>()](int64_t chunk, float* block) {
         const int64_t row = chunk / chunks_of_row, first = chunk % chunks_of_row * kv_heads;
@@ -182,7 +184,7 @@ void attention_of(
             for (int64_t d = 0; d < head_dim; d++) store(result.at(row, first + h) + d, block[h * head_dim + d]);
     };
     const auto keep = [&] { return Owners{keys.owner(), values.owner(), table.owner(), positions.owner(), of_query.owner()}; };
-    in_chunks(query.rows * chunks_of_row, heads * head_dim, 2 * seen * query.heads * head_dim, compute, place, keep);
+    in_chunks(shares, query.rows * chunks_of_row, heads * head_dim, compute, place, keep);
 }
 
 bool is_known(const Tensor& tensor) {
