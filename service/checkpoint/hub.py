@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -53,6 +53,7 @@ def snapshot(hub_id: str, where: str, hint: str, on_progress: Callable[[str], No
             allow_patterns=WANTED,
             ignore_patterns=UNWANTED,
             tqdm_class=_reporter(hub_id, on_progress),
+            local_files_only=constants.HF_HUB_OFFLINE,  # or 1.33 would ask for the files of a pinned commit
         )
     except GatedRepoError as error:
         raise defect(where, f"{problem} it is gated", LOG_IN) from error
