@@ -304,8 +304,8 @@ def inductor_configs() -> dict[str, Any]:
 
 
 def provide(cache: Path) -> Path:
-    """Makes the operators work in this process; compiles the library into `cache` where there is
-    none yet, in seconds. Returns where it is. Raises RuntimeError with what the compiler said, OSError.
+    """Makes the operators work in this process; compiles the library into `cache` where there is none yet, in seconds.
+    Returns where it is. Raises RuntimeError with what the compiler said, OSError.
     """
     library = find_library(cache)
     if library is None:

@@ -84,13 +84,7 @@ public:
     void share(int64_t count, int64_t floats, const Compute& compute, const Place& place, const Keep& keep, float* block) {
         const std::unique_lock<std::mutex> lock(sharing_, std::try_to_lock);
         if (lock) forget_those_back();
-        if (!lock || count_ == 0 || count < 2) {
-            for (int64_t chunk = 0; chunk < count; chunk++) {
-                compute(chunk, block);
-                place(chunk, block);
-            }
-            return;
-        }
+        if (!lock || count_ == 0 || count < 2) return alone(count, compute, place, block);
         left_.assign(count, true);
         publish(uint32_t(count), floats, compute);
         try {
@@ -99,6 +93,15 @@ public:
             next_.store(tagged(job_, UINT32_MAX));
             be_late(keep);
             throw;
+        }
+    }
+
+    // The same without helpers.
+    template <typename Compute, typename Place>
+    static void alone(int64_t count, const Compute& compute, const Place& place, float* block) {
+        for (int64_t chunk = 0; chunk < count; chunk++) {
+            compute(chunk, block);
+            place(chunk, block);
         }
     }
 

@@ -10,8 +10,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "chunks.h"
 #include "floats.h"
-#include "helpers.h"
 #include "vectors.h"
 
 namespace {
@@ -351,22 +351,8 @@ struct Parts {
     }
 };
 
-constexpr int64_t kWorthSharing = 1 << 19;  // products: some microseconds
-constexpr int64_t kProductsPerFar = 32;     // as long as one number from memory takes
-constexpr int64_t kNarrowChunk = 16;        // ranks computed together: there are few
-
-// compute(chunk, block) and place(chunk, block) of all chunks, with helpers if it `shares` them.
-template <typename Compute, typename Place, typename Keep>
-void in_chunks(
-    bool shares, int64_t chunks, int64_t floats, const Compute& compute, const Place& place, const Keep& keep
-) {
-    const Floats block(floats);
-    if (shares) return Helpers::the().share(chunks, floats, compute, place, keep, block.data());
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        compute(chunk, block.data());
-        place(chunk, block.data());
-    }
-}
+constexpr int64_t kProductsPerFar = 32;  // as long as one number from memory takes
+constexpr int64_t kNarrowChunk = 16;     // ranks computed together: there are few
 
 // x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
 // `keep` as Helpers want it, for weights and experts.
@@ -378,12 +364,15 @@ void linear(
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
     const bool far = is_far<W>(depth * width);
     const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, of each weight
-    const bool helped = Helpers::the().count() > 0, shares = helped && effort * depth * width >= kWorthSharing;
-    const bool shares_narrow = helped && effort * depth * experts.rank >= kWorthSharing;
-    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), plain(!kCopies && (shares || shares_narrow) ? rows * depth : 0);
+    const bool shares = is_worth_sharing(effort * depth * width);
+    const bool shares_narrow = is_worth_sharing(effort * depth * experts.rank);
+    const bool keeps_x = !kCopies && (shares || shares_narrow);  // x may be gone before a late helper is
+    const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), kept(keeps_x ? rows * depth : 0);
     const float* floats = operand<W>(x, rows, depth, copies.data());
-    if constexpr (!kCopies)
-        if (shares || shares_narrow) floats = std::copy_n(x, rows * depth, plain.data()) - rows * depth;  // x may be gone before helpers are
+    if (keeps_x) {
+        std::copy_n(floats, rows * depth, kept.data());
+        floats = kept.data();
+    }
     const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
     const int64_t gated = experts.rank ? rows - experts.first_row : 0, first_row = experts.first_row;
     const Floats narrowed(gated * experts.rank);

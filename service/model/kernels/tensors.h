@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "chunks.h"
 #include "elementwise.h"
 #include "helpers.h"
 #include "linear.h"
@@ -168,9 +169,8 @@ void attention_of(
         seen += how.window ? std::min(how.window, position[row * stride] + 1) : position[row * stride] + 1;
     const bool far = 2 * seen * pool.kv_heads * pool.head_dim * int64_t(sizeof(W)) > kFarBytes;
     // All KV heads of a token lie side by side, so they are one chunk, unless these were too few.
-    const int64_t head_dim = pool.head_dim, helpers = Helpers::the().count();
-    const int64_t kv_heads = query.rows <= helpers ? 1 : pool.kv_heads;
-    const bool shares = helpers && 2 * seen * query.heads * head_dim >= kWorthSharing;
+    const int64_t head_dim = pool.head_dim, kv_heads = query.rows <= Helpers::the().count() ? 1 : pool.kv_heads;
+    const bool shares = is_worth_sharing(2 * seen * query.heads * head_dim);
     const int64_t chunks_of_row = pool.kv_heads / kv_heads, heads = kv_heads * group;
     const auto compute = [=, table = table.data<int64_t>()](int64_t chunk, float* block) {
         const int64_t row = chunk / chunks_of_row, first = chunk % chunks_of_row * kv_heads;
