@@ -5,8 +5,17 @@ Pure Python; the tensors behind the numbers are model/kv_cache.py's, the keys bl
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from typing import TypeAlias
+
+BlockTable: TypeAlias = "array[int]"  # the blocks of a stream, in order: copied into a step's numbers as they are
+
+
+def table_of(blocks: Iterable[int] = ()) -> BlockTable:
+    """A table of these blocks."""
+    return array("q", blocks)
 
 
 class BlockManager:
@@ -40,11 +49,11 @@ class BlockManager:
         """Blocks that `positions` positions of one stream fill."""
         return -(-positions // self.block_size)
 
-    def missing(self, table: list[int], positions: int) -> int:
+    def missing(self, table: BlockTable, positions: int) -> int:
         """Blocks a stream with `table` lacks to hold `positions` positions."""
         return max(0, self.blocks_for(positions) - len(table))
 
-    def extend(self, table: list[int], positions: int) -> None:
+    def extend(self, table: BlockTable, positions: int) -> None:
         """Grows `table` in place so that it holds `positions` positions. The caller has checked `free` first."""
         for _ in range(self.missing(table, positions)):
             block = self._free.pop() if self._free else self._evict()
@@ -71,15 +80,15 @@ class BlockManager:
         """How many of these published blocks nobody holds: sharing them makes `free` smaller."""
         return sum(self._holders[block] == 0 for block in blocks)
 
-    def share(self, blocks: Iterable[int]) -> list[int]:
+    def share(self, blocks: Iterable[int]) -> BlockTable:
         """Adds a holder to each of `blocks`, which must be published. Returns them as a new table."""
-        table = list(blocks)
+        table = table_of(blocks)
         for block in table:
             self._holders[block] += 1
             self._idle.pop(block, None)
         return table
 
-    def release(self, *tables: list[int]) -> None:
+    def release(self, *tables: BlockTable) -> None:
         """Gives up every block of `tables`, the streams of one sequence, and empties them; empty ones are fine.
 
         The last blocks go first, in all streams alike: a block without those before it is of no use to anyone.
@@ -89,7 +98,7 @@ class BlockManager:
                 if depth < len(table):
                     self._give_up(table[depth])
         for table in tables:
-            table.clear()
+            del table[:]
 
     def _give_up(self, block: int) -> None:
         self._holders[block] -= 1
@@ -105,7 +114,7 @@ class BlockManager:
         del self._published[self._keys.pop(block)]
         return block
 
-    def check_integrity(self, tables: Iterable[list[int]]) -> None:
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Raises RuntimeError unless holders, free list and published blocks are what `tables` (all there are) say."""
         held = Counter(block for table in tables for block in table)
         if [held[block] for block in range(self.num_blocks)] != self._holders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from itertools import chain
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.engine import admitted_gate
+from service.engine.block_manager import BlockTable, table_of
 from service.engine.scheduler import Scheduled
 from service.engine.sequence import Sequence, Stream
 from service.model.batch import LINES, AttentionGroup, Batch
@@ -69,9 +71,12 @@ class BatchBuilder:
             else:
                 gate_slots += self.gate_slots(s.share.sequence, s.start, s.count)
                 new_gate_slots += [cache.scratch_slot] * s.count
-        values = [ids, positions, kv_slots, gate_slots, new_gate_slots, is_scaling, logit_rows, *tables]
-        sizes = [LINES * row_count, *map(len, values[LINES:])]
-        packed = to_device(list(chain.from_iterable(values)), self._device)
+        lines = [ids, positions, kv_slots, gate_slots, new_gate_slots, is_scaling]
+        values = array("q", chain(*lines, logit_rows))
+        for table in tables:
+            values += table
+        sizes = [LINES * row_count, len(logit_rows), *map(len, tables)]
+        packed = to_device(values, self._device)
         rows, logit_index, *views = packed.split_with_sizes(sizes)
         gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
         batch = Batch(
@@ -104,10 +109,10 @@ class BatchBuilder:
             return [blocks[start // size] * size + start % size]
         return [blocks[position // size] * size + position % size for position in range(start, start + count)]
 
-    def _block_table(self, group: list[Segment]) -> list[int]:
+    def _block_table(self, group: list[Segment]) -> BlockTable:
         """The block tables of a group's streams, one after another, as wide as the widest needs."""
         width = -(-max(s.start + s.count for s in group) // self._block_size)
-        table: list[int] = []
+        table = table_of()
         for segment in group:
             blocks = segment.stream.blocks[:width]
             table += blocks + blocks[:1] * (width - len(blocks))

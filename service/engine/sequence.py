@@ -16,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.engine.block_manager import BlockTable, table_of
 from service.engine.drafting import Drafter, NgramIndex
 from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate
 from service.engine.grammar import Cursor
@@ -30,7 +31,7 @@ _COPY_RATE = 0.7
 class Stream:
     """One KV stream: positions 0 .. computed - 1 have their keys and values in `blocks`."""
 
-    blocks: list[int] = field(default_factory=list)
+    blocks: BlockTable = field(default_factory=table_of)
     computed: int = 0
     root: bytes = b""  # names the stream before its first block (block_keys.py)
     keys: list[bytes] = field(default_factory=list)  # of its first full blocks; tokens never change, so neither do they

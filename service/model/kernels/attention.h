@@ -13,8 +13,8 @@
 
 namespace {
 
-// The scores of `count` keys to weights: e^(score - most), where `most` is the largest ever. Returns their sum. Up to a
-// multiple of kLanes there are more, of which each adds 1e-38.
+// The scores of `count` keys, logarithms to base 2, to weights: 2^(score - most), where `most` is the largest ever. Returns
+// their sum. Up to a multiple of kLanes there are more, of which each adds 1e-38.
 inline float to_weights(float* scores, int64_t count, float& most) {
     const float least = -std::numeric_limits<float>::infinity();
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -26,7 +26,7 @@ inline float to_weights(float* scores, int64_t count, float& most) {
     }
     most = largest_of(largest);
     for (int64_t i = 0; i < padded; i += kLanes) {
-        const Vec weight = exponential(load(scores + i) - most);
+        const Vec weight = power_of_two(load(scores + i) - most);
         std::memcpy(scores + i, &weight, sizeof weight);
         total += weight;
     }
@@ -124,7 +124,7 @@ struct Scores {
 // What some heads have seen so far of the keys and values: softmax as it goes (online).
 struct Seen {
     const float* query;  // [heads, head_dim], scaled
-    float* out;          // [heads, head_dim]: the values times their weights, which are e^(score - largest)
+    float* out;          // [heads, head_dim]: the values times their weights, which are 2^(score - largest)
     float* largest;      // [heads]
     float* total;        // [heads]: of the weights
     float* weights;      // [.., kTokens], to work in
@@ -147,7 +147,7 @@ void see(
         if (softcap > 0)
             for (int64_t i = 0; i < count; i++) own[i] = softcap * std::tanh(own[i] / softcap);
         const float before = seen.largest[h], sum = to_weights(own, count, seen.largest[h]);
-        const float shrink = exponential(Vec{} + (before - seen.largest[h]))[0];
+        const float shrink = power_of_two(Vec{} + (before - seen.largest[h]))[0];
         seen.total[h] = seen.total[h] * shrink + sum;
         for (int64_t d = 0; d < head_dim; d++) seen.out[h * head_dim + d] *= shrink;
     }
@@ -173,7 +173,7 @@ void attend(
     std::fill_n(largest, heads, -std::numeric_limits<float>::max());
     std::fill_n(total, heads, 0.0f);
     for (int64_t h = 0; h < heads; h++)
-        for (int64_t d = 0; d < head_dim; d++) q[h * head_dim + d] = to_float(query[h * head_stride + d]) * how.scaling;
+        for (int64_t d = 0; d < head_dim; d++) q[h * head_dim + d] = to_float(query[h * head_stride + d]) * (how.scaling * kLog2E);
     const W *keys[kTokens + kTokensAhead + kLanes], *values[kTokens + kTokensAhead + kLanes];
     for (int64_t start = begin; start <= position; start += kTokens) {
         const int64_t count = std::min(kTokens, position + 1 - start);
@@ -190,7 +190,7 @@ void attend(
             const Seen own = all.from(kv_head * group, head_dim);
             const int64_t offset = kv_head * head_dim;
             const auto look = [&](auto heads_at_once, int64_t h) {
-                see<heads_at_once>(own.from(h, head_dim), keys, values, offset, count, head_dim, how.softcap, far && h == 0);
+                see<heads_at_once>(own.from(h, head_dim), keys, values, offset, count, head_dim, how.softcap * kLog2E, far && h == 0);
             };
             int64_t h = 0;
             for (; h + 3 <= group && group - h != 4; h += 3) look(std::integral_constant<int, 3>(), h);

@@ -1,7 +1,7 @@
 // Vectors of floats as wide as the CPU has them, bfloat16, and what is done with a few of both.
 //
-// Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; one
-// intrinsic stands where g++ does badly.
+// Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; intrinsics
+// stand where g++ does badly.
 
 #pragma once
 
@@ -168,11 +168,45 @@ inline void clear(Vec* vectors) {
     for (int i = 0; i < COUNT; i++) vectors[i] = Vec{};
 }
 
+// To the nearest integers, of numbers below 2^22.
+inline Vec rounded(Vec x) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it drops the digits behind the point
+    return (x + round) - round;
+#endif
+}
+
+// x * 2^exponent, for integers from -126 to 127.
+inline Vec scaled(Vec x, Vec exponent) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)x, (__m512)exponent);
+#else
+    const IntVec bits = (__builtin_convertvector(exponent, IntVec) + 127) << 23;
+    return x * (Vec)bits;
+#endif
+}
+
+constexpr float kLog2E = 1.44269504f;
+
+// 2^x for x <= 0, to about 1e-7 (minimax polynomial); 2^-126 where it would be less. The cheapest of powers.
+inline Vec power_of_two(Vec x) {
+    x = x < -126.0f ? Vec{} - 126.0f : x;
+    const Vec whole = rounded(x), r = x - whole;
+    Vec p = r * 1.5345812e-4f + 1.3399931e-3f;
+    p = p * r + 9.6184891e-3f;
+    p = p * r + 5.5503286e-2f;
+    p = p * r + 2.4022646e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+    return scaled(p, whole);
+}
+
 // e^x for x <= 0, to about 1e-7 (polynomial of the Cephes library).
 inline Vec exponential(Vec x) {
     x = x < -87.0f ? Vec{} - 87.0f : x;
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it drops the digits behind the point
-    const Vec whole = (x * 1.44269504f + round) - round;
+    const Vec whole = rounded(x * kLog2E);
     const Vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -180,8 +214,7 @@ inline Vec exponential(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const IntVec exponent = (__builtin_convertvector(whole, IntVec) + 127) << 23;
-    return p * (Vec)exponent;
+    return scaled(p, whole);
 }
 
 template <typename W>
