@@ -129,11 +129,17 @@ class ScalingsLog:
         """Takes what a step brought, while the log is on."""
         if not self.enabled:
             return
-        for one in logged:
-            owners = np.empty(one.count, _OWNER)
-            owners["request"], owners["choice"] = one.request_id.encode(), one.index
-            owners["position"] = np.arange(one.start, one.start + one.count)
-            self._write(np.frombuffer(one.rows, "<f4").reshape(one.count, *self._shape), owners)
+        runs = list(logged)
+        owners = np.array(
+            [
+                (one.request_id.encode(), one.index, position)
+                for one in runs
+                for position in range(one.start, one.start + one.count)
+            ],
+            _OWNER,
+        )
+        rows = np.frombuffer(b"".join([one.rows for one in runs]), "<f4")
+        self._write(rows.reshape(len(owners), *self._shape), owners)
 
     def snapshot(self) -> Snapshot:
         """What is in it now, to look at in another thread."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from service.engine.request import LoggedRows
 from service.engine.sequence import Sequence
 
 
-def keep(sequence: Sequence, start: int, rows: Tensor) -> None:
-    """Takes rows [n, S, E] (CPU, fp32) of positions start .. start + n; later ones were of drafts that missed."""
+def keep(sequence: Sequence, start: int, rows: npt.NDArray[np.float32]) -> None:
+    """Takes rows [n, S, E] of positions start .. start + n; later ones were of drafts that missed."""
     kept = sequence.unlogged
     while kept and kept[-1][0] >= start:
         kept.pop()
@@ -35,7 +36,7 @@ def take_final(sequence: Sequence) -> Iterator[LoggedRows]:
     for start, rows in kept:
         first, last = max(start, sequence.logged), min(start + len(rows), end)
         if first < last:
-            values = rows[first - start : last - start].contiguous().numpy().tobytes()
+            values = rows[first - start : last - start].tobytes()
             yield LoggedRows(sequence.request.id, sequence.index, first, last - first, values)
         if start + len(rows) > end:
             sequence.unlogged.append((max(start, end), rows[max(0, end - start) :]))
