@@ -129,7 +129,8 @@ class Engine:
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        return StepOutput(stats=self._with_load(StepStats(gate=self._runner.take_statistics())))
+        stats = StepStats(gate=self._runner.take_statistics(), logged=self._runner.take_logged())
+        return StepOutput(stats=self._with_load(stats))
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
@@ -228,7 +229,7 @@ class Engine:
         pairs = zip(plan.scheduled, outputs, strict=True)
         ended = [share.sequence for share, output in pairs if output.finish_reason is not None]
         rows, stats.gate = self._runner.report(plan, result, ended)
-        stats.logged = self._runner.logged(plan)
+        stats.logged = self._runner.take_logged()
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
             sequence, output.gate = share.sequence, gate

@@ -63,6 +63,7 @@ class ModelRunner:
         self.captured: CapturedSteps | None = None  # on CUDA
         self.leader: Leader | None = None  # of a tensor-parallel group
         self.logs_scalings = False
+        self._logged: list[LoggedRows] = []
         self._observer = GateObserver(len(model.sites))
         self.batches = BatchBuilder(kv_cache, model.device)
 
@@ -134,18 +135,17 @@ class ModelRunner:
         return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
 
     def _log(self, gate_logits: Tensor, segments: list[Segment]) -> None:
-        """Keeps what the classifier said until it is known to be kept."""
-        said = self.model.classifier.before_top_k(gate_logits).to("cpu", copy=True).numpy()  # whose slices cost less
+        """Keeps what the classifier said until it is known which of it is."""
+        said = gate_logits.to("cpu", copy=True).numpy()  # whose slices cost less
         for segment in segments:
             if segment.is_scaling and segment.share.sequence.is_served:
                 rows = said[segment.row : segment.row + segment.count]
                 scalings_log.keep(segment.share.sequence, segment.start, rows)
 
-    def logged(self, plan: Plan) -> list[LoggedRows]:
-        """What has become final for the scalings log, of the plan's sequences; call it when drafts are verified."""
-        if not self.logs_scalings:
-            return []
-        return [rows for share in plan.scheduled for rows in scalings_log.take_final(share.sequence)]
+    def _said(self, gate_logits: scalings_log.Rows) -> scalings_log.Rows:
+        """Rows of the scalings log."""
+        said: scalings_log.Rows = self.model.classifier.before_top_k(torch.from_numpy(gate_logits)).numpy()
+        return said
 
     def _steer(self, gate_logits: Tensor, segments: list[Segment]) -> None:
         """Replaces the scalings that the step has stored for steered requests; one go for those with equal steering."""
@@ -252,6 +252,8 @@ class ModelRunner:
 
     def _observe(self, sequences: list[Sequence]) -> dict[int, GateRows | None]:
         """Everything that has become final, read in one go; the rows that were asked for, by the sequence's id()."""
+        if self.logs_scalings:
+            self._logged += scalings_log.take_final(sequences, self._said)
         spans = report_spans(sequences)
         if not spans:
             return {}
@@ -269,6 +271,13 @@ class ModelRunner:
             span.sequence.reported = span.start + span.count
             return rows
         return None
+
+    def take_logged(self) -> list[LoggedRows]:
+        """What has become final for the scalings log since the last call; a step may leave rows to a later one, as with
+        statistics.
+        """
+        taken, self._logged = self._logged, []
+        return taken
 
     def take_statistics(self) -> GateStats:
         """Statistics that no step has reported: of sequences that were dropped since."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from service.engine.request import GateWeight, Request, SamplingParams, Steering
-from tests.engine.driver import Array, Engines, Key, Run, greedy, run, sampled, words
+from service.engine.request import GateWeight, Request, SamplingParams, Steering, StepOutput
+from tests.engine.driver import Array, Engines, Key, greedy, run, sampled, words
 from tests.model.tiny import Tiny, Variant
 
 PROMPT = words(1, 21)
@@ -21,10 +21,10 @@ LOGGED_GATES = {
 }
 
 
-def logged(result: Run) -> dict[Key, dict[int, Array]]:
+def logged(steps: Iterable[StepOutput]) -> dict[Key, dict[int, Array]]:
     """The rows [S, E] by choice and position; a position that comes twice is an error."""
     rows: dict[Key, dict[int, Array]] = {}
-    for step in result.steps:
+    for step in steps:
         for part in step.stats.logged:
             own = rows.setdefault((part.request_id, part.index), {})
             for offset, row in enumerate(np.frombuffer(part.rows, np.float32).reshape(part.count, -1)):
@@ -66,7 +66,7 @@ def test_equals_pefts_log(tiny: Tiny, xlora: dict[str, Any]) -> None:
     result = run(engine, [greedy("a", PROMPT, 16)])
     assert result["a"].usage is not None
     assert result["a"].usage.draft_misses + result["a"].usage.speculated_tokens > 0
-    assert_as_peft(logged(result)["a", 0], variant, PROMPT + result["a"].tokens, range(36))
+    assert_as_peft(logged(result.steps)["a", 0], variant, PROMPT + result["a"].tokens, range(36))
 
 
 @pytest.mark.parametrize("name", LOGGED_GATES)
@@ -75,7 +75,7 @@ def test_steering_is_not_in_it(engines: Engines, name: str) -> None:
     engine = engines.build()
     engine.log_scalings(True)
     result = run(engine, [greedy("a", PROMPT, 16, **LOGGED_GATES[name])])
-    assert_as_peft(logged(result)["a", 0], engines.tiny.as_stored(), PROMPT + result["a"].tokens, range(36))
+    assert_as_peft(logged(result.steps)["a", 0], engines.tiny.as_stored(), PROMPT + result["a"].tokens, range(36))
 
 
 def test_where_no_classifier_runs_there_is_nothing(engines: Engines) -> None:
@@ -88,7 +88,7 @@ def test_where_no_classifier_runs_there_is_nothing(engines: Engines) -> None:
         Request("look", PROMPT, None),
         Request("score", PROMPT, SamplingParams(max_tokens=0, prompt_logprobs=0), score_from=1),
     ]
-    rows = logged(run(engine, requests))
+    rows = logged(run(engine, requests).steps)
     assert {key: sorted(own) for key, own in rows.items()} == {("frozen", 0): list(range(12))}
     run(engine, [greedy("first", PROMPT, 6)])
     again = run(engine, [greedy("again", PROMPT, 6)])
@@ -96,13 +96,15 @@ def test_where_no_classifier_runs_there_is_nothing(engines: Engines) -> None:
     cached = again["again"].usage.cached_tokens
     assert cached == 20
     assert_as_peft(
-        logged(again)["again", 0], engines.tiny.as_stored(), PROMPT + again["again"].tokens, range(cached, 26)
+        logged(again.steps)["again", 0], engines.tiny.as_stored(), PROMPT + again["again"].tokens, range(cached, 26)
     )
 
 
-def test_each_position_once_amid_preemption(engines: Engines) -> None:
-    """Computed twice, logged once; and with sampling, several choices and chunks."""
-    engine = engines.build(blocks=40, max_model_len=80, max_num_batched_tokens=13, adaptive=False, prefix_cache=False)
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_each_position_once_amid_preemption(engines: Engines, prefix_cache: bool) -> None:
+    """Computed twice, logged once, also where the cache has what had not left; and samples, choices, chunks."""
+    limits = {"blocks": 40, "max_model_len": 80, "max_num_batched_tokens": 13}
+    engine = engines.build(**limits, adaptive=False, prefix_cache=prefix_cache)
     engine.log_scalings(True)
     several = replace(
         sampled("n", PROMPT[:12], 20), sampling=SamplingParams(max_tokens=20, n=3, seed=3, ignore_eos=True)
@@ -110,7 +112,7 @@ def test_each_position_once_amid_preemption(engines: Engines) -> None:
     requests = [greedy(f"g{i}", words(i, 30), 30) for i in range(4)] + [several]
     result = run(engine, requests)
     assert result.preemptions
-    rows = logged(result)
+    rows = logged(result.steps)
     for i in range(4):
         text = words(i, 30) + result[f"g{i}"].tokens
         assert_as_peft(rows[f"g{i}", 0], engines.tiny.as_stored(), text, range(59))
@@ -119,7 +121,6 @@ def test_each_position_once_amid_preemption(engines: Engines) -> None:
         own = rows["n", index]
         assert max(own) == 30
         assert_as_peft(own, engines.tiny.as_stored(), text, range(min(own), 31))
-    assert all(not step.stats.logged or step.stats.real_rows for step in result.steps)
 
 
 def test_off_by_default_and_switched_on_in_the_middle(engines: Engines) -> None:
@@ -134,12 +135,12 @@ def test_off_by_default_and_switched_on_in_the_middle(engines: Engines) -> None:
             engine.log_scalings(state)
 
     result = run(engine, [greedy("a", PROMPT, 40)], each_step=switch)
-    rows = logged(result)["a", 0]
+    rows = logged(result.steps)["a", 0]
     assert 0 < len(rows) < 60
     said = said_by_peft(engines.tiny.as_stored(), PROMPT + result["a"].tokens)
     for position, row in rows.items():
         np.testing.assert_allclose(row, said[position], atol=1e-5, rtol=0)
-    assert not logged(run(engines.build(), [greedy("a", PROMPT, 4)]))
+    assert not logged(run(engines.build(), [greedy("a", PROMPT, 4)]).steps)
 
 
 def test_switched_on_again_it_goes_on(engines: Engines) -> None:
@@ -147,7 +148,7 @@ def test_switched_on_again_it_goes_on(engines: Engines) -> None:
     engine = engines.build(adaptive=False)
     engine.log_scalings(True)
     result = run(engine, [greedy("a", PROMPT, 16)], each_step=lambda *_: engine.log_scalings(True))
-    assert sorted(logged(result)["a", 0]) == list(range(36))
+    assert sorted(logged(result.steps)["a", 0]) == list(range(36))
 
 
 def test_rows_that_never_become_final_are_forgotten(engines: Engines) -> None:
@@ -156,4 +157,20 @@ def test_rows_that_never_become_final_are_forgotten(engines: Engines) -> None:
     engine.log_scalings(True)
     run(engine, [greedy("a", PROMPT, 40)], aborts={5: [("a", None)]})
     assert not engine._sequences
-    torch.testing.assert_close(len(logged(run(engine, [greedy("b", words(9, 5), 3)]))["b", 0]), 7)
+    assert len(logged(run(engine, [greedy("b", words(9, 5), 3)]).steps)["b", 0]) == 7
+
+
+def test_what_a_dropped_request_leaves_comes_with_the_next_report(engines: Engines) -> None:
+    """Its client has gone, but its text was served up to there."""
+    engine = engines.build(adaptive=False)
+    engine.log_scalings(True)
+    engine.add(greedy("a", PROMPT, 60))
+    steps = [engine.step() for _ in range(12)]
+    [sequence] = engine._sequences["a"]
+    text, final = list(sequence.tokens), sequence.final
+    before = logged(steps)["a", 0]
+    engine.abort("a")
+    steps.append(engine.report())
+    assert len(before) < final, "nothing was left"
+    assert_as_peft(logged(steps)["a", 0], engines.tiny.as_stored(), text, range(final))
+    assert not logged([engine.report()])

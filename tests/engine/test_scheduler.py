@@ -74,7 +74,7 @@ class FakeRunner:
     def observe_rest(self, sequence: Sequence) -> None:
         """Nothing is ever left."""
 
-    def logged(self, plan: Plan) -> list[LoggedRows]:
+    def take_logged(self) -> list[LoggedRows]:
         """There is no log."""
         return []
 
