@@ -22,7 +22,7 @@ from service.engine.engine import Engine
 from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
-from service.model import decode_kernels
+from service.model import kernel_library
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model_store" / "demo"
@@ -88,7 +88,7 @@ def wait_compiled(engine: Engine) -> None:
 def use_threads(count: int) -> None:
     """From now on, torch and the native kernels compute on so many threads."""
     torch.set_num_threads(count)
-    decode_kernels.use_threads(count)
+    kernel_library.use_threads(count)
 
 
 @dataclass

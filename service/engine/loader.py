@@ -27,7 +27,7 @@ from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
 from service.engine.threads import use_threads
 from service.errors import SettingsError, StartupError, XLoraError
-from service.model import decode_kernels
+from service.model import kernel_library
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
@@ -260,7 +260,7 @@ def keeps_narrow(options: EngineOptions, device: torch.device, dtype: torch.dtyp
     """Whether weights may be kept in bfloat16 under float32 arithmetic: where kernels that widen them will compute."""
     cache = Path(options.compile_cache).expanduser()
     is_alone = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
-    return is_alone and options.native_kernels and decode_kernels.can_be_had(cache)
+    return is_alone and options.native_kernels and kernel_library.can_be_had(cache)
 
 
 def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:

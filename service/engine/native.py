@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.engine.options import EngineOptions
-from service.model import decode_kernels
+from service.model import kernel_library
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class NativeKernels:
         self._on_ready = on_ready
         self._on_progress = on_progress
         self._done = threading.Event()
-        if decode_kernels.find_library(self._cache) is not None:
+        if kernel_library.find_library(self._cache) is not None:
             self._provide()
         else:
             threading.Thread(target=self._provide, name="native kernels", daemon=True).start()
@@ -39,8 +39,8 @@ class NativeKernels:
 
     def _provide(self) -> None:
         try:
-            if decode_kernels.can_be_had(self._cache):
-                library = decode_kernels.provide(self._cache)
+            if kernel_library.can_be_had(self._cache):
+                library = kernel_library.provide(self._cache)
                 self._on_ready()
                 self._on_progress(f"native kernels are in use: {library}")
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from service.engine.options import EngineOptions
-from service.model import decode_kernels
+from service.model import kernel_library
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may compute, of how many
 
@@ -22,7 +22,7 @@ def use_threads(options: EngineOptions) -> None:
     guests = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
     threads = options.threads or default_threads(ranks)
     torch.set_num_threads(threads)
-    decode_kernels.use_threads(threads, guests=int(guests))
+    kernel_library.use_threads(threads, guests=int(guests))
 
 
 def default_threads(ranks: int = 1) -> int:

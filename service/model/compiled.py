@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import service.model as package
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.compile_cache import scratch_in
 from service.model.decode_step import DecodeStep
@@ -41,9 +41,9 @@ def fingerprint(model: XLoraModel, layout: KVLayout, threads: int) -> str:
     tensors = sorted(
         (name, tuple(value.shape), value.stride(), str(value.dtype)) for name, value in step.state().items()
     )
-    sources = [*sorted(Path(inspect.getfile(package)).parent.glob("*.py")), *decode_kernels.sources()]
+    sources = [*sorted(Path(inspect.getfile(package)).parent.glob("*.py")), *kernel_library.sources()]
     code = [path.read_text() for path in sources]
-    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), decode_kernels.cpu_flags())
+    cpu = (platform.machine(), torch.backends.cpu.get_cpu_capability(), kernel_library.cpu_flags())
     parts = (
         config,
         model.xlora_config,
@@ -66,7 +66,7 @@ def compile_step(model: XLoraModel, layout: KVLayout, folder: Path, threads: int
     torch.export or the C++ compiler has to say.
     """
     if _has_kernels(model):
-        decode_kernels.provide(folder.parent)
+        kernel_library.provide(folder.parent)
     with scratch_in(folder.parent) as scratch:
         made = scratch / folder.name
         made.mkdir()
@@ -126,7 +126,7 @@ class CompiledStep:
         self._scaling_pass_has_experts = model.scaling_pass_has_experts
         state = DecodeStep(model).state()
         if _has_kernels(model):
-            decode_kernels.provide(folder.parent)
+            kernel_library.provide(folder.parent)
         self._packages: dict[int, Any] = {}  # by least rows, most first
         for least_rows in (_MANY, 1):
             if least_rows == _MANY and not _package(folder, least_rows).exists():

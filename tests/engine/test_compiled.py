@@ -319,7 +319,7 @@ def test_two_that_compile_the_same_and_one_that_was_killed(
         (folder / "rows-1.pt2").write_text("first")
 
     monkeypatch.setattr("torch._inductor.aoti_compile_and_package", other_is_faster)
-    monkeypatch.setattr("service.model.decode_kernels.build", lambda *_: None)
+    monkeypatch.setattr("service.model.kernel_library.build", lambda *_: None)
     compile_step(model, model.kv_layout(4), folder, threads=1)
     assert (folder / "rows-1.pt2").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compiling-new", "step"]

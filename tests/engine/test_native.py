@@ -16,7 +16,7 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.request import Steering, StepOutput
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 from tests.engine.driver import Engines, Run, greedy, run, sampled, words
 from tests.engine.test_gate_settings import run_mixed
 from tests.model.tiny import Tiny, Variant
@@ -186,7 +186,7 @@ def test_they_come_while_requests_run(tiny: Tiny, tmp_path: Path, monkeypatch: p
     engines = Engines(tiny.as_stored())
     requests = [replace(greedy(f"r{i}", words(i, 9 * i), 40), return_scalings="full") for i in (1, 2)]
     expected = run(engines.build(native_kernels=False), requests)
-    kernels = decode_kernels.library_in(Path("~/.cache/xlora-serve").expanduser())
+    kernels = kernel_library.library_in(Path("~/.cache/xlora-serve").expanduser())
     waiting: list[Any] = []
     steps: list[StepOutput] = []
     monkeypatch.setattr("service.engine.native.threading.Thread", lambda **kwargs: _Held(waiting, **kwargs))
@@ -231,23 +231,23 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
     """As the image has them, beside the source; the best that suits the CPU is taken, and on a CPU of a lower level it
     is as if there were none.
     """
-    monkeypatch.setattr(decode_kernels, "_INSTALLED", tmp_path / "package")
+    monkeypatch.setattr(kernel_library, "_INSTALLED", tmp_path / "package")
     loaded: list[Path] = []
-    monkeypatch.setattr(decode_kernels, "load", loaded.append)
-    levels = decode_kernels._PORTABLE[platform.machine()]
-    libraries = dict(zip(levels, decode_kernels.build_portable(), strict=True))
-    here = set(decode_kernels.cpu_flags().split())
+    monkeypatch.setattr(kernel_library, "load", loaded.append)
+    levels = kernel_library._PORTABLE[platform.machine()]
+    libraries = dict(zip(levels, kernel_library.build_portable(), strict=True))
+    here = set(kernel_library.cpu_flags().split())
     monkeypatch.setattr("shutil.which", lambda _: None)
     cache = str(tmp_path / "cache")
     for level, library in libraries.items():
         if levels[level] <= here:
             assert use_library(library).returncode == 0
-        monkeypatch.setattr(decode_kernels, "cpu_flags", lambda level=level: f"flags : {' '.join(levels[level])}")
+        monkeypatch.setattr(kernel_library, "cpu_flags", lambda level=level: f"flags : {' '.join(levels[level])}")
         engines = Engines(tiny.as_stored())
         assert engines.build(compile_cache=cache)._runner.native
         assert engines.news == [f"native kernels are in use: {library}"]
     assert loaded == list(libraries.values())
-    monkeypatch.setattr(decode_kernels, "cpu_flags", lambda: "flags : sse2")
+    monkeypatch.setattr(kernel_library, "cpu_flags", lambda: "flags : sse2")
     engine = Engines(tiny.as_stored()).build(compile_cache=cache)
     assert engine.kernels is not None
     assert engine.kernels.wait(60)
@@ -257,8 +257,8 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
 def use_library(library: Path) -> subprocess.CompletedProcess[bytes]:
     """In a process of its own: a library makes itself known to torch, which wants to hear it once."""
     script = (
-        "import sys, pathlib, torch; from service.model import decode_kernels as kernels\n"
-        "kernels.load(pathlib.Path(sys.argv[1])); x, weight = torch.randn(1, 2, 40), torch.randn(24, 40)\n"
+        "import sys, pathlib, torch; from service.model import decode_kernels as kernels, kernel_library\n"
+        "kernel_library.load(pathlib.Path(sys.argv[1])); x, weight = torch.randn(1, 2, 40), torch.randn(24, 40)\n"
         "torch.testing.assert_close(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))"
     )
     return subprocess.run([sys.executable, "-c", script, str(library)], check=False, timeout=120)
@@ -274,12 +274,12 @@ def test_a_cache_that_cannot_be_written_is_told(tiny: Tiny, tmp_path: Path, capl
 
 
 def test_a_damaged_library_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    decode_kernels.library_in(tmp_path).write_text("no library")
-    decode_kernels._libraries, before = {}, decode_kernels._libraries
+    kernel_library.library_in(tmp_path).write_text("no library")
+    kernel_library._libraries, before = {}, kernel_library._libraries
     try:
         engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path))
     finally:
-        decode_kernels._libraries = before
+        kernel_library._libraries = before
     assert "no native kernels" in caplog.text
     check_serves_without(engine)
 

@@ -12,7 +12,7 @@ import torch
 from service.engine import threads
 from service.engine.options import EngineOptions
 from service.engine.threads import default_threads, use_threads
-from service.model import decode_kernels
+from service.model import kernel_library
 
 NO_LIMIT = "max 100000\n"
 
@@ -22,7 +22,7 @@ def as_before() -> Iterator[None]:
     count = torch.get_num_threads()
     yield
     torch.set_num_threads(count)
-    decode_kernels.use_threads(1)
+    kernel_library.use_threads(1)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_guest_where_nobody_has_said_how_many(
 ) -> None:
     limit(cpu_max)
     asked = []
-    machine.setattr(decode_kernels, "use_threads", lambda count, guests: asked.append((count, guests)))
+    machine.setattr(kernel_library, "use_threads", lambda count, guests: asked.append((count, guests)))
     use_threads(EngineOptions("", **options))  # type: ignore[arg-type]
     assert asked == [expected]
     assert torch.get_num_threads() == expected[0]
@@ -83,6 +83,6 @@ def test_a_guest_where_nobody_has_said_how_many(
 def test_no_guest_on_a_single_core(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(os, "sched_getaffinity", lambda _: {0})
     asked = []
-    machine.setattr(decode_kernels, "use_threads", lambda count, guests: asked.append((count, guests)))
+    machine.setattr(kernel_library, "use_threads", lambda count, guests: asked.append((count, guests)))
     use_threads(EngineOptions(""))
     assert asked == [(1, 0)]

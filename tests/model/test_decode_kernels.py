@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.engine.options import EngineOptions
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 from service.model.attention import sdpa
 from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.gate import Gate
@@ -34,9 +34,9 @@ class Library:
 
     def __init__(self, threads: int) -> None:
         cache = Path(EngineOptions("").compile_cache).expanduser()
-        decode_kernels.provide(cache)
-        decode_kernels.use_threads(threads)
-        self._library = ctypes.CDLL(str(decode_kernels.library_in(cache)))  # the same once more
+        kernel_library.provide(cache)
+        kernel_library.use_threads(threads)
+        self._library = ctypes.CDLL(str(kernel_library.library_in(cache)))  # the same once more
 
     def __call__(self, name: str, *args: Any) -> Tensor | None:
         """The result, or None where the function has refused its arguments. Tensors in a list may be missing."""
@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_an_error(kernels: Library) -> None:
 def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
     """160 compilers at once have used up a machine's memory."""
     script = (
-        "import sys, pathlib; from service.model import decode_kernels as kernels; build = kernels.build\n"
+        "import sys, pathlib; from service.model import kernel_library as kernels; build = kernels.build\n"
         "kernels.build = lambda library: (print('compiled'), build(library))\n"
         "kernels.provide(pathlib.Path(sys.argv[1]))"
     )
@@ -336,7 +336,7 @@ def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "operators.cpp").write_text("this is no C++")
-    monkeypatch.setattr(decode_kernels, "_SOURCES", tmp_path)
+    monkeypatch.setattr(kernel_library, "_SOURCES", tmp_path)
     with pytest.raises(RuntimeError, match="could not be compiled"):
-        decode_kernels.provide(tmp_path / "cache")
+        kernel_library.provide(tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()), "nothing is left"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.norms import RMSNorm
@@ -72,10 +72,10 @@ def step(model: XLoraModel, rows: int, scaling_rows: int, *, kernels: bool) -> t
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     cache = Path("~/.cache/xlora-serve").expanduser()
-    decode_kernels.provide(cache)
-    decode_kernels.use_threads(request.param)
+    kernel_library.provide(cache)
+    kernel_library.use_threads(request.param)
     yield request.param
-    decode_kernels.use_threads(1)
+    kernel_library.use_threads(1)
 
 
 @pytest.mark.parametrize(("rows", "scaling_rows"), [(1, 0), (1, 1), (2, 1), (7, 3), (19, 19), (64, 30), (140, 60)])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from service.engine.options import EngineOptions
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
@@ -27,14 +27,14 @@ MANY = 4 * (os.cpu_count() or 1)  # there is always one that has to wait for a c
 
 @pytest.fixture(autouse=True)
 def alone_again() -> Iterator[None]:
-    decode_kernels.provide(CACHE)
+    kernel_library.provide(CACHE)
     yield
-    decode_kernels.use_threads(1)
+    kernel_library.use_threads(1)
 
 
 def repeated() -> int:
     """How many chunks have been computed twice so far."""
-    library = ctypes.CDLL(str(decode_kernels.library_in(CACHE)))  # the same once more
+    library = ctypes.CDLL(str(kernel_library.library_in(CACHE)))  # the same once more
     library.xlora_repeated_chunks.restype = ctypes.c_int64
     return int(library.xlora_repeated_chunks())
 
@@ -76,9 +76,9 @@ JOBS: dict[str, Callable[[], Callable[[], Tensor]]] = {
 def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
     compute = JOBS[job]()
     alone = compute()
-    decode_kernels.use_threads(threads, guests)
+    kernel_library.use_threads(threads, guests)
     assert all(torch.equal(compute(), alone) for _ in range(100))
-    decode_kernels.use_threads(1)
+    kernel_library.use_threads(1)
     assert torch.equal(compute(), alone)
 
 
@@ -86,7 +86,7 @@ def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
 def test_the_same_where_helpers_are_late(job: str) -> None:
     compute = JOBS[job]()
     alone, before = compute(), repeated()
-    decode_kernels.use_threads(2, MANY)
+    kernel_library.use_threads(2, MANY)
     for number in range(20_000):
         assert torch.equal(compute(), alone)
         if number >= 100 and repeated() > before + 3:
@@ -96,9 +96,9 @@ def test_the_same_where_helpers_are_late(job: str) -> None:
 
 LATE = f"""
 import pathlib, sys, torch
-from service.model import decode_kernels
+from service.model import decode_kernels, kernel_library
 from tests.model.test_helpers import CACHE, repeated
-decode_kernels.provide(CACHE)
+kernel_library.provide(CACHE)
 rows, depth, width, rank = map(int, sys.argv[2:])
 path = pathlib.Path(sys.argv[1])
 torch.randn(1 << 20).numpy().tofile(path)
@@ -108,7 +108,7 @@ def compute():
     experts = (mapped(rank, depth), mapped(rank, width), gate) if rank else (None, None, None)
     return decode_kernels.adapted_linear(mapped(rows, depth), mapped(width, depth), None, *experts, 0)
 alone = compute()
-decode_kernels.use_threads(2, {MANY})
+kernel_library.use_threads(2, {MANY})
 while repeated() < 50:
     assert torch.equal(compute(), alone)
 """
@@ -129,12 +129,12 @@ def test_switched_on_again() -> None:
     alone = compute()
     for _ in range(20):
         for threads, guests in ((3, 0), (1, 0), (1, 2), (2, 3)):
-            decode_kernels.use_threads(threads, guests)
+            kernel_library.use_threads(threads, guests)
             assert all(torch.equal(compute(), alone) for _ in range(5))
 
 
 def test_two_threads_with_jobs_of_their_own() -> None:
-    decode_kernels.use_threads(3)
+    kernel_library.use_threads(3)
     wrong = []
 
     def check(compute: Callable[[], Tensor], expected: Tensor) -> None:
@@ -150,7 +150,7 @@ def test_two_threads_with_jobs_of_their_own() -> None:
 
 
 def test_a_forked_process_computes_the_same() -> None:
-    decode_kernels.use_threads(3)
+    kernel_library.use_threads(3)
     compute = linear(torch.float32, torch.float32)
     expected = compute()
 
