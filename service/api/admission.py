@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from service.engine.client import choices_of
 from service.engine.request import Request
 from service.errors import OverloadedError
 
@@ -25,7 +24,7 @@ class Ticket:
     def __init__(self, admission: Admission, requests: Sequence[Request], now: float) -> None:
         self._admission = admission
         self._since = now
-        self.choices = sum(choices_of(one) for one in requests)  # not ended
+        self.choices = sum(one.num_choices for one in requests)  # not ended
         self._tokens = {one.id: len(one.prompt_token_ids) for one in requests}
 
     @property

@@ -14,17 +14,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol, cast
-
-import msgspec
+from typing import Protocol
 
 from service.engine import wire
+from service.engine.connection import Connection
 from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, GateSettings, Request, SequenceOutput, StepOutput, StepStats
-from service.errors import InternalError, StartupError, TimedOutError, UnavailableError, XLoraError
+from service.engine.output_stream import OutputStream
+from service.engine.request import EngineInfo, GateSettings, Request, StepOutput, StepStats
+from service.errors import InternalError, TimedOutError, UnavailableError
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
 
@@ -41,81 +40,6 @@ class EngineDiedError(UnavailableError):
     """The engine's process has ended; nothing can be served until the service is restarted."""
 
     code = "engine_dead"
-
-
-class OutputStream(AsyncIterator[SequenceOutput]):
-    """What the engine says about some requests, as it says it; ends after the last choice has ended.
-
-    The reader wakes up once for all that one step brought: `ready` gives what else is there beside an iteration's item.
-    """
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.open_choices = {(one.id, index) for one in requests for index in range(choices_of(one))}
-        self.accepted: asyncio.Future[None] = self._loop.create_future()
-        self._unanswered = {one.id for one in requests}
-        self._news: deque[SequenceOutput] = deque()
-        self._error: XLoraError | None = None  # comes after the news
-        self._reader: asyncio.Future[None] | None = None  # waits for news
-
-    def accept(self, request_id: str) -> None:
-        """The engine has queued one of the requests."""
-        self._unanswered.discard(request_id)
-        if not self._unanswered and not self.accepted.done():
-            self.accepted.set_result(None)
-
-    def deliver(self, output: SequenceOutput) -> None:
-        """One more output, unless its choice was aborted meanwhile."""
-        choice = (output.request_id, output.index)
-        if choice not in self.open_choices:
-            return
-        if output.finish_reason is not None:
-            self.open_choices.discard(choice)
-        self._news.append(output)
-        self._wake()
-
-    def fail(self, error: XLoraError) -> None:
-        """Nothing more will come, and this is why. Who has heard the end of every choice is not told."""
-        if not self.accepted.done():
-            self.accepted.set_exception(error)
-        if self.open_choices and self._error is None:
-            self._error = error
-        self._wake()
-
-    def drop(self, request_id: str, index: int | None = None) -> None:
-        """The reader wants no more of a request, or of one of its choices; the engine has nothing more to say."""
-
-        def unwanted(id: str, number: int) -> bool:
-            return id == request_id and index in (None, number)
-
-        self.open_choices = {choice for choice in self.open_choices if not unwanted(*choice)}
-        self._news = deque(output for output in self._news if not unwanted(output.request_id, output.index))
-        self._wake()
-
-    def ready(self) -> list[SequenceOutput]:
-        """What has come and was not read yet; does not wait."""
-        news = list(self._news)
-        self._news.clear()
-        return news
-
-    async def __anext__(self) -> SequenceOutput:
-        while not self._news:
-            if self._error is not None:
-                raise self._error
-            if not self.open_choices:
-                raise StopAsyncIteration
-            self._reader = self._loop.create_future()
-            await self._reader
-        return self._news.popleft()
-
-    def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-
-def choices_of(request: Request) -> int:
-    """How many choices the engine will speak of; a scaling pass alone counts as one."""
-    return 1 if request.sampling is None else request.sampling.n
 
 
 class Client(Protocol):
@@ -161,7 +85,7 @@ class EngineClient:
         self._timeout_seconds = timeout_seconds
         self._info: EngineInfo | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._streams: dict[str, OutputStream] = {}
         self._dead: str | None = None  # why
         self._closing = False
@@ -191,7 +115,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-        connection = _Connection(self._on_step, self._on_verdict, self._on_end, on_progress)
+        connection = Connection(self._on_step, self._on_verdict, self._on_end, on_progress)
         await loop.create_connection(lambda: connection, sock=ours)
         self._connection = connection
         connection.send(wire.Start(options))
@@ -259,7 +183,7 @@ class EngineClient:
                 self._process.kill()  # it is loading, and would not look at its socket for a while
             await asyncio.to_thread(_end, self._process)
 
-    def _beat(self, connection: _Connection) -> None:
+    def _beat(self, connection: Connection) -> None:
         """Asks the engine for a sign of life, again and again; gives it up when none has come for too long."""
         if self._dead is not None:
             return
@@ -312,74 +236,6 @@ class EngineClient:
             stream.open_choices.clear()
         if self.on_lost is not None and not self._closing:
             self.on_lost(reason)
-
-
-class _Connection(asyncio.Protocol):
-    """The socket: frames in, typed messages out."""
-
-    def __init__(
-        self,
-        on_step: Callable[[StepOutput], None],
-        on_verdict: Callable[[wire.Accepted | wire.Rejected], None],
-        on_end: Callable[[wire.Failed | None], str],
-        on_progress: Callable[[str], None],
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.ready: asyncio.Future[EngineInfo] = loop.create_future()
-        self.heard_at = loop.time()  # when the engine said anything last
-        self.asked_at = self.heard_at  # when a sign of life was asked for last
-        self._time = loop.time
-        self._on_step = on_step
-        self._on_verdict = on_verdict
-        self._on_end = on_end
-        self._on_progress = on_progress
-        self._transport: asyncio.Transport | None = None
-        self._reader = wire.FrameReader()
-        self._decoder = msgspec.msgpack.Decoder(wire.FromEngine)
-        self._encoder = wire.FrameEncoder()
-        self._failure: wire.Failed | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
-
-    def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
-        self.heard_at = self._time()
-        for frame in self._reader.feed(data):
-            self._dispatch(self._decoder.decode(frame))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop: the process has ended, or close() was called."""
-        reason = self._on_end(self._failure)
-        if not self.ready.done():
-            self.ready.set_exception(StartupError(reason, hint=self._failure.hint if self._failure else None))
-
-    def send(self, message: wire.ToEngine) -> None:
-        """Queues one message; nothing happens when the other side has gone."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(self._encoder.encode(message))
-
-    def close(self) -> None:
-        """Closes the socket, upon which the process ends."""
-        if self._transport is not None:
-            self._transport.close()
-
-    def _dispatch(self, message: wire.FromEngine) -> None:
-        match message:
-            case wire.Step(output):
-                self._on_step(output)
-            case wire.Accepted() | wire.Rejected():
-                self._on_verdict(message)
-            case wire.Progress(text):
-                self._on_progress(text)
-            case wire.Ready(info):
-                if not self.ready.done():
-                    self.ready.set_result(info)
-            case wire.Failed():
-                self._failure = message
-            case wire.Pong():
-                pass  # `heard_at` has it
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -78,8 +78,9 @@ class Engine:
         if request.id in self._sequences:
             raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
         now = time.monotonic()
-        choices = 1 if request.sampling is None else request.sampling.n
-        self._sequences[request.id] = [Sequence.of(request, index, now, self._gate) for index in range(choices)]
+        self._sequences[request.id] = [
+            Sequence.of(request, index, now, self._gate) for index in range(request.num_choices)
+        ]
         if request.sampling is not None and request.sampling.form is not None:
             self._compiling[request.id] = self._grammars.find(request.sampling.form)
         else:

@@ -121,6 +121,11 @@ class Request:
     score_from: int | None = None  # position of the first token to be scored; freezing counts from it
 
     @property
+    def num_choices(self) -> int:
+        """How many the engine will speak of; a scaling pass alone counts as one."""
+        return 1 if self.sampling is None else self.sampling.n
+
+    @property
     def gate_key(self) -> tuple[object, ...]:
         """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
 
