@@ -182,7 +182,7 @@ class Snapshot:
 
     @property
     def rows(self) -> FloatArray:
-        """[tokens, S, E], in the order in which positions became final."""
+        """[tokens, S, E], in the order in which they came."""
         return self._copy[0]
 
     @property

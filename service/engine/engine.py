@@ -130,7 +130,7 @@ class Engine:
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        stats = StepStats(gate=self._runner.take_statistics(), logged=self._runner.take_logged())
+        stats = StepStats(gate=self._runner.take_statistics(), logged=self._runner.logged([], everything=True))
         return StepOutput(stats=self._with_load(stats))
 
     def check_integrity(self) -> None:
@@ -230,7 +230,7 @@ class Engine:
         pairs = zip(plan.scheduled, outputs, strict=True)
         ended = [share.sequence for share, output in pairs if output.finish_reason is not None]
         rows, stats.gate = self._runner.report(plan, result, ended)
-        stats.logged = self._runner.take_logged()
+        stats.logged = self._runner.logged([share.sequence for share in plan.scheduled], everything=bool(ended))
         news: list[SequenceOutput] = []
         for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
             sequence, output.gate = share.sequence, gate
@@ -253,6 +253,7 @@ class Engine:
         self._drop(sequence)
         output = _failed(sequence, Failure("the server is out of memory"))
         stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
+        stats.logged = self._runner.logged([], everything=True)
         return StepOutput([output], self._with_load(stats))
 
     def _with_load(self, stats: StepStats) -> StepStats:

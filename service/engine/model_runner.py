@@ -63,7 +63,7 @@ class ModelRunner:
         self.captured: CapturedSteps | None = None  # on CUDA
         self.leader: Leader | None = None  # of a tensor-parallel group
         self.logs_scalings = False
-        self._logged: list[LoggedRows] = []
+        self._outgoing = scalings_log.Outgoing()
         self._observer = GateObserver(len(model.sites))
         self.batches = BatchBuilder(kv_cache, model.device)
 
@@ -141,6 +141,15 @@ class ModelRunner:
             if segment.is_scaling and segment.share.sequence.is_served:
                 rows = said[segment.row : segment.row + segment.count]
                 scalings_log.keep(segment.share.sequence, segment.start, rows)
+
+    def logged(self, sequences: list[Sequence], *, everything: bool) -> list[LoggedRows]:
+        """What has become final for the scalings log, of these and earlier ones; a step may leave it to a later one,
+        unless `everything` is to come. Call it when drafts are verified.
+        """
+        if self.logs_scalings:
+            for sequence in sequences:
+                self._outgoing.collect(sequence)
+        return self._outgoing.take(self._said, everything=everything)
 
     def _said(self, gate_logits: scalings_log.Rows) -> scalings_log.Rows:
         """Rows of the scalings log."""
@@ -252,8 +261,6 @@ class ModelRunner:
 
     def _observe(self, sequences: list[Sequence]) -> dict[int, GateRows | None]:
         """Everything that has become final, read in one go; the rows that were asked for, by the sequence's id()."""
-        if self.logs_scalings:
-            self._logged += scalings_log.take_final(sequences, self._said)
         spans = report_spans(sequences)
         if not spans:
             return {}
@@ -271,13 +278,6 @@ class ModelRunner:
             span.sequence.reported = span.start + span.count
             return rows
         return None
-
-    def take_logged(self) -> list[LoggedRows]:
-        """What has become final for the scalings log since the last call; a step may leave rows to a later one, as with
-        statistics.
-        """
-        taken, self._logged = self._logged, []
-        return taken
 
     def take_statistics(self) -> GateStats:
         """Statistics that no step has reported: of sequences that were dropped since."""

@@ -73,7 +73,7 @@ class Sequence:
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     logged: int = 0  # positions below it are in the scalings log, if they are to be
-    unlogged: list[tuple[int, Any]] = field(default_factory=list)  # others: start, gate logits (scalings_log.py)
+    unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
@@ -159,10 +159,9 @@ class Sequence:
 
     def rewind(self) -> None:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
-        end = self.final
-        self.unlogged = [(start, rows[: end - start]) for start, rows in self.unlogged if start < end]
         self.scaling.rewind()
         self.real.rewind()
+        self.unlogged.clear()
         self.drafts.clear()
         self.drafters.clear()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """`values`, an array of int64 or any numbers, as a tensor on `device`.
+    """`values` as a tensor on `device`; an array of int64 may become its memory, and must not change any more.
 
     From pinned memory, where that is another device: a copy from ordinary memory would wait until everything queued on
     the device is done.

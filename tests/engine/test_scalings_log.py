@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.engine.engine import Engine
+from service.engine.model_runner import OutOfMemory
 from service.engine.request import GateWeight, Request, SamplingParams, Steering, StepOutput
+from service.engine.scheduler import Plan
 from tests.engine.driver import Array, Engines, Key, greedy, run, sampled, words
 from tests.model.tiny import Tiny, Variant
 
@@ -160,17 +163,42 @@ def test_rows_that_never_become_final_are_forgotten(engines: Engines) -> None:
     assert len(logged(run(engine, [greedy("b", words(9, 5), 3)]).steps)["b", 0]) == 7
 
 
-def test_what_a_dropped_request_leaves_comes_with_the_next_report(engines: Engines) -> None:
-    """Its client has gone, but its text was served up to there."""
+def begun(engines: Engines) -> tuple[Engine, list[StepOutput], list[int], int]:
+    """An engine amid a request: its steps so far, the text, how much of it is final, of which some has not left."""
     engine = engines.build(adaptive=False)
     engine.log_scalings(True)
     engine.add(greedy("a", PROMPT, 60))
     steps = [engine.step() for _ in range(12)]
     [sequence] = engine._sequences["a"]
-    text, final = list(sequence.tokens), sequence.final
-    before = logged(steps)["a", 0]
+    assert len(logged(steps)["a", 0]) < sequence.final, "nothing is left"
+    return engine, steps, list(sequence.tokens), sequence.final
+
+
+def test_what_a_dropped_request_leaves_comes_with_the_next_report(engines: Engines) -> None:
+    """Its client has gone, but its text was served up to there."""
+    engine, steps, text, final = begun(engines)
     engine.abort("a")
     steps.append(engine.report())
-    assert len(before) < final, "nothing was left"
     assert_as_peft(logged(steps)["a", 0], engines.tiny.as_stored(), text, range(final))
     assert not logged([engine.report()])
+
+
+def test_a_preempted_request_that_is_dropped_leaves_as_much(engines: Engines) -> None:
+    """Whose rows are computed from the start again, if at all."""
+    engine, steps, text, final = begun(engines)
+    engine._scheduler._preempt(engine._sequences["a"][0])
+    engine.abort("a")
+    steps.append(engine.report())
+    assert_as_peft(logged(steps)["a", 0], engines.tiny.as_stored(), text, range(final))
+
+
+def test_a_request_shed_for_memory_leaves_as_much(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, steps, text, final = begun(engines)
+
+    def run_out(_: Plan) -> None:
+        raise OutOfMemory
+
+    monkeypatch.setattr(engine._runner, "run", run_out)
+    steps.append(engine.step())
+    assert not engine._sequences
+    assert_as_peft(logged(steps)["a", 0], engines.tiny.as_stored(), text, range(final))

@@ -74,7 +74,7 @@ class FakeRunner:
     def observe_rest(self, sequence: Sequence) -> None:
         """Nothing is ever left."""
 
-    def take_logged(self) -> list[LoggedRows]:
+    def logged(self, sequences: list[Sequence], *, everything: bool) -> list[LoggedRows]:
         """There is no log."""
         return []
 
