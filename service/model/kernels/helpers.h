@@ -288,7 +288,8 @@ private:
         uint32_t chunk;
         for (uint32_t done = 0;; done++) {
             while (done - number_of(own.taken.load(std::memory_order_acquire), job) >= kHeld) {
-                if (next_.load(std::memory_order_relaxed) >= tagged(job, UINT32_MAX)) return;  // that one is over
+                const uint64_t next = next_.load(std::memory_order_relaxed);
+                if (next >> 32 != job || uint32_t(next) == UINT32_MAX) return;  // that one is over
                 pause();
             }
             if (!claim(job, count, chunk)) return;
