@@ -174,8 +174,8 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def service_of(request: HttpRequest) -> Service:
-    """The dependency of every route."""
+async def service_of(request: HttpRequest) -> Service:
+    """The dependency of every route; `async`, as FastAPI would call it in another thread."""
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
