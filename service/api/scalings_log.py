@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -125,20 +125,19 @@ class ScalingsLog:
         self._allocate(min(self.max_tokens, self.max_bytes // self.row_bytes) if self.enabled else 0)
         self.dropped_tokens = 0
 
-    def add(self, logged: Iterable[LoggedRows]) -> None:
+    def add(self, logged: Sequence[LoggedRows]) -> None:
         """Takes what a step brought, while the log is on."""
         if not self.enabled:
             return
-        runs = list(logged)
         owners = np.array(
             [
                 (one.request_id.encode(), one.index, position)
-                for one in runs
+                for one in logged
                 for position in range(one.start, one.start + one.count)
             ],
             _OWNER,
         )
-        rows = np.frombuffer(b"".join([one.rows for one in runs]), "<f4")
+        rows = np.frombuffer(b"".join([one.rows for one in logged]), "<f4")
         self._write(rows.reshape(len(owners), *self._shape), owners)
 
     def snapshot(self) -> Snapshot:

@@ -72,7 +72,7 @@ class Sequence:
     passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
-    logged: int = 0  # positions below it are in the scalings log, if they are to be
+    logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
