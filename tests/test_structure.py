@@ -1,6 +1,6 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli, cluster -> api -> engine -> model -> checkpoint;  drift, errors, metrics, settings are leaves
+    cli, cluster -> api -> engine -> model -> checkpoint;  chat_template, drift, errors, metrics, settings are leaves
 
 Leaves may import drift and errors.
 
@@ -23,7 +23,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Bottom to top.
 TOP = "terminal commands cluster cli __main__"
-LAYERS = ("drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)
+LAYERS = ("chat_template drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 WEB_FREE = ("service.engine", "service.model", "service.checkpoint")
@@ -46,6 +46,7 @@ TORCH_FREE = (
     "service.engine.request",
     "service.engine.scheduler",
     "service.engine.sequence",
+    "service.chat_template",
     "service.drift",
     "service.errors",
     "service.metrics",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from service.api.chat import ChatTemplate
 from service.api.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.chat_template import ChatTemplate
 from service.engine.detokenizer import Detokenizer, special_token_ids
 from service.engine.request import EngineInfo, SamplingParams, TextForm
 from service.errors import InvalidRequestError

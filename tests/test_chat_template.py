@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from service.api.chat import ChatTemplate
+from service.chat_template import ChatTemplate
 from service.errors import InvalidRequestError
 from tests.fake_engine import build_tokenizer
 
-DEMO = Path(__file__).parents[2] / "model_store/demo/base"
+DEMO = Path(__file__).parents[1] / "model_store/demo/base"
 TURNS = [
     {"role": "system", "content": "Be <brief> & naïve."},
     {"role": "user", "content": "Hi"},
