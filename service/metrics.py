@@ -210,7 +210,7 @@ class Metrics:
         pending.accepted += stats.accepted_tokens
         pending.speculated += stats.speculated_tokens
         pending.preemptions += stats.preemptions
-        if stats.gate.weight:
+        if stats.gate.weight and all(map(math.isfinite, stats.gate.weight)):  # a counter would keep NaN for good
             pending.gates.append(stats.gate)
         self.running, self.waiting = stats.requests_running, stats.requests_waiting
         self._kv_used_ratio = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0

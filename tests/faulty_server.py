@@ -32,7 +32,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     fail_forwards(engine._runner.model)
     sample, accept = model_runner.sample, sequence.Sequence.accept
 
-    def failing_sample(logits: Any, rows: Sequence[Any]) -> list[int]:
+    def failing_sample(logits: Any, rows: Sequence[Any]) -> Any:
         for row in rows:
             fail_for(row.sequence, "sampling")
         return sample(logits, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from dataclasses import replace
 from functools import partial
@@ -80,6 +81,17 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
     metrics.observe_step(StepStats(kv_blocks_total=8))  # the load after an abort: no step
     assert (value(metrics, "xlora_requests_running"), value(metrics, "xlora_kv_blocks_used_ratio")) == (0, 0)
     assert value(metrics, "xlora_step_seconds_count") == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_counter_takes_what_is_not_finite(metrics: Metrics, bad: float) -> None:
+    """It would keep it until the process ends."""
+    bytes_of = np.array([bad, 0.5], np.float32).tobytes()
+    metrics.observe_step(StepStats(gate=GateStats(bytes_of, bytes_of, weight=[bad, 1.0, 1.0], top1=[1, 0, 0])))
+    metrics.observe_step(StepStats(gate=GateStats(bytes_of, bytes_of, weight=[0.5, 0.25, 0.25], top1=[1, 0, 0])))
+    text = metrics.render().decode()
+    assert not re.search(r"^xlora_(?!gate_drift).* [-+]?(nan|inf)", text, re.IGNORECASE | re.MULTILINE)
+    assert value(metrics, "xlora_expert_weight_total", expert="math") == 0.5
 
 
 def test_what_is_added_up_is_there_at_every_look(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:

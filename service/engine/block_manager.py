@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from itertools import chain
 from typing import TypeAlias
 
 BlockTable: TypeAlias = "array[int]"  # the blocks of a stream, in order: copied into a step's numbers as they are
@@ -65,6 +66,13 @@ class BlockManager:
         if key not in self._published:
             self._published[key] = block
             self._keys[block] = key
+
+    def forget(self, *tables: BlockTable) -> None:
+        """Makes held blocks unfindable; those who hold them keep them. Unpublished ones are fine."""
+        for block in chain(*tables):
+            key = self._keys.pop(block, None)
+            if key is not None:
+                del self._published[key]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The published blocks of the longest run of `keys`, from the first on."""

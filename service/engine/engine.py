@@ -31,6 +31,10 @@ from service.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
+_NOT_FINITE = Failure(
+    "the model computed numbers that are not finite (NaN or infinity) for this request: they overflow its dtype; "
+    "use smaller experts.weights, or start the server with --dtype bfloat16 or float32"
+)
 _COMPILING_SECONDS = 0.05  # a step with nothing else to do waits so long for a grammar
 
 
@@ -267,6 +271,12 @@ class Engine:
         sequence, error = share.sequence, result.errors[number]
         output = SequenceOutput(sequence.request.id, sequence.index, usage=sequence.usage)
         try:
+            if error is None and not result.finite[number]:
+                if sequence.retry_without_drafts(share.scaling_end, share.real_end):
+                    _count(share, stats)
+                    return output
+                self._scheduler.forget(sequence)
+                error = _NOT_FINITE
             if error is None:
                 sampled, predictions = result.tokens[number], result.predictions[number]
                 output.tokens, output.finish_reason = self._accept(share, sampled, predictions, stats)

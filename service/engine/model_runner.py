@@ -43,9 +43,10 @@ class RunResult:
     scalings: list[Tensor | None] = field(default_factory=list)  # [scaling_count, S, E] of a scaling pass alone: they
     # are stored nowhere
     errors: list[Failure | None] = field(default_factory=list)  # why a sequence cannot go on; it has nothing else then
+    finite: list[bool] = field(default_factory=list)  # False: NaN or infinity in what a sequence would go on with
 
     def extend(self, other: RunResult) -> None:
-        """Adds other sequences' results, but for their scalings."""
+        """Adds other sequences' results, but for their scalings and whether they are finite."""
         self.tokens += other.tokens
         self.predictions += other.predictions
         self.prompt_logprobs += other.prompt_logprobs
@@ -107,7 +108,8 @@ class ModelRunner:
             self._steer(output.gate_logits, segments)
         if self.logs_scalings:
             self._log(output.gate_logits, segments)
-        result = self._read(output.logits, shares)
+        result, finite = self._read(output.logits, _finite_rows(output), shares)
+        result.finite = _finite_shares(shares, finite, first_rows, len(logit_rows))
         result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
         return result
 
@@ -204,25 +206,25 @@ class ModelRunner:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def _read(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:
-        """logits [L, V] in the order of _logit_rows -> what they say. Scalings are left out.
+    def _read(self, logits: Tensor, finite: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[int]]:
+        """logits [L, V] in the order of _logit_rows -> what they say, without scalings; and the flags of _finite_rows.
 
         Where that raises, every share is read alone, and one that raises again has an error.
         """
         try:
-            return self._sample(logits, shares)
+            return self._sample(logits, finite, shares)
         except Exception:
             logger.exception("sampling failed; every sequence is sampled alone")
         result = RunResult()
         for share, rows in zip(shares, _logit_rows(shares), strict=True):
             try:
-                result.extend(self._sample(logits[rows], [share]))
+                result.extend(self._sample(logits[rows], finite[:0], [share])[0])
             except Exception as error:
                 logger.exception("sampling failed for request %s", share.sequence.request.id)
                 result.extend(RunResult([[]], [[]], [[]], errors=[Failure.of(error, "sampling failed")]))
-        return result
+        return result, finite.tolist()
 
-    def _sample(self, logits: Tensor, shares: list[Scheduled]) -> RunResult:
+    def _sample(self, logits: Tensor, finite: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[int]]:
         rows: list[SampleRow] = []
         for share in shares:
             rows += (SampleRow(share.sequence, share.sequence.drafts[:count]) for count in range(share.samples))
@@ -232,15 +234,18 @@ class ModelRunner:
             drafts = share.sequence.drafts
             rows += (SampleRow(share.sequence, drafts[: first + i]) for i in range(share.predict_count))
         scores = logits.shape[0] - len(rows)
-        ids = sample(logits[: len(rows)] if scores else logits, rows) if rows else []
+        said = [sample(logits[: len(rows)] if scores else logits, rows)] if rows else []
+        read = torch.cat([*said, finite]).tolist()  # the flags ride with the ids: reading them is no wait of its own
+        ids, flags = read[: len(rows)], read[len(rows) :]
         tokens, predictions = iter(token_outputs(logits[:split], rows[:split], ids[:split])), iter(ids[split:])
         scored = iter(_score(logits[len(rows) :], shares)) if scores else iter(())
-        return RunResult(
+        result = RunResult(
             [list(islice(tokens, share.samples)) for share in shares],
             [list(islice(predictions, share.predict_count)) for share in shares],
             [list(islice(scored, len(share.scores))) for share in shares],
             errors=[None] * len(shares),
         )
+        return result, flags
 
     def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[GateRows | None], GateStats]:
         """The gate rows that have become final, for each of the plan's `scheduled` that asked, and statistics.
@@ -296,6 +301,31 @@ def _logit_rows(shares: list[Scheduled]) -> list[list[int]]:
             own += range(first, first + count)
             first += count
     return rows
+
+
+def _finite_rows(output: ForwardOutput) -> Tensor:
+    """bool [L + scaling rows]: which rows of the logits, then of the gate logits, are free of NaN and infinity.
+
+    -inf among logits is how some families rule out ids: a row is judged by its largest, which NaN and infinity win.
+    """
+    gates = output.gate_logits
+    return torch.cat([output.logits.float().amax(-1), gates.sum((1, 2))]).isfinite()
+
+
+def _finite_shares(
+    shares: list[Scheduled], finite: list[int], first_rows: dict[tuple[int, bool], int], logit_rows: int
+) -> list[bool]:
+    """Whether all that each sequence would go on with is finite: its gate rows, and the logits that it is sampled or
+    scored by. Those that only predict drafts do not count.
+    """
+    if all(finite):
+        return [True] * len(shares)
+    found = []
+    for share, own in zip(shares, _logit_rows(shares), strict=True):
+        counted = own[: share.samples] + own[share.samples + share.predict_count :]
+        first = logit_rows + first_rows.get((id(share), True), 0)
+        found.append(all(finite[row] for row in (*counted, *range(first, first + share.scaling_count))))
+    return found
 
 
 def _score(logits: Tensor, shares: list[Scheduled]) -> list[TokenOutput]:

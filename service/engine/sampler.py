@@ -35,24 +35,27 @@ class SampleRow:
         return self.sequence.output_len + len(self.pending)
 
 
-def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
-    """Samples one token per row of logits [n, V] (any dtype); where the temperature is (next to) 0, the argmax."""
+def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    """Samples one token per row of logits [n, V] (any dtype); where the temperature is (next to) 0, the argmax.
+
+    Returns int64 [n] on the device of the logits: whoever reads it waits for the device.
+    """
     logits = logits.float()
     if all(row.sequence.takes_argmax and row.sequence.grammar is None for row in rows):
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     if any(row.sequence.sampling.needs_history for row in rows):
         logits = _process_history(logits.clone(), rows)
     if any(row.sequence.grammar is not None for row in rows):
         logits = _forbid(logits, rows)
     random = [i for i, row in enumerate(rows) if not row.sequence.sampling.is_greedy]
     if not random:
-        return logits.argmax(-1).tolist()
+        return logits.argmax(-1)
     chosen = logits.argmax(-1)
     index = to_device(random, logits.device)
     drawn = [rows[i] for i in random]
     filtered = _filter(logits[index], drawn)
     chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
-    return chosen.tolist()
+    return chosen
 
 
 def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:

@@ -128,6 +128,10 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._release(sequence)
 
+    def forget(self, sequence: Sequence) -> None:
+        """Lets nobody else find what a sequence has published: it is not worth having."""
+        self.blocks.forget(sequence.scaling.blocks, sequence.real.blocks)
+
     def has_work(self) -> bool:
         """Whether any sequence is queued or running."""
         return bool(self.running or self.waiting)

@@ -74,6 +74,7 @@ class Sequence:
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
+    drafts_end: bool = False  # no more of them: one may have made a row of the text infinite
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
@@ -129,7 +130,9 @@ class Sequence:
     @property
     def room_for_drafts(self) -> int:
         """Drafts that may still be added: the last token of all needs no row, so it is never drafted."""
-        return self.prompt_len + self.sampling.max_tokens - 1 - self.hypothesis_len if self.generates else 0
+        if not self.generates or self.drafts_end:
+            return 0
+        return self.prompt_len + self.sampling.max_tokens - 1 - self.hypothesis_len
 
     @property
     def final(self) -> int:
@@ -222,6 +225,18 @@ class Sequence:
     def give_up_drafts(self) -> None:
         """Cuts the hypothesis off after the accepted tokens."""
         self._cut(0)
+
+    def retry_without_drafts(self, scaling_end: int, real_end: int) -> bool:
+        """Gives up drafts for good where a step that came to these positions had rows of some; False: it had none.
+
+        Where attention weighs hidden keys with 0, a draft whose numbers are not finite reaches the rows before it. So
+        such a step does not count, and the next one shows whether the text itself is at fault.
+        """
+        if max(scaling_end, real_end) <= len(self.tokens):
+            return False
+        self.give_up_drafts()
+        self.drafts_end = True
+        return True
 
     @property
     def pending_drafts(self) -> int:

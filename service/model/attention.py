@@ -138,6 +138,10 @@ def sdpa(
 ) -> Tensor:
     """Attention of one group's rows over copies of their blocks (Backend): the reference, on any device."""
     key, value = kv_cache.read(layer, group.block_table, group.keys)
+    unused = group.unused()
+    if unused is not None:  # a weight of 0 does not hide NaN
+        for copy in (key, value):
+            copy.masked_fill_(unused[..., None, None], 0.0)
     key, value = key.transpose(1, 2), value.transpose(1, 2)  # [N, kv_heads, L, head_dim]
     mask = group.mask(window, rows.dtype)
     heads, head_dim = rows.shape[1:]

@@ -27,6 +27,7 @@ class AttentionGroup:
     keys: int  # L: keys looked at, at most blocks * block_size
     needs_mask: bool  # False where every key in 0 .. L-1 is visible to every query
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _unused: Tensor | None = None
     _varlen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
@@ -46,6 +47,14 @@ class AttentionGroup:
             hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             self._masks[window] = hidden.masked_fill_(~visible, float("-inf"))
         return self._masks[window]
+
+    def unused(self) -> Tensor | None:
+        """Returns bool [N, L]: keys behind a segment's last query, whose slots hold what others left there; None where
+        there are none. Made once for all layers.
+        """
+        if self.needs_mask and self._unused is None:
+            self._unused = torch.arange(self.keys, device=self.positions.device) > self.positions[:, -1:]
+        return self._unused
 
     def varlen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the same as varlen_attn has it: row offsets int32 [N + 1], keys per segment int32 [N], block table

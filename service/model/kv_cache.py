@@ -50,7 +50,7 @@ class KVLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The tensors. Zeroed at first: a masked slot is multiplied by 0, so it must never hold NaN."""
+    """The tensors. A slot that nobody uses may hold anything, NaN as well: no backend of attention looks at it."""
 
     keys: list[Tensor]
     values: list[Tensor]

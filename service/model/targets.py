@@ -75,7 +75,7 @@ class XLoraHead(AdaptedModule):
         if gate.active:
             assert gate.logit_rows is not None
             number = gate.logit_rows - gate.first_row  # of each row among those the gate is open for
-            weights = gate.at(self.site)[number.clamp(min=0)] * (number >= 0)[:, None]
+            weights = gate.at(self.site)[number.clamp(min=0)].masked_fill_((number < 0)[:, None], 0.0)
             narrow = F.linear(x.view(-1, x.shape[-1]), self.get_buffer("lora_a")) * weights
             y.view(-1, y.shape[-1]).addmm_(narrow, self.get_buffer("lora_b_t"))
         return y

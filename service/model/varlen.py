@@ -58,17 +58,17 @@ def _varlen_attn() -> Callable[..., Tensor]:
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int) -> bool:
-    """Whether varlen_attn takes this shape of KV cache, found by one tiny call."""
+    """Whether varlen_attn takes this shape of KV cache, found by one tiny call in which every unused slot has NaN."""
     if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > _LARGEST_HEAD:
         return False
     if "block_table" not in inspect.signature(_varlen_attn()).parameters:
         return False
-    pool = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype, device=device)
+    pool = torch.full((2, block_size, kv_heads, head_dim), torch.nan, dtype=dtype, device=device)
+    pool[0, 0].zero_()
     one = torch.zeros(1, 1, dtype=torch.int64, device=device)
     group = AttentionGroup(0, 1, 1, one, one, 1, needs_mask=False)
     try:
-        attend(pool.new_zeros(1, heads, head_dim), group, 0, KVCache([pool], [pool], pool), 1.0, None, None)
-        torch.cuda.synchronize(device)
+        found = attend(pool.new_zeros(1, heads, head_dim), group, 0, KVCache([pool], [pool], pool), 1.0, None, None)
+        return bool(found.isfinite().all())
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return False
-    return True

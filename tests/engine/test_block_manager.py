@@ -139,6 +139,23 @@ def test_the_same_contents_are_published_once() -> None:
     assert manager.find([b"a"])
 
 
+def test_what_is_forgotten_is_not_found_and_not_lost() -> None:
+    """Whoever holds it keeps it; then its room is free."""
+    manager = BlockManager(BLOCKS, SIZE)
+    first = published(manager, b"a", b"b")
+    second = manager.share(manager.find([b"a"]))
+    manager.forget(first)
+    assert manager.find([b"a", b"b"]) == []
+    manager.check_integrity([first, second])
+    again = published(manager, b"a")
+    assert manager.find([b"a"]) == list(again), "the text may be published anew"
+    manager.release(first)
+    manager.check_integrity([second, again])
+    manager.release(second)
+    manager.release(again)
+    assert manager.free == BLOCKS
+
+
 def test_keys_name_everything_before_a_block() -> None:
     """Equal texts have equal keys; another root, another token anywhere before, another engine: other keys."""
     keys = BlockKeys(SIZE)

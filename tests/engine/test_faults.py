@@ -67,7 +67,7 @@ def test_prompt_logprobs_beside_a_failure(engines: Engines, monkeypatch: pytest.
     calls = []
     sample = sampler.sample
 
-    def fail(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
+    def fail(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
         calls.append(len(rows))
         if len(calls) % 4 == 1:
             raise ValueError("now and then")

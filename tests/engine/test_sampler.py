@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from service.engine import sampler
 from service.engine.request import Request, SamplingParams
-from service.engine.sampler import SampleRow, gumbel_noise, sample, token_outputs
+from service.engine.sampler import SampleRow, gumbel_noise, token_outputs
 from service.engine.sequence import Sequence
 from tests.engine.driver import words
 
@@ -46,6 +48,11 @@ def row(
     for token in output or []:
         sequence.accept(token)
     return SampleRow(sequence, pending)
+
+
+def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
+    """As whoever reads them sees them."""
+    return sampler.sample(logits, rows).tolist()
 
 
 def logits_for(count: int, seed: int = 0, spread: float = 3.0) -> Tensor:

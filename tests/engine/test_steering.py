@@ -226,7 +226,7 @@ def test_sampling_equals_recomputation(engines: Engines, name: str) -> None:
     sequence = Sequence.of(made, 0, 0.0)
     with steered(engines.tiny.as_stored(), GATES[name]) as forward:
         for token in ours.tokens:
-            [expected] = sample(forward(sequence.tokens)[0][-1:], [SampleRow(sequence)])
+            [expected] = sample(forward(sequence.tokens)[0][-1:], [SampleRow(sequence)]).tolist()
             assert token == expected
             sequence.accept(token)
 

@@ -12,6 +12,7 @@ from service.checkpoint import Expert, LoraWeights
 from service.model.experts import stack_experts
 from service.model.gate import Gate
 from service.model.linear import XLoraLinear
+from service.model.targets import XLoraHead
 from tests.model.tiny import CPU
 
 IN, OUT, E = 10, 6, 4
@@ -117,3 +118,20 @@ def test_weights_are_held_once(experts: list[Expert]) -> None:
     gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
     linear = XLoraLinear(base, stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
     assert linear.weight.data_ptr() == base.weight.data_ptr()
+
+
+def test_the_head_looks_at_no_other_rows_gate(experts: list[Expert]) -> None:
+    """A row that the gate is closed for takes nothing of the first open row's, not even NaN."""
+    gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
+    head = XLoraHead(nn.Linear(IN, OUT), stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
+    scalings = torch.rand(2, 1, E)
+    scalings[0] = torch.nan
+    gate.set(scalings, 3)
+    gate.logit_rows = torch.tensor([1, 4])
+    x = torch.randn(1, 2, IN)
+    with torch.inference_mode():
+        y = head(x)
+    plain = nn.functional.linear(x[0], head.weight, head.bias)
+    torch.testing.assert_close(y[0, 0], plain[0])
+    own = plain_sum(experts, "layer.a", x[0, 1:], scalings[1:, 0])
+    torch.testing.assert_close(y[0, 1], plain[1] + own[0], atol=1e-5, rtol=1e-5)

@@ -90,8 +90,7 @@ class Tiny:
 class OneRequest:
     """Drives XLoraModel.forward for one request, both streams in a KV pool full of other people's leftovers.
 
-    Keys and values start as finite rubbish (masked slots may hold anything finite), gate rows as NaN: reading a slot
-    that was never written shows at once.
+    Keys, values and gate rows start as NaN: reading a slot that was never written shows at once.
     """
 
     def __init__(self, model: XLoraModel, length: int, *, block_size: int = BLOCK_SIZE, seed: int = 0) -> None:
@@ -99,7 +98,7 @@ class OneRequest:
         per_stream = -(-length // block_size)
         self.cache = KVCache.allocate(model.kv_layout(block_size), 2 * per_stream + 3, model.dummy_row)
         for pool in (*self.cache.keys, *self.cache.values):
-            pool.fill_(9.0)
+            pool.fill_(torch.nan)
         self.cache.gate_rows[:-1] = float("nan")
         order = torch.randperm(self.cache.num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self.scaling_blocks, self.real_blocks = order[:per_stream], order[per_stream : 2 * per_stream]
