@@ -23,7 +23,7 @@ from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
-from service.model.transfer import to_device
+from service.model.transfer import read_with_finite, to_device
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class ModelRunner:
             self._steer(output.gate_logits, segments)
         if self.logs_scalings:
             self._log(output.gate_logits, segments)
-        result, finite = self._read(output.logits, _finite_rows(output), shares)
+        result, finite = self._read(output.logits, _marks_of_rows(output), shares)
         result.finite = _finite_shares(shares, finite, first_rows, len(logit_rows))
         result.scalings = [self._scalings_alone(share, output, first_rows) for share in shares]
         return result
@@ -206,25 +206,26 @@ class ModelRunner:
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def _read(self, logits: Tensor, finite: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[int]]:
-        """logits [L, V] in the order of _logit_rows -> what they say, without scalings; and the flags of _finite_rows.
+    def _read(self, logits: Tensor, marks: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[bool]]:
+        """logits [L, V] in the order of _logit_rows -> what they say, without scalings; and which of `marks` is
+        finite.
 
         Where that raises, every share is read alone, and one that raises again has an error.
         """
         try:
-            return self._sample(logits, finite, shares)
+            return self._sample(logits, marks, shares)
         except Exception:
             logger.exception("sampling failed; every sequence is sampled alone")
         result = RunResult()
         for share, rows in zip(shares, _logit_rows(shares), strict=True):
             try:
-                result.extend(self._sample(logits[rows], finite[:0], [share])[0])
+                result.extend(self._sample(logits[rows], marks[:0], [share])[0])
             except Exception as error:
                 logger.exception("sampling failed for request %s", share.sequence.request.id)
                 result.extend(RunResult([[]], [[]], [[]], errors=[Failure.of(error, "sampling failed")]))
-        return result, finite.tolist()
+        return result, read_with_finite(marks.new_empty(0, dtype=torch.int64), marks)[1]
 
-    def _sample(self, logits: Tensor, finite: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[int]]:
+    def _sample(self, logits: Tensor, marks: Tensor, shares: list[Scheduled]) -> tuple[RunResult, list[bool]]:
         rows: list[SampleRow] = []
         for share in shares:
             rows += (SampleRow(share.sequence, share.sequence.drafts[:count]) for count in range(share.samples))
@@ -234,9 +235,10 @@ class ModelRunner:
             drafts = share.sequence.drafts
             rows += (SampleRow(share.sequence, drafts[: first + i]) for i in range(share.predict_count))
         scores = logits.shape[0] - len(rows)
-        said = [sample(logits[: len(rows)] if scores else logits, rows)] if rows else []
-        read = torch.cat([*said, finite]).tolist()  # the flags ride with the ids: reading them is no wait of its own
-        ids, flags = read[: len(rows)], read[len(rows) :]
+        said = marks.new_empty(0, dtype=torch.int64)
+        if rows:
+            said = sample(logits[: len(rows)] if scores else logits, rows)
+        ids, finite = read_with_finite(said, marks)
         tokens, predictions = iter(token_outputs(logits[:split], rows[:split], ids[:split])), iter(ids[split:])
         scored = iter(_score(logits[len(rows) :], shares)) if scores else iter(())
         result = RunResult(
@@ -245,7 +247,7 @@ class ModelRunner:
             [list(islice(scored, len(share.scores))) for share in shares],
             errors=[None] * len(shares),
         )
-        return result, flags
+        return result, finite
 
     def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[GateRows | None], GateStats]:
         """The gate rows that have become final, for each of the plan's `scheduled` that asked, and statistics.
@@ -303,17 +305,18 @@ def _logit_rows(shares: list[Scheduled]) -> list[list[int]]:
     return rows
 
 
-def _finite_rows(output: ForwardOutput) -> Tensor:
-    """bool [L + scaling rows]: which rows of the logits, then of the gate logits, are free of NaN and infinity.
+def _marks_of_rows(output: ForwardOutput) -> Tensor:
+    """fp32 [L + scaling rows]: one number per row of the logits, then of the gate logits, finite where the row is.
 
-    -inf among logits is how some families rule out ids: a row is judged by its largest, which NaN and infinity win.
+    -inf among logits is how some families rule out ids: their rows are judged by the largest, which NaN and infinity
+    win; gate rows by the sum.
     """
     gates = output.gate_logits
-    return torch.cat([output.logits.float().amax(-1), gates.sum((1, 2))]).isfinite()
+    return torch.cat([output.logits.float().amax(-1), gates.sum((1, 2))])
 
 
 def _finite_shares(
-    shares: list[Scheduled], finite: list[int], first_rows: dict[tuple[int, bool], int], logit_rows: int
+    shares: list[Scheduled], finite: list[bool], first_rows: dict[tuple[int, bool], int], logit_rows: int
 ) -> list[bool]:
     """Whether all that each sequence would go on with is finite: its gate rows, and the logits that it is sampled or
     scored by. Those that only predict drafts do not count.
