@@ -41,7 +41,6 @@ TORCH_FREE = (
     "service.engine.connection",
     "service.engine.detokenizer",
     "service.engine.grammar",
-    "service.engine.grammar_check",
     "service.engine.output_stream",
     "service.engine.request",
     "service.engine.scheduler",

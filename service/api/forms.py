@@ -6,27 +6,21 @@ and the grammar library would leave out is refused by name. This file knows no H
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import json
 import math
-import select
-import subprocess
 import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
-import msgspec
-
+from service.api.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
 from service.api.fields import ResponseFormat
+from service.api.grammar_check import Verdict
 from service.api.regex_size import regex_size
 from service.engine.grammar import refusal
-from service.engine.grammar_check import Verdict
 from service.engine.request import EngineInfo, TextForm
-from service.errors import InvalidRequestError, OverloadedError, UnavailableError
+from service.errors import InvalidRequestError
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
@@ -37,8 +31,9 @@ MAX_REGEX_SIZE = 10_000
 MAX_COMPILE_SECONDS = 3.0
 
 _CACHED = 256  # verdicts kept
-_START_SECONDS = 60.0
-_MOST_WAITING = 16  # new forms in the queue
+_MAX_ASKING = 16  # new forms at once
+_WAIT_SECONDS = 60.0  # for the others'
+_MAX_VERDICT_BYTES = 64 * 1024
 _SHOWN_CHARACTERS = 60
 
 _ONE = frozenset({"items", "additionalItems", "additionalProperties"})  # keywords whose value is a schema ...
@@ -66,10 +61,15 @@ class TextForms:
     """Forms of text for one model. What has been judged once is remembered."""
 
     def __init__(self, info: EngineInfo, compile_seconds: float = MAX_COMPILE_SECONDS) -> None:
-        self._trial = _Trial(info, compile_seconds)
-        self._thread = ThreadPoolExecutor(1, "forms")
+        arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
+        self._process = BoundedProcess(
+            [sys.executable, "-m", "service.api.grammar_check", *arguments],
+            "the process that compiles forms of text",
+            "response_format",
+            Verdict,
+            Bounds(compile_seconds, _WAIT_SECONDS, _MAX_ASKING, _MAX_VERDICT_BYTES),
+        )
         self._verdicts: OrderedDict[TextForm, str | None] = OrderedDict()
-        self._waiting = 0
 
     async def of(self, wanted: ResponseFormat | None) -> TextForm | None:
         """The form; None for any text. Raises InvalidRequestError for one that cannot be enforced as it is."""
@@ -89,80 +89,16 @@ class TextForms:
 
     def close(self) -> None:
         """Ends the process, at once. Who still waits for a verdict, or comes later, hears that the server stops."""
-        self._trial.close()
-        self._thread.shutdown(wait=False)
+        self._process.close()
 
     async def _judge(self, form: TextForm) -> str | None:
-        self._trial.check_open()
-        if self._waiting >= _MOST_WAITING:
-            raise OverloadedError("too many new forms of text are being compiled", param="response_format")
-        self._waiting += 1
+        """Why a form cannot be compiled; None: it can."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._trial.judge, form)
-        finally:
-            self._waiting -= 1
-
-
-class _Trial:
-    """The process of grammar_check.py, started when there is something to judge. For one thread, but for `close`."""
-
-    def __init__(self, info: EngineInfo, seconds: float) -> None:
-        arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
-        self._command = [sys.executable, "-m", "service.engine.grammar_check", *arguments]
-        self._seconds = seconds
-        self._process: subprocess.Popen[bytes] | None = None
-        self._ending = threading.Lock()
-        self._closed = False
-
-    def check_open(self) -> None:
-        """Raises UnavailableError once it is closed."""
-        if self._closed:
-            raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
-
-    def judge(self, form: TextForm) -> str | None:
-        """Why a form cannot be compiled; None: it can. Raises UnavailableError where that cannot be found out."""
-        self.check_open()
-        process = self._process
-        if process is None:
-            process = self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            if self._closed:
-                self._end()
-            if self._ask(process, TextForm(regex="a"), _START_SECONDS) is None:  # that is not the form's fault
-                self._end()
-                self.check_open()
-                raise UnavailableError("the process that compiles forms of text did not start")
-        verdict = self._ask(process, form, self._seconds)
-        if verdict is not None:
-            return verdict.error
-        self._end()
-        self.check_open()
-        return f"the form of text took over {self._seconds:g} seconds or too much memory to compile; simplify it"
-
-    def close(self) -> None:
-        """Ends the process for good, from any thread."""
-        self._closed = True  # first: a process that is just being started is ended by who starts it
-        self._end()
-
-    def _end(self) -> None:
-        """Ends the process, whatever it does."""
-        with self._ending:
-            process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
-
-    def _ask(self, process: subprocess.Popen[bytes], form: TextForm, seconds: float) -> Verdict | None:
-        """None: there was no answer, or none in time."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(msgspec.json.encode(form) + b"\n")
-            process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], seconds)
-            line = process.stdout.readline() if ready else b""
-            return msgspec.json.decode(line, type=Verdict) if line else None
-        except (BrokenPipeError, ValueError, msgspec.DecodeError):  # it has ended, perhaps by close()
-            return None
+            return (await self._process.ask(form)).error
+        except TookTooLongError as error:
+            return f"the form of text {error} to compile; simplify it"
+        except ChildDiedError as error:
+            return f"compiling the form of text failed: its process {error}, perhaps for want of memory; simplify it"
 
 
 def text_form(wanted: ResponseFormat) -> TextForm | None:
@@ -181,12 +117,9 @@ def text_form(wanted: ResponseFormat) -> TextForm | None:
 
 
 def _checked_schema(schema: dict[str, Any]) -> str:
-    _check_depth(schema)
-    try:
-        text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        size = len(text.encode())
-    except ValueError:
-        _refuse("", "has a number or a string that is not of JSON", None)
+    _check_values(schema)
+    text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    size = len(text.encode())
     if size > MAX_SCHEMA_BYTES:
         _refuse("", f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed", None)
     properties, multiples = 0, set()
@@ -201,18 +134,36 @@ def _checked_schema(schema: dict[str, Any]) -> str:
     return text
 
 
-def _check_depth(schema: dict[str, Any]) -> None:
-    level: list[Any] = [schema]
+def _check_values(schema: dict[str, Any]) -> None:
+    """Depth, numbers and strings; stops where the size is plainly over the bound, because it may be megabytes."""
+    level: list[tuple[str, Any]] = [("", schema)]
+    size = 0  # in bytes, at least
     for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for value in level
-            if isinstance(value, dict | list)
-            for child in (value.values() if isinstance(value, dict) else value)
-        ]
+        size += sum(len(value) if isinstance(value, str | dict | list) else 1 for _, value in level)
+        if size > MAX_SCHEMA_BYTES:
+            _refuse("", f"has over {MAX_SCHEMA_BYTES} bytes; at most {MAX_SCHEMA_BYTES} are allowed", None)
+        for path, value in level:
+            _check_value(path, value)
+        level = [child for path, value in level for child in _children(path, value)]
         if not level:
             return
     _refuse("", f"is nested more than {MAX_SCHEMA_DEPTH} deep", None)
+
+
+def _check_value(path: str, value: Any) -> None:
+    if isinstance(value, int) and not -(2**63) < value < 2**64:
+        _refuse(path, f"is an integer of {value.bit_length()} bits", "integers go from -2^63 + 1 to 2^64 - 1")
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse(path, "is a number that JSON does not have", "the largest is 1.8e308")
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, dict) else ():
+        if not _is_text(text):
+            _refuse(path, "has half of a surrogate pair, which is no text", None)
+
+
+def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return ((f"{path}.{name[:_SHOWN_CHARACTERS]}", child) for name, child in value.items())
+    return ((f"{path}.{number}", child) for number, child in enumerate(value if isinstance(value, list) else ()))
 
 
 def _subschemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -242,7 +193,7 @@ def _subschemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_keywords(path: str, schema: dict[str, Any]) -> None:
     for name in schema:
         if name not in KEYWORDS:
-            close = difflib.get_close_matches(name, KEYWORDS, n=1, cutoff=0.8)
+            close = difflib.get_close_matches(name[:_SHOWN_CHARACTERS], KEYWORDS, n=1, cutoff=0.8)
             hint = f"did you mean `{close[0]}`?" if close else "leave it out, and check the answer for it"
             _refuse(f"{path}.{name[:_SHOWN_CHARACTERS]}", "is a keyword that this server does not enforce", hint)
     for name in ("pattern", *schema.get("patternProperties", ())):
@@ -259,7 +210,7 @@ def _check_regex(pattern: str, param: str) -> None:
         raise InvalidRequestError(
             f"`{param}` has {len(pattern)} characters; at most {MAX_REGEX_CHARACTERS} are allowed", param=param
         )
-    if any("\ud800" <= character <= "\udfff" for character in pattern):
+    if not _is_text(pattern):
         raise InvalidRequestError(f"`{param}` has half of a surrogate pair, which is no text", param=param)
     size = regex_size(pattern)
     if size > MAX_REGEX_SIZE:
@@ -268,6 +219,14 @@ def _check_regex(pattern: str, param: str) -> None:
             param=param,
             hint="use smaller counts, or * and +",
         )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(path: str, reason: str, hint: str | None) -> NoReturn:

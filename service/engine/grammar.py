@@ -124,10 +124,14 @@ class GrammarCompiler:
             max_grammar_size=_MOST_SYMBOLS,
             verbose_errors=False,
         )
-        if form.json_schema is not None:
-            source = LLMatcher.grammar_from_json_schema(form.json_schema, overrides=_JSON)
-        else:
-            source = LLMatcher.grammar_from_regex(form.regex or "")
+        try:
+            source = (
+                LLMatcher.grammar_from_regex(form.regex or "")
+                if form.json_schema is None
+                else LLMatcher.grammar_from_json_schema(form.json_schema, overrides=_JSON)
+            )
+        except ValueError as error:  # what its reader of JSON does not take
+            raise refusal(_one_line(str(error))) from None
         matcher = LLMatcher(self._load_tokenizer(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise refusal(_reason(matcher))
@@ -178,4 +182,8 @@ def _reason(matcher: LLMatcher) -> str:
     message = matcher.get_error().replace("\n<non-verbose/>", "").strip()
     if message.startswith("oneOf constraints"):
         return "oneOf is supported only where it is plain that at most one alternative fits; use anyOf"
+    return _one_line(message)
+
+
+def _one_line(message: str) -> str:
     return " ".join(message.split())[:300]

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import signal
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from service.api.bounded_process import BoundedProcess
 from service.api.fields import ResponseFormat
 from service.api.forms import KEYWORDS, MAX_SCHEMA_BYTES, TextForms, text_form
+from service.api.grammar_check import Verdict
 from service.api.regex_size import regex_size
 from service.engine.request import TextForm
-from service.errors import InvalidRequestError, UnavailableError
+from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_connections import wait_for
 from tests.api.test_errors import error_of
@@ -172,11 +175,67 @@ def test_a_deep_schema_is_refused(http: TestClient, depth: int) -> None:
     assert "32 deep" in refused(http, json_schema(schema))["message"]
 
 
-def test_numbers_that_are_not_of_json(http: TestClient) -> None:
+NO_NUMBERS = {
+    "401 digits": 10**400, "minus 401 digits": -(10**400), "5,000 digits": 10**5000, "int64's least": -(2**63),
+    "2^64": 2**64, "inf": math.inf, "-inf": -math.inf, "nan": math.nan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keyword", ["minimum", "multipleOf", "maxLength", "enum", "const", "default", "title"])
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_a_number_that_no_grammar_can_hold(keyword: str, name: str) -> None:
+    """Wherever one is, the path to it is named, before the process that compiles sees it."""
+    schema = {"items": {"properties": {"a": {keyword: [NO_NUMBERS[name]]}}}}
+    with pytest.raises(InvalidRequestError) as caught:
+        text_form(ResponseFormat.model_validate(json_schema(schema)))
+    assert caught.value.param == f"response_format.json_schema.schema.items.properties.a.{keyword}.0"
+    assert "integer" in caught.value.message or "number" in caught.value.message
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize("where", ["name", "value"])
+def test_half_of_a_surrogate_pair_in_a_schema(where: str) -> None:
+    schema = {"a": {"\ud800": 1} if where == "name" else "\udfff"}
+    with pytest.raises(InvalidRequestError, match=r"schema\.default\.a` has half of a surrogate pair"):
+        text_form(ResponseFormat.model_validate(json_schema({"default": schema})))
+
+
+@pytest.mark.parametrize("keyword", ["minimum", "const", "maxLength", "default", "multipleOf"])
+@pytest.mark.parametrize("value", ["9" * 401, "1e999", "NaN"])
+def test_a_huge_number_is_a_400_of_its_own(http: TestClient, keyword: str, value: str) -> None:
     body = '{"prompt": [40], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": %s}}}'
-    for schema in ('{"minimum": NaN}', '{"maximum": 1e999}'):
-        response = http.post("/generate", content=body % schema, headers={"Content-Type": "application/json"})
-        assert response.status_code == 400, response.text
+    content = body % f'{{"{keyword}": {value}}}'
+    error = error_of(http.post("/generate", content=content, headers={"Content-Type": "application/json"}))
+    assert "process" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *({"type": kind, keyword: value}
+          for kind, keyword in (
+              ("integer", "minimum"), ("number", "maximum"), ("integer", "multipleOf"), ("string", "minLength"),
+              ("string", "maxLength"), ("array", "minItems"), ("array", "maxItems"), ("object", "minProperties"),
+          )
+          for value in ("1", None, [], {})),
+        *({keyword: -1.5} for keyword in ("multipleOf", "minLength", "maxItems", "maxProperties")),
+        *({keyword: True} for keyword in ("minimum", "multipleOf", "minLength", "maxItems", "maxProperties")),
+        {"type": None}, {"type": ["integer", 3]}, {"enum": []}, {"enum": 3}, {"required": "a"}, {"required": [1]},
+        {"format": 3}, {"pattern": 3}, {"$ref": 3}, {"$ref": "#/nowhere"}, {"$schema": "1"},
+        {"minLength": 2**63}, {"maxLength": 2**32}, {"pattern": "a{4294967296}"}, {"pattern": "(" * 4000},
+        {"patternProperties": {"(": {}}}, {"patternProperties": {"a{9999999999}": {}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}},
+    ],
+    ids=lambda schema: json.dumps(schema)[:60],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused_without_harm(http: TestClient, schema: dict[str, Any]) -> None:
+    """One process answers them all: none of them ends it."""
+    assert post(http, {"type": "json_object"}).status_code == 200
+    before = process_of(http)._child
+    error = refused(http, json_schema(schema))
+    assert "its process" not in error["message"]
+    assert process_of(http)._child is before
 
 
 def test_a_form_says_where_the_text_ends(http: TestClient) -> None:
@@ -185,12 +244,26 @@ def test_a_form_says_where_the_text_ends(http: TestClient) -> None:
     assert post(http, {"type": "text"}, ignore_eos=True).status_code == 200
 
 
+def process_of(http: TestClient) -> BoundedProcess[Verdict]:
+    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
+    return forms._process
+
+
+@contextmanager
+def patient(http: TestClient, seconds: float) -> Iterator[None]:
+    """With another bound on the time to compile."""
+    process = process_of(http)
+    bounds = process.bounds
+    process.bounds = replace(bounds, answer_seconds=seconds)
+    yield
+    process.bounds = bounds
+
+
 def test_a_form_is_judged_once(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Good or bad."""
     assert post(http, {"type": "regex", "pattern": "ab"}).status_code == 200
     first = refused(http, {"type": "regex", "pattern": "(ab"})
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    monkeypatch.setattr(forms._trial, "judge", None)
+    monkeypatch.setattr(process_of(http), "ask", None)
     assert post(http, {"type": "regex", "pattern": "ab"}).status_code == 200
     assert refused(http, {"type": "regex", "pattern": "(ab"}) == first
 
@@ -198,40 +271,33 @@ def test_a_form_is_judged_once(http: TestClient, monkeypatch: pytest.MonkeyPatch
 def test_what_takes_too_long_to_compile_is_given_up(http: TestClient) -> None:
     """Its process is killed; the next form has a new one. This one takes 20 s where it may."""
     assert post(http, {"type": "json_object"}).status_code == 200
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    forms._trial._seconds = 0.5
     bomb = json_schema({"allOf": [{"type": "string", "pattern": f"x{i}.*y{i}"} for i in range(20)]})
-    assert "over 0.5 seconds" in refused(http, bomb)["message"]
-    forms._trial._seconds = 60.0
-    assert post(http, {"type": "regex", "pattern": "ok"}).status_code == 200
+    with patient(http, 0.5):
+        assert "took over 0.5 seconds to compile" in refused(http, bomb)["message"]
+    with patient(http, 60.0):
+        assert post(http, {"type": "regex", "pattern": "ok"}).status_code == 200
 
 
-def test_a_trial_that_dies_refuses_its_form_alone(http: TestClient) -> None:
-    assert post(http, {"type": "json_object"}).status_code == 200
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    assert forms._trial._process is not None
-    os.kill(forms._trial._process.pid, signal.SIGKILL)
-    assert "too much memory" in refused(http, {"type": "regex", "pattern": "one"})["message"]
-    assert post(http, {"type": "regex", "pattern": "two"}).status_code == 200
-
-
-def test_a_trial_that_does_not_start_is_our_fault(http: TestClient) -> None:
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    forms._trial._end()
-    command, forms._trial._command = forms._trial._command, ["false"]
-    response = post(http, {"type": "regex", "pattern": "three"})
-    assert "did not start" in error_of(response, 503)["message"]
-    forms._trial._command = command
-    assert post(http, {"type": "regex", "pattern": "three"}).status_code == 200
+def test_what_ends_the_process_is_refused_and_not_called_slow(
+    http: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault of the library's: it overflows its stack. The next form has a new process; the log has one line."""
+    with patient(http, 60.0), caplog.at_level("WARNING"):
+        message = refused(http, json_schema({"type": "integer", "const": -1e19}))["message"]
+        assert "its process was ended by SIGSEGV" in message
+        assert "seconds" not in message
+        assert post(http, {"type": "regex", "pattern": "after"}).status_code == 200
+    [line] = caplog.records
+    assert (line.exc_info, "SIGSEGV" in line.getMessage()) == (None, True)
 
 
 def test_many_new_forms_at_once_are_too_many(http: TestClient) -> None:
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-    forms._waiting = 16
+    process = process_of(http)
+    process._asking = 16
     response = post(http, {"type": "regex", "pattern": "x"})
-    assert response.status_code == 429
+    assert error_of(response, 429)["param"] == "response_format"
     assert "Retry-After" in response.headers
-    forms._waiting = 0
+    process._asking = 0
     assert post(http, {"type": "regex", "pattern": "x"}).status_code == 200
 
 
@@ -271,36 +337,16 @@ def test_regex_size(pattern: str, size: float) -> None:
 def test_who_waits_for_a_verdict_when_the_server_stops_hears_so(client: ThreadClient) -> None:
     """The form is not to blame and nothing was begun: 503 for the one being judged, the one behind it, the next."""
     fresh = ThreadClient(FakeEngine(client.engine.info))
-    with serving(fresh) as http, ThreadPoolExecutor(2) as threads:
+    with serving(fresh) as http, ThreadPoolExecutor(2) as threads, patient(http, 60.0):
         assert post(http, {"type": "json_object"}).status_code == 200
-        forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
-        forms._trial._seconds = 60.0
-        assert forms._trial._process is not None
-        forms._trial._process.send_signal(signal.SIGSTOP)  # the longest of verdicts
+        process = process_of(http)
+        assert process._child is not None
+        process._child._process.send_signal(signal.SIGSTOP)  # the longest of verdicts
         waiting = [threads.submit(post, http, {"type": "regex", "pattern": one}) for one in ("judged", "behind")]
-        assert wait_for(lambda: forms._waiting == 2)
-        http.portal.call(forms.close)  # type: ignore[union-attr]
+        assert wait_for(lambda: process._asking == 2)
+        http.portal.call(process.close)  # type: ignore[union-attr]
         for response in [*(one.result() for one in waiting), post(http, {"type": "regex", "pattern": "late"})]:
             assert error_of(response, 503)["code"] == "stopping"
             assert "retry-after" in response.headers
-        assert forms._trial._process is None
+        assert process._child is None
         assert post(http, {"type": "json_object"}).status_code == 200  # judged before
-
-
-def test_a_trial_that_is_started_while_the_server_stops_is_ended(
-    client: ThreadClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """close() finds no process yet: who starts it ends it."""
-    forms = TextForms(client.engine.info)
-    start = subprocess.Popen
-    started: list[subprocess.Popen[bytes]] = []
-
-    def stop_meanwhile(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
-        forms.close()
-        started.append(start(*arguments, **more))
-        return started[0]
-
-    monkeypatch.setattr(subprocess, "Popen", stop_meanwhile)
-    with pytest.raises(UnavailableError):
-        forms._trial.judge(TextForm(regex="a"))
-    assert started[0].poll() is not None

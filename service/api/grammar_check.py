@@ -1,23 +1,22 @@
-"""A process that tries out forms of text: one JSON form a line in, one JSON verdict a line out, until its input ends.
+"""The process that tries out forms of text: one JSON form a line in, one JSON verdict a line out.
 
-    python -m service.engine.grammar_check TOKENIZER VOCAB_SIZE [EOS_TOKEN_ID ...]
+    python -m service.api.grammar_check TOKENIZER VOCAB_SIZE [EOS_TOKEN_ID ...]
 
 Compiling cannot be interrupted, and what a stranger sends may take minutes or all memory. This process can be killed.
 """
 
 from __future__ import annotations
 
-import resource
-import signal
 import sys
 
 import msgspec
 
+from service.api.child_loop import answer_lines, limit_process
 from service.engine.grammar import GrammarCompiler
 from service.engine.request import TextForm
 from service.errors import InvalidRequestError
 
-_MOST_MEMORY_BYTES = 2 << 30  # of address space; a common grammar takes a few megabytes
+_MAX_MEMORY_BYTES = 2 << 30  # of address space; a common grammar takes a few megabytes
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -28,14 +27,11 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY_BYTES, _MOST_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_process(_MAX_MEMORY_BYTES)
     compiler = GrammarCompiler(argv[1], int(argv[2]), [int(id) for id in argv[3:]])
     decoder = msgspec.json.Decoder(TextForm)
-    for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(msgspec.json.encode(_judge(compiler, decoder.decode(line))) + b"\n")
-        sys.stdout.buffer.flush()
+    _judge(compiler, TextForm(regex="a"))  # loads the library and the vocabulary
+    answer_lines(lambda line: msgspec.json.encode(_judge(compiler, decoder.decode(line))))
     return 0
 
 
