@@ -214,7 +214,9 @@ def _linger(connection: socket.socket) -> None:
     """Lets the parent read the last message: closing with unread input would throw it away."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
-        select.select([connection], [], [], 1.0)
+        waiter = select.poll()  # select.select knows no descriptor from 1,024 on
+        waiter.register(connection, select.POLLIN)
+        waiter.poll(1000.0)
 
 
 if __name__ == "__main__":
