@@ -282,7 +282,8 @@ class Engine:
                 output.tokens, output.finish_reason = self._accept(share, sampled, predictions, stats)
                 output.prompt_logprobs = result.prompt_logprobs[number]
         except Exception as raised:
-            logger.exception("request %s failed", sequence.request.id)
+            if not isinstance(raised, InvalidRequestError):  # as of a form of text, which is the caller's
+                logger.exception("request %s failed", sequence.request.id)
             error = Failure.of(raised, "the engine failed on this request")
         return output if error is None else _failed(sequence, error)
 

@@ -19,6 +19,7 @@ from service.engine.sampler import SampleRow, sample, token_outputs, with_logpro
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence
 from service.engine.steering import excluded_experts, fixed_row
+from service.errors import InvalidRequestError
 from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
@@ -210,10 +211,13 @@ class ModelRunner:
         """logits [L, V] in the order of _logit_rows -> what they say, without scalings; and which of `marks` is
         finite.
 
-        Where that raises, every share is read alone, and one that raises again has an error.
+        Where that raises, every share is read alone, and one that raises again has an error. A form of text that has
+        become too complex is its request's fault, and nothing to log.
         """
         try:
             return self._sample(logits, marks, shares)
+        except InvalidRequestError:
+            pass  # found below
         except Exception:
             logger.exception("sampling failed; every sequence is sampled alone")
         result = RunResult()
@@ -221,7 +225,8 @@ class ModelRunner:
             try:
                 result.extend(self._sample(logits[rows], marks[:0], [share])[0])
             except Exception as error:
-                logger.exception("sampling failed for request %s", share.sequence.request.id)
+                if not isinstance(error, InvalidRequestError):
+                    logger.exception("sampling failed for request %s", share.sequence.request.id)
                 result.extend(RunResult([[]], [[]], [[]], errors=[Failure.of(error, "sampling failed")]))
         return result, read_with_finite(marks.new_empty(0, dtype=torch.int64), marks)[1]
 
