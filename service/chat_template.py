@@ -19,6 +19,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from service.errors import InvalidRequestError
 
 _TEMPLATE_FILE = "chat_template.jinja"
+_MAX_REASON_CHARACTERS = 300
+
+
+def refusal(reason: str) -> InvalidRequestError:
+    """The template cannot make a text of these messages."""
+    return InvalidRequestError(f"the model's chat template does not take these messages: {reason}", param="messages")
 
 
 class _Generation(Extension):
@@ -31,13 +37,17 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Computes nothing while it compiles a template: `{{ 9 ** 9 ** 9 }}` would never be loaded."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+
 class ChatTemplate:
     """One model's template and the special tokens it may name."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
         self._template = environment.from_string(source)
@@ -62,10 +72,8 @@ class ChatTemplate:
         """The text with which the assistant's turn begins. Raises InvalidRequestError for what the template refuses."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise InvalidRequestError(
-                f"the model's chat template does not take these messages: {error}", param="messages"
-            ) from None
+        except Exception as error:  # a template can fail in any of Python's ways
+            raise refusal(_reason(error)) from None
 
 
 def _default(templates: Any) -> str | None:
@@ -82,12 +90,18 @@ def _content(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
+def _reason(error: Exception) -> str:
+    """One line. What the template itself says needs no name of an exception."""
+    text = " ".join(str(error)[:_MAX_REASON_CHARACTERS].split())
+    return text if isinstance(error, TemplateError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _raise(message: Any) -> NoReturn:
+    raise TemplateError(str(message))
 
 
 def _now(format: str) -> str:

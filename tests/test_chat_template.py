@@ -25,6 +25,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "blocks": "{%- for m in messages %}\n  {%- if m['role'] == 'system' %}\n    {%- continue %}\n  {%- endif %}\n"
     "{{ m | tojson }}{{ m.content | trim }}\n{%- endfor %}\n{{ bos_token }}",
+    "sums": "{{ 2 ** 3 * 4 - 6 // 4 + 7 % 4 }}{{ 1 / 2 }}{{ 'ab' * 2 + 'c' }}{{ '%s' % 'd' }}{{ [1] + [2] }}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
 }
@@ -59,9 +60,45 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}{{ messages[0].__class__.__base__.__subclasses__() }}",
         "{{ messages[0].content + 1 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{{ 2.0 ** 5000 }}",
+        "{{ {}.popitem() }}",
+        "{{ messages[0].nothing.more }}",
+        "{{ messages.nothing() }}",
+        "{{ messages[5].content }}",
+        "{{ messages | map(attribute='a.b') | join | int('x') }}{{ strftime_now(1) }}",
+        "{{ '%d' % 'x' }}",
+        "{{ '{0}{1}'.format(1) }}",
+        "{{ self | tojson }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 10 ** 5000 }}",
+        "{{ raise_exception(10 ** 5000) }}",
+        "{{ raise_exception() }}",
+        "{% include 'other' %}",
+        "{{ ''.join(messages) }}",
     ],
 )
 def test_a_template_that_refuses_is_the_caller_s_error(source: str) -> None:
+    """In whichever of Python's ways it fails."""
     with pytest.raises(InvalidRequestError) as caught:
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
     assert caught.value.param == "messages"
+    assert caught.value.message.startswith("the model's chat template does not take these messages: ")
+    assert len(caught.value.message.splitlines()) == 1
+
+
+def test_what_went_wrong_is_named_in_few_words() -> None:
+    def message_of(source: str) -> str:
+        with pytest.raises(InvalidRequestError) as caught:
+            ChatTemplate(source, {}).render(TURNS)
+        return caught.value.message.partition("messages: ")[2]
+
+    assert message_of("{{ raise_exception('roles must\n alternate') }}") == "roles must alternate"
+    assert message_of("{{ 1 // 0 }}") == "ZeroDivisionError: integer division or modulo by zero"
+    assert message_of("{{ raise_exception('x' * 5000) }}") == "x" * 300
+
+
+def test_compiling_computes_nothing() -> None:
+    """As Jinja does by itself; this one would take years."""
+    ChatTemplate("{% if False %}{{ 9 ** 9 ** 9 }}{% endif %}{{ 9 ** 9 ** 9 }}", {})

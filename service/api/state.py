@@ -7,10 +7,12 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 from fastapi import Request as HttpRequest
 
 from service.api.admission import Admission
+from service.api.chat_renderer import ChatRenderer
 from service.api.forms import TextForms
 from service.api.scalings_log import ScalingsLog
 from service.api.text import TextCodec
@@ -45,6 +47,7 @@ class Service:
         self._gate: GateSettings | None = None
         self._scalings_log: ScalingsLog | None = None
         self._forms: TextForms | None = None
+        self._chats: ChatRenderer | None = None
 
     @property
     def state(self) -> str:
@@ -112,7 +115,9 @@ class Service:
     async def start(self) -> None:
         """Loads the model and runs one short generation. Raises StartupError."""
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
-        codec = TextCodec(self.info)
+        self._chats = ChatRenderer(Path(self.info.tokenizer_path).parent, self.settings.max_body_bytes)
+        self._chats.start()
+        codec = TextCodec(self.info, self._chats)
         self.metrics.describe_engine(self.info)
         await self._warm_up()
         self.client.on_step = self._on_step
@@ -122,10 +127,11 @@ class Service:
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
 
     async def close(self) -> None:
-        """Ends the engine, and what judges forms of text."""
+        """Ends the engine, and the processes that judge forms of text and render chats."""
         await self.client.close()
-        if self._forms is not None:
-            self._forms.close()
+        for one in (self._forms, self._chats):
+            if one is not None:
+                one.close()
 
     async def _own_metrics(self) -> bytes:
         return self.metrics.render()

@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from service.api.chat_renderer import ChatRenderer
 from service.api.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
-from service.chat_template import ChatTemplate
 from service.engine.detokenizer import Detokenizer, special_token_ids
 from service.engine.request import EngineInfo, SamplingParams, TextForm
 from service.errors import InvalidRequestError
@@ -24,21 +23,18 @@ _THREAD_CHARACTERS = 20_000  # longer texts are tokenized in a thread: the event
 class TextCodec:
     """One model's tokenizer."""
 
-    def __init__(self, info: EngineInfo) -> None:
+    def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
         self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_ids = special_token_ids(self._tokenizer)
-        self._chat_template = ChatTemplate.load(Path(info.tokenizer_path).parent)
+        self._chats = chats
         self._info = info
 
     async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation as token ids, up to where the assistant begins. The template writes the special tokens."""
-        if self._chat_template is None:
-            raise InvalidRequestError(
-                "this model has no chat template", param="messages", code="no_chat_template", hint="use /v1/completions"
-            )
-        return self._checked(await self.encode(self._chat_template.render(messages), False), "messages")
+        """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
+        assert self._chats is not None, "this codec is for prompts"
+        return self._checked(await self.encode(await self._chats.render(messages), False), "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt as token ids. Raises InvalidRequestError when it is empty, too long or not of this vocabulary."""
