@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -16,7 +19,9 @@ from service.engine import wire
 from service.engine.client import EngineClient
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams, StepStats
+from service.engine.worker import _linger
 from service.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
+from tests.api.test_bounded_process import descriptors
 from tests.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
 
 FAST, SLOW = "tests.fake_engine:load_engine", "tests.fake_engine:load_slow_engine"
@@ -266,3 +271,16 @@ def test_every_field_of_a_request_crosses() -> None:
     sent = Request("id", [1, 2], SamplingParams(seed=2**63 - 1), "full", 1, cache_salt="salt", freeze_after=3)
     [frame] = wire.FrameReader().feed(wire.FrameEncoder().encode(wire.Submit(sent)))
     assert msgspec.msgpack.Decoder(wire.ToEngine).decode(frame) == wire.Submit(sent)
+
+
+def test_the_last_message_of_a_worker_with_many_descriptors() -> None:
+    """It waits for its reader where `select.select` would raise: its socket's number is over 1,023."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, descriptors(2000), ThreadPoolExecutor(1) as thread:
+        high = fcntl.fcntl(theirs, fcntl.F_DUPFD, 1100)
+        with socket.socket(fileno=high) as connection:
+            connection.sendall(b"the last")
+            lingering = thread.submit(_linger, connection)
+            assert ours.recv(100) == b"the last"
+            ours.close()
+            assert lingering.result(30) is None

@@ -17,7 +17,7 @@ import regex
 import torch
 from tokenizers import Tokenizer
 
-from service.engine.grammar import Cursor, GrammarCompiler, Grammars
+from service.engine.grammar import Cursor, GrammarCompiler, Grammars, refusal
 from service.engine.request import Request, SamplingParams, TextForm
 from service.errors import InvalidRequestError
 from tests.engine.driver import Choice, Engines, Run, run, words
@@ -272,6 +272,9 @@ def test_looking_ahead_leaves_nothing_behind(compiler: GrammarCompiler, form: Te
     [
         (TextForm(json_schema='{"type":"nothing"}'), "Invalid type"),
         (TextForm(json_schema='{"$ref":"#"}'), "no text of this model"),
+        (TextForm(json_schema="true"), "Expecting object schema"),
+        (TextForm(json_schema='{"minimum":1' + 400 * "0" + "}"), "number out of range"),
+        (TextForm(json_schema='{"'), "EOF"),
         (TextForm(regex="(a"), "unclosed group"),
         (TextForm(regex="(?=a)b"), "look-around"),
         (TextForm(regex=r"(a)\1"), "backreferences"),
@@ -302,26 +305,36 @@ def others_are_unharmed(result: Run, engines: Engines) -> None:
 
 @pytest.mark.parametrize("where", ["allowed", "accept"])
 @pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("error", [ZeroDivisionError(), refusal("it is too complex")], ids=["ours", "the caller's"])
 def test_a_grammar_that_raises_ends_its_request(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch, where: str, lookahead: bool
+    engines: Engines,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+    lookahead: bool,
+    error: Exception,
 ) -> None:
+    """With a traceback in the log where it is a surprise, and none where it is the caller's fault."""
     genuine, calls = getattr(Cursor, where), []
 
     def fail(self: Cursor, *arguments: Any) -> Any:
         calls.append(where)
         if len(calls) > 4:
-            raise ZeroDivisionError
+            raise error
         return genuine(self, *arguments)
 
     monkeypatch.setattr(Cursor, where, fail)
     result = run(engines.build(lookahead=lookahead), [formed("poison", REPEATS), *mixed_requests()])
     assert result["poison"].error is not None
-    assert "ZeroDivisionError" in result["poison"].error
+    surprise = isinstance(error, ZeroDivisionError)
+    assert ("ZeroDivisionError" if surprise else "it is too complex") in result["poison"].error
+    assert any(record.exc_info for record in caplog.records) == surprise
+    assert surprise or caplog.records == []
     others_are_unharmed(result, engines)
 
 
 def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
-    engines: Engines, monkeypatch: pytest.MonkeyPatch
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The lexer's states run out on the way."""
     monkeypatch.setattr("service.engine.grammar._MOST_STATES", 400)
@@ -330,6 +343,7 @@ def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
     [last] = [piece for step in result.steps for piece in step.outputs if piece.error is not None]
     assert (last.request_id, last.error_param) == ("poison", "response_format")
     assert "too complex" in (last.error or "")
+    assert caplog.records == []
     others_are_unharmed(result, engines)
 
 
