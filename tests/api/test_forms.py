@@ -22,6 +22,7 @@ from service.api.regex_size import regex_size
 from service.engine.request import TextForm
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
+from tests.api.test_bounded_process import descriptors
 from tests.api.test_connections import wait_for
 from tests.api.test_errors import error_of
 from tests.fake_engine import FakeEngine, fake_info, write_bundle
@@ -289,6 +290,18 @@ def test_what_ends_the_process_is_refused_and_not_called_slow(
         assert post(http, {"type": "regex", "pattern": "after"}).status_code == 200
     [line] = caplog.records
     assert (line.exc_info, "SIGSEGV" in line.getMessage()) == (None, True)
+
+
+def test_without_descriptors_a_new_form_is_a_503(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a traceback; a known one is not, and the next new one is compiled."""
+    assert post(http, {"type": "json_object"}).status_code == 200
+    http.portal.call(process_of(http)._drop)  # type: ignore[union-attr]
+    new = {"type": "regex", "pattern": "descriptors"}
+    with descriptors(3):
+        assert "Too many open files" in error_of(post(http, new), 503)["message"]
+        assert post(http, {"type": "json_object"}).status_code == 200
+    assert [record.exc_info for record in caplog.records if record.levelname != "INFO"] == [None]
+    assert post(http, new).status_code == 200
 
 
 def test_many_new_forms_at_once_are_too_many(http: TestClient) -> None:
