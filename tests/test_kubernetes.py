@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service.api.security import OPEN_PATHS
+from service.api.security import OPEN_ROUTES
 from service.cli import build_parser
 from service.metrics import Metrics
 from service.settings import Settings
@@ -135,7 +135,7 @@ def test_probes_ask_what_answers_without_a_key_on_the_port_of_the_service() -> N
         "readiness": "/readyz",
         "liveness": "/livez",
     }
-    assert {probe["path"] for probe in probes.values()} <= OPEN_PATHS
+    assert {probe["path"] for probe in probes.values()} <= OPEN_ROUTES
     (port,) = container()["ports"]
     assert port["containerPort"] == Settings.model_fields["port"].default
     assert {probe["port"] for probe in probes.values()} == {port["name"]}

@@ -80,11 +80,8 @@ class Admission:
         continues a call that has been admitted before.
         """
         ticket = Ticket(self, requests, now)
-        if self.waiting and not continued:
-            wanted = self.choices + ticket.choices - self._seats
-            self._check("choices", wanted, self._max_waiting, "--max-queued-requests")
-        if self.queued_tokens and not continued:
-            self._check("prompt tokens", self.queued_tokens + ticket.tokens, self._max_tokens, "--max-queued-tokens")
+        if not continued:
+            self.check(ticket.choices, ticket.tokens)
         self.choices += ticket.choices
         self.queued_tokens += ticket.tokens
         self.running += 1
@@ -93,6 +90,13 @@ class Admission:
         finally:
             ticket.close()
             self.running -= 1
+
+    def check(self, choices: int = 1, tokens: int = 1) -> None:
+        """Raises OverloadedError where so much finds no place. Where the least finds none, no call does."""
+        if self.waiting:
+            self._check("choices", self.choices + choices - self._seats, self._max_waiting, "--max-queued-requests")
+        if self.queued_tokens:
+            self._check("prompt tokens", self.queued_tokens + tokens, self._max_tokens, "--max-queued-tokens")
 
     def observe_service(self, seconds: float) -> None:
         """How long the engine has just worked on a choice."""

@@ -12,22 +12,18 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import admin, compare, errors, generate, openai, ops, scalings, web
+from service.api.early_refusal import EarlyRefusal
+from service.api.error_boundary import ErrorBoundary
 from service.api.record import Recorder, SpanWriter
-from service.api.security import OPEN_PATHS, BodyLimit, Guard, Keys
+from service.api.route_match import RouteMatch
+from service.api.security import OPEN_ROUTES, BodyLimit, Guard, Keys
 from service.api.state import Service, run_startup
 from service.engine.client import Client
 from service.metrics import Metrics
 from service.settings import Settings
 
-_RECORDED = (
-    "/generate",
-    "/compare",
-    "/scalings",
-    "/tokenize",
-    "/detokenize",
-    "/v1/completions",
-    "/v1/chat/completions",
-)
+_GENERATING = ("/generate", "/compare", "/scalings", "/v1/completions", "/v1/chat/completions")  # what is admitted
+_RECORDED = (*_GENERATING, "/tokenize", "/detokenize")
 _DESCRIPTION = """
 Serves an X-LoRA model: several LoRA experts, mixed per token and per layer by a small gate. Every answer can say how.
 
@@ -68,18 +64,21 @@ def create_app(
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
-        middleware=[
-            Middleware(Recorder, metrics=metrics, endpoints=_RECORDED, spans=spans),
-            *_cors(settings),
-            Middleware(Guard, api_keys=api_keys, admin_keys=admin_keys),
-            Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
-        ],
     )
     app.state.service = service
     errors.install(app)
     for module in (generate, compare, openai, scalings, ops, admin):
         app.include_router(module.router)
     web.install(app)
+    app.user_middleware = [  # outermost first
+        Middleware(Recorder, metrics=metrics, endpoints=_RECORDED, spans=spans),
+        Middleware(ErrorBoundary),
+        Middleware(RouteMatch, routes=app.routes),
+        *_cors(settings),
+        Middleware(Guard, api_keys=api_keys, admin_keys=admin_keys),
+        Middleware(EarlyRefusal, service=service, routes=_GENERATING),
+        Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
+    ]
     _finish_schema(app, bool(api_keys))
     return app
 
@@ -107,7 +106,7 @@ def _finish_schema(app: FastAPI, needs_key: bool) -> None:
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
-            if needs_key and path not in OPEN_PATHS:
+            if needs_key and path not in OPEN_ROUTES:
                 reference = {"$ref": "#/components/schemas/ErrorAnswer"}
                 content = {"application/json": {"schema": reference}}
                 operation["responses"]["401"] = {"description": "No valid key", "content": content}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from http.client import responses
 from typing import Any, get_args
 
 import orjson
@@ -46,6 +47,7 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 _FIELDS = sorted({name for body in _BODIES.values() for name in body.model_fields})
 _SHOWN_CHARACTERS = 60
+_METHODS_OF_FILES = "GET, HEAD"  # those of the inspector's, whose refusal names none
 
 
 def answered(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
@@ -177,6 +179,15 @@ def _shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
+def foreign_error(status: int) -> RequestError:
+    """What a library calls an error by its status alone, as one of ours."""
+    if status >= 500:
+        return InternalError("something went wrong on our side")
+    error = InvalidRequestError(f"the request was refused: {responses.get(status, str(status)).lower()}")
+    error.status = status
+    return error
+
+
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return error_response(error)
@@ -184,7 +195,7 @@ async def _on_request_error(request: Request, error: Exception) -> Response:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return error_response(explain(error.errors(), request.url.path))
+    return error_response(explain(error.errors(), request.scope["path"]))
 
 
 def _methods_of(request: Request, known: str) -> str:
@@ -196,19 +207,17 @@ def _methods_of(request: Request, known: str) -> str:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"]
     match error.status_code:
+        case 400:
+            found: RequestError = InvalidRequestError("the body could not be read as JSON", code="invalid_json")
         case 404:
-            return error_response(NotFoundError(f"no such path: {path}", hint="GET /docs lists them"), headers)
+            found = NotFoundError(f"no such path: {path}", hint="GET /docs lists them")
         case 405:
-            headers["Allow"] = allowed = _methods_of(request, headers.get("Allow", ""))
-            return error_response(
-                MethodNotAllowedError(f"{method} is not allowed on {path}", hint=f"use {allowed}"), headers
-            )
+            headers["Allow"] = allowed = _methods_of(request, headers.get("Allow", _METHODS_OF_FILES))
+            found = MethodNotAllowedError(f"{method} is not allowed on {path}", hint=f"use {allowed}")
         case 413:
-            return error_response(PayloadTooLargeError(str(error.detail)), headers)
-        case status if 400 <= status < 500:
-            return error_response(
-                InvalidRequestError("the body could not be read as JSON", code="invalid_json"), headers
-            )
-    return error_response(InternalError("something went wrong on our side"), headers)
+            found = PayloadTooLargeError(str(error.detail))
+        case status:
+            found = foreign_error(status)
+    return error_response(found, headers)

@@ -17,9 +17,7 @@ from typing import Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import error_response
 from service.engine.request import SamplingParams
-from service.errors import InternalError
 from service.metrics import Metrics
 
 logger = logging.getLogger("xlora.request")
@@ -52,8 +50,8 @@ class RequestRecord:
 
     request_id: str
     method: str
-    path: str
     trace: TraceParent | None = None
+    route: str = ""  # the path of the route that the router chooses (route_match.py); of none, or not yet known: ""
     started_ns: int = field(default_factory=time.time_ns)
     started: float = field(default_factory=time.perf_counter)
     status: int = 0
@@ -72,11 +70,11 @@ class RequestRecord:
     gate_entropy_nats: float | None = None  # mean over the positions that produced tokens
     top_expert: str | None = None
 
-    def finish(self, crashed: bool) -> None:
+    def finish(self) -> None:
         """The request has ended."""
         self.total_seconds = time.perf_counter() - self.started
         if self.outcome is None:
-            self.outcome = "error" if crashed else _outcome(self.status)
+            self.outcome = _outcome(self.status)
 
     def fields(self) -> dict[str, object]:
         """The line of the log."""
@@ -107,7 +105,7 @@ class SpanWriter(Protocol):
 
 
 class Recorder:
-    """Gives every request an id, and counts, logs and traces those of some paths. Turns a surprise into a 500."""
+    """Gives every request an id, and counts, logs and traces those of some routes."""
 
     def __init__(
         self, app: ASGIApp, metrics: Metrics, endpoints: Collection[str], spans: Sequence[SpanWriter] = ()
@@ -125,7 +123,7 @@ class Recorder:
         headers = Headers(scope=scope)
         request_id = request_id_of(headers)
         trace = TraceParent.parse(headers.get("traceparent"))
-        record = scope[_RECORD_KEY] = RequestRecord(request_id, scope["method"], scope["path"], trace)
+        record = scope[_RECORD_KEY] = RequestRecord(request_id, scope["method"], trace)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -133,22 +131,16 @@ class Recorder:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        crashed = False
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
-            crashed = True
-            logger.exception("%s %s failed", record.method, record.path)
-            if not record.status:
-                await error_response(InternalError("something went wrong on our side"))(scope, receive, send_with_id)
         finally:
-            record.finish(crashed)
-            if record.path in self._endpoints:
+            record.finish()
+            if record.route in self._endpoints:
                 self._report(record)
 
     def _report(self, record: RequestRecord) -> None:
-        self._metrics.requests.labels(record.path, record.outcome).inc()
-        logger.info("%s %s", record.method, record.path, extra={"fields": record.fields()})
+        self._metrics.requests.labels(record.route, record.outcome).inc()
+        logger.info("%s %s", record.method, record.route, extra={"fields": record.fields()})
         for writer in self._spans:
             writer.write(record)
 

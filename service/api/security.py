@@ -1,4 +1,4 @@
-"""What stands before the routes: keys, and the limits on bodies. Pure ASGI."""
+"""What stands before the routes: keys, and the limits on bodies. Pure ASGI. The tables hold paths of matched routes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
+from service.api.record import record_of
 from service.errors import PayloadTooLargeError, RequestError, SettingsError, SlowBodyError, UnauthorizedError
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/"})  # and the inspector's files: the page that asks for the key
-ADMIN_PATHS = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
+OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/web"})  # the last two are the page that asks for the key
+ADMIN_ROUTES = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
 
 _SHORTEST_KEY = 8
 _BODY_SECONDS = 60.0
@@ -66,8 +67,8 @@ class Keys:
 class Guard:
     """Answers 401 to everything but the probes, unless a key of ours is sent as `Authorization: Bearer`.
 
-    Without any keys nothing is asked. Admin keys open everything; where there are some, the operator's paths take no
-    others.
+    Without any keys nothing is asked. Admin keys open everything; where there are some, the operator's routes take no
+    others. What has no route is closed as well.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Keys, admin_keys: Keys) -> None:
@@ -84,9 +85,9 @@ class Guard:
         await error_response(error, {"WWW-Authenticate": "Bearer", "Connection": "close"})(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        path: str = scope["path"]
-        for_admins = path in ADMIN_PATHS and bool(self._admin_keys)
-        if path in OPEN_PATHS or path.startswith("/web/") or not (self._api_keys or for_admins):
+        route = record_of(scope).route
+        for_admins = route in ADMIN_ROUTES and bool(self._admin_keys)
+        if route in OPEN_ROUTES or not (self._api_keys or for_admins):
             return True
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
@@ -112,9 +113,9 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
-        length = Headers(scope=scope).get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
-            await self._refuse(self._too_large(), scope, receive, send)
+        length = body_length(scope)
+        if length is not None and length > self._max_body_bytes:
+            await refuse_unread(self._too_large(), scope, receive, send)
             return
         try:
             async with asyncio.timeout(self._seconds):
@@ -123,7 +124,7 @@ class BodyLimit:
             error = SlowBodyError(f"the body did not arrive within {self._seconds:g} seconds")
             await error_response(error, {"Connection": "close"})(scope, receive, send)
         except PayloadTooLargeError as error:
-            await self._refuse(error, scope, receive, send)
+            await refuse_unread(error, scope, receive, send)
         else:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
@@ -146,18 +147,28 @@ class BodyLimit:
             f"the body is larger than {self._max_body_bytes} bytes", hint="the server's --max-body-bytes sets the limit"
         )
 
-    async def _refuse(self, error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the error, then reads on a little: closing on unread data would reset the connection, error and all."""
 
-        async def send_and_linger(message: Message) -> None:
-            if message["type"] != "http.response.body":
-                await send(message)
-                return
-            await send({**message, "more_body": True})
-            await _discard(receive)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+def body_length(scope: Scope) -> int | None:
+    """What the head says of the body's length; None where it is sent in chunks, until it ends."""
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers:
+        return None
+    length = headers.get("content-length", "0")
+    return int(length[:20]) if length.isdecimal() else None
 
-        await error_response(error, {"Connection": "close"})(scope, receive, send_and_linger)
+
+async def refuse_unread(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends the error, then reads on a little: closing on unread data would reset the connection, error and all."""
+
+    async def send_and_linger(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    await error_response(error, {"Connection": "close"})(scope, receive, send_and_linger)
 
 
 def _digest(key: str) -> bytes:

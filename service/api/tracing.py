@@ -43,8 +43,8 @@ class SpanExport:
 
     def write(self, record: RequestRecord) -> None:
         """One ended request as one span, a child of the caller's."""
-        operation = _OPERATIONS.get(record.path)
-        name = f"{operation} {record.model}" if operation and record.model else f"{record.method} {record.path}"
+        operation = _OPERATIONS.get(record.route)
+        name = f"{operation} {record.model}" if operation and record.model else f"{record.method} {record.route}"
         span = self._tracer.start_span(
             name,
             context=self._parent(record),
@@ -78,8 +78,8 @@ def attributes(record: RequestRecord) -> dict[str, Any]:
     found: dict[str, Any] = {
         "http.request.method": record.method,
         "http.response.status_code": record.status,
-        "url.path": record.path,
-        "gen_ai.operation.name": _OPERATIONS.get(record.path),
+        "url.path": record.route,
+        "gen_ai.operation.name": _OPERATIONS.get(record.route),
         "gen_ai.provider.name": "xlora",
         "gen_ai.request.model": record.model,
         "gen_ai.response.model": record.model,

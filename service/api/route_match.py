@@ -1,0 +1,54 @@
+"""The route that a request is for, found once, before anything is decided or read. Pure ASGI.
+
+Who may ask, what is counted and what may be refused early all hang on this one answer and never on the requested
+string: a comparison of our own would read some spelling of a path differently than the router does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fastapi.routing import RouteContext, iter_route_contexts
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.api.record import record_of
+from service.errors import NotFoundError
+
+# Control characters and separators of lines. `$`, with which the router's patterns end, matches before a last newline.
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+class RouteMatch:
+    """Writes the path of the matched route into the request's record. Refuses what can have no route."""
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = list(iter_route_contexts(routes))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection or request. Raises NotFoundError for a path with a control character."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there are none, and no key has been asked for
+            return
+        if scope["type"] == "http":
+            if _CONTROL_CHARACTER.search(scope["path"]):
+                raise NotFoundError("no path has a control character", hint="GET /docs lists them")
+            record_of(scope).route = matched_path(self._routes, scope)
+        await self._app(scope, receive, send)
+
+
+def matched_path(routes: Sequence[RouteContext], scope: Scope) -> str:
+    """The path template of the route that the router chooses; "" where it finds none.
+
+    As in the router, the first that matches wholly is before any that does not take the method.
+    """
+    partial = ""
+    for route in routes:
+        match, _ = route.matches(scope)
+        if match is Match.FULL:
+            return route.path or ""
+        if match is Match.PARTIAL:
+            partial = partial or route.path or ""
+    return partial
