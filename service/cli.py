@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import get_args
@@ -37,6 +38,7 @@ _INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    open_standard_streams()
     arguments = build_parser().parse_args(argv)
     try:
         run: Callable[[argparse.Namespace], int] = importlib.import_module(arguments.module).run
@@ -49,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 1
+
+
+def open_standard_streams() -> None:
+    """Gives a process that was started without some of them (`1>&-`) the null device.
+
+    The next file or socket that it opens would otherwise be its standard output, or its engine's.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            os.set_inheritable(opened, True)
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115 (kept to the end)
+            setattr(sys, name, stream)
 
 
 def print_error(error: XLoraError) -> None:

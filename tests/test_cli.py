@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import psutil
 import pytest
 from pydantic import SecretStr
 from rich.console import Console
@@ -64,6 +65,39 @@ def wait_until_ready(port: int) -> None:
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.05)
     raise AssertionError("never ready")
+
+
+def without(closed: str, *command: str) -> list[str]:
+    """A command that is started without some of its standard streams."""
+    return ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_no_file_or_socket_becomes_a_standard_stream(bundle: Path, closed: str) -> None:
+    """Nor the engine's: what it or a library prints would go to a client."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVE, "serve", "--model", str(bundle), "--port", str(port)]
+    process = subprocess.Popen(without(closed, *command), cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        wait_until_ready(port)
+        both = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
+        assert len(both) == 2
+        for pid in both:
+            for number in (int(one[0]) for one in closed.split()):
+                assert os.readlink(f"/proc/{pid}/fd/{number}") == os.devnull
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code"),
+    [("1>&-", ["--version"], 0), ("2>&-", ["check", "nowhere/at-all"], 1), ("0<&- 1>&- 2>&-", ["fly"], 2)],
+)
+def test_commands_without_standard_streams_end_as_ever(closed: str, arguments: list[str], code: int) -> None:
+    command = without(closed, sys.executable, "-m", "service", *arguments)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_every_setting_is_a_flag_of_serve_and_none_is_given_by_default() -> None:

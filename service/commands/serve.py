@@ -1,7 +1,7 @@
 """xlora-serve serve: the HTTP server, from a bound socket to a clean end.
 
 The first SIGTERM or Ctrl-C drains: /readyz answers 503, after --drain-delay new requests are refused, running ones may
-end within --drain-seconds. A second one does not wait.
+end within --drain-seconds. A second one cuts off what runs: each call gets an error that says so.
 Exit codes: 0 stopped by SIGTERM, 1 could not start, 3 the engine was lost, 130 stopped by Ctrl-C.
 """
 
@@ -11,10 +11,12 @@ import argparse
 import asyncio
 import functools
 import logging
+import math
 import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -40,6 +42,7 @@ from service.settings import Settings, load_settings
 
 _BACKLOG = 2048
 _LAST_ANSWERS_SECONDS = 3  # for answers that are complete and not yet read
+_LAST_TASKS_SECONDS = 2  # for what has lost its connection then
 _RED_SECONDS = 1.0  # a lost engine is seen by probes before the process ends
 _POLL_SECONDS = 0.05
 
@@ -62,8 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def uvloop_run(settings: Settings, listener: socket.socket) -> StartupError | EngineLostError | None:
     """Runs the event loop to its end; returns why the process must end, if not because of a signal."""
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
-    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()) as runner:
         return runner.run(serve(settings, listener))
 
 
@@ -74,6 +76,7 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     service: Service = app.state.service
     server = Server(configuration(app, settings), service)
     watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
     try:
         await server.serve([listener])
     finally:
@@ -103,7 +106,7 @@ def configuration(app: Any, settings: Settings) -> uvicorn.Config:
         access_log=False,
         http=functools.partial(HttpProtocol, max_header_bytes=settings.max_header_bytes),  # type: ignore[arg-type]
         server_header=False,
-        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+        timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS + _LAST_TASKS_SECONDS,
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
         ssl_ca_certs=settings.ssl_ca_certs,
@@ -123,19 +126,33 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
+        self.hurried = False  # told a second time: nothing is waited for
         self._service = service
         self._signal = signal.SIGTERM
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called by the interpreter between any two instructions: it only leaves a note, unless it is the second."""
-        if self._service.draining:
+        """Called by the interpreter between any two instructions: it only leaves notes, unless it is the third."""
+        if self.hurried:
             super().handle_exit(sig, frame)
+        self.hurried = self._service.draining
         self._signal = signal.Signals(sig)
         self._service.draining = True
 
     def stop(self) -> None:
         """Ends the server as the signal wanted."""
         super().handle_exit(self._signal, None)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for answers to be read, then closes their connections: uvicorn would cancel what writes them."""
+        closing = asyncio.get_running_loop().call_later(_LAST_ANSWERS_SECONDS, self._abort_connections)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            closing.cancel()
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -152,17 +169,22 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def _drain(server: Server, service: Service) -> None:
     """Waits for a signal's note, for load balancers, and for what runs; cuts off what takes too long."""
-    while not service.draining:
-        await asyncio.sleep(_POLL_SECONDS)
-    await asyncio.sleep(service.settings.drain_delay)
+    await _until(lambda: service.draining)
+    await _until(lambda: server.hurried, service.settings.drain_delay)
     service.refusing = True
-    deadline = time.monotonic() + service.settings.drain_seconds
-    while service.admission.running and time.monotonic() < deadline:
-        await asyncio.sleep(_POLL_SECONDS)
+    await _until(lambda: server.hurried or not service.admission.running, service.settings.drain_seconds)
     if service.admission.running:
-        logger.warning("%d requests did not end within --drain-seconds and are cut off", service.admission.running)
+        reason = "after a second signal" if server.hurried else "as they did not end within --drain-seconds"
+        logger.warning("%d requests are cut off, %s", service.admission.running, reason)
         await service.client.close()
     server.stop()
+
+
+async def _until(condition: Callable[[], bool], seconds: float = math.inf) -> None:
+    """Returns when the condition holds, or at the latest after some time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def _stop_when(failed: asyncio.Event, server: uvicorn.Server, service: Service) -> None:

@@ -98,19 +98,50 @@ def test_drain_refuses_new_requests_and_cuts_off_at_its_end(tiny_bundle: Path) -
         assert running.process.wait(10) == 0
 
 
-def test_a_second_signal_does_not_wait(tiny_bundle: Path) -> None:
-    async def scene(running: Server) -> None:
-        long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
-        reader, writer = await send(running.port, long)
-        await reader.readuntil(b"data: ")
-        for _ in range(2):
-            running.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.2)
-        writer.close()
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_second_signal_cuts_off_what_runs_and_says_so(
+    tiny_bundle: Path, tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    """Streams end with an error event and other calls with an error, in our shape. Who does not read, or has not sent
+    its body, is closed. Nothing of it is a traceback.
+    """
+    long = {"prompt": [5, 6, 7], "max_tokens": 900, "n": 16, "ignore_eos": True}
+    much = long | {"stream": True, "logprobs": 20, "return_scalings": "full"}
 
-    with server("--model", str(tiny_bundle), "--threads", "1", "--drain-seconds", "3600") as running:
-        asyncio.run(scene(running))
-        assert running.process.wait(20) == 0
+    async def scene(running: Server) -> tuple[bytes, bytes]:
+        stream, stream_writer = await send(running.port, json.dumps(long | {"stream": True}).encode())
+        await stream.readuntil(b"data: ")
+        whole, whole_writer = await send(running.port, json.dumps(long).encode())
+        with socket.create_connection(("127.0.0.1", running.port)) as deaf, socket.socket() as silent:
+            payload = json.dumps(much).encode()
+            deaf.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            deaf.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(payload), payload))
+            silent.connect(("127.0.0.1", running.port))
+            silent.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            await asyncio.sleep(0.5)
+            for _ in range(2):
+                running.process.send_signal(number)
+                await asyncio.sleep(0.2)
+            answers = await asyncio.wait_for(asyncio.gather(stream.read(), whole.read()), 10)
+            assert await asyncio.to_thread(running.process.wait, 15) == exit_code
+        for writer in (stream_writer, whole_writer):
+            writer.close()
+        return answers[0], answers[1]
+
+    with (tmp_path / "stderr").open("wb") as log:
+        flags = ("--model", str(tiny_bundle), "--threads", "1", "--drain-delay", "3600", "--drain-seconds", "3600")
+        with server(*flags, stderr=log) as running:
+            streamed, whole = asyncio.run(scene(running))
+    assert b'"code":"stopping"' in streamed
+    assert streamed.endswith(b"\r\n0\r\n\r\n")
+    assert b"[DONE]" not in streamed
+    head, _, body = whole.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500")
+    assert b"x-request-id: " in head
+    assert json.loads(body)["error"]["message"] == "the server stopped"
+    said = (tmp_path / "stderr").read_text()
+    assert "Traceback" not in said
+    assert said.count("3 requests are cut off, after a second signal") == 1
 
 
 def test_port_in_use_is_one_line_and_exit_code_1(tiny_bundle: Path) -> None:
