@@ -45,6 +45,11 @@ def configure(level: str, format: str) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """For uvicorn's logger: not what it says of an answer without an end, which the error boundary has said."""
+    return record.msg != "ASGI callable returned without completing response."
+
+
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     fields: dict[str, object] = getattr(record, "fields", {})
     return fields

@@ -118,6 +118,7 @@ def configuration(app: Any, settings: Settings) -> uvicorn.Config:
         config.load()
     except (OSError, ssl.SSLError) as error:
         raise SettingsError(f"--ssl-certfile {settings.ssl_certfile}: {error}") from None
+    logging.getLogger("uvicorn.error").addFilter(logs.is_news)
     return config
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.app import create_app
@@ -23,10 +24,10 @@ from tests.api.conftest import ThreadClient
 
 
 @contextmanager
-def running(client: ThreadClient, settings: Settings) -> Iterator[tuple[str, int]]:
-    """uvicorn as the serve command sets it up, in a thread."""
+def running(client: ThreadClient, settings: Settings, app: FastAPI | None = None) -> Iterator[tuple[str, int]]:
+    """uvicorn as the serve command sets it up, in a thread; `app` is an application of `client` that was changed."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(client, settings, Metrics(CollectorRegistry()))
+    app = app or create_app(client, settings, Metrics(CollectorRegistry()))
     server = uvicorn.Server(configuration(app, settings))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
