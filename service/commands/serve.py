@@ -102,9 +102,10 @@ def configuration(app: Any, settings: Settings) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         log_config=None,
-        log_level="warning",
+        log_level="error",  # its warnings are of what clients send, and are answered
         access_log=False,
         http=functools.partial(HttpProtocol, max_header_bytes=settings.max_header_bytes),  # type: ignore[arg-type]
+        ws="none",
         server_header=False,
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS + _LAST_TASKS_SECONDS,
         ssl_certfile=settings.ssl_certfile,
