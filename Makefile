@@ -56,7 +56,7 @@ test-slow: .venv/.dev ## run the soak and full-product tests as well
 test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported versions
 	@.venv-min/bin/python -m pytest -m "not slow" tests/model tests/checkpoint $(ARGS)
 
-fuzz: .venv/.dev ## schemathesis with all checks against the server; ARGS="300" sets the cases per operation
+fuzz: .venv/.dev ## fuzz bodies (schemathesis), paths and headers of the server; ARGS="300" sets the cases per operation
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: .venv/.dev ## lint, formatting and types

@@ -2,7 +2,8 @@
 
     python -m tests.fuzz [CASES_PER_OPERATION] [MORE FLAGS OF SCHEMATHESIS]
 
-Ends with schemathesis's exit code. The server has a short context, so that a case takes milliseconds.
+Then paths and headers over raw sockets (fuzz_paths.py). Ends with schemathesis's exit code, or 1 where another part
+found something. The server has a short context, so that a case takes milliseconds.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests import fuzz_paths
+from tests.fuzz_paths import KEY
 from tests.server_process import Server, server
 
-KEY = "a-key-for-the-fuzzer"
 # What fits the document may still be too long for the context, or name a token or a model that is not there.
 CONFIGURATION = """
 [checks]
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
         finished = fuzz(running, int(cases), *flags)
         print(finished.stdout, finished.stderr)
         alive, _ = running.get("/readyz")
-    return finished.returncode or alive != 200
+    return finished.returncode or alive != 200 or fuzz_paths.main([])
 
 
 if __name__ == "__main__":

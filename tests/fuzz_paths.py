@@ -24,7 +24,7 @@ import httptools
 
 from service.api.security import ADMIN_ROUTES, OPEN_ROUTES
 from tests.server_process import Server, server
-from tests.spellings import spellings
+from tests.spellings import CONTROL, spellings
 
 KEY, ADMIN = "a-key-for-the-fuzzer", "an-admin-key-for-the-fuzzer"
 PATHS = (
@@ -44,7 +44,8 @@ BODIES = (
     b'{"prompt": "a", "max_tokens": 1}',
     b"[" * 500,
 )
-_READING = ("GET", "HEAD", "OPTIONS")
+_GUARDED = sorted(ADMIN_ROUTES)
+_READING = ("GET", "GET", "HEAD", "OPTIONS")
 _METHODS = (*_READING, "POST", "PUT", "PATCH", "DELETE")
 _ODD_METHODS = (
     *("TRACE", "CONNECT", "PROPFIND", "M-SEARCH", "QUERY", "PRI"),
@@ -79,27 +80,30 @@ class Case:
 
 
 def cases(rng: random.Random) -> Iterator[Case]:
-    """Without end."""
+    """Without end: odd paths with good heads, and good paths with odd heads."""
     all_spellings = {path: list(spellings(path)) for path in PATHS}
     while True:
-        path = rng.choice(PATHS)
-        target = rng.choice(all_spellings[path]).encode("latin-1") if rng.random() < 0.8 else path.encode()
-        if rng.random() < 0.2:
-            target = _mutated(target, rng)
-        if rng.random() < 0.1:
-            target = (
-                rng.choice((b"http://host", b"https://u:p@host:1", b"//host", b"HTTP://[::1]", b"http://")) + target
-            )
-        method = rng.choice(_ODD_METHODS if rng.random() < 0.1 else _METHODS)
-        key = rng.choice((None, None, KEY, ADMIN))
-        if key == ADMIN and method not in _READING:
-            key = KEY
-        body = rng.choice(BODIES) if method not in _READING else b""
-        headers = rng.choice(_HEADS)(rng, body) if rng.random() < 0.5 else _plain_head(body)
-        yield Case(method, target.replace(b" ", b"%20"), headers + _authorization(key, rng), body, key)
+        path = rng.choice(PATHS if rng.random() < 0.5 else _GUARDED)
+        key = rng.choice((None, KEY, KEY, ADMIN))
+        reading = key == ADMIN or rng.random() < 0.5
+        method = rng.choice(_READING if reading else _METHODS)
+        if rng.random() < 0.5:
+            spelling = path + rng.choice(CONTROL) if rng.random() < 0.3 else rng.choice(all_spellings[path])
+            target = spelling.encode("latin-1")
+            if rng.random() < 0.3:
+                target = _mutated(target, rng)
+            yield Case(method, target.replace(b" ", b"%20"), _plain_head(b"") + _authorization(key, rng), b"", key)
+            continue
+        if not reading and rng.random() < 0.1:
+            method = rng.choice(_ODD_METHODS)
+        body = b"" if reading else rng.choice(BODIES)
+        headers = rng.choice(_HEADS)(rng, body) + _authorization(key, rng)
+        yield Case(method, path.encode(), headers, body, key)
 
 
 def _mutated(target: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.2:
+        target = rng.choice((b"http://host", b"https://u:p@host:1", b"//host", b"HTTP://[::1]", b"http://")) + target
     place = rng.randrange(len(target) + 1)
     inserted = rng.choice((b"%%%02x" % rng.randrange(256), bytes([rng.randrange(256)]), b"", b"?", b"#", b"%"))
     return target[:place] + inserted + target[place + rng.randrange(2) :]

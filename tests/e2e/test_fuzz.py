@@ -1,4 +1,4 @@
-"""A few hundred cases of schemathesis; `make fuzz` runs thousands."""
+"""A few hundred cases of schemathesis, and of paths and headers; `make fuzz` runs thousands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import KEY, fuzz
+from tests.fuzz import fuzz
+from tests.fuzz_paths import ADMIN, KEY, fuzz_paths
 from tests.server_process import server
 
 
@@ -21,3 +22,13 @@ def test_no_case_finds_a_5xx_or_an_undocumented_answer(tiny_bundle: Path, monkey
         assert tested is not None
         assert int(tested[1]) >= 100
         assert running.get("/readyz")[0] == 200
+
+
+def test_no_path_or_header_opens_what_is_closed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLORA_API_KEYS", KEY)
+    monkeypatch.setenv("XLORA_ADMIN_KEYS", ADMIN)
+    with server("--model", str(tiny_bundle), "--threads", "1", "--max-model-len", "128") as running:
+        statuses, found = fuzz_paths(running, seconds=30, seed=1, most=500)
+    assert found == []
+    assert statuses.total() >= 100
+    assert {"200", "400", "401", "404", "405"} <= set(statuses)
