@@ -7,9 +7,10 @@ string: a comparison of our own would read some spelling of a path differently t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from fastapi.routing import RouteContext, iter_route_contexts
+from fastapi.routing import iter_route_contexts
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,12 +21,19 @@ from service.errors import NotFoundError
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+class Entry(NamedTuple):
+    """One route of the router: its own matching, and its path template."""
+
+    matches: Callable[[Scope], tuple[Match, Scope]]
+    path: str
+
+
 class RouteMatch:
     """Writes the path of the matched route into the request's record. Refuses what can have no route."""
 
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
-        self._routes = list(iter_route_contexts(routes))
+        self._routes = [Entry(route.matches, route.path or "") for route in iter_route_contexts(routes)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection or request. Raises NotFoundError for a path with a control character."""
@@ -39,16 +47,16 @@ class RouteMatch:
         await self._app(scope, receive, send)
 
 
-def matched_path(routes: Sequence[RouteContext], scope: Scope) -> str:
+def matched_path(routes: Sequence[Entry], scope: Scope) -> str:
     """The path template of the route that the router chooses; "" where it finds none.
 
     As in the router, the first that matches wholly is before any that does not take the method.
     """
     partial = ""
-    for route in routes:
-        match, _ = route.matches(scope)
+    for matches, path in routes:
+        match, _ = matches(scope)
         if match is Match.FULL:
-            return route.path or ""
+            return path
         if match is Match.PARTIAL:
-            partial = partial or route.path or ""
+            partial = partial or path
     return partial
