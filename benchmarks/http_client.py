@@ -59,13 +59,20 @@ class _Exchange(asyncio.Protocol):
             self._done.set_result(self._answer)
 
 
-async def post(port: int, path: str, payload: bytes) -> Answer:
+def request(path: str, payload: bytes, method: str = "POST") -> bytes:
+    """A request with a JSON body, on a connection of its own."""
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+    )
+    return f"{head}Connection: close\r\n\r\n".encode() + payload
+
+
+async def post(port: int, path: str, payload: bytes, method: str = "POST") -> Answer:
     """Sends a JSON body on a connection of its own and waits for the end of the answer, whatever its status."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Answer] = loop.create_future()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-    request = f"{head}Connection: close\r\n\r\n".encode() + payload
-    await loop.create_connection(lambda: _Exchange(request, done), "127.0.0.1", port)
+    sent = request(path, payload, method)
+    await loop.create_connection(lambda: _Exchange(sent, done), "127.0.0.1", port)
     return await done
 
 

@@ -14,13 +14,14 @@ from fastapi import APIRouter, Body, Depends, Response
 from service.api.answers import GateState, LogState, LogSummary
 from service.api.errors import BODY_ERRORS, documented
 from service.api.examples import GATE_BODIES, LOG_BODIES
+from service.api.json_body import JsonRoute
 from service.api.protocol import GateBody, LogBody
 from service.api.scalings_log import DEFAULT_BYTES, DEFAULT_TOKENS
 from service.api.state import Service, service_of
 from service.engine.gate_settings import check_settings, stored_settings
 from service.engine.request import GateSettings
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], route_class=JsonRoute)
 
 ServiceDependency = Annotated[Service, Depends(service_of)]
 

@@ -21,6 +21,7 @@ from service.api.answers import CompareAnswer
 from service.api.choice import Generation, Piece
 from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import COMPARE_ANSWER, COMPARE_BODIES
+from service.api.json_body import JsonRoute
 from service.api.protocol import CompareBody, CompareSetting
 from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, join
@@ -37,7 +38,7 @@ from service.errors import InvalidRequestError, TimedOutError
 
 MAX_SCORED_TOKENS = 1 << 16  # of all settings over all outputs
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
 _GateKey = tuple[Steering | None, int | None]  # equal gates judge equally
 _ScoreKey = tuple[_GateKey, tuple[int, ...]]  # a gate's judgement of an output
@@ -127,7 +128,7 @@ class Comparison:
             "id": self._id,
             "model": self._service.info.model,
             "seed": self._sampling.seed,
-            "outputs": [self._document(index, output) for index, output in enumerate(self._outputs)],
+            "outputs": await asyncio.to_thread(self._documents),
             "log_likelihood": self._matrix(scores),
             "usage": {
                 "prompt_tokens": self._generation.prompt_tokens,
@@ -186,6 +187,9 @@ class Comparison:
         means = [[math.fsum(cell) / len(cell) if cell else None for cell in row] for row in rows]
         return {"sum": sums, "per_token": means}
 
+    def _documents(self) -> list[dict[str, Any]]:
+        return [self._document(index, output) for index, output in enumerate(self._outputs)]
+
     def _document(self, index: int, output: Output) -> dict[str, Any]:
         codec = self._service.codec
         document: dict[str, Any] = {"index": index, "label": output.setting.label, **as_used(output.setting)}
@@ -221,13 +225,13 @@ class Comparison:
 
     def _check_given(self, setting: CompareSetting) -> None:
         ids, most = setting.token_ids or [], self._service.info.max_model_len
-        self._service.codec.decode(ids)
         if len(self._prompt) + len(ids) > most:
             raise InvalidRequestError(
                 f"prompt ({len(self._prompt)} tokens) and output ({len(ids)}) are over the context of {most} tokens",
                 param="token_ids",
                 code="context_length_exceeded",
             )
+        self._service.codec.check_known(ids, "token_ids")
 
     def _check_sizes(self, written: int) -> None:
         info, settings = self._service.info, len(self._outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Sequence
 from http.client import responses
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service.api.answers import ErrorAnswer
+from service.api.fields import UNKNOWN_FIELD, field_names
 from service.api.openai_protocol import UNSUPPORTED, ChatBody, CompletionBody
 from service.api.protocol import (
     CompareBody,
@@ -48,6 +50,7 @@ _BODIES: dict[str, type[BaseModel]] = {
 _FIELDS = sorted({name for body in _BODIES.values() for name in body.model_fields})
 _SHOWN_CHARACTERS = 60
 _METHODS_OF_FILES = "GET, HEAD"  # those of the inspector's, whose refusal names none
+_SHORT = reprlib.Repr()  # three levels deep, and a few items of each
 
 
 def answered(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
@@ -110,15 +113,13 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
     """The first of pydantic's errors as one of ours; an unknown field goes before all others."""
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    first = next((error for error in errors if error["type"] == UNKNOWN_FIELD), errors[0])
     location = [f"[{part}]" if isinstance(part, int) else part for part in first["loc"] if part != "body"]
-    param = _path(location) or None
     if first["type"] == "json_invalid":
-        return InvalidRequestError(
-            f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", code="invalid_json"
-        )
-    if first["type"] == "extra_forbidden":
-        return _unknown_field(location, path)
+        return InvalidRequestError(f"the body cannot be read as JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == UNKNOWN_FIELD:
+        return _unknown_field([*location, first["ctx"]["name"]], path)
+    param = _path(location) or None
     if first["type"] == "missing":
         what = f"`{param}` is missing" if param else "the body is missing"
         return InvalidRequestError(what, param=param, code="missing_field")
@@ -142,7 +143,7 @@ def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
             f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
         )
     known = _known_fields(location, path)
-    close = difflib.get_close_matches(location[-1], known, n=1)
+    close = difflib.get_close_matches(location[-1][:_SHOWN_CHARACTERS], known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
     return InvalidRequestError(
         f"unknown field `{param[:_SHOWN_CHARACTERS]}`", param=param, code="unknown_field", hint=hint
@@ -150,8 +151,12 @@ def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
 
 
 def _path(location: Sequence[str]) -> str:
-    """settings, 1, experts, only -> settings[1].experts.only, as OpenAI writes it."""
-    return ".".join(location).replace(".[", "[")
+    """settings, 1, experts, only -> settings[1].experts.only, as OpenAI writes it; a long name is the caller's own."""
+    return ".".join(_cut(part) for part in location).replace(".[", "[")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _known_fields(location: list[str], path: str) -> list[str]:
@@ -162,7 +167,7 @@ def _known_fields(location: list[str], path: str) -> list[str]:
     for name in location[:-1]:
         if name in model.model_fields:
             model = _model_in(model.model_fields[name].annotation) or model
-    return sorted(field.alias or name for name, field in model.model_fields.items())
+    return sorted(field_names(model))
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -173,10 +178,12 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _shown(value: object) -> str:
+    """A value in a few words, however large it is."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value[:_SHOWN_CHARACTERS] if isinstance(value, str | list) else value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+    if isinstance(value, str):
+        return _cut(repr(value[: _SHOWN_CHARACTERS + 1]))
+    return _cut(_SHORT.repr(value))
 
 
 def foreign_error(status: int) -> RequestError:

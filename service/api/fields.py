@@ -3,15 +3,26 @@
 Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
 file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in text.py. The routes'
 bodies are in protocol.py and openai_protocol.py.
+
+A body is checked on the event loop: sizes come before items, and the first mistake of a list ends it.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
@@ -23,26 +34,62 @@ MAX_SEED = 2**63 - 1
 MAX_EXPERTS = 1024
 MAX_GATE_WEIGHTS = 1024
 MAX_NAME_CHARACTERS = 512
+MAX_SCHEMA_VALUES = 1 << 15  # one that has more is over forms.MAX_SCHEMA_BYTES as well
 DEFAULT_MAX_TOKENS = 128
 
 INT32 = 2**31 - 1
+UNKNOWN_FIELD = "unknown_field"  # the type of a validation error; its context has the `name`
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
+
+
+def is_list_of(kind: type, value: object) -> bool:
+    """Whether it is a list of this very type alone; what an item costs is a fraction of a step of Python."""
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
+
+
+def is_prompts(value: object, most: int) -> bool:
+    """Whether it is a list of at most so many texts, or of lists of token ids."""
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return is_list_of(str, value) or (is_list_of(list, value) and all(is_list_of(int, ids) for ids in value))
 
 
 def _prompt(value: object) -> object:
     """One message for a union of two types, where pydantic would give one per member."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(type(item) is int for item in value):
+    if isinstance(value, str) or is_list_of(int, value):
         return value
     raise ValueError("must be a string or a list of token ids")
+
+
+def at_most(members: int) -> BeforeValidator:
+    """An object with at most so many members: pydantic counts them only after it has looked into each."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > members:
+            raise ValueError(f"has {len(value)} members; at most {members} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _schema(value: object) -> object:
+    """A schema that is worth writing out: forms.py looks at its size in bytes."""
+    values, pending = 0, [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict | list):
+            values += len(one)
+            if values > MAX_SCHEMA_VALUES:
+                raise ValueError(f"has more than {MAX_SCHEMA_VALUES} values at all depths")
+            pending.extend(one.values() if isinstance(one, dict) else one)
+    return value
 
 
 def _stops(value: object) -> object:
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return None
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+    if not isinstance(stops, list) or not is_list_of(str, stops):
         raise ValueError("must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
@@ -54,11 +101,11 @@ def _stops(value: object) -> object:
 def _logit_bias(value: object) -> object:
     if value is None:
         return None
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
     if not isinstance(value, dict) or not all(isinstance(key, str) and _TOKEN_ID.fullmatch(key) for key in value):
         raise ValueError('must be an object from token ids to numbers, as {"42": -100}')
-    if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(f"has {len(value)} entries; at most {MAX_LOGIT_BIAS} are allowed")
-    if not all(type(bias) in (int, float) and math.isfinite(bias) and abs(bias) <= 100 for bias in value.values()):
+    if not all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in value.values()):
         raise ValueError("values must be numbers from -100 to 100")
     return {key: float(bias) for key, bias in value.items()}
 
@@ -67,7 +114,7 @@ def _layer_weights(value: object) -> object:
     """A number is one entry for every site."""
     if type(value) in (int, float):
         return [{"weight": value}]
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+    if value and is_list_of(dict, value):
         return value
     raise ValueError('must be a number or a list such as [{"weight": 1, "layers": [0, 3]}]')
 
@@ -126,10 +173,11 @@ _LAYER_WEIGHTS_SCHEMA = {
     ]
 }
 
-Prompt = Annotated[str | list[int], BeforeValidator(_prompt), WithJsonSchema(PROMPT_SCHEMA)]
-Stops = Annotated[list[str] | None, BeforeValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
-LogitBias = Annotated[dict[str, float] | None, BeforeValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
+Prompt = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(PROMPT_SCHEMA)]
+Stops = Annotated[list[str] | None, PlainValidator(_stops), WithJsonSchema(_STOP_SCHEMA)]
+LogitBias = Annotated[dict[str, float] | None, PlainValidator(_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Position = Annotated[int, Field(ge=0, le=INT32)]
 Float = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -139,13 +187,31 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_are_known(cls, value: Any) -> Any:
+        """Names the first unknown field, where pydantic makes an error of each, after all others."""
+        known = field_names(cls)
+        if isinstance(value, dict) and not value.keys() <= known:
+            unknown = next(name for name in value if name not in known)
+            raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": unknown})
+        return value
+
+
+@functools.cache
+def field_names(model: type[BaseModel]) -> frozenset[str]:
+    """The names that a model's fields have in JSON."""
+    return frozenset(field.alias or name for name, field in model.model_fields.items())
+
 
 class JsonSchema(Body):
     """A JSON Schema, as OpenAI's clients send it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = Field(description="Yours; changes nothing.")
     description: Annotated[str, Field(max_length=4096)] | None = Field(None, description="Yours; changes nothing.")
-    schema_: dict[str, Any] = Field(alias="schema", description="What the answer must fit.")
+    schema_: Annotated[dict[str, Any], BeforeValidator(_schema)] = Field(
+        alias="schema", description="What the answer must fit."
+    )
     strict: bool | None = Field(None, description="The schema is enforced in any case.")
 
 
@@ -226,9 +292,12 @@ class LayerWeight(Body):
 
 
 ExpertName = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
-ExpertNames = Annotated[list[ExpertName], Field(max_length=MAX_EXPERTS)]
+ExpertNames = Annotated[list[ExpertName], Field(fail_fast=True, max_length=MAX_EXPERTS)]
 LayerWeights = Annotated[
-    list[LayerWeight], BeforeValidator(_layer_weights), WithJsonSchema(_LAYER_WEIGHTS_SCHEMA), Field(min_length=1)
+    list[LayerWeight],
+    Field(fail_fast=True, min_length=1),
+    BeforeValidator(_layer_weights),
+    WithJsonSchema(_LAYER_WEIGHTS_SCHEMA),
 ]
 
 
@@ -249,12 +318,16 @@ class Experts(Body):
         "other field of `experts`, nor with the gate's temperature and top_k.",
     )
 
-    @model_validator(mode="after")
-    def _weights_are_bounded(self) -> Experts:
-        entries = sum(len(weights) for weights in (self.weights or {}).values())
-        if entries > MAX_GATE_WEIGHTS:
-            raise ValueError(f"has {entries} weights; at most {MAX_GATE_WEIGHTS} are allowed")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_are_bounded(cls, value: Any) -> Any:
+        """Before any of them is looked at."""
+        weights = value.get("weights") if isinstance(value, dict) else None
+        if isinstance(weights, dict):
+            entries = sum(len(one) if isinstance(one, list) and one else 1 for one in weights.values())
+            if entries > MAX_GATE_WEIGHTS:
+                raise ValueError(f"has {entries} weights; at most {MAX_GATE_WEIGHTS} are allowed")
+        return value
 
 
 class Gate(Body):

@@ -20,6 +20,7 @@ from service.errors import InvalidRequestError
 
 Array = npt.NDArray[np.float64]
 
+_SHOWN_CHARACTERS = 60
 _LAYER = re.compile(r"((?:.*?\.)?(\d+))\.")
 
 
@@ -205,7 +206,7 @@ def _chosen(wanted: Sequence[str] | None, names: Sequence[str], field: str) -> l
     known, asked = set(names), set(wanted)
     unknown = next((name for name in wanted if name not in known), None)
     if unknown is not None:
-        close = difflib.get_close_matches(unknown, names, n=1)
+        close = difflib.get_close_matches(unknown[:_SHOWN_CHARACTERS], names, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the first ones are {', '.join(names[:8])}; GET /info has all"
-        raise InvalidRequestError(f"no such name: {unknown[:60]!r}", param=f"select.{field}", hint=hint)
+        raise InvalidRequestError(f"no such name: {unknown[:_SHOWN_CHARACTERS]!r}", param=f"select.{field}", hint=hint)
     return [index for index, name in enumerate(names) if name in asked]

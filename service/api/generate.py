@@ -12,13 +12,14 @@ from service.api.answers import GenerateAnswer
 from service.api.choice import Piece
 from service.api.errors import GENERATION_ERRORS, answered, documented
 from service.api.examples import GENERATE_ANSWER, GENERATE_BODIES, GENERATE_EVENTS
+from service.api.json_body import JsonRoute
 from service.api.protocol import GenerateBody
 from service.api.run import RowEvents, Run, respond, scalings_of
 from service.api.sse import event
 from service.api.state import Service, new_id, service_of
 from service.engine.request import TokenOutput
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
 
 @router.post(
@@ -41,6 +42,8 @@ async def generate(
 
 class GenerateWriter:
     """Our own format."""
+
+    echoed_tokens = 0
 
     def __init__(self, run: Run) -> None:
         self._run = run

@@ -26,6 +26,7 @@ from service.api.examples import (
     COMPLETION_BODIES,
     COMPLETION_EVENTS,
 )
+from service.api.json_body import JsonRoute
 from service.api.openai_protocol import (
     ChatAnswer,
     ChatBody,
@@ -40,7 +41,7 @@ from service.api.sse import event
 from service.api.state import Service, new_id, service_of
 from service.engine.request import TokenOutput
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 
 ServiceDependency = Annotated[Service, Depends(service_of)]
 
@@ -58,7 +59,7 @@ async def completions(
 ) -> Response:
     """Several prompts at once; the choices of prompt i have the indices i * n to i * n + n - 1."""
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
-    prompts = [await service.codec.prompt_ids(prompt) for prompt in body.prompt]
+    prompts = await service.codec.all_prompt_ids(body.prompt)
     run = Run(
         service,
         new_id("cmpl"),
@@ -170,6 +171,7 @@ class CompletionWriter:
     def __init__(self, run: Run, body: CompletionBody) -> None:
         self._run = run
         self._echo = bool(body.echo)
+        self.echoed_tokens = run.generation.prompt_tokens * (body.n or 1) if self._echo else 0
         self._logprobs = body.logprobs is not None
         self._frame = _Frame(run, body, "text_completion")
         self._rows = RowEvents(run)
@@ -243,6 +245,8 @@ class CompletionWriter:
 
 class ChatWriter:
     """OpenAI's chat format."""
+
+    echoed_tokens = 0
 
     def __init__(self, run: Run, body: ChatBody) -> None:
         self._run = run

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
-from service.api.fields import MAX_LOGPROBS, MAX_NAME_CHARACTERS, Body, SamplingFields, XLoraFields
+from service.api.fields import (
+    MAX_LOGPROBS,
+    MAX_NAME_CHARACTERS,
+    Body,
+    SamplingFields,
+    XLoraFields,
+    at_most,
+    is_list_of,
+    is_prompts,
+)
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
+MAX_METADATA = 16
 
 UNSUPPORTED = frozenset(
     {
@@ -27,13 +37,10 @@ _NO_EFFECT = "Accepted because tools send it; changes nothing."
 
 def _prompts(value: object) -> object:
     """One message for a union of four types, where pydantic would give one per member."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
+    if isinstance(value, str) or (value and is_list_of(int, value)):
         return [value]
-    if isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) and all(type(id) is int for id in item) for item in value):
-            return value
+    if value and is_prompts(value, MAX_PROMPTS):
+        return value
     raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either kind")
 
 
@@ -48,7 +55,7 @@ _PROMPTS_SCHEMA = {
     ]
 }
 
-Prompts = Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
+Prompts = Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 
 
@@ -72,7 +79,9 @@ class OpenAIFields(SamplingFields):
     user: Name | None = Field(None, description=_NO_EFFECT)
     safety_identifier: Name | None = Field(None, description=_NO_EFFECT)
     prompt_cache_key: Name | None = Field(None, description=_NO_EFFECT)
-    metadata: Annotated[dict[str, Name], Field(max_length=16)] | None = Field(None, description=_NO_EFFECT)
+    metadata: Annotated[dict[str, Name], at_most(MAX_METADATA), Field(max_length=MAX_METADATA)] | None = Field(
+        None, description=_NO_EFFECT
+    )
     store: Literal[False] | None = Field(None, description=_NO_EFFECT)
     service_tier: Literal["auto", "default"] | None = Field(None, description=_NO_EFFECT)
 
@@ -129,7 +138,7 @@ class TextPart(Body):
 
 def _parts(value: object) -> object:
     """One message for a union of two types."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+    if isinstance(value, str) or (value and is_list_of(dict, value)):
         return value
     raise ValueError('must be a string or a list of parts of type "text"')
 
@@ -139,7 +148,8 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)], BeforeValidator(_parts)
+        str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=MAX_PARTS)],
+        BeforeValidator(_parts),
     ]
     name: Name | None = Field(None, description="Given to the template, which may leave it out.")
     refusal: None = None
@@ -154,7 +164,7 @@ class Message(Body):
 class ChatBody(OpenAIFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = Field(None, description="Each token's logprob, of the raw distribution.")
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="Alternatives per token; needs logprobs."

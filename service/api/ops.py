@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import JSONResponse
 
@@ -15,10 +16,14 @@ from service.api.admin import gate_state
 from service.api.answers import DetokenizeAnswer, Health, Info, Status, TokenizeAnswer
 from service.api.errors import BODY_ERRORS, documented
 from service.api.examples import DETOKENIZE_BODIES, TOKENIZE_BODIES
+from service.api.json_body import JsonRoute
+from service.api.off_loop import off_loop
 from service.api.protocol import DetokenizeBody, TokenizeBody
 from service.api.state import Service, service_of
+from service.api.text import TextCodec
+from service.errors import InvalidRequestError
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 ServiceDependency = Annotated[Service, Depends(service_of)]
 _RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not so: `status` says why"}}
@@ -110,15 +115,22 @@ async def tokenize(
     body: Annotated[TokenizeBody, Body(openapi_examples=TOKENIZE_BODIES)], service: ServiceDependency
 ) -> Response:
     """As /generate sees a prompt."""
-    ids = await service.codec.encode(body.text, body.add_special_tokens is not False)
-    pieces = service.codec.pieces(ids)
-    content = {
-        "token_ids": ids,
-        "tokens": [{"id": id, "text": text} for id, text in zip(ids, pieces, strict=True)],
-        "count": len(ids),
-        "max_model_len": service.info.max_model_len,
-    }
-    return JSONResponse(content)
+    codec, max_model_len = service.codec, service.info.max_model_len
+
+    def answer() -> bytes:
+        ids = codec.tokenize(body.text, body.add_special_tokens is not False, codec.max_tokenized)
+        if ids is None or len(ids) > codec.max_tokenized:
+            raise _too_many(codec, "text", f"more than {codec.max_tokenized}" if ids is None else str(len(ids)))
+        texts = codec.pieces(ids)
+        content = {
+            "token_ids": ids,
+            "tokens": [{"id": id, "text": text} for id, text in zip(ids, texts, strict=True)],
+            "count": len(ids),
+            "max_model_len": max_model_len,
+        }
+        return orjson.dumps(content)
+
+    return _json(await off_loop(answer, tokens=len(body.text)))
 
 
 @router.post(
@@ -132,8 +144,27 @@ async def detokenize(
     body: Annotated[DetokenizeBody, Body(openapi_examples=DETOKENIZE_BODIES)], service: ServiceDependency
 ) -> Response:
     """The inverse of /tokenize."""
-    text = service.codec.decode(body.token_ids, body.skip_special_tokens is not False)
-    return JSONResponse({"text": text})
+    codec, ids = service.codec, body.token_ids
+    if len(ids) > codec.max_tokenized:
+        raise _too_many(codec, "token_ids", str(len(ids)))
+
+    def answer() -> bytes:
+        return orjson.dumps({"text": codec.decode(ids, body.skip_special_tokens is not False)})
+
+    return _json(await off_loop(answer, tokens=len(ids)))
+
+
+def _too_many(codec: TextCodec, param: str, tokens: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"`{param}` has {tokens} tokens; at most {codec.max_tokenized} are allowed in one call",
+        param=param,
+        code="too_large",
+        hint="send it in parts",
+    )
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
 
 
 def _status(status: str, code: int) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from service.api.fields import (
     INT32,
@@ -18,8 +18,10 @@ from service.api.fields import (
     Prompt,
     SamplingFields,
     SteeringFields,
-    TokenId,
+    TokenIds,
     XLoraFields,
+    is_list_of,
+    is_prompts,
 )
 
 MAX_SETTINGS = 8  # of one POST /compare
@@ -31,13 +33,8 @@ _FIELDS_OF_JUDGING = {"prompt", "settings", "timeout", "cache_salt"}  # of POST 
 
 def _texts(value: object) -> object:
     """One message for a union of four types."""
-    if isinstance(value, str) or (isinstance(value, list) and all(type(item) is int for item in value)):
+    if isinstance(value, str) or is_list_of(int, value) or is_prompts(value, MAX_TEXTS):
         return value
-    if isinstance(value, list) and len(value) <= MAX_TEXTS:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) and all(type(id) is int for id in item) for item in value):
-            return value
     raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_TEXTS} of either kind")
 
 
@@ -47,9 +44,10 @@ _TEXTS_SCHEMA = {
         *({"type": "array", "items": one, "minItems": 1, "maxItems": MAX_TEXTS} for one in PROMPT_SCHEMA["anyOf"]),
     ]
 }
-Texts = Annotated[str | list[int] | list[str] | list[list[int]], BeforeValidator(_texts), WithJsonSchema(_TEXTS_SCHEMA)]
+Texts = Annotated[str | list[int] | list[str] | list[list[int]], PlainValidator(_texts), WithJsonSchema(_TEXTS_SCHEMA)]
 Names = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=512)]], Field(min_length=1, max_length=MAX_SELECTED)
+    list[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]],
+    Field(fail_fast=True, min_length=1, max_length=MAX_SELECTED),
 ]
 
 
@@ -68,7 +66,7 @@ class CompareSetting(SteeringFields):
     label: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = Field(
         None, description="Comes back with the output."
     )
-    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+    token_ids: Annotated[TokenIds, Field(min_length=1)] | None = Field(
         None, description="An output that is there already: it is judged, and none is generated under this setting."
     )
 
@@ -147,7 +145,7 @@ class Select(Body):
         None, description="The position after the last; the end of the text when absent or beyond it."
     )
     sites: Names | None = Field(None, description="Names of /info; a site must satisfy all three lists that are there.")
-    layers: Annotated[list[Position], Field(min_length=1, max_length=MAX_SELECTED)] | None = Field(
+    layers: Annotated[list[Position], Field(fail_fast=True, min_length=1, max_length=MAX_SELECTED)] | None = Field(
         None, description="Decoder layers: the first number in a site's name."
     )
     module_types: Names | None = Field(None, description="Last parts of sites' names, as q_proj.")
@@ -235,5 +233,5 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    token_ids: list[TokenId] = Field(description="Token ids.")
+    token_ids: TokenIds = Field(description="Token ids.")
     skip_special_tokens: bool | None = Field(None, description="true when absent.")

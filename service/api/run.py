@@ -6,6 +6,7 @@ The routes differ in their bodies and in their Writers (generate.py, openai.py);
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -19,6 +20,7 @@ from fastapi import Response
 from service.api.admission import Ticket
 from service.api.choice import Generation, Piece
 from service.api.fields import MAX_CHOICES, OneTextFields, SamplingFields, XLoraFields
+from service.api.off_loop import off_loop
 from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, join
 from service.api.sse import DONE, ClientGoneError, EventStream, until_disconnect
@@ -96,6 +98,8 @@ class Run:
 class Writer(Protocol):
     """What a route makes of the pieces."""
 
+    echoed_tokens: int  # prompt tokens that come back with each choice's first piece
+
     def event(self, piece: Piece) -> bytes:
         """One piece as one event."""
 
@@ -126,14 +130,22 @@ async def _whole(run: Run, writer: Writer, record: RequestRecord) -> bytes:
         async for together in stream:
             for piece in together:
                 pieces[piece.index].append(piece)
-    return orjson.dumps(writer.document(pieces), option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def document() -> bytes:
+        return orjson.dumps(writer.document(pieces), option=orjson.OPT_SERIALIZE_NUMPY)
+
+    return await off_loop(document, tokens=writer.echoed_tokens + sum(map(len, pieces.values())))
 
 
 async def _events(run: Run, writer: Writer, record: RequestRecord) -> AsyncGenerator[bytes, None]:
     async with aclosing(run.pieces(record)) as stream:
         async for together in stream:
-            yield b"".join([writer.event(piece) for piece in together])
+            yield await off_loop(functools.partial(_joined, writer, together), tokens=writer.echoed_tokens)
     yield writer.last_event() + DONE
+
+
+def _joined(writer: Writer, pieces: Sequence[Piece]) -> bytes:
+    return b"".join([writer.event(piece) for piece in pieces])
 
 
 class Observer:

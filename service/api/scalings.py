@@ -23,6 +23,7 @@ from service.api.answers import ScalingsAnswer, ScalingsBatchAnswer
 from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
 from service.api.gate_view import View, divergence, over_sites, shares, summarise
+from service.api.json_body import JsonRoute
 from service.api.perplexity import Columns, Likelihoods
 from service.api.protocol import ScalingsBody
 from service.api.record import RequestRecord, record_of
@@ -37,7 +38,7 @@ from service.errors import InternalError, InvalidRequestError
 
 MAX_WEIGHTS = 1 << 26  # float32 numbers that the rows of one call may have
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
 _MEDIA_TYPES = {
     "json": "application/json",
@@ -97,7 +98,7 @@ class Table:
 
 async def answer(body: ScalingsBody, service: Service, record: RequestRecord) -> bytes:
     """The whole answer in the asked format. Raises InvalidRequestError before anything is computed."""
-    prompts = [await service.codec.prompt_ids(prompt) for prompt in body.texts]
+    prompts = await service.codec.all_prompt_ids(body.texts)
     view = View.of(body, service.info)
     positions = [view.positions(len(ids)) for ids in prompts]
     _check_sizes(body, view, positions, service.info)

@@ -59,7 +59,7 @@ def _gate_weights(weights: dict[str, list[LayerWeight]], places: dict[str, int])
 def _places(names: Iterable[str], places: dict[str, int], param: str) -> Iterable[int]:
     for name in names:
         if name not in places:
-            close = difflib.get_close_matches(name, places, n=1)
+            close = difflib.get_close_matches(name[:_SHOWN_CHARACTERS], places, n=1)
             known = f"the experts are {', '.join(places)}"
             raise InvalidRequestError(
                 f"`{param}` names {name[:_SHOWN_CHARACTERS]!r}, which is not an expert of this model",

@@ -5,19 +5,25 @@ This file knows the model's vocabulary and context (EngineInfo); it knows no HTT
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
 from service.api.chat_renderer import ChatRenderer
 from service.api.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.api.off_loop import off_loop
 from service.engine.detokenizer import Detokenizer, special_token_ids
 from service.engine.request import EngineInfo, SamplingParams, TextForm
 from service.errors import InvalidRequestError
 
-_THREAD_CHARACTERS = 20_000  # longer texts are tokenized in a thread: the event loop goes on
+MAX_TOKENIZED = 1 << 17  # tokens of one /tokenize or /detokenize, where the context holds no more
+MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds no more
+
+_CHARACTERS_PER_TOKEN = 4  # a guess, by which it is decided whether a text is long
+_PIECE_CHARACTERS = 1 << 14  # of a long text that is counted: a token takes some hundred bytes until it is an id
+_EDGE_TOKENS = 128  # that cutting a text can add, at each cut
 
 
 class TextCodec:
@@ -30,47 +36,61 @@ class TextCodec:
         self._special_ids = special_token_ids(self._tokenizer)
         self._chats = chats
         self._info = info
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def max_tokenized(self) -> int:
+        """The most tokens that one /tokenize or /detokenize may be about: a prompt always may."""
+        return max(MAX_TOKENIZED, self._info.max_model_len)
 
     async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
         assert self._chats is not None, "this codec is for prompts"
-        return self._checked(await self.encode(await self._chats.render(messages), False), "messages")
+        return await self.encode(await self._chats.render(messages), False, "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt as token ids. Raises InvalidRequestError when it is empty, too long or not of this vocabulary."""
-        return self._checked(await self._ids(prompt) if prompt else [], "prompt")
-
-    def _checked(self, ids: list[int], param: str) -> list[int]:
-        if not ids:
-            raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
-        self._check_known(ids, param)
-        if len(ids) > self._info.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens, and the context holds {self._info.max_model_len}",
-                param=param,
-                code="context_length_exceeded",
-                hint="shorten the prompt",
-            )
+        [ids] = await self.all_prompt_ids([prompt])
         return ids
 
-    async def _ids(self, prompt: str | list[int]) -> list[int]:
-        return await self.encode(prompt) if isinstance(prompt, str) else prompt
+    async def all_prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """As prompt_ids, of several prompts of one call, which has a bound on the tokens of all as well."""
+        return await off_loop(functools.partial(self._all_prompts, prompts), tokens=sum(map(_tokens_about, prompts)))
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Raises InvalidRequestError for half of a surrogate pair, which is no text."""
+    async def encode(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """The token ids of a text that is all of a prompt. Raises InvalidRequestError as prompt_ids does."""
+        work = functools.partial(self._prompt, text, add_special_tokens, param)
+        return await off_loop(work, tokens=_tokens_about(text))
+
+    def tokenize(self, text: str, add_special_tokens: bool, most: int) -> list[int] | None:
+        """The token ids of any text; None for one that has more than `most` by so much that they are not worth having.
+        Takes long for a long text, and lets other threads run meanwhile.
+
+        Raises InvalidRequestError for half of a surrogate pair, which is no text.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"the text has a lone surrogate at character {error.start}") from None
-        if len(text) > _THREAD_CHARACTERS:
-            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        if len(text) > _PIECE_CHARACTERS and self._has_many_more(text, most):
+            return None
         return self._encode(text, add_special_tokens)
+
+    def check_known(self, ids: Collection[int], param: str) -> None:
+        """Raises InvalidRequestError for token ids that the vocabulary has not."""
+        if ids and not 0 <= min(ids) <= max(ids) < self._info.vocab_size:
+            unknown = next(id for id in ids if not 0 <= id < self._info.vocab_size)
+            raise InvalidRequestError(
+                f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {self._info.vocab_size - 1}",
+                param=param,
+                code="unknown_token",
+            )
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises InvalidRequestError for ids outside the vocabulary."""
-        self._check_known(ids, "token_ids")
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        return text
+        self.check_known(ids, "token_ids")
+        [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; together they are the text."""
@@ -85,8 +105,10 @@ class TextCodec:
         return Detokenizer(self._tokenizer, prompt_ids, self._special_ids)
 
     def token_text(self, id: int) -> str:
-        """One token alone."""
-        text: str = self._tokenizer.decode([id], skip_special_tokens=False)
+        """One token alone. Answers with alternatives ask for the same few tokens again and again."""
+        text = self._token_texts.get(id)
+        if text is None:
+            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
         return text
 
     def sampling(
@@ -100,8 +122,8 @@ class TextCodec:
     ) -> SamplingParams:
         """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
-        self._check_known(bias, "logit_bias")
-        self._check_known(body.stop_token_ids or (), "stop_token_ids")
+        self.check_known(bias, "logit_bias")
+        self.check_known(body.stop_token_ids or (), "stop_token_ids")
         given = body.model_dump(
             exclude_none=True,
             include={
@@ -141,18 +163,65 @@ class TextCodec:
             )
         return wanted
 
-    def _check_known(self, ids: Sequence[int] | dict[int, float], param: str) -> None:
-        unknown = next((id for id in ids if not 0 <= id < self._info.vocab_size), None)
-        if unknown is not None:
-            raise InvalidRequestError(
-                f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {self._info.vocab_size - 1}",
-                param=param,
-                code="unknown_token",
-            )
+    def _all_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        found: list[list[int]] = []
+        tokens, most = 0, max(MAX_CALL_TOKENS, self._info.max_model_len)
+        for prompt in prompts:
+            found.append(self._prompt(prompt) if isinstance(prompt, str) else self._checked(prompt))
+            tokens += len(found[-1])
+            if tokens > most:
+                raise InvalidRequestError(
+                    f"the first {len(found)} prompts have {tokens} tokens; at most {most} are allowed in one call",
+                    param="prompt",
+                    code="too_large",
+                    hint="send the prompts in several calls",
+                )
+        return found
+
+    def _prompt(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        ids = self.tokenize(text, add_special_tokens, self._info.max_model_len) if text else []
+        if ids is None:
+            raise self._too_long(f"more than {self._info.max_model_len}", param)
+        return self._checked(ids, param)
+
+    def _checked(self, ids: list[int], param: str = "prompt") -> list[int]:
+        if not ids:
+            raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
+        if len(ids) > self._info.max_model_len:
+            raise self._too_long(str(len(ids)), param)
+        self.check_known(ids, param)
+        return ids
+
+    def _too_long(self, tokens: str, param: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"the prompt has {tokens} tokens, and the context holds {self._info.max_model_len}",
+            param=param,
+            code="context_length_exceeded",
+            hint="shorten the prompt",
+        )
+
+    def _has_many_more(self, text: str, most: int) -> bool:
+        """Whether a text has more tokens than so many, told from its pieces: those of 4 MiB of smileys, all at once,
+        would take a gigabyte.
+        """
+        tokens, enough = 0, most + most // 4
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            tokens += len(self._encode(text[start : start + _PIECE_CHARACTERS], False))
+            enough += _EDGE_TOKENS
+            if tokens > enough:
+                return True
+        return False
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # Of the tokenizer's methods, those for batches give up the interpreter's lock, and the fast one needs half the
+        # time and memory: it leaves out where in the text each token is.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
+
+
+def _tokens_about(prompt: str | list[int]) -> int:
+    return len(prompt) // _CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt)
 
 
 def draw_seed() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import gc
 import logging
 import math
 import signal
@@ -73,6 +74,7 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     """One server on one socket."""
     failed = asyncio.Event()
     app, spans = assemble(settings, failed)
+    gc.freeze()  # what is there now stays: a garbage collection that walks over it stops the loop for 100 ms
     service: Service = app.state.service
     server = Server(configuration(app, settings), service)
     watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]

@@ -98,7 +98,7 @@ def test_every_route_takes_it(
         ({"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}, "response_format.json_schema.name", ""),
         ({"type": "regex", "pattern": "(a"}, "response_format", "unclosed group"),
         ({"type": "regex", "pattern": "(?=a)"}, "response_format", "look-around"),
-        ({"type": "regex", "pattern": "\ud800"}, "response_format.pattern", ""),
+        ({"type": "regex", "pattern": "\ud800"}, None, "surrogate"),
         ({"type": "regex", "pattern": "a" * 5000}, "response_format.pattern", "4096"),
         ({"type": "regex", "pattern": "(a{1000}){1000}"}, "response_format.pattern", "10000"),
         ({"type": "regex", "pattern": "{" + 400 * "9" + "}(a{1000}){1000}"}, "response_format.pattern", "10000"),
@@ -146,7 +146,7 @@ def test_every_route_takes_it(
     ],
 )
 def test_what_cannot_be_enforced_is_refused(
-    http: TestClient, client: ThreadClient, wanted: Any, param: str, words: str
+    http: TestClient, client: ThreadClient, wanted: Any, param: str | None, words: str
 ) -> None:
     """By name, with what to do; and the engine hears nothing of it."""
     before = len(client.engine.requests)
@@ -168,7 +168,7 @@ def test_a_long_schema_is_refused() -> None:
         text_form(wanted)
 
 
-@pytest.mark.parametrize("depth", [33, 900])
+@pytest.mark.parametrize("depth", [33, 190])
 def test_a_deep_schema_is_refused(http: TestClient, depth: int) -> None:
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(depth):
