@@ -20,14 +20,14 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DEMO, Bar, emit, print_row
 from benchmarks.http_client import Answer, post, request, run
+from benchmarks.large_bodies import METHODS, Kind, kinds
 from tests.server_process import Server, server
 
 BODY_BYTES = 4 << 20
@@ -35,88 +35,7 @@ STALL_SECONDS = 0.25
 RSS_BYTES = 300 * 10**6
 _POLL_SECONDS = 0.01
 _SETTLE_SECONDS = 0.3  # after an answer: what it left behind is given back meanwhile
-_NUMBER = "000000"
 _STREAM = {"prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": True, "stream": True}
-
-PROMPTS = {  # where a text may stand, by route: what is before and behind it
-    "/generate": ('{"prompt":', "}"),
-    "/scalings": ('{"prompt":', "}"),
-    "/compare": ('{"settings":[{}],"prompt":', "}"),
-    "/v1/completions": ('{"prompt":', "}"),
-    "/v1/chat/completions": ('{"messages":[{"role":"user","content":', "}]}"),
-    "/tokenize": ('{"text":', "}"),
-}
-SAMPLED = ("/generate", "/compare", "/v1/completions", "/v1/chat/completions")
-BODIES = (*PROMPTS, "/detokenize", "/gate", "/scalings/log")
-METHODS = {"/gate": "PATCH", "/scalings/log": "PUT"}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of body: a unit, repeated until the body is full, between two ends; # is a number of six digits."""
-
-    name: str
-    path: str
-    before: str
-    unit: str
-    behind: str
-
-    def payload(self, size: int) -> bytes:
-        """So many bytes, or a few less."""
-        before, unit, behind = self.before.encode(), self.unit.encode(), self.behind.encode()
-        number = (size - len(before) - len(behind)) // len(self.unit.replace("#", _NUMBER).encode())
-        if "#" in self.unit:
-            units = "".join([self.unit.replace("#", f"{place:06}") for place in range(number)]).encode()
-        else:
-            units = unit * number
-        return before + (units[:-1] if unit.endswith(b",") else units) + behind
-
-
-def kinds() -> Iterator[Kind]:
-    """One of every kind for every route that takes it."""
-    texts = {"text": "Once upon a time ", "emoji": "\U0001f600", "spaces": " ", "letters": "a", "escapes": "\\u00e9"}
-    for path, (before, behind) in PROMPTS.items():
-        for name, unit in texts.items():
-            yield Kind(name, path, f'{before}"', unit, f'"{behind}')
-        for name, unit in {"ids": "7,", "texts": '"",', "long texts": f'"{"word " * 3000}",', "lists": "[7],"}.items():
-            yield Kind(name, path, f"{before}[", unit, f"]{behind}")
-    for path in BODIES:
-        for name, unit in {"values": "[],", "objects": '{"":0},', "floats": "1e5,", "digits": "9", "deep": "["}.items():
-            yield Kind(name, path, "[", unit, "]")
-        yield Kind("unknown names", path, "{", '"#":0,', "}")
-        yield Kind("long name", path, '{"', "a", '":0}')
-        yield Kind("white space", path, "", " ", "{}")
-        yield Kind("cut short", path, '{"prompt":"', "a", "")
-    yield from _fields()
-
-
-def _fields() -> Iterator[Kind]:
-    """Lists and objects in the fields of bodies that are right otherwise."""
-    for path in SAMPLED:
-        before, behind = PROMPTS[path]
-        head = f'{before}"a"{behind[:-1]},'
-        for field, unit in {"stop": '"",', "stop_token_ids": '"",'}.items():
-            yield Kind(field, path, f'{head}"{field}":[', unit, "]}")
-        yield Kind("logit_bias", path, f'{head}"logit_bias":{{', '"#":0,', "}}")
-        schema = f'{head}"response_format":{{"type":"json_schema","json_schema":{{"name":"a","schema":{{"enum":['
-        yield Kind("schema", path, schema, "0,", "]}}}}")
-        yield Kind("pattern", path, f'{head}"response_format":{{"type":"regex","pattern":"', "(a|b)", '"}}')
-    for path, field in (("/v1/completions", "metadata"), ("/v1/chat/completions", "user")):
-        before, behind = PROMPTS[path]
-        yield Kind(field, path, f'{before}"a"{behind[:-1]},"{field}":{{', '"#":"",', "}}")
-    experts = '{"prompt":"a","experts":'
-    yield Kind("weights of one", "/generate", f'{experts}{{"weights":{{"math":[', "{},", "]}}}")
-    yield Kind("weights", "/generate", f'{experts}{{"weights":{{', '"a":1,', "}}}")
-    yield Kind("only", "/generate", f'{experts}{{"only":[', '"a",', "]}}")
-    yield Kind("sites", "/scalings", '{"prompt":"a","select":{"sites":[', "7,", "]}}")
-    yield Kind("settings", "/compare", '{"prompt":"a","settings":[', "{},", "]}")
-    yield Kind("texts of a setting", "/compare", '{"prompt":"a","settings":[{"token_ids":[', '"",', "]}]}")
-    yield Kind("ids of a setting", "/compare", '{"prompt":"a","settings":[{"token_ids":[', "7,", "]}]}")
-    yield Kind("messages", "/v1/chat/completions", '{"messages":[', '{"role":"user","content":""},', "]}")
-    parts = '{"messages":[{"role":"user","content":['
-    yield Kind("parts", "/v1/chat/completions", parts, '{"type":"text","text":""},', "]}]}")
-    for name, unit in {"texts": '"",', "ids": "7,"}.items():
-        yield Kind(name, "/detokenize", '{"token_ids":[', unit, "]}")
 
 
 class Gaps:

@@ -78,7 +78,7 @@ def client(engine: FakeEngine) -> ThreadClient:
 @contextmanager
 def serving(client: ThreadClient, **settings: Any) -> Iterator[TestClient]:
     """The application with some settings, ready."""
-    app = create_app(client, Settings(max_body_bytes=64 * 1024, **settings), Metrics(CollectorRegistry()))
+    app = create_app(client, Settings(**{"max_body_bytes": 64 * 1024, **settings}), Metrics(CollectorRegistry()))
     with TestClient(app, raise_server_exceptions=False) as http:
         wait_until_ready(http)
         yield http

@@ -38,6 +38,7 @@ TINY = {
     "fairness": ["--rounds", "1", "--prompt-tokens", "1000", "--choices", "4"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
     "proxy": ["--requests", "2"],
+    "stalls": ["--kinds", "long name", "emoji", "--bytes", "100000"],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
 }  # fmt: skip
 
