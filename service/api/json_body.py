@@ -60,11 +60,12 @@ class JsonRequest(Request):
 
 
 def check_size(body: bytes) -> None:
-    """Raises InvalidRequestError for a body of more lists, objects and strings, or of more values, than are allowed."""
+    """Raises InvalidRequestError for a body of more than MAX_PARTS or MAX_COMMAS."""
     parts, commas = _at_most(body)
     if parts > MAX_PARTS or commas > MAX_COMMAS:
         parts, commas = count(body)
-    for number, most, what in ((parts, MAX_PARTS, "lists, objects and strings"), (commas, MAX_COMMAS, "values")):
+    bounds = ((parts, MAX_PARTS, "lists, objects and strings"), (commas, MAX_COMMAS, "commas between values"))
+    for number, most, what in bounds:
         if number > most:
             raise InvalidRequestError(
                 f"the body has {number} {what}; at most {most} are allowed",

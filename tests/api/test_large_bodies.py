@@ -105,10 +105,11 @@ def test_every_route_with_a_body_reads_it_so(roomy: TestClient) -> None:
 def test_sizes_are_counted_outside_strings(roomy: TestClient) -> None:
     text = '[{":,' * 40_000
     assert error_of(send(roomy, "/generate", json.dumps({"prompt": text})))["code"] == "context_length_exceeded"
-    error = error_of(send(roomy, "/generate", '{"prompt": [' + "0," * MAX_COMMAS + "0]}"))
-    assert (error["code"], str(MAX_COMMAS)) == ("too_large", "524288")
-    assert "524288 values; at most" not in error["message"]
-    assert "at most 524288" in error["message"]
+    ids = "0," * MAX_COMMAS + "0"
+    assert error_of(send(roomy, "/generate", f'{{"prompt": [{ids}]}}'))["code"] == "context_length_exceeded"
+    error = error_of(send(roomy, "/generate", f'{{"prompt": [{ids},0]}}'))
+    assert error["code"] == "too_large"
+    assert error["message"].startswith(f"the body has {MAX_COMMAS + 1} commas between values; at most {MAX_COMMAS}")
 
 
 JSON_VALUES = st.recursive(
@@ -167,7 +168,7 @@ def test_names_in_errors_are_short(roomy: TestClient) -> None:
         assert len(response.content) < SHORT_ANSWER
     error = error_of(send(roomy, "/compare", json.dumps({"prompt": "a", "settings": [{"experts": {name: 1}}]})))
     assert error["param"] == f"settings[0].experts.{'x' * 60}…"
-    error = error_of(send(roomy, "/generate", json.dumps({"prompt": {"a": [{"b": ["c" * 100_000] * 9}] * 9}})))
+    error = error_of(send(roomy, "/generate", json.dumps({"prompt": {"a": [{"b": ["c" * 10_000] * 9}] * 9}})))
     assert len(error["message"]) < 200
 
 
