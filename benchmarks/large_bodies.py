@@ -29,9 +29,11 @@ class Kind:
     before: str
     unit: str
     behind: str
+    most: int | None = None  # bytes; a larger one would be refused
 
     def payload(self, size: int) -> bytes:
         """So many bytes, or a few less."""
+        size = size if self.most is None else min(size, self.most)
         before, unit, behind = self.before.encode(), self.unit.encode(), self.behind.encode()
         number = (size - len(before) - len(behind)) // len(self.unit.replace("#", _NUMBER).encode())
         if "#" in self.unit:
@@ -57,6 +59,7 @@ def kinds() -> Iterator[Kind]:
         yield Kind("white space", path, "", " ", "{}")
         yield Kind("cut short", path, '{"prompt":"', "a", "")
     yield from _fields()
+    yield from _allowed()
 
 
 def _fields() -> Iterator[Kind]:
@@ -86,3 +89,15 @@ def _fields() -> Iterator[Kind]:
     yield Kind("parts", "/v1/chat/completions", parts, '{"type":"text","text":""},', "]}]}")
     for name, unit in {"texts": '"",', "ids": "7,"}.items():
         yield Kind(name, "/detokenize", '{"token_ids":[', unit, "]}")
+
+
+def _allowed() -> Iterator[Kind]:
+    """The largest that are not refused for their size, or nearly so."""
+    yield Kind("allowed text", "/tokenize", '{"text":"', "a", '"}', 130_000)
+    yield Kind("allowed ids", "/detokenize", '{"token_ids":[', "7,", "]}", 260_000)
+    message = '{"role":"user","content":[' + ",".join(['{"type":"text","text":""}'] * 100) + "]},"
+    yield Kind(
+        "allowed parts", "/v1/chat/completions", '{"messages":[', message, '],"max_tokens":1}', 255 * len(message)
+    )
+    prompt = f'"{"word " * 3000}",'
+    yield Kind("allowed texts", "/v1/completions", '{"prompt":[', prompt, '],"max_tokens":1}', 250 * len(prompt))

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 
 from service.errors import InvalidRequestError
 
-MAX_PARTS = 1 << 17  # lists, objects and strings in one body, names of fields included
+MAX_PARTS = 1 << 16  # lists, objects and strings in one body, names of fields included
 MAX_COMMAS = 1 << 19  # between values: as many as the prompts of one call may have tokens
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
