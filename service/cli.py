@@ -58,15 +58,15 @@ def open_standard_streams() -> None:
 
     The next file or socket that it opens would otherwise be its standard output, or its engine's.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
             os.set_inheritable(opened, True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115 (kept to the end)
-            setattr(sys, name, stream)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (kept to the end)
 
 
 def print_error(error: XLoraError) -> None:
