@@ -79,7 +79,7 @@ class OpenAIFields(SamplingFields):
     user: Name | None = Field(None, description=_NO_EFFECT)
     safety_identifier: Name | None = Field(None, description=_NO_EFFECT)
     prompt_cache_key: Name | None = Field(None, description=_NO_EFFECT)
-    metadata: Annotated[dict[str, Name], at_most(MAX_METADATA), Field(max_length=MAX_METADATA)] | None = Field(
+    metadata: Annotated[dict[str, Name], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] | None = Field(
         None, description=_NO_EFFECT
     )
     store: Literal[False] | None = Field(None, description=_NO_EFFECT)

@@ -33,6 +33,7 @@ from tests.api.test_errors import JSON, error_of
 from tests.fake_engine import FakeEngine, fake_info, write_bundle
 
 BODY_BYTES = 1 << 20
+ALLOWED = {("white space", "/gate"), ("allowed text", "/tokenize"), ("allowed ids", "/detokenize")}
 SHORT_ANSWER = 2000  # bytes
 HOSTILE = ("1" + 400 * "0", "-1" + 400 * "0", "1e999", "-0.0", "NaN", "true", '"1"', "1.5", "[]", "{}")
 
@@ -51,8 +52,9 @@ def send(http: TestClient, path: str, body: bytes | str) -> Any:
 
 @pytest.mark.parametrize("kind", list(kinds()), ids=lambda kind: f"{kind.path} {kind.name}")
 def test_a_large_body_gets_one_short_error(roomy: TestClient, kind: Kind) -> None:
+    """But for those that are within the bounds of the tokenizer's routes, and one that says nothing in many bytes."""
     response = send(roomy, kind.path, kind.payload(BODY_BYTES))
-    if (kind.name, kind.path) == ("white space", "/gate"):
+    if (kind.name, kind.path) in ALLOWED:
         assert response.status_code == 200
     else:
         error_of(response)
@@ -141,7 +143,7 @@ def test_the_count_is_of_what_json_has(value: Any, ascii: bool) -> None:
         ('{"prompt": "a", "seed": ' + "9" * 5000 + "}", "number out of range"),
         ('{"prompt": "\\ud800"}', "hex escape"),
         (b'{"prompt": "\xff"}', "unicode"),
-        ("[" * 100_000 + "]" * 100_000, "recursion limit"),
+        ("[" * 10_000 + "]" * 10_000, "recursion limit"),
         ('{"prompt": "a"}'.encode("utf-16"), "line 1 column 1"),
     ],
 )
