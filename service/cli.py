@@ -29,7 +29,8 @@ _SERVE_FLAGS = (
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )
-_OWN_SOCKET_FLAGS = ("max_header_bytes", "drain_delay")  # where no proxy of Ray's stands before the server
+# Where no proxy of Ray's stands before the server.
+_OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -113,6 +113,15 @@ class Settings(BaseSettings):
     request_timeout: float = Field(
         600.0, ge=1, le=86_400, description="seconds a request may take; its own `timeout` may be shorter"
     )
+    write_timeout: float = Field(
+        30.0, ge=1, le=86_400, description="seconds in which a client must take some of its answer; it is cut off else"
+    )
+    keep_alive: float = Field(
+        75.0,
+        ge=1,
+        le=3600,
+        description="how long a connection stays open between two requests, in seconds; keep a proxy's own below it",
+    )
     drain_seconds: float = Field(
         8.0, ge=0, le=3600, description="how long SIGTERM lets running requests go on, in seconds"
     )

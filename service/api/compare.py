@@ -19,13 +19,14 @@ from fastapi import Request as HttpRequest
 
 from service.api.answers import CompareAnswer
 from service.api.choice import Generation, Piece
+from service.api.deadlines import deadline_of
 from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import COMPARE_ANSWER, COMPARE_BODIES
 from service.api.json_body import JsonRoute
 from service.api.protocol import CompareBody, CompareSetting
 from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, join
-from service.api.run import CLIENT_CLOSED_REQUEST, Observer, timeout_of
+from service.api.run import CLIENT_CLOSED_REQUEST, Observer
 from service.api.scalings import MAX_WEIGHTS
 from service.api.scoring import log_probabilities, score_request
 from service.api.sse import ClientGoneError, until_disconnect
@@ -57,20 +58,21 @@ async def compare(
 ) -> Response:
     """Row i of `log_likelihood` is what setting i makes of the outputs: how likely they are under its gate."""
     record = record_of(http_request.scope)
+    deadline = deadline_of(record, body, service.settings.request_timeout)
     try:
-        content = await until_disconnect(http_request.receive, answer(body, service, record))
+        content = await until_disconnect(http_request.receive, answer(body, service, record, deadline), deadline)
     except ClientGoneError:
         record.outcome = "cancelled"
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(content, media_type="application/json")
 
 
-async def answer(body: CompareBody, service: Service, record: RequestRecord) -> bytes:
+async def answer(body: CompareBody, service: Service, record: RequestRecord, deadline: float) -> bytes:
     """The whole answer. Raises InvalidRequestError before anything is computed."""
     prompt = await service.codec.prompt_ids(body.prompt)
     form = await service.forms.of(body.response_format)
     comparison = Comparison(service, body, prompt, form)
-    document = await comparison.run(record)
+    document = await comparison.run(record, deadline)
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -96,7 +98,6 @@ class Comparison:
     def __init__(self, service: Service, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
         self._service, self._body, self._prompt = service, body, prompt
         self._id = new_id("cmp")
-        self._timeout_seconds = timeout_of(body, service.settings.request_timeout)
         seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
         self._sampling = service.codec.sampling(seeded, len(prompt), logprobs=0, form=form)
         self._format = RowFormat(service.info, body.scalings_dtype)
@@ -114,10 +115,8 @@ class Comparison:
         stops = body.stop or []
         self._generation = Generation(service.client, service.codec, requests, stops, self._format)
 
-    async def run(self, record: RequestRecord) -> dict[str, Any]:
+    async def run(self, record: RequestRecord, deadline: float) -> dict[str, Any]:
         """Generates, scores, and tells."""
-        now = asyncio.get_running_loop().time
-        deadline = now() + self._timeout_seconds
         record.model, record.response_id, record.sampling = self._service.info.model, self._id, self._sampling
         if self._written:
             await self._generate(record, deadline)

@@ -10,10 +10,12 @@ from fastapi import Request as HttpRequest
 
 from service.api.answers import GenerateAnswer
 from service.api.choice import Piece
+from service.api.deadlines import before, deadline_of
 from service.api.errors import GENERATION_ERRORS, answered, documented
 from service.api.examples import GENERATE_ANSWER, GENERATE_BODIES, GENERATE_EVENTS
 from service.api.json_body import JsonRoute
 from service.api.protocol import GenerateBody
+from service.api.record import record_of
 from service.api.run import RowEvents, Run, respond, scalings_of
 from service.api.sse import event
 from service.api.state import Service, new_id, service_of
@@ -34,9 +36,11 @@ async def generate(
     service: Annotated[Service, Depends(service_of)],
 ) -> Response:
     """The scalings of a generated token are those of the position that produced it, its predecessor."""
-    prompt = await service.codec.prompt_ids(body.prompt)
-    form = await service.forms.of(body.response_format)
-    run = Run(service, new_id("gen"), [prompt], body, body, logprobs=body.logprobs, form=form)
+    deadline = deadline_of(record_of(http_request.scope), body, service.settings.request_timeout)
+    async with before(deadline):
+        prompt = await service.codec.prompt_ids(body.prompt)
+        form = await service.forms.of(body.response_format)
+    run = Run(service, new_id("gen"), [prompt], body, body, deadline=deadline, logprobs=body.logprobs, form=form)
     return await respond(http_request, run, GenerateWriter(run), body.stream)
 
 

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 
 from service.api import models
 from service.api.choice import Piece
+from service.api.deadlines import before, deadline_of
 from service.api.errors import GENERATION_ERRORS, answered, documented
 from service.api.examples import (
     CHAT_ANSWER,
@@ -36,6 +37,7 @@ from service.api.openai_protocol import (
     ModelList,
     OpenAIFields,
 )
+from service.api.record import record_of
 from service.api.run import RowEvents, Run, respond, scalings_of
 from service.api.sse import event
 from service.api.state import Service, new_id, service_of
@@ -59,16 +61,20 @@ async def completions(
 ) -> Response:
     """Several prompts at once; the choices of prompt i have the indices i * n to i * n + n - 1."""
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
-    prompts = await service.codec.all_prompt_ids(body.prompt)
+    deadline = deadline_of(record_of(http_request.scope), body, service.settings.request_timeout)
+    async with before(deadline):
+        prompts = await service.codec.all_prompt_ids(body.prompt)
+        form = await service.forms.of(body.response_format)
     run = Run(
         service,
         new_id("cmpl"),
         prompts,
         body,
         xlora,
+        deadline=deadline,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
-        form=await service.forms.of(body.response_format),
+        form=form,
     )
     return await respond(http_request, run, CompletionWriter(run, body), body.stream)
 
@@ -86,10 +92,12 @@ async def chat_completions(
 ) -> Response:
     """The messages become a prompt by the model's own chat template."""
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
-    prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
+    deadline = deadline_of(record_of(http_request.scope), body, service.settings.request_timeout)
+    async with before(deadline):
+        prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
+        form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    form = await service.forms.of(body.response_format)
-    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, logprobs=logprobs, form=form)
+    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, deadline=deadline, logprobs=logprobs, form=form)
     return await respond(http_request, run, ChatWriter(run, body), body.stream)
 
 

@@ -19,7 +19,7 @@ from fastapi import Response
 
 from service.api.admission import Ticket
 from service.api.choice import Generation, Piece
-from service.api.fields import MAX_CHOICES, OneTextFields, SamplingFields, XLoraFields
+from service.api.fields import MAX_CHOICES, SamplingFields, XLoraFields
 from service.api.off_loop import off_loop
 from service.api.record import RequestRecord, record_of
 from service.api.rows import RowFormat, join
@@ -46,18 +46,19 @@ class Run:
         body: SamplingFields,
         xlora: XLoraFields,
         *,
+        deadline: float,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         form: TextForm | None = None,
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
         self.id = id
+        self.deadline = deadline
         self.codec = service.codec
         self.info = service.info
         self.steering = as_used(xlora)
         self.row_format = RowFormat(service.info, xlora.scalings_dtype)
         self.wants_rows = xlora.return_scalings in ("mean", "full")
-        self.timeout_seconds = timeout_of(body, service.settings.request_timeout)
         self.sampling = _sampling(service, body, prompts, logprobs, prompt_logprobs, form)
         _check_rows_start(xlora, prompts)
         requests = [
@@ -81,12 +82,11 @@ class Run:
     async def pieces(self, record: RequestRecord) -> AsyncGenerator[list[Piece], None]:
         """Lists of pieces that came together, while the queue's accounts, the metrics and the record are kept."""
         service, generation = self._service, self.generation
-        now = asyncio.get_running_loop().time
         record.model, record.response_id, record.sampling = self.info.model, self.id, self.sampling[0]
-        with service.admission.admit(generation.requests, now()) as ticket:
+        with service.admission.admit(generation.requests, asyncio.get_running_loop().time()) as ticket:
             observer = Observer(service, generation, ticket, record)
             try:
-                async with aclosing(generation.pieces(now() + self.timeout_seconds)) as stream:
+                async with aclosing(generation.pieces(self.deadline)) as stream:
                     async for together in stream:
                         observer.observe(together)
                         yield together
@@ -111,13 +111,13 @@ class Writer(Protocol):
 
 
 async def respond(http_request: HttpRequest, run: Run, writer: Writer, stream: bool | None) -> Response:
-    """The answer to one call; when the client goes away, the engine's work on it ends."""
+    """The answer to one call; when the client goes away, and at the deadline, the engine's work on it ends."""
     record = record_of(http_request.scope)
     record.stream = bool(stream)
     if stream:
-        return EventStream(_events(run, writer, record))
+        return EventStream(_events(run, writer, record), run.deadline)
     try:
-        content = await until_disconnect(http_request.receive, _whole(run, writer, record))
+        content = await until_disconnect(http_request.receive, _whole(run, writer, record), run.deadline)
     except ClientGoneError:
         record.outcome = "cancelled"
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -234,16 +234,6 @@ class RowEvents:
         document = self._run.row_format.document(piece.rows, piece.rows.start, names=piece.index not in self._named)
         self._named.add(piece.index)
         return document
-
-
-def timeout_of(body: OneTextFields, limit: float) -> float:
-    """Seconds that a call may take. Raises InvalidRequestError above the server's limit."""
-    if body.timeout is not None and body.timeout > limit:
-        raise InvalidRequestError(
-            f"timeout is {body.timeout:g}; this server allows {limit:g} seconds at most (--request-timeout)",
-            param="timeout",
-        )
-    return limit if body.timeout is None else body.timeout
 
 
 def _sampling(

@@ -20,6 +20,7 @@ from fastapi import Request as HttpRequest
 
 from service.api import heatmap
 from service.api.answers import ScalingsAnswer, ScalingsBatchAnswer
+from service.api.deadlines import deadline_of
 from service.api.errors import GENERATION_ERRORS, documented
 from service.api.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
 from service.api.gate_view import View, divergence, over_sites, shares, summarise
@@ -68,8 +69,9 @@ async def scalings(
 ) -> Response:
     """Row i is what the gate makes of the text up to token i: the weights with which token i + 1 would be predicted."""
     record = record_of(http_request.scope)
+    deadline = deadline_of(record, None, service.settings.request_timeout)
     try:
-        content = await until_disconnect(http_request.receive, answer(body, service, record))
+        content = await until_disconnect(http_request.receive, answer(body, service, record, deadline), deadline)
     except ClientGoneError:
         record.outcome = "cancelled"
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -96,7 +98,7 @@ class Table:
     top1: list[list[float]]  # [rows, E]; of groups only
 
 
-async def answer(body: ScalingsBody, service: Service, record: RequestRecord) -> bytes:
+async def answer(body: ScalingsBody, service: Service, record: RequestRecord, deadline: float) -> bytes:
     """The whole answer in the asked format. Raises InvalidRequestError before anything is computed."""
     prompts = await service.codec.all_prompt_ids(body.texts)
     view = View.of(body, service.info)
@@ -117,9 +119,8 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord) ->
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     record.model, record.response_id, record.prompt_tokens = service.info.model, id, tokens
     format = RowFormat(service.info)
-    now = asyncio.get_running_loop().time()
-    deadline, all_scores = now + service.settings.request_timeout, [one for own in scores for one in own]
-    with service.admission.admit([*requests, *all_scores], now) as ticket:
+    all_scores = [one for own in scores for one in own]
+    with service.admission.admit([*requests, *all_scores], asyncio.get_running_loop().time()) as ticket:
         found = await scaling_rows(service.client, requests, format, deadline)
         logprobs = await log_probabilities(service.client, all_scores, ticket, deadline)
     usages = [usage for _, usage in found]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import gc
 import logging
 import math
@@ -32,7 +31,7 @@ from prometheus_client import (
 
 from service.api import logs
 from service.api.app import create_app
-from service.api.connections import HttpProtocol
+from service.api.connections import ConnectionLimits, http_protocol
 from service.api.state import Service
 from service.api.tracing import SpanExport
 from service.cli import given_settings
@@ -101,12 +100,13 @@ def assemble(settings: Settings, failed: asyncio.Event | None = None) -> tuple[F
 
 def configuration(app: Any, settings: Settings) -> uvicorn.Config:
     """uvicorn's settings. Raises SettingsError for TLS files that do not work."""
+    limits = ConnectionLimits(settings.max_header_bytes, settings.keep_alive, settings.write_timeout)
     config = uvicorn.Config(
         app,
         log_config=None,
         log_level="error",  # its warnings are of what clients send, and are answered
         access_log=False,
-        http=functools.partial(HttpProtocol, max_header_bytes=settings.max_header_bytes),  # type: ignore[arg-type]
+        http=http_protocol(limits),  # type: ignore[arg-type]
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS + _LAST_TASKS_SECONDS,

@@ -167,16 +167,6 @@ def test_what_is_not_http(address: tuple[str, int]) -> None:
     assert b'"error"' in answer
 
 
-@pytest.mark.parametrize("start", [b"", b"GET /livez HTTP/1.1\r\nHo"])
-def test_a_connection_that_says_too_little_is_closed(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch, start: bytes
-) -> None:
-    monkeypatch.setattr("service.api.connections._HEADER_SECONDS", 0.05)
-    with socket.create_connection(address, timeout=5) as connection:
-        connection.sendall(start)
-        assert connection.recv(100) == b""
-
-
 def test_tls_files_that_do_not_work_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.pem"):
         configuration(None, Settings(ssl_certfile=str(tmp_path / "nowhere.pem")))
