@@ -24,9 +24,15 @@ from tests.api.conftest import ThreadClient
 
 
 @contextmanager
-def running(client: ThreadClient, settings: Settings, app: FastAPI | None = None) -> Iterator[tuple[str, int]]:
-    """uvicorn as the serve command sets it up, in a thread; `app` is an application of `client` that was changed."""
+def running(
+    client: ThreadClient, settings: Settings, app: FastAPI | None = None, *, send_buffer_bytes: int = 0
+) -> Iterator[tuple[str, int]]:
+    """uvicorn as the serve command sets it up, in a thread; with a kernel that holds little of what is sent. `app` is
+    an application of `client` that was changed.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
+    if send_buffer_bytes:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     app = app or create_app(client, settings, Metrics(CollectorRegistry()))
     server = uvicorn.Server(configuration(app, settings))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
@@ -49,10 +55,14 @@ def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
         yield address
 
 
+def post(body: bytes, path: str = "/generate") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
 def send(address: tuple[str, int], body: bytes, path: str = "/generate") -> socket.socket:
     connection = socket.create_connection(address)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
+    connection.sendall(post(body, path))
     return connection
 
 

@@ -1,0 +1,146 @@
+"""A call ends at its deadline wherever it is: preparing, computing, drawing, or stuck in its client's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from service.api.deadlines import deadline_of
+from service.api.protocol import GenerateBody
+from service.api.record import RequestRecord
+from service.api.scalings import Renderer
+from service.api.state import Service
+from service.api.text import TextCodec
+from service.settings import Settings
+from tests.api.conftest import ThreadClient, serving
+from tests.api.test_connections import post, running, wait_for
+from tests.api.test_errors import error_of
+
+FORM = {"response_format": {"type": "json_object"}}
+CALLS: dict[str, dict[str, Any]] = {
+    "/generate": {"prompt": "a"},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/compare": {"prompt": "a", "settings": [{}, {"experts": {"only": []}}]},
+    "/scalings": {"prompt": "a"},
+}
+SEATS = 16
+
+
+@pytest.fixture
+def http(client: ThreadClient) -> Iterator[TestClient]:
+    with serving(client, request_timeout=1) as http:
+        yield http
+
+
+async def for_ever(*_: Any) -> None:
+    await asyncio.sleep(3600)
+
+
+def times_out(http: TestClient, path: str, body: dict[str, Any]) -> None:
+    began = time.monotonic()
+    assert error_of(http.post(path, json=body), 504)["code"] == "timeout"
+    assert time.monotonic() - began < 5
+    assert f'xlora_requests_total{{endpoint="{path}",outcome="timeout"}} 1.0' in http.get("/metrics").text
+
+
+def test_a_deadline_counts_from_the_request_s_arrival() -> None:
+    """Not from the moment at which its body was read, its form compiled or its prompt queued."""
+
+    async def left(body: GenerateBody | None) -> float:
+        record = RequestRecord("id", "POST", "/generate", started=time.perf_counter() - 50)
+        return deadline_of(record, body, 600) - asyncio.get_running_loop().time()
+
+    assert asyncio.run(left(None)) == pytest.approx(550, abs=5)
+    assert asyncio.run(left(GenerateBody(prompt="a", timeout=100))) == pytest.approx(50, abs=5)
+    assert asyncio.run(left(GenerateBody(prompt="a", timeout=10))) == pytest.approx(-40, abs=5)
+
+
+@pytest.mark.parametrize("path", [path for path in CALLS if path != "/scalings"])
+def test_a_form_that_compiles_too_long(http: TestClient, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """The queue of new forms may be longer than a caller wants to wait."""
+
+    class Forms:
+        of = for_ever
+
+    monkeypatch.setattr(Service, "forms", property(lambda service: Forms()))
+    times_out(http, path, CALLS[path] | FORM | ({} if path == "/compare" else {"stream": True}))
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_a_prompt_that_is_read_too_long(http: TestClient, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(TextCodec, "prompt_ids", for_ever)
+    monkeypatch.setattr(TextCodec, "chat_ids", for_ever)
+    times_out(http, path, CALLS[path])
+
+
+def test_an_answer_that_is_drawn_too_long(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread cannot be ended; nobody waits for it."""
+    end = threading.Event()
+    monkeypatch.setattr(Renderer, "render", lambda *_: end.wait(30) and b"")
+    times_out(http, "/scalings", CALLS["/scalings"])
+    end.set()
+
+
+@pytest.mark.parametrize("path", CALLS)
+def test_an_engine_that_computes_too_long(http: TestClient, client: ThreadClient, path: str) -> None:
+    client.engine.step_seconds = 3
+    times_out(http, path, CALLS[path])
+    assert http.app.state.service.admission.running == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "wishes", "n"),
+    [
+        ("/generate", {"logprobs": 20}, 2),
+        ("/generate", {"logprobs": 20}, SEATS),
+        ("/v1/completions", {"logprobs": 5}, SEATS),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 20}, SEATS),
+    ],
+)
+def test_a_reader_that_never_reads_gives_all_back(
+    client: ThreadClient, path: str, wishes: dict[str, Any], n: int
+) -> None:
+    """Its stream ended for everybody but for the queue's accounts: others got 429 as long as its socket was open."""
+    client.engine.step_seconds = 0.01
+    body = CALLS[path] | wishes | {"max_tokens": 80, "n": n, "stream": True, "timeout": 1}
+    settings, another = Settings(max_num_seqs=SEATS, max_queued_requests=1), {"prompt": "a", "max_tokens": 1, "n": 2}
+    with running(client, settings, send_buffer_bytes=2048) as address, ExitStack() as stack:
+        url = f"http://{address[0]}:{address[1]}"
+        readers = [stack.enter_context(never_reads(address, path, body)) for _ in range(SEATS // n + 1)]
+        assert wait_for(lambda: len(client.engine.choices) == SEATS + n)
+        assert httpx.post(f"{url}/generate", json=another).status_code == 429
+        assert wait_for(lambda: not client.engine.choices)
+        assert httpx.post(f"{url}/generate", json=another).status_code == 200
+        outcome = f'xlora_requests_total{{endpoint="{path}",outcome="timeout"}} {len(readers)}.0'
+        assert wait_for(lambda: outcome in httpx.get(f"{url}/metrics").text)
+        assert all(ends(reader) for reader in readers)
+
+
+def never_reads(address: tuple[str, int], path: str, body: dict[str, Any]) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect(address)
+    connection.sendall(post(json.dumps(body).encode(), path))
+    return connection
+
+
+def ends(connection: socket.socket) -> bool:
+    """Whether the server has ended the connection, after what it had sent."""
+    connection.settimeout(5)
+    try:
+        while connection.recv(1 << 20):
+            pass
+    except ConnectionError:
+        pass
+    return True

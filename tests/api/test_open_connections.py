@@ -1,0 +1,101 @@
+"""Short of descriptors, the idlest connection goes; and what all of them cost."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+
+from service.api.open_connections import RESERVED_DESCRIPTORS, OpenConnections, descriptor_limit
+
+LIMIT = 64
+FREE = LIMIT - RESERVED_DESCRIPTORS - 1  # the highest descriptor that is no sign of want
+
+
+class Connection:
+    def __init__(self, holds: bool = False) -> None:
+        self.holds = holds
+        self.gone = False
+        self.looks: list[float] = []
+
+    def look(self, now: float) -> None:
+        self.looks.append(now)
+
+    def let_go(self) -> bool:
+        self.gone = not self.holds
+        return self.gone
+
+
+def gone(*connections: Connection) -> list[bool]:
+    return [one.gone for one in connections]
+
+
+def test_the_idlest_goes_when_descriptors_run_short() -> None:
+    """One for each that comes; not the newcomer, and not twice the same."""
+
+    async def scene() -> None:
+        book = OpenConnections(1.0, LIMIT)
+        first, second, third = (Connection() for _ in range(3))
+        for one in (first, second, third):
+            book.add(one, FREE)
+        book.mark_busy(first)
+        assert gone(first, second, third) == [False, False, False]
+        book.add(newcomer := Connection(), FREE + 1)
+        assert gone(first, second, third, newcomer) == [False, True, False, False]
+        book.mark_idle(first)
+        book.add(Connection(), FREE + 9)
+        assert gone(first, second, third, newcomer) == [False, True, True, False]
+        book.add(Connection(), LIMIT)
+        assert gone(first, newcomer) == [False, True]  # idle since before `first` was again
+        book.discard(first)
+        book.add(Connection(), LIMIT)
+        assert gone(first) == [False]
+
+    asyncio.run(scene())
+
+
+def test_who_answers_or_has_an_answer_to_take_stays() -> None:
+    async def scene() -> None:
+        book = OpenConnections(1.0, LIMIT)
+        busy, taking, idle = Connection(), Connection(holds=True), Connection()
+        for one in (busy, taking, idle):
+            book.add(one, FREE)
+        book.mark_busy(busy)
+        for _ in range(5):
+            book.add(one := Connection(), FREE + 1)
+            book.mark_busy(one)
+        assert gone(busy, taking, idle, one) == [False, False, True, False]
+
+    asyncio.run(scene())
+
+
+def test_all_are_looked_at_as_long_as_there_are_some() -> None:
+    async def scene() -> None:
+        book = OpenConnections(0.01, LIMIT)
+        one, other = Connection(), Connection()
+        book.add(one, FREE)
+        book.add(other, FREE)
+        await asyncio.sleep(0.2)
+        assert len(one.looks) > 2
+        assert len(other.looks) > 2
+        assert one.looks == sorted(one.looks)
+        book.discard(one)
+        book.discard(other)
+        await asyncio.sleep(0.05)
+        seen = len(other.looks)
+        await asyncio.sleep(0.05)
+        assert len(other.looks) == seen
+        book.add(other, FREE)
+        await asyncio.sleep(0.05)
+        assert len(other.looks) > seen
+
+    asyncio.run(scene())
+
+
+def test_the_limit_is_the_process_s_own() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert descriptor_limit() == soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+        assert descriptor_limit() == soft - 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
