@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import enum
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -25,8 +24,6 @@ from service.api.outflow import Outflow
 from service.errors import HeadersTooLargeError, InvalidRequestError
 
 _HEADER_OVERHEAD_BYTES = 4  # colon, space, line break
-_LONGEST_LOOK_SECONDS = 1.0
-_LOOKS_PER_LIMIT = 4
 _EXTENSION = "xlora.connection"  # in the ASGI scope
 
 
@@ -61,9 +58,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._phase_ends_at = 0.0
         self._head_bytes = 0  # of chunks that are all of one head
         self._trailer_bytes = 0
-        self._begun = 0  # requests
-        self._received = 0  # of these are whole
-        self._answered = 0  # the last of them perhaps before it was whole
+        self._received = 0  # whole requests
+        self._answered = 0  # one more, where an answer has come before the request was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the loop."""
@@ -71,7 +67,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._outflow = Outflow(transport, self.loop.time())
         self._extensions: dict[str, dict[object, object]] = {_EXTENSION: {"abort": transport.abort}}
         self._enter(Phase.HEAD)
-        self._others.add(self, transport.get_extra_info("socket").fileno())
+        self._others.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop."""
@@ -80,9 +76,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
-        begun = self._begun
+        received = self._received
         super().data_received(data)
-        if self._phase is Phase.HEAD and self._begun == begun:  # else the most of it may be other requests
+        if self._phase is Phase.HEAD and self._received == received:  # else the most of it may be other requests
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.header_bytes and not self.transport.is_closing():
                 self._refuse_unfinished_head()
@@ -91,7 +87,6 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by the parser."""
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
-        self._begun += 1
         self._enter(Phase.HEAD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -179,13 +174,6 @@ class HttpProtocol(HttpToolsProtocol):
             f"the request line and headers are larger than {self._limits.header_bytes} bytes",
             hint="the server's --max-header-bytes sets the limit",
         )
-
-
-def http_protocol(limits: ConnectionLimits) -> partial[HttpProtocol]:
-    """The protocol of one server's connections."""
-    shortest = min(limits.header_seconds, limits.body_seconds, limits.keep_alive_seconds, limits.write_seconds)
-    connections = OpenConnections(min(shortest / _LOOKS_PER_LIMIT, _LONGEST_LOOK_SECONDS))
-    return partial(HttpProtocol, limits=limits, connections=connections)
 
 
 def abort_connection(scope: Scope) -> bool:

@@ -9,6 +9,7 @@ import resource
 import sys
 from typing import Protocol
 
+LOOK_SECONDS = 1.0
 RESERVED_DESCRIPTORS = 16  # for files, and for the pipes of processes, that the server opens by itself
 
 
@@ -29,18 +30,16 @@ class OpenConnections:
     with every request.
     """
 
-    def __init__(self, look_seconds: float, max_descriptors: int | None = None) -> None:
-        """`look_seconds` is how late a connection may end; the process's soft limit of descriptors is the default."""
+    def __init__(self, look_seconds: float = LOOK_SECONDS, max_descriptors: int | None = None) -> None:
+        """`look_seconds` is how late a connection may end; `max_descriptors` is the process's soft limit by default."""
         self._look_seconds = look_seconds
         self._max_descriptors = descriptor_limit() if max_descriptors is None else max_descriptors
         self._connections: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # those without a whole request in progress, idlest first
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, connection: Connection, descriptor: int) -> None:
-        """A new one, idle. The kernel gives the lowest free number: a high one tells that few are left."""
-        if descriptor >= self._max_descriptors - RESERVED_DESCRIPTORS:
-            self._let_idlest_go()
+    def add(self, connection: Connection) -> None:
+        """A new one, idle."""
         self._connections.add(connection)
         self.mark_idle(connection)
         if self._timer is None:
@@ -60,10 +59,16 @@ class OpenConnections:
         """A whole request has come."""
         self._idle.pop(connection, None)
 
-    def _let_idlest_go(self) -> None:
+    def make_room(self, descriptor: int) -> None:
+        """One with this number is about to come. The kernel gives the lowest free one: a high one tells of want."""
+        if descriptor >= self._max_descriptors - RESERVED_DESCRIPTORS:
+            self.let_idlest_go()
+
+    def let_idlest_go(self) -> None:
+        """Ends that which has been idle longest, where there is one."""
         for connection in list(self._idle):
             if connection.let_go():
-                del self._idle[connection]
+                self._idle.pop(connection, None)
                 return
 
     def _look(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import logging
 import math
@@ -30,8 +31,10 @@ from prometheus_client import (
 )
 
 from service.api import logs
+from service.api.acceptor import Acceptor
 from service.api.app import create_app
-from service.api.connections import ConnectionLimits, http_protocol
+from service.api.connections import ConnectionLimits, HttpProtocol
+from service.api.open_connections import OpenConnections
 from service.api.state import Service
 from service.api.tracing import SpanExport
 from service.cli import given_settings
@@ -75,7 +78,8 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     app, spans = assemble(settings, failed)
     gc.freeze()  # what is there now stays: a garbage collection that walks over it stops the loop for 100 ms
     service: Service = app.state.service
-    server = Server(configuration(app, settings), service)
+    connections = OpenConnections()
+    server = Server(configuration(app, settings, connections), service, connections)
     watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
     try:
@@ -98,15 +102,15 @@ def assemble(settings: Settings, failed: asyncio.Event | None = None) -> tuple[F
     return create_app(client, settings, Metrics(registry), failed, spans), spans
 
 
-def configuration(app: Any, settings: Settings) -> uvicorn.Config:
-    """uvicorn's settings. Raises SettingsError for TLS files that do not work."""
+def configuration(app: Any, settings: Settings, connections: OpenConnections) -> uvicorn.Config:
+    """uvicorn's settings; the connections will add themselves. Raises SettingsError for TLS files that do not work."""
     limits = ConnectionLimits(settings.max_header_bytes, settings.keep_alive, settings.write_timeout)
     config = uvicorn.Config(
         app,
         log_config=None,
         log_level="error",  # its warnings are of what clients send, and are answered
         access_log=False,
-        http=http_protocol(limits),  # type: ignore[arg-type]
+        http=functools.partial(HttpProtocol, limits=limits, connections=connections),  # type: ignore[arg-type]
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS + _LAST_TASKS_SECONDS,
@@ -128,10 +132,11 @@ def configuration(app: Any, settings: Settings) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """uvicorn's server, which a signal tells to drain first."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, connections: OpenConnections) -> None:
         super().__init__(config)
         self.hurried = False  # told a second time: nothing is waited for
         self._service = service
+        self._connections = connections
         self._signal = signal.SIGTERM
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -141,6 +146,14 @@ class Server(uvicorn.Server):
         self.hurried = self._service.draining
         self._signal = signal.Signals(sig)
         self._service.draining = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn, to which our acceptors are its servers."""
+        await super().startup([])
+        given = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        protocols = functools.partial(self.config.http_protocol_class, **given)
+        acceptors = [Acceptor(one, protocols, self.config.ssl, self._connections) for one in sockets or ()]
+        self.servers += acceptors  # type: ignore[arg-type]
 
     def stop(self) -> None:
         """Ends the server as the signal wanted."""

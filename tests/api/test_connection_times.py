@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +20,10 @@ import uvicorn
 import uvloop
 from starlette.types import Receive, Scope, Send
 
-from service.api.connections import ConnectionLimits, HttpProtocol, http_protocol
+from service.api.connections import ConnectionLimits, HttpProtocol
+from service.api.open_connections import OpenConnections
 from service.api.security import BodyLimit
+from service.commands.serve import Server
 from service.settings import Settings
 from tests.api.test_connections import wait_for
 
@@ -88,10 +91,10 @@ def serving(
     loops: Callable[[], asyncio.AbstractEventLoop], times: dict[str, float], **config: str
 ) -> Iterator[Running]:
     app, listener = Application(), socket.create_server(("127.0.0.1", 0))
-    protocol = http_protocol(ConnectionLimits(header_bytes=2048, **times))
-    server = uvicorn.Server(
-        uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, **config)
-    )
+    limits, connections = ConnectionLimits(header_bytes=2048, **times), OpenConnections(look_seconds=0.1)
+    protocol = partial(HttpProtocol, limits=limits, connections=connections)
+    given = {"http": protocol, "ws": "none", "lifespan": "off", "log_config": None, "access_log": False}
+    server = Server(uvicorn.Config(app, **given, **config), None, connections)
 
     def run() -> None:
         with asyncio.Runner(loop_factory=loops) as runner:
@@ -307,8 +310,6 @@ def test_tls_holds_nothing_longer(
 
 def test_the_application_s_own_limit_on_bodies_answers_first() -> None:
     """408 is a better end than a closed connection."""
-    limits = http_protocol(ConnectionLimits(1024, 75, 30)).keywords["limits"]
     *_, seconds = BodyLimit.__init__.__defaults__ or ()
-    assert seconds < limits.body_seconds
+    assert seconds < ConnectionLimits(1024, 75, 30).body_seconds
     assert Settings().keep_alive > 60  # the usual load balancers' idle time, who would send on a closing connection
-    assert issubclass(HttpProtocol, asyncio.Protocol)

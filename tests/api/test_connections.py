@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from service.api.app import create_app
-from service.commands.serve import configuration
+from service.api.open_connections import OpenConnections
+from service.commands.serve import Server, configuration
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.api.conftest import ThreadClient
@@ -34,7 +34,8 @@ def running(
     if send_buffer_bytes:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
     app = app or create_app(client, settings, Metrics(CollectorRegistry()))
-    server = uvicorn.Server(configuration(app, settings))
+    connections = OpenConnections()
+    server = Server(configuration(app, settings, connections), app.state.service, connections)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     host, port = listener.getsockname()

@@ -1,4 +1,4 @@
-"""Short of descriptors, the idlest connection goes; and what all of them cost."""
+"""Short of descriptors, the idlest connection goes; and all are looked at as long as there are some."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ class Connection:
         return self.gone
 
 
+class Book(OpenConnections):
+    """`come` is what an acceptor does."""
+
+    def come(self, descriptor: int = FREE, holds: bool = False) -> Connection:
+        self.make_room(descriptor)
+        self.add(connection := Connection(holds))
+        return connection
+
+
 def gone(*connections: Connection) -> list[bool]:
     return [one.gone for one in connections]
 
@@ -33,35 +42,31 @@ def test_the_idlest_goes_when_descriptors_run_short() -> None:
     """One for each that comes; not the newcomer, and not twice the same."""
 
     async def scene() -> None:
-        book = OpenConnections(1.0, LIMIT)
-        first, second, third = (Connection() for _ in range(3))
-        for one in (first, second, third):
-            book.add(one, FREE)
+        book = Book(max_descriptors=LIMIT)
+        first, second, third = book.come(), book.come(), book.come()
         book.mark_busy(first)
         assert gone(first, second, third) == [False, False, False]
-        book.add(newcomer := Connection(), FREE + 1)
+        newcomer = book.come(FREE + 1)
         assert gone(first, second, third, newcomer) == [False, True, False, False]
         book.mark_idle(first)
-        book.add(Connection(), FREE + 9)
-        assert gone(first, second, third, newcomer) == [False, True, True, False]
-        book.add(Connection(), LIMIT)
-        assert gone(first, newcomer) == [False, True]  # idle since before `first` was again
+        book.come(FREE + 9)
+        assert gone(first, third, newcomer) == [False, True, False]
+        book.come(LIMIT)
+        assert gone(first, newcomer) == [False, True]  # `first` has just had an answer
         book.discard(first)
-        book.add(Connection(), LIMIT)
+        book.come(LIMIT)
         assert gone(first) == [False]
 
     asyncio.run(scene())
 
 
-def test_who_answers_or_has_an_answer_to_take_stays() -> None:
+def test_who_is_answered_or_has_an_answer_to_take_stays() -> None:
     async def scene() -> None:
-        book = OpenConnections(1.0, LIMIT)
-        busy, taking, idle = Connection(), Connection(holds=True), Connection()
-        for one in (busy, taking, idle):
-            book.add(one, FREE)
+        book = Book(max_descriptors=LIMIT)
+        busy, taking, idle = book.come(), book.come(holds=True), book.come()
         book.mark_busy(busy)
         for _ in range(5):
-            book.add(one := Connection(), FREE + 1)
+            one = book.come(FREE + 1)
             book.mark_busy(one)
         assert gone(busy, taking, idle, one) == [False, False, True, False]
 
@@ -70,10 +75,8 @@ def test_who_answers_or_has_an_answer_to_take_stays() -> None:
 
 def test_all_are_looked_at_as_long_as_there_are_some() -> None:
     async def scene() -> None:
-        book = OpenConnections(0.01, LIMIT)
-        one, other = Connection(), Connection()
-        book.add(one, FREE)
-        book.add(other, FREE)
+        book = Book(look_seconds=0.01)
+        one, other = book.come(), book.come()
         await asyncio.sleep(0.2)
         assert len(one.looks) > 2
         assert len(other.looks) > 2
@@ -84,8 +87,8 @@ def test_all_are_looked_at_as_long_as_there_are_some() -> None:
         seen = len(other.looks)
         await asyncio.sleep(0.05)
         assert len(other.looks) == seen
-        book.add(other, FREE)
-        await asyncio.sleep(0.05)
+        book.add(other)
+        await asyncio.sleep(0.2)
         assert len(other.looks) > seen
 
     asyncio.run(scene())

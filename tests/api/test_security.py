@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.connections import HttpProtocol
+from service.api.open_connections import OpenConnections
 from service.api.security import BodyLimit, Keys
 from service.commands.serve import configuration
 from service.errors import SettingsError
@@ -169,7 +169,6 @@ def test_what_is_not_http(address: tuple[str, int]) -> None:
 
 def test_tls_files_that_do_not_work_are_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"nowhere\.pem"):
-        configuration(None, Settings(ssl_certfile=str(tmp_path / "nowhere.pem")))
+        configuration(None, Settings(ssl_certfile=str(tmp_path / "nowhere.pem")), OpenConnections())
     with pytest.raises(SettingsError, match="need --ssl-certfile"):
-        configuration(None, Settings(ssl_keyfile="key.pem"))
-    assert issubclass(HttpProtocol, asyncio.Protocol)
+        configuration(None, Settings(ssl_keyfile="key.pem"), OpenConnections())
