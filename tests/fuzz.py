@@ -1,4 +1,5 @@
-"""schemathesis against the real server: every operation of the OpenAPI document, every check, keys included.
+"""schemathesis against the real server: every operation of the OpenAPI document, every check, keys included; before it,
+connections that misbehave (fuzz_connections.py).
 
     python -m tests.fuzz [CASES_PER_OPERATION] [MORE FLAGS OF SCHEMATHESIS]
 
@@ -9,12 +10,14 @@ found something. The server has a short context, so that a case takes millisecon
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests import fuzz_paths
+from tests.fuzz_connections import fuzz_connections
 from tests.fuzz_paths import KEY
 from tests.server_process import Server, server
 
@@ -43,6 +46,8 @@ def fuzz(running: Server, cases: int, *flags: str) -> subprocess.CompletedProces
 def main(arguments: list[str]) -> int:
     """The full run, on the demo."""
     cases, *flags = arguments or ["100"]
+    seed = random.randrange(1 << 32)
+    print(f"connections, seed {seed}: {dict(fuzz_connections(count=2000, seconds=60, seed=seed))}")
     os.environ["XLORA_API_KEYS"] = KEY
     with server("--threads", "1", "--max-model-len", "128", "--log-level", "error") as running:
         finished = fuzz(running, int(cases), *flags)

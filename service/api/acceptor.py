@@ -81,6 +81,7 @@ class Acceptor:
 
     async def _open(self, connection: socket.socket) -> None:
         connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does for its own servers alone
         handshake = _Handshake(asyncio.current_task())
         self._connections.add(handshake)
         seconds = None if self._context is None else HANDSHAKE_SECONDS

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.api.errors import error_response
 from service.api.open_connections import OpenConnections
@@ -54,12 +55,17 @@ class HttpProtocol(HttpToolsProtocol):
         self._limits = limits
         self._others = connections
         self._application = self.app
+        self._seconds = {
+            Phase.HEAD: limits.header_seconds,
+            Phase.BODY: limits.body_seconds,
+            Phase.REST: limits.keep_alive_seconds,
+        }
         self._phase = Phase.HEAD
         self._phase_ends_at = 0.0
         self._head_bytes = 0  # of chunks that are all of one head
         self._trailer_bytes = 0
         self._received = 0  # whole requests
-        self._answered = 0  # one more, where an answer has come before the request was whole
+        self._unanswered: deque[RequestResponseCycle] = deque()  # all but the first wait for their turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the loop."""
@@ -70,8 +76,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._others.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop."""
+        """Called by the loop. uvicorn tells the latest request alone: where several came at once, another one runs."""
         self._others.discard(self)
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -104,6 +113,7 @@ class HttpProtocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
         self.app = self._application if size <= self._limits.header_bytes else self._refuse
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -117,7 +127,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by uvicorn, whose own timer ends with the next byte, whatever that is."""
         super().on_response_complete()
         self._unset_keepalive_if_required()
-        self._answered += 1
+        self._unanswered.popleft()
         if not self._busy:
             self._enter(self._phase)  # nothing was read of it meanwhile
             self._others.mark_idle(self)
@@ -141,16 +151,10 @@ class HttpProtocol(HttpToolsProtocol):
     @property
     def _busy(self) -> bool:
         """Whether a whole request is in progress: the peer has nothing to do but to take the answer."""
-        return self._received > self._answered
+        return bool(self._unanswered) and not self._unanswered[0].more_body
 
     def _enter(self, phase: Phase) -> None:
-        limits = self._limits
-        seconds = {
-            Phase.HEAD: limits.header_seconds,
-            Phase.BODY: limits.body_seconds,
-            Phase.REST: limits.keep_alive_seconds,
-        }
-        self._phase, self._phase_ends_at = phase, self.loop.time() + seconds[phase]
+        self._phase, self._phase_ends_at = phase, self.loop.time() + self._seconds[phase]
         self._head_bytes = self._trailer_bytes = 0
 
     def _refuse_unfinished_head(self) -> None:

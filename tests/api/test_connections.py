@@ -92,6 +92,17 @@ def test_a_client_that_goes_away_costs_no_further_step(
     assert wait_for(lambda: outcome in httpx.get(url).text)
 
 
+def test_a_client_that_has_asked_twice_at_once_and_goes_away(address: tuple[str, int], client: ThreadClient) -> None:
+    """uvicorn tells the second request, which has not begun; the first went on for nobody."""
+    client.engine.step_seconds = 0.05
+    request = post(json.dumps({"prompt": "a", "max_tokens": 90, "stream": True}).encode())
+    with socket.create_connection(address) as connection:
+        connection.sendall(request + request)
+        assert wait_for(lambda: client.engine.choices)
+    assert wait_for(lambda: not client.engine.choices, 2), "still generating (90 steps take 4.5 s)"
+    assert len(client.engine.requests) == 2  # the warm-up's, and the first
+
+
 def test_a_comparison_ends_when_its_client_goes(address: tuple[str, int], client: ThreadClient) -> None:
     """While the texts are written, and while they are judged."""
     engine = client.engine

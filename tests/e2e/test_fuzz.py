@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import fuzz
+from tests.fuzz_connections import BEHAVIOURS, fuzz_connections
 from tests.fuzz_paths import ADMIN, KEY, fuzz_paths
 from tests.server_process import server
 
@@ -32,3 +33,8 @@ def test_no_path_or_header_opens_what_is_closed(tiny_bundle: Path, monkeypatch: 
     assert found == []
     assert statuses.total() >= 100
     assert {"200", "400", "401", "404", "405"} <= set(statuses)
+
+
+def test_connections_that_misbehave_leave_nothing_behind(tiny_bundle: Path) -> None:
+    seen = fuzz_connections("--model", str(tiny_bundle), count=250, seconds=20, seed=1)
+    assert seen.keys() == {one.__name__ for one in BEHAVIOURS}
