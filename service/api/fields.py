@@ -24,6 +24,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from service.api.sizes import check_schema_size, is_list_of
+
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -34,24 +36,11 @@ MAX_SEED = 2**63 - 1
 MAX_EXPERTS = 1024
 MAX_GATE_WEIGHTS = 1024
 MAX_NAME_CHARACTERS = 512
-MAX_SCHEMA_VALUES = 1 << 15  # one that has more is over forms.MAX_SCHEMA_BYTES as well
 DEFAULT_MAX_TOKENS = 128
 
 INT32 = 2**31 - 1
 UNKNOWN_FIELD = "unknown_field"  # the type of a validation error; its context has the `name`
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
-
-
-def is_list_of(kind: type, value: object) -> bool:
-    """Whether it is a list of this very type alone; what an item costs is a fraction of a step of Python."""
-    return isinstance(value, list) and set(map(type, value)) <= {kind}
-
-
-def is_prompts(value: object, most: int) -> bool:
-    """Whether it is a list of at most so many texts, or of lists of token ids."""
-    if not isinstance(value, list) or len(value) > most:
-        return False
-    return is_list_of(str, value) or (is_list_of(list, value) and all(is_list_of(int, ids) for ids in value))
 
 
 def _prompt(value: object) -> object:
@@ -61,35 +50,11 @@ def _prompt(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
-def at_most(members: int) -> BeforeValidator:
-    """An object with at most so many members: pydantic counts them only after it has looked into each."""
-
-    def check(value: object) -> object:
-        if isinstance(value, dict) and len(value) > members:
-            raise ValueError(f"has {len(value)} members; at most {members} are allowed")
-        return value
-
-    return BeforeValidator(check)
-
-
-def _schema(value: object) -> object:
-    """A schema that is worth writing out: forms.py looks at its size in bytes."""
-    values, pending = 0, [value]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, dict | list):
-            values += len(one)
-            if values > MAX_SCHEMA_VALUES:
-                raise ValueError(f"has more than {MAX_SCHEMA_VALUES} values at all depths")
-            pending.extend(one.values() if isinstance(one, dict) else one)
-    return value
-
-
 def _stops(value: object) -> object:
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return None
-    if not isinstance(stops, list) or not is_list_of(str, stops):
+    if not is_list_of(str, stops):
         raise ValueError("must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
@@ -209,7 +174,7 @@ class JsonSchema(Body):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = Field(description="Yours; changes nothing.")
     description: Annotated[str, Field(max_length=4096)] | None = Field(None, description="Yours; changes nothing.")
-    schema_: Annotated[dict[str, Any], BeforeValidator(_schema)] = Field(
+    schema_: Annotated[dict[str, Any], BeforeValidator(check_schema_size)] = Field(
         alias="schema", description="What the answer must fit."
     )
     strict: bool | None = Field(None, description="The schema is enforced in any case.")

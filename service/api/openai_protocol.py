@@ -16,10 +16,8 @@ from service.api.fields import (
     Body,
     SamplingFields,
     XLoraFields,
-    at_most,
-    is_list_of,
-    is_prompts,
 )
+from service.api.sizes import at_most, is_list_of, is_prompts
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024

@@ -20,9 +20,8 @@ from service.api.fields import (
     SteeringFields,
     TokenIds,
     XLoraFields,
-    is_list_of,
-    is_prompts,
 )
+from service.api.sizes import is_list_of, is_prompts
 
 MAX_SETTINGS = 8  # of one POST /compare
 MAX_TEXTS = 64  # of one POST /scalings

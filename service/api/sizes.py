@@ -1,0 +1,50 @@
+"""Looks at what a field was given that cost little, however much it is: the kind and the number of its items.
+
+Validation holds the event loop up, so that these come before any item is looked into.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard, TypeVar
+
+from pydantic import BeforeValidator
+
+_T = TypeVar("_T")
+
+MAX_SCHEMA_VALUES = 1 << 15  # a schema that has more is over forms.MAX_SCHEMA_BYTES as well
+
+
+def is_list_of(kind: type[_T], value: object) -> TypeGuard[list[_T]]:
+    """Whether it is a list of this very type alone; what an item costs is a fraction of a step of Python."""
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
+
+
+def is_prompts(value: object, most: int) -> bool:
+    """Whether it is a list of at most so many texts, or of lists of token ids."""
+    if not isinstance(value, list) or len(value) > most:
+        return False
+    return is_list_of(str, value) or (is_list_of(list, value) and all(is_list_of(int, ids) for ids in value))
+
+
+def at_most(members: int) -> BeforeValidator:
+    """An object with at most so many members: pydantic counts them only after it has looked into each."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > members:
+            raise ValueError(f"has {len(value)} members; at most {members} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
+def check_schema_size(value: object) -> object:
+    """A schema that is worth writing out, as forms.py does to see its bytes. Raises ValueError for one that is not."""
+    values, pending = 0, [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict | list):
+            values += len(one)
+            if values > MAX_SCHEMA_VALUES:
+                raise ValueError(f"has more than {MAX_SCHEMA_VALUES} values at all depths")
+            pending.extend(one.values() if isinstance(one, dict) else one)
+    return value
