@@ -45,7 +45,7 @@ _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 def _prompt(value: object) -> object:
     """One message for a union of two types, where pydantic would give one per member."""
-    if isinstance(value, str) or is_list_of(int, value):
+    if isinstance(value, str) or is_list_of(value, int):
         return value
     raise ValueError("must be a string or a list of token ids")
 
@@ -54,7 +54,7 @@ def _stops(value: object) -> object:
     stops = [value] if isinstance(value, str) else value
     if stops is None:
         return None
-    if not is_list_of(str, stops):
+    if not is_list_of(stops, str):
         raise ValueError("must be a string or a list of strings")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
@@ -79,7 +79,7 @@ def _layer_weights(value: object) -> object:
     """A number is one entry for every site."""
     if type(value) in (int, float):
         return [{"weight": value}]
-    if value and is_list_of(dict, value):
+    if value and is_list_of(value, dict):
         return value
     raise ValueError('must be a number or a list such as [{"weight": 1, "layers": [0, 3]}]')
 

@@ -35,7 +35,7 @@ _NO_EFFECT = "Accepted because tools send it; changes nothing."
 
 def _prompts(value: object) -> object:
     """One message for a union of four types, where pydantic would give one per member."""
-    if isinstance(value, str) or (value and is_list_of(int, value)):
+    if isinstance(value, str) or (value and is_list_of(value, int)):
         return [value]
     if value and is_prompts(value, MAX_PROMPTS):
         return value
@@ -136,7 +136,7 @@ class TextPart(Body):
 
 def _parts(value: object) -> object:
     """One message for a union of two types."""
-    if isinstance(value, str) or (value and is_list_of(dict, value)):
+    if isinstance(value, str) or (value and is_list_of(value, dict)):
         return value
     raise ValueError('must be a string or a list of parts of type "text"')
 

@@ -32,7 +32,7 @@ _FIELDS_OF_JUDGING = {"prompt", "settings", "timeout", "cache_salt"}  # of POST 
 
 def _texts(value: object) -> object:
     """One message for a union of four types."""
-    if isinstance(value, str) or is_list_of(int, value) or is_prompts(value, MAX_TEXTS):
+    if isinstance(value, str) or is_list_of(value, int) or is_prompts(value, MAX_TEXTS):
         return value
     raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_TEXTS} of either kind")
 

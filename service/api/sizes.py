@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 MAX_SCHEMA_VALUES = 1 << 15  # a schema that has more is over forms.MAX_SCHEMA_BYTES as well
 
 
-def is_list_of(kind: type[_T], value: object) -> TypeGuard[list[_T]]:
+def is_list_of(value: object, kind: type[_T]) -> TypeGuard[list[_T]]:
     """Whether it is a list of this very type alone; what an item costs is a fraction of a step of Python."""
     return isinstance(value, list) and set(map(type, value)) <= {kind}
 
@@ -23,7 +23,7 @@ def is_prompts(value: object, most: int) -> bool:
     """Whether it is a list of at most so many texts, or of lists of token ids."""
     if not isinstance(value, list) or len(value) > most:
         return False
-    return is_list_of(str, value) or (is_list_of(list, value) and all(is_list_of(int, ids) for ids in value))
+    return is_list_of(value, str) or (is_list_of(value, list) and all(is_list_of(ids, int) for ids in value))
 
 
 def at_most(members: int) -> BeforeValidator:
