@@ -79,7 +79,9 @@ def all_is_given_back(running: Server) -> None:
 
 @pytest.fixture(scope="module")
 def seats_server(tiny_bundle: Path) -> Iterator[Server]:
-    flags = ("--max-num-seqs", str(SEATS), "--max-queued-requests", str(WAITING), "--write-timeout", "2")
+    """Short times; a stream that ends early may fit the kernels' buffers, and its connection is idle then."""
+    flags = ("--max-num-seqs", str(SEATS), "--max-queued-requests", str(WAITING))
+    flags += ("--write-timeout", "2", "--keep-alive", "3")
     with server("--model", str(tiny_bundle), "--threads", "1", *flags) as running:
         yield running
 
