@@ -26,7 +26,7 @@ from service.model import kernel_library
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model_store" / "demo"
-_COMPILE_SECONDS = 600.0
+_BUILD_SECONDS = 600.0
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -59,30 +59,23 @@ def prompt_tokens(model: Path, length: int, seed: int = 0) -> list[int]:
     return tokens[:length]
 
 
-def make_engine(model: Path, *, compiled: bool = False, dtype: str = "float32", **options: Any) -> Engine:
+def make_engine(model: Path, *, dtype: str = "float32", **options: Any) -> Engine:
     """An engine for a comparison: no prefix cache and no drafts copied from earlier text unless `options` ask for them.
 
-    A `compiled` one waits for its compiled step (a minute or two where the cache has none). Raises RuntimeError where
-    that cannot be had.
+    Raises RuntimeError where it cannot have the native kernels that its options ask for.
     """
     alone = {"prefix_cache": False, "speculative_tokens": 0, **options}
-    engine = load_engine(EngineOptions(str(model), dtype=dtype, compile=compiled, **alone))
-    wait_compiled(engine)
+    engine = load_engine(EngineOptions(str(model), dtype=dtype, **alone))
+    wait_native(engine)
     return engine
 
 
-def wait_compiled(engine: Engine) -> None:
-    """Until the engine has the kernels and the compiled step that its options ask for. Raises RuntimeError where they
-    cannot be had.
-    """
+def wait_native(engine: Engine) -> None:
+    """Waits for the native kernels that its options ask for. Raises RuntimeError where they cannot be had."""
     if engine.kernels is not None:
-        engine.kernels.wait(_COMPILE_SECONDS)
+        engine.kernels.wait(_BUILD_SECONDS)
         if not engine._runner.native:
             raise RuntimeError("there are no native kernels; the log says why")
-    if engine.compilation is not None:
-        engine.compilation.wait(_COMPILE_SECONDS)
-        if engine._runner.compiled is None:
-            raise RuntimeError("the decode step could not be compiled; the log says why")
 
 
 def use_threads(count: int) -> None:

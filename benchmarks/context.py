@@ -1,6 +1,6 @@
-"""Cost of a token as the context grows, one request: ours eager and compiled, and PEFT's.
+"""Cost of a token as the context grows, one request: ours and PEFT's.
 
-    python -m benchmarks.context [--model DIR] [--contexts 128 512 1024 2048] [--tokens 64] [--repeats 5] [--eager-only]
+    python -m benchmarks.context [--model DIR] [--contexts 128 512 1024 2048] [--tokens 64] [--repeats 5]
 
 A prompt of that many tokens, then `--tokens` more, timed after the first. Drafts are forced to agree, so that every
 context has the same steps (one real and one scaling row each) whatever the text. PEFT is timed on one token: it reads
@@ -23,17 +23,15 @@ from service.engine.engine import Engine
 from tests.oracle import PeftOracle
 
 
-def engine_costs(
-    engines: dict[str, Engine], model: Path, contexts: list[int], tokens: int, repeats: int
-) -> list[dict[str, Any]]:
-    """A row per engine and context: seconds per token, medians; engines and contexts take turns."""
-    costs: dict[tuple[str, int], list[float]] = {(name, length): [] for name in engines for length in contexts}
+def our_costs(engine: Engine, model: Path, contexts: list[int], tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """A row per context: seconds per token, medians; contexts take turns."""
+    costs: dict[int, list[float]] = {length: [] for length in contexts}
     for number in range(-1, repeats):  # the first round warms up
-        for name, length in costs:
-            run = run_engine(engines[name], [prompt_tokens(model, length)], tokens)
+        for length, own in costs.items():
+            run = run_engine(engine, [prompt_tokens(model, length)], tokens)
             if number >= 0:
-                costs[name, length].append(1 / run.decode_tokens_per_second)
-    return [{"side": name, "context": length, "seconds": median(own)} for (name, length), own in costs.items()]
+                own.append(1 / run.decode_tokens_per_second)
+    return [{"side": "ours", "context": length, "seconds": median(own)} for length, own in costs.items()]
 
 
 def peft_costs(model: Path, contexts: list[int]) -> list[dict[str, Any]]:
@@ -64,21 +62,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="torch threads of both sides; default: the engine's")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
-    engines: dict[str, Engine] = {}
-    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
-        engines[name] = make_engine(args.model, compiled=name == "compiled", threads=args.threads)
-        script(engines[name], drafts_agree=True)
-    rows = engine_costs(engines, args.model, args.contexts, args.tokens, args.repeats)
+    engine = make_engine(args.model, threads=args.threads)
+    script(engine, drafts_agree=True)
+    rows = our_costs(engine, args.model, args.contexts, args.tokens, args.repeats)
     rows = with_growth(rows + peft_costs(args.model, args.contexts))
     for row in rows:
         print_row(row)
     longest = max(args.contexts)
     bars = [
-        Bar(f"{row['side']}: seconds per token at {longest} tokens over {min(args.contexts)}", "<=", 1.5, row["growth"])
+        Bar(f"seconds per token at {longest} tokens over {min(args.contexts)}", "<=", 1.5, row["growth"])
         for row in rows
-        if row["context"] == longest and row["side"] != "peft"
+        if row["context"] == longest and row["side"] == "ours"
     ]
     emit({"benchmark": "context", "threads": torch.get_num_threads(), "rows": rows}, bars)
 

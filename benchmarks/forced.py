@@ -5,8 +5,6 @@ Everything is computed as ever except what is named here; the engine itself know
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +12,9 @@ from torch import Tensor, nn
 
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner, RunResult
-from service.engine.options import EngineOptions
 from service.engine.request import Steering
 from service.engine.scheduler import Plan
 from service.model.batch import Batch
-from service.model.compiled import CompiledStep, compile_step, fingerprint
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import ForwardOutput, XLoraModel
 
@@ -44,7 +40,7 @@ class PlainBase(XLoraModel):
         return ForwardOutput(logits, self.classifier.logits(hidden[: batch.num_scaling_rows]))
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The decoder with the experts switched off; a compiled step is made of this."""
+        """The decoder with the experts switched off."""
         self.gate.clear()
         return super().run_decoder(batch, kv_cache, logit_rows)
 
@@ -65,19 +61,9 @@ class _NoGate(nn.Module):
         return logits
 
 
-def use_plain_base(engine: Engine, options: EngineOptions) -> None:
-    """Makes `engine` run the plain base; compiled, at once or after a minute, where `options` say so."""
-    runner = engine._runner
-    model = runner.model = PlainBase(runner.model)
-    if not options.compile:
-        return
-    layout, threads = model.kv_layout(options.block_size), torch.get_num_threads()
-    path = Path(options.compile_cache).expanduser() / f"base-{fingerprint(model, layout, threads)}.pt2"
-    if not path.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's compiler uses deprecated parts of torch
-            compile_step(model, layout, path, threads)
-    runner.compiled = CompiledStep(path, model, options.block_size)
+def use_plain_base(engine: Engine) -> None:
+    """Makes `engine` run the plain base."""
+    engine._runner.model = PlainBase(engine._runner.model)
 
 
 class ScriptedRunner(ModelRunner):

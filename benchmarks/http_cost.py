@@ -1,6 +1,6 @@
 """What a streamed token costs outside the model: CPU time of the API's process, of the engine's, and of the client.
 
-    python -m benchmarks.http_cost [--model DIR] [--streams 1 16] [--tokens 128] [--repeats 5] [--compile]
+    python -m benchmarks.http_cost [--model DIR] [--streams 1 16] [--tokens 128] [--repeats 5]
                                    [--against CHECKOUT] [--body '{"return_scalings": "mean"}'] [--path /generate]
 
     api_us         microseconds of CPU per token in the process that speaks HTTP, requests and metrics included
@@ -88,7 +88,6 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="servers with --compile")
     parser.add_argument("--against", type=Path, help="another checkout, such as a git worktree of an older commit")
     parser.add_argument("--path", default="/generate", help="or /v1/completions")
     parser.add_argument("--body", type=json.loads, default={}, help="more fields of each request, as JSON")
@@ -99,7 +98,6 @@ def main() -> None:
         for number in range(max(args.streams))
     ]
     flags = ["--model", str(args.model.resolve()), "--dtype", "float32", "--no-prefix-cache"]
-    flags += ["--compile"] if args.compile else []
     roots = {"ours": ROOT} | ({} if args.against is None else {"theirs": args.against.resolve()})
     with ExitStack() as stack:
         sides = [Side(name, stack.enter_context(server(*flags, root=root))) for name, root in roots.items()]
@@ -111,7 +109,7 @@ def main() -> None:
         for row in rows
         if "ratio" in row
     ]
-    emit({"benchmark": "http_cost", "compiled": args.compile, "path": args.path, "rows": rows}, bars)
+    emit({"benchmark": "http_cost", "path": args.path, "rows": rows}, bars)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What the lookahead scaling pass brings: one engine with it against one without, one request at a time, greedy.
 
-    python -m benchmarks.lookahead [--model DIR] [--prompts 8] [--tokens 128] [--repeats 3] [--eager-only]
+    python -m benchmarks.lookahead [--model DIR] [--prompts 8] [--tokens 128] [--repeats 3]
 
 a is measured without cache and without the engine: transformers' own base, by way of the bundle's draft head where it
 has one, and PEFT's X-LoRA read the text that X-LoRA has written, once each, and a is the share of tokens on which their
-best guesses agree. A row per prompt and engine.
+best guesses agree. A row per prompt.
 
     a_alone    the same without the draft head
     speedup    tokens/s with lookahead over without; the bar is on the prompts with a >= 0.7, together
@@ -64,7 +64,7 @@ class Agreement:
 
 
 def compare(
-    engines: dict[bool, Engine], agreement: Agreement, name: str, prompt: list[int], tokens: int, repeats: int
+    engines: dict[bool, Engine], agreement: Agreement, prompt: list[int], tokens: int, repeats: int
 ) -> dict[str, Any]:
     """One row: with and without take turns, medians count."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -79,7 +79,6 @@ def compare(
     text = list(texts.pop())
     a, a_alone, guessed = agreement.of(prompt, text)
     row = {
-        "engine": name,
         "a": a,
         "a_alone": a_alone,
         "forwards_per_token": steps[True] / tokens,
@@ -93,15 +92,15 @@ def compare(
     return row
 
 
-def bars_of(rows: list[dict[str, Any]], name: str) -> list[Bar]:
-    """What one engine's rows must show."""
+def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
+    """What the rows must show."""
     likely = [row for row in rows if row["a"] >= _LIKELY]
-    bars = [Bar(f"{name}: forwards per token - (2 - a), largest", "<=", 0.02, max(row["excess"] for row in rows))]
+    bars = [Bar("forwards per token - (2 - a), largest", "<=", 0.02, max(row["excess"] for row in rows))]
     if likely:
         seconds = [1 / row["tokens_per_second"] for row in likely]  # per token
         without = [row["speedup"] / row["tokens_per_second"] for row in likely]
-        bars.append(Bar(f"{name}: with lookahead over without, a >= 0.7", ">=", 1.35, sum(without) / sum(seconds)))
-    return [*bars, Bar(f"{name}: tokens equal", "==", True, all(row["tokens_equal"] for row in rows))]
+        bars.append(Bar("with lookahead over without, a >= 0.7", ">=", 1.35, sum(without) / sum(seconds)))
+    return [*bars, Bar("tokens equal", "==", True, all(row["tokens_equal"] for row in rows))]
 
 
 def main() -> None:
@@ -111,23 +110,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: the engine's")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
     agreement = Agreement(args.model)
-    rows: list[dict[str, Any]] = []
-    bars: list[Bar] = []
-    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
-        engines = {
-            lookahead: make_engine(args.model, compiled=name == "compiled", threads=args.threads, lookahead=lookahead)
-            for lookahead in (True, False)
-        }
-        for engine in engines.values():
-            run_engine(engine, [prompt_tokens(args.model, _PROMPT)], 16)
-        prompts = [prompt_tokens(args.model, _PROMPT, seed) for seed in range(args.prompts)]
-        own = [compare(engines, agreement, name, prompt, args.tokens, args.repeats) for prompt in prompts]
-        rows += own
-        bars += bars_of(own, name)
-    emit({"benchmark": "lookahead", "threads": torch.get_num_threads(), "rows": rows}, bars)
+    engines = {
+        lookahead: make_engine(args.model, threads=args.threads, lookahead=lookahead) for lookahead in (True, False)
+    }
+    for engine in engines.values():
+        run_engine(engine, [prompt_tokens(args.model, _PROMPT)], 16)
+    prompts = [prompt_tokens(args.model, _PROMPT, seed) for seed in range(args.prompts)]
+    rows = [compare(engines, agreement, prompt, args.tokens, args.repeats) for prompt in prompts]
+    emit({"benchmark": "lookahead", "threads": torch.get_num_threads(), "rows": rows}, bars_of(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Text that repeats itself: drafts of several tokens copied from earlier text, on against off. One request, greedy.
 
-    python -m benchmarks.speculation [--model DIR] [--repeats 3] [--eager-only]
+    python -m benchmarks.speculation [--model DIR] [--repeats 3]
 
 Each prompt is two worked examples of the demo and then the first question again, so that the answer is to be copied;
 generation ends with the answer. Two domains, every example once, all answers of a domain added up. The rows of
@@ -35,7 +35,7 @@ def prompts(model: Path, domain: str, *, repeated: bool) -> list[list[int]]:
     return [tokenizer.encode(texts[i] + texts[(i + 1) % count] + asked[i]).ids for i in range(count)]
 
 
-def compare(engines: dict[bool, Engine], name: str, text: str, inputs: list[list[int]], repeats: int) -> dict[str, Any]:
+def compare(engines: dict[bool, Engine], text: str, inputs: list[list[int]], repeats: int) -> dict[str, Any]:
     """One row: every prompt by itself, with and without drafts in turns; medians of the whole round count."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     runs: dict[bool, list[EngineRun]] = {}
@@ -46,7 +46,6 @@ def compare(engines: dict[bool, Engine], name: str, text: str, inputs: list[list
     tokens = {drafting: sum(len(run.tokens["0"]) for run in own) for drafting, own in runs.items()}
     steps = {drafting: sum(run.steps for run in own) for drafting, own in runs.items()}
     row = {
-        "engine": name,
         "text": text,
         "tokens": tokens[True],
         "forwards_per_token": steps[True] / tokens[True],
@@ -61,7 +60,7 @@ def compare(engines: dict[bool, Engine], name: str, text: str, inputs: list[list
 
 def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
     """What the rows must show."""
-    copied = [row for row in rows if row["engine"] == "eager" and row["text"].startswith("copied")]
+    copied = [row for row in rows if row["text"].startswith("copied")]
     forwards = sum(row["forwards_per_token"] * row["tokens"] for row in copied) / sum(row["tokens"] for row in copied)
     return [
         Bar("copied text: forwards per token, prefill included", "<=", 1.0, forwards),
@@ -74,20 +73,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="torch threads; default: the engine's")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
+    engines = {bool(count): make_engine(args.model, threads=args.threads, speculative_tokens=count) for count in (8, 0)}
     rows = []
-    for name in ["eager"] if args.eager_only else ["eager", "compiled"]:
-        engines = {
-            bool(count): make_engine(
-                args.model, compiled=name == "compiled", threads=args.threads, speculative_tokens=count
-            )
-            for count in (8, 0)
-        }
-        for repeated in (True, False):
-            for domain in _COPIED:
-                text = f"{'copied' if repeated else 'plain'} {domain}"
-                rows.append(compare(engines, name, text, prompts(args.model, domain, repeated=repeated), args.repeats))
+    for repeated in (True, False):
+        for domain in _COPIED:
+            text = f"{'copied' if repeated else 'plain'} {domain}"
+            rows.append(compare(engines, text, prompts(args.model, domain, repeated=repeated), args.repeats))
     emit({"benchmark": "speculation", "threads": torch.get_num_threads(), "rows": rows}, bars_of(rows))
 
 

@@ -159,17 +159,11 @@ class PlainBase:
 
 
 class _PlainStep(DecodeStep):
-    def forward(
-        self,
-        rows: Tensor,
-        gate_slots: Tensor,
-        block_table: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
-        gate_rows: Tensor,
+    def __call__(
+        self, rows: Tensor, block_table: Tensor, keys: list[Tensor], values: list[Tensor], gate_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        [model] = self._model
-        self.gate.clear()
+        model = self._model
+        model.gate.clear()
         width = block_table.shape[1] * keys[0].shape[1]
         group = AttentionGroup(0, rows.shape[1], 1, rows[1][:, None], block_table, width, needs_mask=True)
         logits, _ = model.run_decoder(Batch(rows, 0, rows[0], [group]), KVCache(keys, values, gate_rows), 0)

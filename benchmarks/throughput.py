@@ -1,14 +1,14 @@
 """Concurrent requests through HTTP against the engine alone and against transformers' static batch of the plain base.
 
-    python -m benchmarks.throughput [--model DIR] [--concurrency 1 4 16 32] [--tokens 128] [--repeats 3] [--eager-only]
+    python -m benchmarks.throughput [--model DIR] [--concurrency 1 4 16 32] [--tokens 128] [--repeats 3]
 
     scaling        aggregate tokens/s through HTTP at 16 over that at 1
     http_cost      1 - tokens/s through HTTP and streaming / tokens/s of the engine in-process, per concurrency
     vs_base_batch  tokens/s through HTTP at 16 over `generate` of the plain base on one static batch of 16
 
-A server as it is by default, but that no prompt is found in the prefix cache, and one with --compile. The client runs
-on the same cores as the server; `client_cpu` is its share of one. Time to first token and the gaps between tokens are
-the client's; tokens that came in one piece have no gap.
+A server as it is by default, but that no prompt is found in the prefix cache. The client runs on the same cores as the
+server; `client_cpu` is its share of one. Time to first token and the gaps between tokens are the client's; tokens that
+came in one piece have no gap.
 
 The static batch is `generate` of the base as its authors ship it: the same prompts, all of one length, and the same
 number of tokens; fp32, not compiled, transformers' defaults (SDPA attention, a cache that grows), and the torch threads
@@ -43,7 +43,7 @@ async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float
 
 
 def measure(
-    mode: str, port: int, engine: Engine, base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
+    port: int, engine: Engine, base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
 ) -> dict[str, Any]:
     """One row: HTTP, the bare engine and the plain base take turns; the fastest of each counts.
 
@@ -62,7 +62,6 @@ def measure(
         raise RuntimeError("prompts were found in the prefix cache")
     total = len(prompts) * tokens
     row = {
-        "engine": mode,
         "concurrency": len(prompts),
         "http_tokens_per_second": total / min(http),
         "engine_tokens_per_second": total / min(bare),
@@ -99,32 +98,31 @@ class BaseBatch:
         return time.perf_counter() - started
 
 
-def run_mode(mode: str, args: argparse.Namespace, base: BaseBatch, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """The rows of one server, eager or compiled."""
-    compiled, drafted = mode == "compiled", args.speculative_tokens
-    engine = make_engine(args.model, compiled=compiled, threads=args.threads, speculative_tokens=drafted)
+def run_server(args: argparse.Namespace, base: BaseBatch, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """A row per concurrency, all of one server."""
+    drafted = args.speculative_tokens
+    engine = make_engine(args.model, threads=args.threads, speculative_tokens=drafted)
     flags = ["--model", str(args.model), "--dtype", "float32", "--no-prefix-cache"]
     flags += ["--speculative-tokens", str(drafted)]
     flags += ["--threads", str(args.threads)] if args.threads else []
-    flags += ["--compile"] if compiled else []  # the engine above has left the compiled step in the cache
     with server(*flags) as running:
-        measure(mode, running.port, engine, base, prompts, 16, 1)  # warm-up of all three
+        measure(running.port, engine, base, prompts, 16, 1)  # warm-up of all three
         return [
-            measure(mode, running.port, engine, base, prompts[:number], args.tokens, args.repeats)
+            measure(running.port, engine, base, prompts[:number], args.tokens, args.repeats)
             for number in args.concurrency
         ]
 
 
-def bars_of(mode: str, rows: list[dict[str, Any]]) -> list[Bar]:
-    """What one server's rows must show."""
+def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
+    """What the rows must show."""
     by = {row["concurrency"]: row for row in rows}
     if not {1, 16} <= set(by):
         return []
     scaling = by[16]["http_tokens_per_second"] / by[1]["http_tokens_per_second"]
     return [
-        Bar(f"{mode}: 16 requests over one, tokens/s through HTTP", ">=", 5.0, scaling),
-        Bar(f"{mode}: 16 requests over the plain base's static batch", ">=", 0.5, by[16]["vs_base_batch"]),
-        Bar(f"{mode}: share of the engine's tokens/s that HTTP costs at 16", "<=", 0.15, by[16]["http_cost"]),
+        Bar("16 requests over one, tokens/s through HTTP", ">=", 5.0, scaling),
+        Bar("16 requests over the plain base's static batch", ">=", 0.5, by[16]["vs_base_batch"]),
+        Bar("share of the engine's tokens/s that HTTP costs at 16", "<=", 0.15, by[16]["http_cost"]),
     ]
 
 
@@ -138,16 +136,11 @@ def main() -> None:
         "--threads", type=int, default=None, help="torch threads on every side; default: the server's own"
     )
     parser.add_argument("--speculative-tokens", type=int, default=8, help="of the server; its default is 8")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = parser.parse_args()
     base = BaseBatch(args.model)
     prompts = [prompt_tokens(args.model, 64, seed=number) for number in range(max(args.concurrency))]
-    rows, bars = [], []
-    for mode in ["eager"] if args.eager_only else ["eager", "compiled"]:
-        own = run_mode(mode, args, base, prompts)
-        rows += own
-        bars += bars_of(mode, own)
-    emit({"benchmark": "throughput", "threads": torch.get_num_threads(), "rows": rows}, bars)
+    rows = run_server(args, base, prompts)
+    emit({"benchmark": "throughput", "threads": torch.get_num_threads(), "rows": rows}, bars_of(rows))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """X-LoRA against the plain base model in the same engine, and that base against transformers' own decode loop.
 
-    python -m benchmarks.vs_base [--model DIR] [--tokens 128] [--repeats 3] [--eager-only] [--no-large]
+    python -m benchmarks.vs_base [--model DIR] [--tokens 128] [--repeats 3] [--no-large]
 
 The base is the same engine on the same weights without gate, experts and scaling stream: the floor. Every figure is the
 rate of decoding, tokens after the first per second after the first; medians count, and all sides take turns.
 
-    demo    X-LoRA and the base, eager and compiled, and a greedy loop over transformers' model with its StaticCache.
-            `steered` is the base as a request gets it from X-LoRA's engine: no scaling stream, experts times zero
+    demo    X-LoRA, the base, and a greedy loop over transformers' model with its StaticCache. `steered` is the base as
+            a request gets it from X-LoRA's engine: no scaling stream, experts times zero
     large   a random model of 246 million parameters with 4 experts of rank 8 on every linear, made on the fly; tokens
             follow a script and drafts are forced to agree or to miss. bf16 and fp32, one thread and two
 """
@@ -17,7 +17,6 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, use_threads, wait_compiled
+from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, use_threads, wait_native
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model
@@ -80,47 +79,38 @@ def static_cache_side(model: Path, prompt: list[int], tokens: int) -> Side:
 
 
 def demo(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]]:
-    """A row per engine, eager and compiled, and the bars."""
+    """Its only row, and the bars."""
     prompt = prompt_tokens(args.model, _PROMPT)
     options = EngineOptions(
         str(args.model), dtype="float32", threads=args.threads, prefix_cache=False, speculative_tokens=0
     )
-    sides: dict[str, Side] = {}
-    modes = ["eager"] if args.eager_only else ["eager", "compiled"]
-    for mode in modes:
-        own = replace(options, compile=mode == "compiled")
-        model, checkpoint = load_checkpoint_and_model(own)
-        xlora, base = build_engine(model, checkpoint, own), build_engine(model, checkpoint, options)
-        wait_compiled(xlora)
-        use_plain_base(base, own)
-        sides[f"xlora {mode}"] = engine_side(xlora, prompt, args.tokens)
-        sides[f"base {mode}"] = engine_side(base, prompt, args.tokens, is_base=True)
-        sides[f"steered {mode}"] = engine_side(xlora, prompt, args.tokens, is_base=True)
-    sides["transformers"] = static_cache_side(args.model, prompt, args.tokens)
+    model, checkpoint = load_checkpoint_and_model(options)
+    xlora, base = (build_engine(model, checkpoint, options) for _ in range(2))
+    for engine in (xlora, base):
+        wait_native(engine)
+    use_plain_base(base)
+    sides: dict[str, Side] = {
+        "xlora": engine_side(xlora, prompt, args.tokens),
+        "base": engine_side(base, prompt, args.tokens, is_base=True),
+        "steered": engine_side(xlora, prompt, args.tokens, is_base=True),
+        "transformers": static_cache_side(args.model, prompt, args.tokens),
+    }
     take_turns(sides, 1)  # warms up
     rates, tokens = take_turns(sides, args.repeats)
-    rows, bars = [], []
-    for mode in modes:
-        xlora_rate, base_rate = rates[f"xlora {mode}"], rates[f"base {mode}"]
-        row = {
-            "engine": mode,
-            "xlora_tokens_per_second": xlora_rate,
-            "base_tokens_per_second": base_rate,
-            "transformers_tokens_per_second": rates["transformers"],
-            "xlora_over_base": xlora_rate / base_rate,
-            "steered_over_base": rates[f"steered {mode}"] / base_rate,
-            "base_over_transformers": base_rate / rates["transformers"],
-        }
-        print_row(row)
-        rows.append(row)
-        bars.append(Bar(f"demo, {mode}: X-LoRA over base", ">=", 0.65, row["xlora_over_base"]))
-    over = rates["base eager"] / rates["transformers"]
-    bars.append(Bar("demo, eager: base over transformers' static cache", ">=", 0.9, over))
-    bases = [tokens[name] for name in sides if name.startswith(("base", "steered"))]
-    bars.append(
-        Bar("demo: base tokens equal to transformers'", "==", True, all(own == tokens["transformers"] for own in bases))
-    )
-    return rows, bars
+    row = {
+        **{f"{name}_tokens_per_second": rates[name] for name in ("xlora", "base", "transformers")},
+        "xlora_over_base": rates["xlora"] / rates["base"],
+        "steered_over_base": rates["steered"] / rates["base"],
+        "base_over_transformers": rates["base"] / rates["transformers"],
+    }
+    print_row(row)
+    equal = tokens["base"] == tokens["steered"] == tokens["transformers"]
+    bars = [
+        Bar("demo: X-LoRA over base", ">=", 0.65, row["xlora_over_base"]),
+        Bar("demo: base over transformers' static cache", ">=", 0.9, row["base_over_transformers"]),
+        Bar("demo: base tokens equal to transformers'", "==", True, equal),
+    ]
+    return [row], bars
 
 
 def large_bundle(path: Path, *, hidden: int, layers: int) -> Path:
@@ -151,7 +141,7 @@ def large(
     engines = {name: build_engine(model, checkpoint, options) for name in ("base", "agree", "miss")}
     for name, engine in engines.items():
         script(engine, drafts_agree=name == "agree")
-    use_plain_base(engines["base"], options)
+    use_plain_base(engines["base"])
     prompt = list(range(100, 100 + _LARGE_PROMPT))
     rows, bars = [], []
     for count in threads:
@@ -180,7 +170,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None, help="torch threads for the demo; default: the engine's")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
     parser.add_argument("--no-large", action="store_true", help="the demo alone")
     parser.add_argument("--large-tokens", type=int, default=32)
     parser.add_argument("--large-hidden", type=int, default=1024)

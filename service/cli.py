@@ -16,13 +16,14 @@ from typing import get_args
 
 from service import __version__
 from service.errors import XLoraError
-from service.settings import Settings
+from service.settings import REMOVED, Settings, flag_of
 
 _ENGINE_FLAGS = (
     *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
     *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
-    *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "compile", "compile_cache"),
+    *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
+    *REMOVED,
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
@@ -134,8 +135,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
-    """The flags that mirror a setting, None where not given."""
-    return {name: getattr(arguments, name, None) for name in Settings.model_fields}
+    """The flags that mirror a setting, of today or of earlier versions, None where not given."""
+    return {name: getattr(arguments, name, None) for name in (*Settings.model_fields, *REMOVED)}
 
 
 def _command(
@@ -149,8 +150,11 @@ def _command(
 def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     group = parser.add_argument_group("settings", "each is also a variable: --max-model-len is XLORA_MAX_MODEL_LEN")
     for name in names:
+        flag = flag_of(name)
+        if name in REMOVED:  # taken, for settings.py to say what has become of it
+            group.add_argument(flag, dest=name, nargs="?", const=True, help=argparse.SUPPRESS)
+            continue
         field = Settings.model_fields[name]
-        flag = f"--{name.replace('_', '-')}"
         text = (field.description or "").replace("%", "%%")
         if field.annotation is bool:
             action = "store_false" if field.default else "store_true"

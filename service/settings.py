@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
@@ -17,6 +18,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from service.errors import SettingsError
 
 ENV_PREFIX = "XLORA_"
+REMOVED = {  # settings of earlier versions, and what to do instead
+    "compile": "native kernels compute whole decoder layers without it; leave it out",
+    "compile_cache": f"use --native-cache or {ENV_PREFIX}NATIVE_CACHE",
+}
 
 _BYTE_UNITS = {"": 1, "b": 1} | {
     unit.lower(): factor
@@ -90,12 +95,7 @@ class Settings(BaseSettings):
     native_kernels: bool = Field(
         True, description="C++ kernels (CPU; built in the background the first time, needs g++)"
     )
-    compile: bool = Field(
-        False, description="compile the decode step in the background (CPU; needs g++, takes a minute the first time)"
-    )
-    compile_cache: str = Field(
-        "~/.cache/xlora-serve", description="directory for kernels and compiled steps", min_length=1
-    )
+    native_cache: str = Field("~/.cache/xlora-serve", description="directory for native kernels", min_length=1)
     speculative_tokens: int = Field(
         8, ge=0, description="most tokens drafted per step where a text repeats itself (exact, and faster); 0: none"
     )
@@ -168,16 +168,35 @@ class Settings(BaseSettings):
 
 def load_settings(flags: dict[str, object] | None = None) -> Settings:
     """The settings from flags over the environment over defaults. Raises SettingsError naming the flag or variable."""
-    _refuse_unknown_variables()
     given = {name: value for name, value in (flags or {}).items() if value is not None}
+    _refuse_removed(given)
+    _refuse_unknown_variables()
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise _explain(error, given) from None
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting that takes a value."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _variable_of(name: str) -> str:
+    return f"{ENV_PREFIX}{name.upper()}"
+
+
+def _refuse_removed(flags: Mapping[str, object]) -> None:
+    variables = {name.upper() for name in os.environ}
+    for name, instead in REMOVED.items():
+        flag, variable = flag_of(name), _variable_of(name)
+        for source, is_given in ((flag, name in flags), (variable, variable in variables)):
+            if is_given:
+                raise SettingsError(f"{source} was removed: {instead}")
+
+
 def _refuse_unknown_variables() -> None:
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {_variable_of(name) for name in Settings.model_fields}
     for name in os.environ:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             close = difflib.get_close_matches(name.upper(), known, n=1)
@@ -188,7 +207,7 @@ def _refuse_unknown_variables() -> None:
 def _explain(error: ValidationError, flags: dict[str, object]) -> SettingsError:
     first = error.errors()[0]
     name = str(first["loc"][0])
-    source = f"--{name.replace('_', '-')}" if name in flags else f"{ENV_PREFIX}{name.upper()}"
+    source = flag_of(name) if name in flags else _variable_of(name)
     reason = first["msg"].removeprefix("Value error, ")
     described = f" {first['input']!r}" if repr(first["input"]) not in reason else ""
     field = Settings.model_fields.get(name)

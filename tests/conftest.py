@@ -14,10 +14,8 @@ for variable in [name for name in os.environ if name.startswith("XLORA_")]:
     del os.environ[variable]
 
 # The files that take longest, of all the tests' seconds two thirds: begun first, so that at the end, when one of two
-# workers has no file left, the other's last one is short (`make test` has --no-loadscope-reorder for it). What compiles
-# leads, beside files that only compute: the lowest priority gets little where servers start, and slows their start.
+# workers has no file left, the other's last one is short (`make test` has --no-loadscope-reorder for it).
 LONGEST = (
-    "engine/test_compiled.py",
     "model/test_parity.py",
     "engine/test_greedy_parity.py",
     "engine/test_engine.py",

@@ -23,7 +23,8 @@ from rich.console import Console
 from service import cli
 from service.commands import generate, local, scalings, serve
 from service.engine.client import EngineClient
-from service.settings import Settings
+from service.errors import SettingsError
+from service.settings import Settings, load_settings
 from service.terminal import bar, expert_styles, legend, scalings_table
 from tests.fake_engine import POISON, REPLY, write_bundle
 
@@ -124,6 +125,34 @@ def test_a_setting_out_of_range_is_one_line_and_a_hint(capsys: pytest.CaptureFix
     error = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in error] == ["error", "hint"]
     assert "--kv-memory" in error[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--compile"], "--compile was removed: native kernels"),
+        (["--compile-cache", "/tmp"], "--compile-cache was removed: use --native-cache"),
+        (["--compile-cache=/tmp", "--port", "0"], "--compile-cache was removed: use --native-cache"),
+    ],
+)
+def test_a_flag_that_was_removed_is_one_line_and_not_in_the_help(
+    capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    assert cli.main(["serve", *flags]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {told}")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert "--native-cache" in shown
+    assert "--compile" not in shown
+
+
+@pytest.mark.parametrize("command", [["cluster"], ["generate", "--prompt", "a"], ["scalings", "--prompt", "a"]])
+def test_every_command_that_had_a_flag_says_that_it_was_removed(command: list[str]) -> None:
+    arguments = cli.build_parser().parse_args([*command, "--compile"])
+    with pytest.raises(SettingsError, match="--compile was removed"):
+        load_settings(cli.given_settings(arguments))
 
 
 def test_generate_prints_the_text(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from service.api.app import create_app
 from service.cli import build_parser
 from service.engine.client import EngineClient
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import REMOVED, Settings, flag_of
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "| flag | default | |"
@@ -65,7 +65,8 @@ def test_the_configuration_table_has_every_flag_of_serve_and_no_other() -> None:
     written = set(re.findall(r"--[a-z][a-z-]+", "".join(row.split("|")[1] for row in table(FLAGS).splitlines())))
     commands = next(action for action in build_parser()._actions if isinstance(action.choices, dict))
     assert isinstance(commands.choices, dict)
-    assert written == set(commands.choices["serve"]._option_string_actions) - {"-h", "--help"}
+    hidden = {"-h", "--help", *map(flag_of, REMOVED)}
+    assert written == set(commands.choices["serve"]._option_string_actions) - hidden
 
 
 def test_the_configuration_table_has_the_defaults() -> None:

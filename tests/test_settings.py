@@ -41,6 +41,25 @@ def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("compile", "native kernels compute whole decoder layers without it; leave it out"),
+        ("compile_cache", "use --native-cache or XLORA_NATIVE_CACHE"),
+    ],
+)
+@pytest.mark.parametrize("value", ["true", "0", ""])
+def test_what_was_removed_says_what_to_do(monkeypatch: pytest.MonkeyPatch, name: str, instead: str, value: str) -> None:
+    """Whatever it is set to, in a line; a flag that is not given is no wish."""
+    assert load_settings({name: None}) == load_settings()
+    flag, variable = f"--{name.replace('_', '-')}", f"XLORA_{name.upper()}"
+    with pytest.raises(SettingsError, match=f"^{flag} was removed: {instead}$"):
+        load_settings({name: value})
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match=f"^{variable} was removed: {instead}$"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("port", "70000"),

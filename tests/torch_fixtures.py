@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 def native_kernels() -> None:
     """Where there is a compiler, every engine has its kernels from the first step on."""
     if shutil.which("g++") is not None:
-        cache = Path(EngineOptions("").compile_cache).expanduser()
+        cache = Path(EngineOptions("").native_cache).expanduser()
         kernel_library.provide(cache)
 
 

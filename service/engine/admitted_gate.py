@@ -3,7 +3,7 @@
 A dummy row of their own lies in the scaling stream's slot of position 0, whose gate row has no other use: it comes and
 goes with the stream, and cached blocks bring it along. A global weight of their own is applied to copies of the stored
 rows, in the spare rows of the pool, so that what is stored and returned stays without it, and that every way to run a
-step (eager, compiled, captured) finds it where it looks anyway.
+step (eager or captured) finds it where it looks anyway.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from service.engine.block_manager import BlockManager
-from service.engine.compilation import Compilation
 from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
 from service.engine.grammar import Grammar, Grammars
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
@@ -48,11 +47,9 @@ class Engine:
         info: EngineInfo,
         grammars: Grammars,
         kernels: NativeKernels | None = None,
-        compilation: Compilation | None = None,
     ) -> None:
         self.info = info
         self.kernels = kernels  # on a CPU
-        self.compilation = compilation  # of the decode step, with --compile
         self._runner = runner
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)

@@ -18,7 +18,7 @@ from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 
 _NEAR_BYTES = 4 << 20  # keys and values of a stream in one layer, as far as they may be read again for each of its rows
-_MOST_SHORT_ROWS = 16  # of a segment that is computed row by row wherever its keys are, compiled where that can be
+_MOST_SHORT_ROWS = 16  # of a segment that kernels compute row by row wherever its keys are
 _MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
@@ -43,16 +43,13 @@ class BatchBuilder:
         one_position = cache.keys[0][0, 0].nbytes + cache.values[0][0, 0].nbytes
         self.near_positions = _NEAR_BYTES // one_position
 
-    def build(self, segments: list[Segment], logit_rows: list[int], *, native: bool, compiled: bool) -> Batch:
-        """Every index of the batch in one tensor, and views of it. `native`: kernels compute it; `compiled`: a compiled
-        step may.
-        """
+    def build(self, segments: list[Segment], logit_rows: list[int], *, native: bool) -> Batch:
+        """Every index of the batch in one tensor, and views of it. `native`: kernels compute it."""
         cache = self._cache
         scaling_rows = sum(s.count for s in segments if s.is_scaling)
         row_count = segments[-1].row + segments[-1].count
         is_near = max(s.start + s.count for s in segments) <= self.near_positions
-        # The attention of kernels and of a compiled step wants one row each.
-        splits = (native and is_near) or (are_short(segments) and (native or compiled))
+        splits = native and (is_near or _are_short(segments))  # the attention of kernels wants one row each
         grouped = [segments] if splits else _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
         ids: list[int] = []
@@ -136,7 +133,7 @@ def ordered_segments(shares: list[Scheduled]) -> list[Segment]:
     return segments
 
 
-def are_short(segments: list[Segment]) -> bool:
+def _are_short(segments: list[Segment]) -> bool:
     """Whether they are computed row by row wherever their keys are."""
     return all(s.count <= _MOST_SHORT_ROWS for s in segments)
 

@@ -58,9 +58,8 @@ _CAUSE_SECONDS = 0.5  # a rank that says why it fails may be the victim of one t
 def check_options(options: EngineOptions) -> None:
     """Raises SettingsError for options that do not go together with --tensor-parallel on this machine."""
     size, gpus = options.tensor_parallel, torch.cuda.device_count()
-    for name, given in (("--compile", options.compile), ("--quantization", options.quantization)):
-        if given:
-            raise SettingsError(f"{name} does not go together with --tensor-parallel {size}", hint="leave one out")
+    if options.quantization:
+        raise SettingsError(f"--quantization does not go together with --tensor-parallel {size}", hint="leave one out")
     if options.device == "cpu" and gpus:
         raise SettingsError(
             "--tensor-parallel uses the GPUs where there are any, and --device is cpu",

@@ -16,7 +16,6 @@ from transformers.utils.logging import disable_progress_bar
 from service import __version__
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.engine.block_manager import BlockManager
-from service.engine.compilation import Compilation
 from service.engine.engine import Engine
 from service.engine.grammar import GrammarCompiler, Grammars
 from service.engine.group import Group, Leader, check_options
@@ -28,7 +27,6 @@ from service.engine.scheduler import Scheduler
 from service.engine.threads import use_threads
 from service.errors import SettingsError, StartupError, XLoraError
 from service.model import kernel_library
-from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.narrow import stored_dtype
@@ -42,7 +40,6 @@ _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requ
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
-_COMPILED_ROW_COST = 0.2
 _MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
@@ -146,7 +143,7 @@ def build_engine(
 ) -> Engine:
     """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it.
 
-    `on_progress` may be called later, from other threads: when kernels or a compiled step have come.
+    `on_progress` may be called later, from other threads: when kernels have come.
     """
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
@@ -174,8 +171,7 @@ def build_engine(
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
     kernels = None if group is not None else start_kernels(runner, options, on_progress)
-    compilation = start_compilation(runner, scheduler, options, on_progress)
-    return Engine(runner, scheduler, info, grammars, kernels, compilation)
+    return Engine(runner, scheduler, info, grammars, kernels)
 
 
 def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int, max_rows: int) -> KVCache:
@@ -204,22 +200,6 @@ def start_kernels(
         runner.native = True
 
     return NativeKernels(options, use, on_progress)
-
-
-def start_compilation(
-    runner: ModelRunner, scheduler: Scheduler, options: EngineOptions, on_progress: Callable[[str], None]
-) -> Compilation | None:
-    """With --compile, on a CPU. Raises SettingsError where it cannot work."""
-    if not options.compile:
-        return None
-    if runner.model.device.type != "cpu":
-        raise SettingsError("--compile is for the CPU")
-
-    def use(step: CompiledStep) -> None:
-        runner.compiled = step
-        scheduler.row_cost = _COMPILED_ROW_COST
-
-    return Compilation(runner.model, options, use, on_progress)
 
 
 def keep_freed_memory() -> None:
@@ -258,7 +238,7 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 def keeps_narrow(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether weights may be kept in bfloat16 under float32 arithmetic: where kernels that widen them will compute."""
-    cache = Path(options.compile_cache).expanduser()
+    cache = Path(options.native_cache).expanduser()
     is_alone = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
     return is_alone and options.native_kernels and kernel_library.can_be_had(cache)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.engine import admitted_gate, scalings_log
-from service.engine.flat_batch import BatchBuilder, Segment, are_short, ordered_segments
+from service.engine.flat_batch import BatchBuilder, Segment, ordered_segments
 from service.engine.gate_report import GateObserver, gate_rows, report_spans
 from service.engine.group import Leader
 from service.engine.request import Failure, GateRows, GateSettings, GateStats, LoggedRows, Steering, TokenOutput
@@ -20,7 +20,6 @@ from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence
 from service.engine.steering import excluded_experts, fixed_row
 from service.errors import InvalidRequestError
-from service.model.compiled import CompiledStep
 from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
@@ -60,8 +59,7 @@ class ModelRunner:
     def __init__(self, model: XLoraModel, kv_cache: KVCache) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.native = False  # whether there are C++ kernels for eager steps
-        self.compiled: CompiledStep | None = None  # on a CPU, once it is there
+        self.native = False  # whether there are C++ kernels
         self.captured: CapturedSteps | None = None  # on CUDA
         self.leader: Leader | None = None  # of a tensor-parallel group
         self.logs_scalings = False
@@ -97,13 +95,12 @@ class ModelRunner:
                 score_rows += range(real + share.scores.start, real + share.scores.stop)
         logit_rows = token_rows + prediction_rows + score_rows
         native = self.native  # another thread may set it
-        batch = self.batches.build(segments, logit_rows, native=native, compiled=self.compiled is not None)
+        batch = self.batches.build(segments, logit_rows, native=native)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
         admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
         admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
-        eager = self.captured or self.leader or self.model
-        step = self.compiled if self.compiled is not None and batch.rows_attend_alone and are_short(segments) else eager
+        step = self.captured or self.leader or self.model
         output = step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)

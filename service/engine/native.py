@@ -24,7 +24,7 @@ class NativeKernels:
     def __init__(
         self, options: EngineOptions, on_ready: Callable[[], None], on_progress: Callable[[str], None]
     ) -> None:
-        self._cache = Path(options.compile_cache).expanduser()
+        self._cache = Path(options.native_cache).expanduser()
         self._on_ready = on_ready
         self._on_progress = on_progress
         self._done = threading.Event()

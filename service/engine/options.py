@@ -29,8 +29,7 @@ class EngineOptions:
     cuda_graphs: bool = True  # capture small steps, on a GPU
     allow_outside: bool = False
     native_kernels: bool = True  # C++ kernels, on a CPU; built in the background
-    compile: bool = False  # the decode step, in the background
-    compile_cache: str = "~/.cache/xlora-serve"  # of both
+    native_cache: str = "~/.cache/xlora-serve"  # where they are kept
     quantization: Literal["int8", "int4"] | None = None  # of the base's weights
     base: str | None = None  # a folder or a hub id instead of what the checkpoint says
     experts: tuple[str, ...] = ()  # "name=path": the same for experts

@@ -95,7 +95,7 @@ def paged_attention(
         return attended, None
     kv_cache.write(layer, batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, heads, head_dim]
-    attend = batch.attend or _backend(rows, key.shape[1], kv_cache.block_size, softcap)
+    attend = _backend(rows, key.shape[1], kv_cache.block_size, softcap)
     outputs = []
     for group in batch.groups:
         own = rows[group.start : group.start + group.segments * group.queries]

@@ -81,7 +81,6 @@ class Batch:
     groups: list[AttentionGroup]
     scaling_rows_are_gated: bool = False  # whether a scaling row has another gate row than the model's dummy row
     kernels: bool = False  # whether decode_kernels' operators may compute it
-    attend: Callable[..., Tensor] | None = None  # attention.py's Backend, where it is not to be the device's
     self_attention: Callable[..., Tensor] | None = None  # decode_kernels.py's, which writes keys and values as well
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)

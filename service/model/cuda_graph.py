@@ -140,11 +140,7 @@ class CapturedSteps:
             inputs, tables, cache = self._rows[:, :rows], self._tables[:rows, :width], self._kv_cache
 
             def step() -> tuple[Tensor, Tensor]:
-                # The experts act on every row: scaling rows have the dummy row's scalings.
-                outputs: tuple[Tensor, Tensor] = self._step(
-                    inputs, inputs[3], tables, cache.keys, cache.values, cache.gate_rows
-                )
-                return outputs
+                return self._step(inputs, tables, cache.keys, cache.values, cache.gate_rows)
 
             try:
                 self._captured[rows, width] = self._capture(step)

@@ -2,8 +2,8 @@
 
     decode_linear            y = W x + b, and from row `first_row` on + B ((A x) * g)
     decode_siblings          the same for several linears that read the same x, with joint W, b, A and g
-    decode_attention         one query row per stream over the keys and values of its blocks, read where they lie
-    decode_self_attention    the same, after it has written the rows' own keys and values
+    decode_self_attention    one query row per stream over the keys and values of its blocks, read where they lie, after
+                             it has written the rows' own
     decode_rotate            RoPE
     decode_norm              y = x / sqrt(mean(x^2) + eps) * weight
     decode_spread            the stored scalings of rows, at every rank
@@ -11,10 +11,8 @@
     decode_drafting          rows as the head is to see them (draft_head.py)
     decode_layer             a whole decoder layer of the commonest kind, made of all of these (fused_decoder.py)
 
-AOTInductor emits direct calls of C functions, so nothing of torch is between a compiled step and the two that it calls,
-decode_linear and decode_attention; the rest it makes itself. In eager steps they stand in for what linear.py,
-siblings.py, attention.py, rotation.py and norms.py say in operators of torch, where the library is there
-(kernel_library.py).
+They stand in for what linear.py, siblings.py, attention.py, rotation.py and norms.py say in operators of torch, where
+the library is there (kernel_library.py).
 """
 
 from __future__ import annotations
@@ -25,34 +23,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import Batch
 from service.model.gate import Kernels
 from service.model.kv_cache import KVCache
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Up to how many rows eager linears, experts included, are no slower with these than with torch's (in the demo; plain
+# Up to how many rows linears, experts included, are no slower with these than with torch's (in the demo; plain
 # products of 4096 x 4096 are 13 % slower at 128). Narrow weights torch would widen first.
 MOST_ROWS = {torch.float32: 128, torch.bfloat16: 16}
-
-_EXACT = (torch.Tag.needs_exact_strides,)  # dense tensors stay dense
-_HANDLE, _OPTIONAL = "AtenTensorHandle", "AtenTensorHandle*"
-_LINEAR = (*[_HANDLE] * 2, *[_OPTIONAL] * 4, "int64_t")
-_ATTENTION = (*[_HANDLE] * 5, "double", "int64_t", "double")
 
 _new_library: Any = torch.library.Library  # has no types
 _library = _new_library("xlora", "DEF")
 _library.define(
-    "decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b_t, Tensor? gate, SymInt first_row)"
-    " -> Tensor",
-    tags=_EXACT,
-)
-_library.define(
-    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor block_table, Tensor positions, float scaling,"
-    " int window, float softcap) -> Tensor",
-    tags=_EXACT,
+    "decode_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b_t, Tensor? gate, int first_row)"
+    " -> Tensor"
 )
 _library.define(
     "decode_siblings(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor[] b_t, Tensor gate, int first_row)"
@@ -79,7 +64,6 @@ _library.define(
 _library.define("decode_drafting(Tensor hidden, Tensor rows, int scaling_rows, Tensor[] tensors) -> Tensor")
 _decode_linear = torch.ops.xlora.decode_linear.default
 _decode_siblings = torch.ops.xlora.decode_siblings.default
-_decode_attention = torch.ops.xlora.decode_attention.default
 _decode_self_attention = torch.ops.xlora.decode_self_attention.default
 _decode_rotate = torch.ops.xlora.decode_rotate.default
 _decode_norm = torch.ops.xlora.decode_norm.default
@@ -87,18 +71,6 @@ _decode_layer = torch.ops.xlora.decode_layer.default
 _decode_spread = torch.ops.xlora.decode_spread.default
 _decode_scalings = torch.ops.xlora.decode_scalings.default
 _decode_drafting = torch.ops.xlora.decode_drafting.default
-
-
-def _fake_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _fake_attention(query: Tensor, *_: Any) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-torch.library.register_fake("xlora::decode_linear", _fake_linear, lib=_library)
-torch.library.register_fake("xlora::decode_attention", _fake_attention, lib=_library)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -201,24 +173,6 @@ def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[
     return y
 
 
-def traced_attention(
-    rows: Tensor,  # [N, heads, head_dim]
-    group: AttentionGroup,
-    layer: int,
-    kv_cache: KVCache,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of a group of one-row segments (attention.py's Backend), for steps to be compiled."""
-    keys, values = kv_cache.keys[layer], kv_cache.values[layer]
-    table, positions = group.block_table, group.positions[:, 0]
-    attended: Tensor = _decode_attention(
-        rows.contiguous(), keys, values, table, positions, scaling, window or 0, softcap or 0.0
-    )
-    return attended
-
-
 def self_attention(
     query: Tensor,  # [1, heads, T, head_dim]
     key: Tensor,  # [1, kv_heads, T, head_dim]
@@ -240,40 +194,17 @@ def self_attention(
     return attended
 
 
-TRACED = Kernels(linear=adapted_linear)
 PREFILL = Kernels(spread=spread, scalings=scalings, drafting=drafting)
 PREFILL_FEW_ROWS = replace(PREFILL, linear=adapted_linear, siblings=siblings, rotate=rotate, norm=norm)
-EAGER_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
-EAGER = replace(PREFILL, rotate=rotate, norm=norm, layer=layer)
+DECODE_FEW_ROWS = replace(PREFILL_FEW_ROWS, layer=layer)
+DECODE = replace(PREFILL, rotate=rotate, norm=norm, layer=layer)
 
 
 def for_rows(rows: int, dtype: torch.dtype, *, rows_attend_alone: bool, is_narrow: bool) -> Kernels:
-    """What computes an eager step of so many rows. `is_narrow`: there are weights that torch's products would want
+    """What computes a step of so many rows. `is_narrow`: there are weights that torch's products would want
     widened first.
     """
     few = is_narrow or rows <= MOST_ROWS[dtype]
     if rows_attend_alone:
-        return EAGER_FEW_ROWS if few else EAGER
+        return DECODE_FEW_ROWS if few else DECODE
     return PREFILL_FEW_ROWS if few else PREFILL
-
-
-class PlainLinears(TorchFunctionMode):
-    """What is traced under it multiplies with these kernels where it says F.linear: head, classifier and the like."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].dtype in DTYPES:
-            return linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def inductor_configs() -> dict[str, Any]:
-    """What makes AOTInductor call the C functions directly."""
-    shims = {"decode_linear": _LINEAR, "decode_attention": _ATTENTION}
-    return {
-        "aot_inductor.custom_ops_to_c_shims": {
-            getattr(torch.ops.xlora, name).default: [
-                f"AOTITorchError aoti_torch_cpu_{name}({', '.join([*arguments, _OPTIONAL])})"
-            ]
-            for name, arguments in shims.items()
-        }
-    }

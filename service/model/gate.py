@@ -66,7 +66,7 @@ class Gate(nn.Module):
         self._spread: Tensor | None = None  # [n, sum of all ranks]
         self._by_site: Sequence[Tensor] = ()  # its parts [n, R]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
-        self.least_rows = 1  # how many rows the forward has at least, as far as known when it is traced
+        self.least_rows = 1  # of this forward
         self.kernels = NO_KERNELS  # of this forward
         self.active = False  # whether experts act on any row of this forward
 
@@ -80,7 +80,7 @@ class Gate(nn.Module):
         self._open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
 
     def choose(self, kernels: Kernels, least_rows: int) -> None:
-        """Settles what computes a forward of at least so many rows."""
+        """Settles what computes a forward of so many rows."""
         self.__dict__.update(kernels=kernels, least_rows=least_rows)
 
     def read(self, gate_rows: Tensor, slots: Tensor, first_row: int) -> None:

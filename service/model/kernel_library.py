@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from service.model.compile_cache import alone_in, scratch_in
+from service.model.build_folder import alone_in, scratch_in
 
 _SOURCES = Path(__file__).with_name("kernels")
 _INSTALLED = Path(__file__).parent  # where portable libraries are
@@ -108,12 +108,10 @@ def build(library: Path, level: str = _NATIVE) -> None:
 
 
 def load(library: Path) -> None:
-    """Makes the operators work in this process, and the C functions known to compiled steps that are loaded later.
-    Raises OSError.
-    """
+    """Makes the operators work in this process. Raises OSError."""
     with _loading:
         if library.name not in _libraries:  # it makes itself known to torch, which wants to hear it once
-            _libraries[library.name] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            _libraries[library.name] = ctypes.CDLL(str(library))
         _libraries[library.name].xlora_set_helpers(*_helpers)
 
 

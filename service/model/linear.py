@@ -54,7 +54,7 @@ class XLoraLinear(AdaptedModule):
             a, b_t = (experts["lora_a"], experts["lora_b_t"]) if gate.active else (None, None)
             scalings = gate.at(self.site) if gate.active else None
             return kernel(x, own["weight"], own["bias"], a, b_t, scalings, gate.first_row)
-        if self.siblings is not None and not torch.compiler.is_exporting():
+        if self.siblings is not None:
             siblings, number = self.siblings
             return siblings.output(x, number)
         linear = onednn_linear if gate.least_rows >= self.onednn_rows else F.linear
@@ -131,7 +131,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     rows of zeros to one of few lengths.
     """
     rows = x.shape[-2]
-    idle = -rows % (64 if rows <= 256 else 256) if type(rows) is int and rows > 64 else 0  # symbolic where exported
+    idle = -rows % (64 if rows <= 256 else 256) if rows > 64 else 0
     if idle:
         x = F.pad(x, (0, 0, 0, idle))
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

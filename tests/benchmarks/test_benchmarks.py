@@ -18,7 +18,6 @@ from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
 from service.checkpoint.writer import add_draft_head
-from service.engine.options import EngineOptions
 from tests.bundles import make_bundle, make_draft_head
 from tests.oracle import PeftOracle
 from tests.proxy import MISSING, installed
@@ -26,14 +25,14 @@ from tests.proxy import MISSING, installed
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(20, 52))
 TINY = {
-    "vs_peft": ["--lengths", "4", "--repeats", "1", "--eager-only"],
-    "lookahead": ["--prompts", "1", "--tokens", "8", "--repeats", "1", "--eager-only"],
-    "vs_base": ["--tokens", "4", "--repeats", "1", "--eager-only", "--large-hidden", "256", "--large-layers", "1",
+    "vs_peft": ["--lengths", "4", "--repeats", "1"],
+    "lookahead": ["--prompts", "1", "--tokens", "8", "--repeats", "1"],
+    "vs_base": ["--tokens", "4", "--repeats", "1", "--large-hidden", "256", "--large-layers", "1",
                 "--large-tokens", "3", "--large-threads", "1"],
-    "speculation": ["--repeats", "1", "--eager-only"],
+    "speculation": ["--repeats", "1"],
     "prefix_cache": ["--prefix-tokens", "200", "--repeats", "1"],
-    "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1", "--eager-only"],
-    "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1", "--eager-only"],
+    "context": ["--contexts", "32", "64", "--tokens", "4", "--repeats", "1"],
+    "throughput": ["--concurrency", "1", "16", "--tokens", "4", "--repeats", "1"],
     "observability": ["--clients", "2", "--tokens", "4", "--rounds", "2"],
     "fairness": ["--rounds", "1", "--prompt-tokens", "1000", "--choices", "4"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
@@ -114,7 +113,7 @@ def test_plain_base_writes_what_the_base_writes(bundle):
                             eos_token_id=None, pad_token_id=0)[0, len(PROMPT) :].tolist()  # fmt: skip
     engine = make_engine(bundle)
     xlora = run_engine(engine, [PROMPT], 12).tokens["0"]
-    use_plain_base(engine, EngineOptions(str(bundle)))
+    use_plain_base(engine)
     run = run_engine(engine, [PROMPT], 12, BASE_REQUEST)
     assert run.tokens["0"] == written != xlora
     assert run.steps == 12
@@ -194,12 +193,12 @@ def test_mistralrs_layout_has_every_weight(tmp_path):
     assert vs_mistralrs.token_ids("".join(f"<[{token}]>" for token in tokens)) == tokens
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
-def test_no_compiler_is_an_error(bundle, tmp_path, monkeypatch):
-    """A row that says "compiled" was compiled: where that fails, the benchmark does."""
-    monkeypatch.setattr("service.engine.compilation._WORKER", "service.no_such_module")
-    with pytest.raises(RuntimeError, match="could not be compiled"):
-        make_engine(bundle, compiled=True, compile_cache=str(tmp_path), native_kernels=False)
+def test_no_native_kernels_is_an_error(bundle, tmp_path, monkeypatch):
+    """A rate is that of the kernels unless the options say no: where they cannot be had, the benchmark fails."""
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(RuntimeError, match="there are no native kernels"):
+        make_engine(bundle, native_cache=str(tmp_path))
+    make_engine(bundle, native_cache=str(tmp_path), native_kernels=False)
 
 
 def test_prompts_differ_by_seed_only():

@@ -202,7 +202,7 @@ def test_what_no_model_can_follow(engines: Engines, settings: GateSettings, para
 
 
 def test_a_checkpoint_without_experts_stays_so(tiny: Tiny) -> None:
-    """Its weight of 0 is part of every compiled step, and no factor makes another number of it."""
+    """Its weight of 0 is part of every captured step, and no factor makes another number of it."""
     info = Engines(tiny.variant(global_scaling_weight=0.0)).build().info
     check_settings(GateSettings(0.5, 1, 0.0), info)
     with pytest.raises(InvalidRequestError, match="own global_scaling_weight is 0"):

@@ -181,6 +181,28 @@ def test_equals_peft(tiny: Tiny, both: Engines, calls: Calls) -> None:
     assert calls.count["_decode_linear"] > 20
 
 
+def test_a_slot_that_is_not_ours_is_left_alone(both: Engines) -> None:
+    """A step that wrote one slot too far would spoil other requests."""
+    engine = both.build()
+    cache = engine._runner.kv_cache
+    run(engine, [greedy("first", words(1, 9), 8)])
+    for pool in (*cache.keys, *cache.values):
+        pool[-1] = 7.0
+    before = [pool.clone() for pool in (*cache.keys, *cache.values)]
+    held: set[int] = set()
+
+    def remember(engine: Engine, _: StepOutput) -> None:
+        for sequences in engine._sequences.values():
+            held.update(block for one in sequences for stream in (one.scaling, one.real) for block in stream.blocks)
+
+    run(engine, [greedy("second", words(2, 9), 8)], each_step=remember)
+    others = [block for block in range(cache.num_blocks) if block not in held]
+    assert others
+    for pool, untouched in zip((*cache.keys, *cache.values), before, strict=True):
+        assert torch.equal(pool[others], untouched[others])
+    assert torch.equal(cache.gate_rows[cache.dummy_slot], engine._runner.model.dummy_row)
+
+
 def test_they_come_while_requests_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first start on a machine: tokens from before and after are of one text. The next start has them at once."""
     engines = Engines(tiny.as_stored())
@@ -190,7 +212,7 @@ def test_they_come_while_requests_run(tiny: Tiny, tmp_path: Path, monkeypatch: p
     waiting: list[Any] = []
     steps: list[StepOutput] = []
     monkeypatch.setattr("service.engine.native.threading.Thread", lambda **kwargs: _Held(waiting, **kwargs))
-    engine = engines.build(compile_cache=str(tmp_path))
+    engine = engines.build(native_cache=str(tmp_path))
     assert not engine._runner.native
 
     def arrive(engine: Engine, output: StepOutput) -> None:
@@ -201,7 +223,7 @@ def test_they_come_while_requests_run(tiny: Tiny, tmp_path: Path, monkeypatch: p
             assert engine._runner.native
 
     assert_same(run(engine, requests, each_step=arrive), expected)
-    assert engines.build(compile_cache=str(tmp_path))._runner.native
+    assert engines.build(native_cache=str(tmp_path))._runner.native
 
 
 class _Held:
@@ -219,7 +241,7 @@ def test_without_a_compiler_it_serves(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
     engines = Engines(tiny.as_stored())
-    engine = engines.build(compile_cache=str(tmp_path))
+    engine = engines.build(native_cache=str(tmp_path))
     assert engine.kernels is not None
     assert engine.kernels.wait(60)
     assert [text for text in engines.news if "no native kernels" in text and "install g++" in text] == engines.news
@@ -244,11 +266,11 @@ def test_a_portable_library_needs_no_compiler(tiny: Tiny, tmp_path: Path, monkey
             assert use_library(library).returncode == 0
         monkeypatch.setattr(kernel_library, "cpu_flags", lambda level=level: f"flags : {' '.join(levels[level])}")
         engines = Engines(tiny.as_stored())
-        assert engines.build(compile_cache=cache)._runner.native
+        assert engines.build(native_cache=cache)._runner.native
         assert engines.news == [f"native kernels are in use: {library}"]
     assert loaded == list(libraries.values())
     monkeypatch.setattr(kernel_library, "cpu_flags", lambda: "flags : sse2")
-    engine = Engines(tiny.as_stored()).build(compile_cache=cache)
+    engine = Engines(tiny.as_stored()).build(native_cache=cache)
     assert engine.kernels is not None
     assert engine.kernels.wait(60)
     assert not engine._runner.native
@@ -266,7 +288,7 @@ def use_library(library: Path) -> subprocess.CompletedProcess[bytes]:
 
 def test_a_cache_that_cannot_be_written_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path / "file" / "cache"))
+    engine = Engines(tiny.as_stored()).build(native_cache=str(tmp_path / "file" / "cache"))
     assert engine.kernels is not None
     assert engine.kernels.wait(60)
     assert "Not a directory" in caplog.text
@@ -277,7 +299,7 @@ def test_a_damaged_library_is_told(tiny: Tiny, tmp_path: Path, caplog: pytest.Lo
     kernel_library.library_in(tmp_path).write_text("no library")
     kernel_library._libraries, before = {}, kernel_library._libraries
     try:
-        engine = Engines(tiny.as_stored()).build(compile_cache=str(tmp_path))
+        engine = Engines(tiny.as_stored()).build(native_cache=str(tmp_path))
     finally:
         kernel_library._libraries = before
     assert "no native kernels" in caplog.text

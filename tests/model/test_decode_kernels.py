@@ -1,12 +1,12 @@
-"""The C++ kernels of decode steps, called as compiled and as eager steps call them, against torch and the reference."""
+"""The C++ kernels of decode steps against torch and the reference."""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from service.engine.options import EngineOptions
 from service.model import decode_kernels, kernel_library
 from service.model.attention import sdpa
 from service.model.batch import LINES, AttentionGroup, Batch
+from service.model.build_folder import scratch_in
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
 from tests.model.test_classifier import E, H, build
@@ -29,57 +30,17 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling n
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-class Library:
-    """Calls the C functions with tensors."""
-
-    def __init__(self, threads: int) -> None:
-        cache = Path(EngineOptions("").compile_cache).expanduser()
-        kernel_library.provide(cache)
-        kernel_library.use_threads(threads)
-        self._library = ctypes.CDLL(str(kernel_library.library_in(cache)))  # the same once more
-
-    def __call__(self, name: str, *args: Any) -> Tensor | None:
-        """The result, or None where the function has refused its arguments. Tensors in a list may be missing."""
-        handles: list[int] = []
-        result = ctypes.c_void_p()
-        code = getattr(self._library, f"aoti_torch_cpu_{name}")(
-            *(self._argument(argument, handles) for argument in args), ctypes.byref(result)
-        )
-        for handle in handles:
-            torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
-        return None if code else torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(result.value))
-
-    def _argument(self, argument: Any, handles: list[int]) -> Any:
-        if isinstance(argument, list):
-            return None if argument[0] is None else ctypes.byref(self._argument(argument[0], handles))
-        if isinstance(argument, Tensor):
-            [capsule] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors([argument])
-            handles.append(_pointer(capsule, None))
-            return ctypes.c_void_p(handles[-1])
-        return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
-
-
-_pointer: Callable[..., int] = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi)
-)
-
-
-def _capsule(pointer: int | None) -> Any:
-    return _new_capsule(pointer, None, None)
-
-
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[Library]:
-    yield Library(request.param)
-    Library(1)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    kernel_library.provide(Path(EngineOptions("").native_cache).expanduser())
+    kernel_library.use_threads(request.param)
+    yield request.param
+    kernel_library.use_threads(1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 32])
-def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+def test_linear(threads: int, rows: int, dtype: torch.dtype) -> None:
     """Every number of rows left over, widths and depths that no vector divides, experts on all, some and no rows."""
     for width, depth, rank in product((1, 12, 50, 193), (3, 8, 40), (0, 1, 7, 60)):
         x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
@@ -87,29 +48,25 @@ def test_linear(kernels: Library, rows: int, dtype: torch.dtype) -> None:
             expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
             a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
             gate = torch.randn(rows - first, 3 * rank, dtype=dtype)[:, rank : 2 * rank]  # as Gate.at cuts it
-            stack = [[a], [b_t], [gate]] if rank else [[None]] * 3
+            stack = (a, b_t, gate) if rank else (None, None, None)
             if rank:
                 expected[first:] += (F.linear(x[first:].double(), a.double()) * gate.double()) @ b_t.double()
-            ours = kernels("decode_linear", x, weight, [bias], *stack, first)
-            assert ours is not None
+            ours = decode_kernels.adapted_linear(x[None], weight, bias, *stack, first)[0]
             assert ours.dtype == dtype
-            eager = decode_kernels.adapted_linear(x[None], weight, bias, *[one for [one] in stack], first)
-            assert torch.equal(eager, ours[None])
             scale = max(1.0, float(expected.abs().max()))
             torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 16, 35])
-def test_large_weights(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+def test_large_weights(threads: int, rows: int, dtype: torch.dtype) -> None:
     """Such as come from memory, and rows too long for the nearest cache."""
     width, depth, rank = 590, 2030, 5  # what is left of 2030 is some vectors and some numbers
     x, weight = torch.randn(rows, depth, dtype=dtype), torch.randn(width, depth, dtype=dtype)
     a, b_t = torch.randn(rank, depth, dtype=dtype), torch.randn(rank, width, dtype=dtype)
     gate = torch.randn(rows, rank, dtype=dtype)
     expected = F.linear(x.double(), weight.double()) + (F.linear(x.double(), a.double()) * gate.double()) @ b_t.double()
-    ours = kernels("decode_linear", x, weight, [None], [a], [b_t], [gate], 0)
-    assert ours is not None
+    ours = decode_kernels.adapted_linear(x, weight, None, a, b_t, gate, 0)
     scale = float(expected.abs().max())
     torch.testing.assert_close(ours.double() / scale, expected / scale, atol=TOLERANCE[dtype], rtol=0)
 
@@ -117,7 +74,7 @@ def test_large_weights(kernels: Library, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("window", [None, 5, 300])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention(kernels: Library, window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
+def test_attention(threads: int, window: int | None, softcap: float | None, dtype: torch.dtype) -> None:
     """Contexts of one token up to several times what is looked at together, grouped heads, odd sizes of head and block.
 
     What no row may see is NaN in ours.
@@ -147,18 +104,12 @@ def test_attention(kernels: Library, window: int | None, softcap: float | None, 
             for number in range(position + 1, width * block_size):
                 block, offset = table[row, number // block_size], number % block_size
                 cache.keys[0][block, offset] = cache.values[0][block, offset] = float("nan")
-        ours = kernels(
-            "decode_attention",
-            *(query, cache.keys[0], cache.values[0], table, positions),
-            *(0.3, window or 0, softcap or 0.0),
-        )
-        assert ours is not None
+        ours = self_attention(query, cache, table, positions, (0.3, window, softcap))
         torch.testing.assert_close(ours.double(), expected, atol=TOLERANCE[dtype], rtol=0)
-        assert torch.equal(self_attention(query, cache, table, positions, (0.3, window, softcap)), ours)
 
 
 def self_attention(query: Tensor, cache: KVCache, table: Tensor, positions: Tensor, how: tuple[Any, ...]) -> Tensor:
-    """The same in an eager step, which finds the cache without the rows' own keys and values, and brings those."""
+    """Of a step, which finds the cache without the rows' own keys and values, and brings those."""
     block_size = cache.block_size
     slots = table.gather(1, (positions // block_size)[:, None])[:, 0] * block_size + positions % block_size
     pool = [one[0].flatten(0, 1) for one in (cache.keys, cache.values)]
@@ -179,7 +130,7 @@ def self_attention(query: Tensor, cache: KVCache, table: Tensor, positions: Tens
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_siblings(kernels: Library, rows: int, dtype: torch.dtype) -> None:
+def test_siblings(threads: int, rows: int, dtype: torch.dtype) -> None:
     """Parts of all widths and ranks, one of them without experts: what each gives alone."""
     widths, ranks, depth = (50, 7, 193), (5, 0, 60), 40
     x, weight = torch.randn(1, rows, depth, dtype=dtype), torch.randn(sum(widths), depth, dtype=dtype)
@@ -220,7 +171,7 @@ def test_spread(native_kernels: None, first_row: int, layerwise: bool) -> None:
     gate.read(stored, slots, first_row)
     expected = gate.spread
     gate.clear()
-    gate.choose(decode_kernels.EAGER_FEW_ROWS, 1)
+    gate.choose(decode_kernels.DECODE_FEW_ROWS, 1)
     gate.read(stored, slots, first_row)
     assert gate.active
     assert gate.first_row == first_row
@@ -257,15 +208,8 @@ def test_scalings(native_kernels: None, depth: int, xlora: dict[str, Any], bias:
     assert stored[slots[rows:]].isnan().all()
 
 
-def test_what_is_not_dense_is_refused(kernels: Library) -> None:
-    """Reading it as if it were would give rubbish."""
-    x, weight = torch.randn(2, 8), torch.randn(8, 8)
-    assert kernels("decode_linear", x, weight.T, [None], [None], [None], [None], 0) is None
-    assert kernels("decode_linear", torch.randn(8, 2).T, weight, [None], [None], [None], [None], 0) is None
-
-
-def test_what_does_not_fit_is_an_error(kernels: Library) -> None:
-    """Of another dtype, or another width: eager steps are told, and memory is not read as what it is not."""
+def test_what_does_not_fit_is_an_error(threads: int) -> None:
+    """Of another dtype, or another width: the caller is told, and memory is not read as what it is not."""
     x, weight = torch.randn(1, 2, 8), torch.randn(8, 8)
     for wrong in (weight.half(), weight.double(), weight.T, torch.randn(8, 9)):
         with pytest.raises(RuntimeError, match="fitting shapes"):
@@ -278,17 +222,18 @@ def test_what_does_not_fit_is_an_error(kernels: Library) -> None:
     for wrong in (torch.randn(1, 2, 6), torch.randn(1, 1, 8), torch.randn(1, 2, 8).double()):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             decode_kernels.rotate(x[:, None], wrong, wrong)
-    query, pool = torch.randn(1, 4, 8), torch.zeros(2, 4, 2, 8)
+    query, own, pool = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 1, 8), torch.zeros(2, 4, 2, 8)
     table, positions = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     for one, keys, values, blocks, places in (
-        (torch.randn(1, 5, 8), pool, pool, table, positions),
-        (torch.randn(1, 4, 6), pool, pool, table, positions),
+        (torch.randn(1, 5, 1, 8), pool, pool, table, positions),
+        (torch.randn(1, 4, 1, 6), pool, pool, table, positions),
         (query, pool, pool[:, :2], table, positions),
         (query, pool, pool, table.repeat(2, 1), positions),
         (query, pool, pool, table, positions.repeat(2)),
         (query, pool, pool, table, positions.int()),
     ):
-        assert kernels("decode_attention", one, keys, values, blocks, places, 0.3, 0, 0.0) is None
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            torch.ops.xlora.decode_self_attention(one, own, own, keys, values, positions, blocks, places, 0.3, 0, 0.0)
     a, gate = torch.randn(3, 8), torch.randn(2, 3)
     for first_row, rows in ((0, 1), (0, 3), (-1, 3), (3, 0)):
         with pytest.raises(RuntimeError, match="fitting shapes"):
@@ -332,6 +277,17 @@ def test_processes_that_start_together_compile_it_once(tmp_path: Path) -> None:
     told = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0]
     assert sorted(told) == ["", "", "compiled\n"]
+
+
+def test_what_a_killed_build_has_left_is_removed(tmp_path: Path) -> None:
+    """... once it is old; what is under way is not."""
+    abandoned, running = tmp_path / "compiling-old", tmp_path / "compiling-new"
+    abandoned.mkdir()
+    running.mkdir()
+    os.utime(abandoned, (1, 1))
+    with scratch_in(tmp_path) as scratch:
+        assert scratch.parent == tmp_path
+    assert list(tmp_path.iterdir()) == [running]
 
 
 def test_what_the_compiler_says_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

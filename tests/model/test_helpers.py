@@ -21,7 +21,7 @@ from service.model import decode_kernels, kernel_library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
-CACHE = Path(EngineOptions("").compile_cache).expanduser()
+CACHE = Path(EngineOptions("").native_cache).expanduser()
 MANY = 4 * (os.cpu_count() or 1)  # there is always one that has to wait for a core
 
 

@@ -171,14 +171,14 @@ def test_experts_that_stay_narrow_beside_others_that_cannot(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"native_kernels": False}, {"dtype": "bfloat16"}, {"compile_cache": "nowhere"}], ids=str
+    "options", [{"native_kernels": False}, {"dtype": "bfloat16"}, {"native_cache": "nowhere"}], ids=str
 )
 def test_without_kernels_that_widen_nothing_is_narrow(
     narrow_tiny: Tiny, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "compile_cache" in options:
+    if "native_cache" in options:
         monkeypatch.setattr("shutil.which", lambda _: None)
-        options = {"compile_cache": str(tmp_path)}
+        options = {"native_cache": str(tmp_path)}
     model, _ = load_checkpoint_and_model(EngineOptions(str(narrow_tiny.path), "cpu", threads=1, **options))
     assert not model.is_narrow
     assert len({linear.weight.dtype for linear in linears(model)}) == 1

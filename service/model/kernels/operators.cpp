@@ -4,8 +4,7 @@
 // Everything is read where it lies: weights as the model stores them, keys and values through the block table. Storage is
 // float or bfloat16, arithmetic is float; weights may be narrower than what they are multiplied with.
 //
-// These are what torch calls: compiled steps by the names and types of AOTInductor's C interface (C shim), eager ones through
-// the dispatcher. decode_kernels.py declares the operators and says what they compute.
+// torch calls these through its dispatcher. decode_kernels.py declares the operators and says what they compute.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -25,42 +24,6 @@
 #include "tensors.h"
 #include "vectors.h"
 
-// ---- what AOTInductor calls ----------------------------------------------------------------------------------------
-
-extern "C" {
-
-AOTITorchError aoti_torch_cpu_decode_linear(
-    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* a, AtenTensorHandle* b_t,
-    AtenTensorHandle* gate, int64_t first_row, AtenTensorHandle* result
-) {
-    return run(Tensor(x), {Tensor(weight), Tensor(bias), Tensor(a), Tensor(gate), {Tensor(b_t)}, first_row}, result);
-}
-
-AOTITorchError aoti_torch_cpu_decode_attention(
-    AtenTensorHandle query_, AtenTensorHandle keys_, AtenTensorHandle values_, AtenTensorHandle table_,
-    AtenTensorHandle positions_, double scaling, int64_t window, double softcap, AtenTensorHandle* result
-) {
-    const Tensor query(query_), keys(keys_), values(values_), table(table_), positions(positions_);
-    if (!is_known(query) || !keys.is_like(query) || !values.is_like(query)) return AOTI_TORCH_FAILURE;
-    if (query.dims() != 3 || !query.is_dense(3)) return AOTI_TORCH_FAILURE;
-    if (!is_pool_of(keys, values, table, positions, query.size(0), query.size(1), query.size(2))) return AOTI_TORCH_FAILURE;
-    const int64_t sizes[] = {query.size(0), query.size(1), query.size(2)};
-    if (new_tensor(query, 3, sizes, result) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-    const Tensor attended(*result);
-    const Scores how{float(scaling), window, float(softcap)};
-    if (query.has(aoti_torch_dtype_float32())) {
-        attention_of<float>(rows_first<float>(query), query, keys, values, table, positions, how, rows_first<float>(attended));
-    } else {
-        attention_of<bfloat16>(
-            rows_first<bfloat16>(query), query, keys, values, table, positions, how, rows_first<bfloat16>(attended));
-    }
-    return AOTI_TORCH_SUCCESS;
-}
-
-}  // extern "C"
-
-// ---- what eager steps call, through torch's dispatcher ---------------------------------------------------------------
-
 namespace {
 
 using Given = torch::stable::Tensor;
@@ -68,7 +31,7 @@ using Maybe = std::optional<Given>;
 
 constexpr int64_t kRowsFirst[] = {0, 2, 1, 3};  // in memory, of [1, heads, rows, head_dim]
 
-AtenTensorHandle handle(const Maybe& tensor) { return tensor ? tensor->get() : nullptr; }
+Tensor or_none(const Maybe& tensor) { return Tensor(tensor ? tensor->get() : nullptr); }
 
 Given checked(AOTITorchError error, AtenTensorHandle result) {
     if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("wanted are dense float or bfloat16 tensors of fitting shapes");
@@ -76,14 +39,14 @@ Given checked(AOTITorchError error, AtenTensorHandle result) {
 }
 
 Given decode_linear(Given x, Given weight, Maybe bias, Maybe a, Maybe b_t, Maybe gate, int64_t first_row) {
-    AtenTensorHandle result = nullptr, handles[] = {handle(bias), handle(a), handle(b_t), handle(gate)};
-    const AOTITorchError error = aoti_torch_cpu_decode_linear(
-        x.get(), weight.get(), &handles[0], &handles[1], &handles[2], &handles[3], first_row, &result);
+    AtenTensorHandle result = nullptr;
+    const Linear own{Tensor(weight.get()), or_none(bias), or_none(a), or_none(gate), {or_none(b_t)}, first_row};
+    const AOTITorchError error = run(Tensor(x.get()), own, &result);
     return checked(error, result);
 }
 
 Given decode_siblings(Given x, Given weight, Maybe bias, Given a, std::vector<Given> b_t, Given gate, int64_t first_row) {
-    Linear own{Tensor(weight.get()), Tensor(handle(bias)), Tensor(a.get()), Tensor(gate.get()), {}, first_row};
+    Linear own{Tensor(weight.get()), or_none(bias), Tensor(a.get()), Tensor(gate.get()), {}, first_row};
     for (const Given& one : b_t) own.b_t.emplace_back(one.get());
     AtenTensorHandle result = nullptr;
     const AOTITorchError error = run(Tensor(x.get()), own, &result);
@@ -190,7 +153,7 @@ Given decode_norm(Given given, Given weight_, double eps) {
 
 Tensor or_none(const Given& tensor) {
     const Tensor given(tensor.get());
-    return given.numel() ? given : Tensor(static_cast<AtenTensorHandle>(nullptr));
+    return given.numel() ? given : Tensor(nullptr);
 }
 
 // ---- the gate: from stored scalings to the weights of ranks, from hidden states to stored scalings ---------------------
@@ -259,7 +222,7 @@ Given decode_scalings(
     int64_t width = known ? hidden.size(1) : 0, widest = 0;
     std::vector<Linear> linears;
     for (int64_t number = 0; known && number < count; number++) {
-        const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+        const Tensor none(nullptr);
         const Linear& own = linears.emplace_back(
             Linear{Tensor(layers[2 * number].get()), or_none(layers[2 * number + 1]), none, none, {}, 0});
         known = own.weight.dims() == 2 && is_sound(own, hidden) && own.depth() == width;
@@ -298,7 +261,7 @@ Given decode_scalings(
 
 // rows [L] of hidden [T, H], the first `scaling_rows` of which draft; tensors U [R, H], b [R], D [H, R] -> [L, H]
 Given decode_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vector<Given> tensors) {
-    const Tensor hidden(hidden_.get()), rows(rows_.get()), none(static_cast<AtenTensorHandle>(nullptr));
+    const Tensor hidden(hidden_.get()), rows(rows_.get()), none(nullptr);
     if (hidden.dims() != 2 || !hidden.has(aoti_torch_dtype_float32()) || !hidden.is_dense(2) || !is_index(rows) ||
         tensors.size() != 3)
         return checked(AOTI_TORCH_FAILURE, nullptr);
@@ -358,7 +321,7 @@ Layer layer_of(
 ) {
     Layer layer{{}, {}, eps};
     for (int number = 0; number < kNorms; number++) layer.norms.push_back(or_none(tensors[number]));
-    const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+    const Tensor none(nullptr);
     for (int number = 0; number < kLinears; number++) {
         const Given* const own = tensors.data() + kNorms + kPerLinear * number;
         const Tensor a = gate ? or_none(own[2]) : none, open = a ? Tensor(gate->get()) : none;
@@ -423,7 +386,7 @@ void run_layer(
     const Heads<float> queries = rotate(query, heads, layer.norms[kQueryNorm]);
     write(rotate(key, kv_heads, layer.norms[kKeyNorm]), slots, keys);
     write(Heads<float>{value, rows, kv_heads, kv_across, head_dim}, slots, values);
-    const Tensor none(static_cast<AtenTensorHandle>(nullptr));
+    const Tensor none(nullptr);
     attention_of(queries, none, keys, values, table, positions, how, Heads<float>{attended, rows, heads, across, head_dim});
     run(kOutput, attended, normed);
     for (int64_t i = 0; i < rows * hidden; i++) y[i] = x[i] + normed[i];

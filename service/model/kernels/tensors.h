@@ -25,7 +25,6 @@ constexpr int64_t kMostDims = 4;
 class Tensor {
 public:
     explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
-    explicit Tensor(const AtenTensorHandle* handle) : handle_(handle ? *handle : nullptr) {}
 
     explicit operator bool() const { return handle_ != nullptr; }
 
