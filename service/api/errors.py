@@ -133,7 +133,8 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
         return InvalidRequestError(
             reason if field in _FIELDS else f"the body {reason}", param=field if field in _FIELDS else None
         )
-    return InvalidRequestError(f"`{param}` {reason} (got {_shown(first['input'])})", param=param)
+    hint = first["ctx"]["hint"] if first["type"] == "removed" else None
+    return InvalidRequestError(f"`{param}` {reason} (got {_shown(first['input'])})", param=param, hint=hint)
 
 
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:

@@ -148,7 +148,6 @@ SCALINGS_BODIES: Any = {
         "summary": "Whether the gate chose well",
         "value": {"prompt": "12 + 30", "perplexity": True, "format": "csv"},
     },
-    "map": {"summary": "A heat map of tokens and experts", "value": {"prompt": "12 + 30", "format": "svg"}},
     "divergence": {"summary": "How differently two texts are read", "value": {"prompt": ["12 + 30", "def add("]}},
 }
 SCALINGS_CSV = "text,module_type,math,code,entropy_nats\r\n0,q_proj,0.93,0.07,0.21\r\n"

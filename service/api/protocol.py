@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.api.fields import (
     INT32,
@@ -159,6 +160,17 @@ class Select(Body):
         return self
 
 
+def _not_drawn(format: object) -> object:
+    """Refuses the pictures that earlier versions drew."""
+    if format in ("svg", "png"):
+        raise PydanticCustomError(
+            "removed",
+            "should be 'json', 'npy' or 'csv': the server no longer draws",
+            {"hint": "the page at / draws, and so does `xlora-serve scalings --png FILE`"},
+        )
+    return format
+
+
 class ScalingsBody(Body):
     """POST /scalings."""
 
@@ -176,11 +188,10 @@ class ScalingsBody(Body):
         "module type (mean over the positions and the group's sites).",
     )
     select: Select | None = Field(None, description="A part of the positions, sites and experts; all when absent.")
-    format: Literal["json", "npy", "csv", "png", "svg"] | None = Field(
+    format: Annotated[Literal["json", "npy", "csv"] | None, BeforeValidator(_not_drawn)] = Field(
         None,
         description="json when absent. npy: the rows [rows, experts], or [positions, sites, experts] with "
-        '"full". csv: the rows with names and entropy. svg, png: a heat map of the rows; png needs matplotlib on the '
-        "server. npy, svg and png take one text.",
+        '"full", of one text. csv: the rows with names and entropy.',
     )
 
     perplexity: bool | None = Field(
@@ -215,8 +226,8 @@ class ScalingsBody(Body):
             raise ValueError('perplexity needs granularity "token"')
         if self.perplexity and (self.format or "json") not in ("json", "csv"):
             raise ValueError('perplexity needs format "json" or "csv"')
-        if self.is_batch and self.format in ("npy", "png", "svg"):
-            raise ValueError(f'prompt must be one text, not a list of texts, for format "{self.format}"')
+        if self.is_batch and self.format == "npy":
+            raise ValueError('prompt must be one text, not a list of texts, for format "npy"')
         return self
 
 

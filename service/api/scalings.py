@@ -1,6 +1,6 @@
 """POST /scalings: the scaling pass alone over texts, to look at the gate without generating.
 
-What is looked at, and in what grouping, is gate_view.py; pictures are heatmap.py.
+What is looked at, and in what grouping, is gate_view.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api import heatmap
 from service.api.answers import ScalingsAnswer, ScalingsBatchAnswer
 from service.api.deadlines import deadline_of
 from service.api.errors import GENERATION_ERRORS, documented
@@ -45,14 +44,11 @@ _MEDIA_TYPES = {
     "json": "application/json",
     "npy": "application/octet-stream",
     "csv": "text/csv; charset=utf-8",
-    "png": "image/png",
-    "svg": "image/svg+xml",
 }
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _CONTENT = {
     "application/json": {"example": SCALINGS_ANSWER},
     "text/csv": {"schema": {"type": "string"}, "example": SCALINGS_CSV},
-    **dict.fromkeys(("application/octet-stream", "image/png", "image/svg+xml"), _BINARY),
+    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
 }
 
 
@@ -103,7 +99,7 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord, de
     prompts = await service.codec.all_prompt_ids(body.texts)
     view = View.of(body, service.info)
     positions = [view.positions(len(ids)) for ids in prompts]
-    _check_sizes(body, view, positions, service.info)
+    _check_sizes(view, positions, service.info)
     columns = Columns(view.experts, view.expert_names)
     if body.perplexity:
         columns.check_size(positions)
@@ -189,8 +185,6 @@ class Renderer:
                 return self._npy(texts[0])
             case "csv":
                 return self._csv(texts)
-            case kind:
-                return self._image(texts[0], kind, head["model"])
 
     def _document(self, texts: Sequence[Text]) -> dict[str, Any]:
         if not self._body.is_batch:
@@ -275,25 +269,9 @@ class Renderer:
                 writer.writerow([number, "", "", "perplexity", *blank, *map(_number, totals)])
         return buffer.getvalue().encode()
 
-    def _image(self, text: Text, kind: str, model: str) -> bytes:
-        view, table = self._view, self._table(text)
-        labels = table.names
-        if view.granularity == "token":
-            labels = heatmap.token_labels(text.rows.start, table.names)
-        last = text.rows.end - 1
-        what = "token" if view.granularity == "token" else view.granularity.replace("_", " ")
-        title = f"{model}: weight by {what}, positions {text.rows.start} to {last}"
-        draw = heatmap.svg if kind == "svg" else heatmap.png
-        return draw(title, labels, view.expert_names, table.mean)
 
-
-def _check_sizes(body: ScalingsBody, view: View, positions: Sequence[range], info: EngineInfo) -> None:
-    """Raises InvalidRequestError for what this server cannot draw, or cannot hold."""
-    if body.format == "png":
-        heatmap.check_matplotlib()
-    if body.format in ("png", "svg"):
-        rows = len(positions[0]) if view.granularity == "token" else len(view.groups())
-        heatmap.check_size(rows, len(view.experts))
+def _check_sizes(view: View, positions: Sequence[range], info: EngineInfo) -> None:
+    """Raises InvalidRequestError for more than this server can hold."""
     per_position = len(info.experts) * (len(info.sites) if view.needs_sites else 1)
     weights = sum(map(len, positions)) * per_position
     if weights > MAX_WEIGHTS:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 from pathlib import Path
 
 from rich.console import Console
 
-from service.api import heatmap
 from service.api.rows import RowFormat, Rows
 from service.api.scalings import scaling_rows
 from service.api.state import new_id
+from service.commands import heat_map
 from service.commands.local import local_engine, read_prompt
 from service.engine.request import Request
 from service.errors import StartupError
@@ -22,7 +21,7 @@ from service.terminal import scalings_table
 def run(arguments: argparse.Namespace) -> int:
     """Draws the table; saves the heat map when asked for."""
     if arguments.png is not None:
-        _require_matplotlib(Path(arguments.png))
+        _check_png(Path(arguments.png))
     tokens, experts, rows = asyncio.run(_run(arguments))
     Console(highlight=False).print(scalings_table(tokens, experts, rows.mean, rows.entropy))
     if arguments.png is not None:
@@ -39,18 +38,16 @@ async def _run(arguments: argparse.Namespace) -> tuple[list[str], list[str], Row
 
 
 def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows) -> None:
-    """A PNG with a row per token and a column per expert, as POST /scalings draws it."""
-    heatmap.check_size(len(tokens), len(experts))
+    """A PNG with a row per token and a column per expert."""
+    heat_map.check_size(len(tokens), len(experts))
+    labels = heat_map.token_labels(tokens)
     try:
-        path.write_bytes(
-            heatmap.png("weight, mean over the sites", heatmap.token_labels(0, tokens), experts, rows.mean)
-        )
+        path.write_bytes(heat_map.png("weight, mean over the sites", labels, experts, rows.mean))
     except OSError as error:
         raise StartupError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _require_matplotlib(path: Path) -> None:
+def _check_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise StartupError(f"--png {path}: the name must end in .png")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise StartupError("--png needs matplotlib", hint="pip install 'xlora-service[plot]'")
+    heat_map.check_matplotlib()

@@ -62,7 +62,7 @@ def test_without_it_nothing_is_scored(http: TestClient, engine: FakeEngine) -> N
 
 def test_refused(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(http, perplexity=True, granularity="site")["param"] == "perplexity"
-    assert error(http, perplexity=True, format="svg")["param"] == "perplexity"
+    assert error(http, perplexity=True, format="npy")["param"] == "perplexity"
     assert error(http, perplexity="yes")["param"] == "perplexity"
     monkeypatch.setattr(perplexity, "MAX_SCORED_TOKENS", 60)
     assert error(http, perplexity=True)["code"] == "too_large"

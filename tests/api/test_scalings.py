@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
-import importlib.util
 import io
 import math
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from service.api import heatmap, scalings
+from service.api import scalings
 from service.api.gate_view import View, divergence, over_sites, summarise
 from service.api.protocol import ScalingsBody
 from service.api.rows import Rows
@@ -26,10 +24,6 @@ from tests.fake_engine import EXPERTS, SITES, entropy_of, fake_info, gate_row, w
 
 PROMPT = list(range(65, 85))  # 20 tokens; row 10 is all-zero
 TEXT = "a <b>'\n\x00=1 🙂"  # without the characters whose token makes the fake engine fail
-
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed: pip install '.[plot]'"
-)
 
 
 def ask(http: TestClient, **body: Any) -> Any:
@@ -232,51 +226,16 @@ def test_csv_of_groups_equals_json(http: TestClient) -> None:
     np.testing.assert_allclose([[float(cell) for cell in row[2:4]] for row in rows], groups["mean"], atol=1e-6)
 
 
-@pytest.mark.parametrize("granularity", ["token", "site"])
-def test_svg_has_every_weight(http: TestClient, granularity: str) -> None:
-    answer = ask(http, prompt=TEXT, granularity=granularity, format="svg", select={"experts": ["math", "code"]})
-    assert answer.headers["content-type"] == "image/svg+xml"
-    titles = [e.text for e in ElementTree.fromstring(answer.content).iter("{http://www.w3.org/2000/svg}title")]
-    table = ask(http, prompt=TEXT, granularity=granularity, select={"experts": ["math", "code"]})
-    weights = np.array(table["scalings" if granularity == "token" else "groups"]["mean"]).ravel()
-    assert [title.rpartition(": ")[2] for title in titles[1:] if title] == [f"{weight:.4f}" for weight in weights]
-
-
-@pytest.mark.parametrize("kind", ["svg", pytest.param("png", marks=needs_matplotlib)])
-def test_any_label_can_be_drawn(kind: str) -> None:
-    labels = ["&<>\"'", "$\\frac$", "$_x^2$", "\x00\x1b\ufffe\u202e\ue000", "漢字 שלום 🙂", "", "long " * 40]
-    weights = np.linspace(-1, 3, 2 * len(labels), dtype=np.float32).reshape(-1, 2)
-    image = getattr(heatmap, kind)("<&$title", labels, ["$&", "x" * 99], weights)
-    if kind == "svg":
-        assert "&<>\"'" in {element.text for element in ElementTree.fromstring(image).iter()}
-
-
-@needs_matplotlib
-@pytest.mark.parametrize("granularity", ["token", "site"])
-def test_png_shows_the_weights(http: TestClient, granularity: str) -> None:
-    """The colours at the centres of the cells, from the left column down, are viridis of the weights."""
-    import matplotlib
-    from matplotlib.image import imread
-
-    body = {"prompt": TEXT, "granularity": granularity}
-    answer = ask(http, **body, format="png")
-    assert answer.headers["content-type"] == "image/png"
-    image = imread(io.BytesIO(answer.content), format="png")[:, :, :3]
-    array = np.load(io.BytesIO(ask(http, **body, format="npy").content))
-    for weight in array.ravel():
-        colour = matplotlib.colormaps["viridis"](float(weight))[:3]
-        assert (np.abs(image - colour).max(axis=2) < 0.01).sum() > 100, weight
-
-
-def test_png_without_matplotlib_says_what_to_do(
-    http: TestClient, client: ThreadClient, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["svg", "png"])
+@pytest.mark.parametrize("body", [{}, {"prompt": [TEXT]}, {"granularity": "site"}, {"perplexity": True}], ids=str)
+def test_pictures_are_refused_with_who_draws(
+    http: TestClient, client: ThreadClient, kind: str, body: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     client.engine.requests.clear()
-    found = error(http, format="png")
-    assert (found["code"], found["param"]) == ("plot_unavailable", "format")
-    assert "svg" in found["hint"]
-    assert "xlora-service[plot]" in found["hint"]
+    found = error(http, **body, format=kind)
+    assert (found["param"], found["code"]) == ("format", "invalid_request")
+    assert found["message"] == (f"`format` should be 'json', 'npy' or 'csv': the server no longer draws (got '{kind}')")
+    assert found["hint"] == "the page at / draws, and so does `xlora-serve scalings --png FILE`"
     assert not client.engine.requests
 
 
@@ -290,9 +249,10 @@ def test_png_without_matplotlib_says_what_to_do(
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": [[1, 999]]}, "prompt"),
         ({"prompt": ["a"], "format": "npy"}, "prompt"),
-        ({"prompt": ["a"], "format": "svg"}, "prompt"),
         ({"granularity": "head"}, "granularity"),
         ({"format": "gif"}, "format"),
+        ({"format": "SVG"}, "format"),
+        ({"format": ["svg"]}, "format"),
         ({"granularity": "site", "return_scalings": "full"}, "return_scalings"),
         ({"format": "csv", "return_scalings": "full"}, "return_scalings"),
         ({"format": "csv", "scalings_dtype": "float16"}, "scalings_dtype"),
@@ -316,9 +276,6 @@ def test_bad_bodies(http: TestClient, client: ThreadClient, body: dict[str, Any]
 
 
 def test_sizes_are_bounded(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heatmap, "MAX_ROWS", 19)
-    assert error(http, format="svg")["code"] == "too_large"
-    ask(http, format="svg", select={"start": 1})
     monkeypatch.setattr(scalings, "MAX_WEIGHTS", 2 * 20 * 3)
     ask(http, granularity="site")
     assert error(http, prompt=[PROMPT, [1]], granularity="site")["code"] == "too_large"
