@@ -9,19 +9,22 @@ with exit code 1 where one of them failed to run. A bar that is missed is no fai
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, Bar, print_bars, rounded
 
 
-def run(name: str, flags: list[str]) -> dict[str, Any] | None:
-    """Runs one, showing what it says. Returns its document, or None where it failed."""
+def run(name: str, flags: list[str], root: Path = ROOT) -> dict[str, Any] | None:
+    """Runs one of the checkout at `root`, showing what it says. Returns its document, or None where it failed."""
     print(f"== benchmarks/{name}.py", flush=True)
     last = ""
     command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    with subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
