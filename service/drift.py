@@ -119,7 +119,7 @@ def _field(profile: Mapping[str, Any], *path: str) -> Any:
 def _numbers(values: Any) -> Shares:
     try:
         array = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.array(math.nan)
     if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any():
         raise ProfileError(f"expected a list of numbers that are not negative, found {values!r:.80}")
