@@ -7,18 +7,21 @@ the oracle of the tests); transformers itself stays out of this process, and tor
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from service.errors import InvalidRequestError
 
-_TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+MAX_SOURCE = 100_000  # characters of a template; the longest in use have 30,000, and compiling 100,000 takes seconds
 _MAX_REASON_CHARACTERS = 300
 
 
@@ -37,17 +40,19 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Computes nothing while it compiles a template: `{{ 9 ** 9 ** 9 }}` would never be loaded."""
-
-    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
-
-
 class ChatTemplate:
     """One model's template and the special tokens it may name."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        # Without an optimizer, and with a `finalize` that wants the context, nothing is computed while parsing: a
+        # constant such as 9**9**9 would take for ever before any request came.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,
+            finalize=_as_it_is,
+        )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
         self._template = environment.from_string(source)
@@ -57,14 +62,24 @@ class ChatTemplate:
     def load(cls, directory: Path) -> ChatTemplate | None:
         """The template beside a tokenizer.json: a file of its own, or a field of tokenizer_config.json. None: no chat.
 
-        Raises jinja2.TemplateError for a template that is no Jinja.
+        Raises jinja2.TemplateError for a template that is no Jinja; loading a checkpoint has refused those before.
         """
-        path = directory / "tokenizer_config.json"
+        path, file = directory / CONFIG_FILE, directory / TEMPLATE_FILE
         config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        file = directory / _TEMPLATE_FILE
-        source = file.read_text("utf-8") if file.exists() else _default(config.get("chat_template"))
+        return cls.of(config, file.read_text("utf-8") if file.exists() else None)
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], text: str | None) -> ChatTemplate | None:
+        """The same from what the files hold: tokenizer_config.json, and the template's own file where there is one.
+
+        Raises jinja2.TemplateError for a template that is no Jinja, ValueError for a field of another type and for a
+        template that is too long.
+        """
+        source = _default(config.get("chat_template")) if text is None else text
         if source is None:
             return None
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"expected at most {MAX_SOURCE:,} characters, found {len(source):,}")
         tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         return cls(source, {name: token for name, token in tokens.items() if token is not None})
 
@@ -79,8 +94,12 @@ class ChatTemplate:
 def _default(templates: Any) -> str | None:
     """Some models have several named templates."""
     if isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}.get("default")
-    return templates if isinstance(templates, str) else None
+        templates = {entry["name"]: entry["template"] for entry in templates}
+    if isinstance(templates, dict):
+        templates = templates.get("default")
+    if templates is not None and not isinstance(templates, str):
+        raise ValueError(f"chat_template: expected a text, found {templates!r:.80}")
+    return templates
 
 
 def _content(token: Any) -> str | None:
@@ -94,6 +113,11 @@ def _reason(error: Exception) -> str:
     """One line. What the template itself says needs no name of an exception."""
     text = " ".join(str(error)[:_MAX_REASON_CHARACTERS].split())
     return text if isinstance(error, TemplateError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+@pass_context
+def _as_it_is(context: Context, value: Any) -> Any:
+    return value
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

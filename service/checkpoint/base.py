@@ -1,4 +1,4 @@
-"""The base model's folder, as far as the checkpoint must know it: config.json, tensor shapes, the tokenizer's presence.
+"""The base model's folder, as far as the checkpoint must know it: config.json, tensor shapes, what ends a text.
 
 Knows files and shapes. Does not know transformers or any architecture, and loads no weights.
 """
@@ -10,15 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from service.checkpoint.base_config import check_base_config, read_token_ids
 from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.files import BundleRoot
-from service.checkpoint.tensors import TensorFile, read_header, read_tensor
+from service.checkpoint.tensors import TensorFile, read_header
+from service.checkpoint.tokenizer import check_tokenizer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
+MAX_SHARDS = 10_000
+# transformers would load these instead of the files that are checked here.
+SUBSTITUTES = ("adapter_config.json", "shard-*-model-*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,12 @@ class BaseModel:
     files: tuple[TensorFile, ...]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     complete: bool = True  # False: a shard could not be read, so an unknown module may still exist
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def hidden_size(self) -> int | None:
         """None when config.json has it under no known name."""
-        text_config = self.config.get("text_config")
-        sections = [self.config, text_config if isinstance(text_config, dict) else {}]
-        values = (section.get(key) for section in sections for key in HIDDEN_SIZE_KEYS)
-        return next((value for value in values if isinstance(value, int)), None)
+        return _integer(self.config, HIDDEN_SIZE_KEYS)
 
     @property
     def architecture(self) -> str:
@@ -56,12 +58,6 @@ class BaseModel:
         names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
         return next((name for name in names if name in self.shapes), None)
 
-    def weight(self, module: str) -> torch.Tensor | None:
-        """`module`'s weight, read from its file; None when it is not there."""
-        name = self.weight_name(module)
-        file = next((file for file in self.files if name in file.tensors), None)
-        return read_tensor(file, name) if file and name else None
-
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
         """Shape of `module`'s weight, or None: [out, in], and [in, out] for Conv1D and Embedding."""
         if name := self.weight_name(module):
@@ -77,19 +73,46 @@ class BaseModel:
 
 
 def read_base(root: BundleRoot, path: Path, defects: Defects) -> BaseModel:
-    """Read config.json and every safetensors header of the folder at `path`."""
+    """Read the folder's configuration and every safetensors header, and open its tokenizer."""
     with defects.guard():
-        root.file(path / "tokenizer.json", "save the base with a fast tokenizer: AutoTokenizer(...).save_pretrained")
+        root.require_links_inside(path)
+        _refuse_substitutes(path)
+    check_tokenizer(root, path, defects)
     config = root.json(path / "config.json", "the base must be a Hugging Face model folder")
-    if config.get("quantization_config"):
-        problem = "quantization_config: expected none, found a quantised base"
-        defects.add(defect(path / "config.json", problem, "use the model's float32, float16 or bfloat16 weights"))
     if (path / INDEX_FILE).exists() and not (path / SINGLE_FILE).exists():
         files, complete = _read_shards(root, path, defects)
     else:
         files, complete = (read_header(root.weights(path, SINGLE_FILE)),), True
     shapes = {name: info.shape for file in files for name, info in file.tensors.items()}
-    return BaseModel(path, config, files, shapes, complete)
+    if complete:
+        check_base_config(config, path / "config.json", shapes, defects)
+    ends: tuple[int, ...] = ()
+    with defects.guard():
+        ends = _read_eos_token_ids(root, path, config)
+    return BaseModel(path, config, files, shapes, complete, ends)
+
+
+def _refuse_substitutes(path: Path) -> None:
+    for pattern in SUBSTITUTES:
+        if found := next(path.glob(pattern), None):
+            problem = f"expected none beside {SINGLE_FILE}: transformers would load it in its place"
+            raise defect(found, problem, "delete it from the base's folder")
+
+
+def _read_eos_token_ids(root: BundleRoot, path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """generation_config.json overrides config.json, as in transformers' generate."""
+    vocabulary, generation = _integer(config, ("vocab_size",)), path / GENERATION_FILE
+    own = read_token_ids(config.get("eos_token_id"), path / "config.json", vocabulary)
+    stated = root.json(generation).get("eos_token_id") if generation.exists() else None
+    return own if stated is None else read_token_ids(stated, generation, vocabulary)
+
+
+def _integer(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first integer under one of `keys`, in config.json itself or in its part on text."""
+    text_config = config.get("text_config")
+    sections = [config, text_config if isinstance(text_config, dict) else {}]
+    values = (section.get(key) for section in sections for key in keys)
+    return next((value for value in values if type(value) is int), None)
 
 
 def _read_shards(root: BundleRoot, path: Path, defects: Defects) -> tuple[tuple[TensorFile, ...], bool]:
@@ -98,13 +121,17 @@ def _read_shards(root: BundleRoot, path: Path, defects: Defects) -> tuple[tuple[
     weight_map = root.json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise defect(index, f"weight_map: expected tensor names and their files, found {weight_map!r:.80}")
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(shard, []).append(name)
+    if len(shards) > MAX_SHARDS:
+        raise defect(index, f"weight_map: expected at most {MAX_SHARDS:,} files, found {len(shards):,}")
     files = []
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
+    for shard in sorted(shards):
         with defects.guard():
             file = read_header(root.weights(path, shard))
             files.append(file)
-            missing = [name for name, where in weight_map.items() if where == shard and name not in file.tensors]
+            missing = [name for name in shards[shard] if name not in file.tensors]
             if missing:
                 raise defect(file.path, f"missing tensor {shorten(missing)}, which {INDEX_FILE} expects here")
     return tuple(files), len(files) == len(shards)

@@ -7,27 +7,30 @@ The base's weights are hashed and checked here but never kept. `load_checkpoint`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from service.checkpoint import lora
 from service.checkpoint.base import BaseModel, read_base
-from service.checkpoint.classifier import ClassifierWeights, layer_prefixes, read_classifier
+from service.checkpoint.classifier import ClassifierWeights, read_classifier
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
 from service.checkpoint.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.files import BundleRoot
+from service.checkpoint.gate import OpenGate, open_gate
 from service.checkpoint.hashes import WeightFile, WeightHasher
 from service.checkpoint.hub import is_hub_id, same_repository
 from service.checkpoint.layouts import read_manifest
 from service.checkpoint.lora import LoraWeights
-from service.checkpoint.manifest import ExpertEntry, Manifest
+from service.checkpoint.manifest import MAX_EXPERTS, ExpertEntry, Manifest
 from service.checkpoint.ordering import read_ordering
 from service.checkpoint.sources import Locator, Overrides, locate_model
-from service.checkpoint.tensors import TensorFile, read_header
+from service.checkpoint.tensors import read_header
 
 __all__ = [
     "Checkpoint",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 NO_OVERRIDES = Overrides()
+InspectBase = Callable[[BaseModel], None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Checkpoint:
     weights_sha256: str  # over the hashes of all weight files, sorted by label
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
+    eos_token_ids: tuple[int, ...] = ()
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
     @property
@@ -83,24 +88,46 @@ def load_checkpoint(
     overrides: Overrides = NO_OVERRIDES,
     allow_outside: bool = False,
     verify_hashes: bool = True,
+    inspect_base: InspectBase | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Read and check the checkpoint at `path`, a folder or a hub id. Raises CheckpointError for the first defect.
 
     `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
     is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
-    anywhere. `on_progress` receives one line per weight file, and lines while files are downloaded.
+    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (model/skeleton.py);
+    it is called before any weights are read. `on_progress` receives one line per weight file, and lines while files
+    are downloaded.
     """
     checkpoint, defects = None, Defects()
     with defects.guard():
         checkpoint = read_checkpoint(
-            path, overrides, defects, allow_outside=allow_outside, verify_hashes=verify_hashes, on_progress=on_progress
+            path,
+            overrides,
+            defects,
+            allow_outside=allow_outside,
+            verify_hashes=verify_hashes,
+            inspect_base=inspect_base,
+            on_progress=on_progress,
         )
     if checkpoint is None:
         raise defect(path, "the checkpoint could not be read")
     return checkpoint
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A header becomes millions of objects that all live: to look for garbage among them takes longer than the rest."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_collections()
 def read_checkpoint(
     path: Path | str,
     overrides: Overrides,
@@ -108,6 +135,7 @@ def read_checkpoint(
     *,
     allow_outside: bool = False,
     verify_hashes: bool = True,
+    inspect_base: InspectBase | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
     """Walk the whole checkpoint; None when `defects` collected something that leaves no Checkpoint."""
@@ -115,20 +143,24 @@ def read_checkpoint(
     root = BundleRoot(locate_model(path, progress), allow_outside)
     ordering = read_ordering(overrides.ordering) if overrides.ordering else None
     manifest = read_manifest(root, ordering, defects, rescue=overrides.rescue)
+    if manifest.expert_count > MAX_EXPERTS:
+        raise defect(manifest.source, f"expected at most {MAX_EXPERTS:,} experts, found {manifest.expert_count:,}")
     locator = Locator(root, overrides, progress)
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
     hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
     base: BaseModel | None = None
-    base_reference = ""
+    base_reference, errors_before = "", len(defects.errors)
     with defects.guard():
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
         base = read_base(root, base_folder, defects)
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
+        if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
+            inspect_base(base)
     known_base = base if base is not None and base.complete else None
-    gate: _OpenGate | None = None
+    gate: OpenGate | None = None
     with defects.guard():
-        gate = _open_gate(root, manifest, base, hasher, defects)
+        gate = open_gate(root, manifest, base, hasher, defects)
     experts: list[Expert] = []
     for entry in manifest.experts:
         with defects.guard():
@@ -144,7 +176,7 @@ def read_checkpoint(
         sites = _check_sites(manifest, experts, defects)
         if gate is not None:
             classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
-    hasher.check_remaining()
+    hasher.run()
     if defects.errors or base is None or gate is None or classifier is None:
         return None
     return Checkpoint(
@@ -161,6 +193,7 @@ def read_checkpoint(
         weight_files=tuple(hasher.files),
         layout=manifest.layout,
         base_reference=base_reference,
+        eos_token_ids=base.eos_token_ids,
     )
 
 
@@ -210,41 +243,6 @@ def _check_base_names(manifest: Manifest, experts: list[Expert], defects: Defect
             defects.add(defect(source, f"{problem}, found {ids[expert.name]!r}", hint))
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenGate:
-    """What is known of the gate before the experts are."""
-
-    config: XLoraConfig
-    file: TensorFile
-    prefixes: list[str]  # of the classifier's tensors, in the order of its layers
-
-
-def _open_gate(
-    root: BundleRoot, manifest: Manifest, base: BaseModel | None, hasher: WeightHasher, defects: Defects
-) -> _OpenGate:
-    gate = manifest.gate
-    folder = root.folder(gate.folder, manifest.source, "classifier")
-    config = _read_xlora_config(root, folder / gate.config, manifest, base, defects)
-    file = read_header(root.weights(folder, gate.weights))
-    hasher.add(f"classifier/{file.path.name}", file)
-    return _OpenGate(config, file, layer_prefixes(file, config, gate))
-
-
-def _read_xlora_config(
-    root: BundleRoot, source: Path, manifest: Manifest, base: BaseModel | None, defects: Defects
-) -> XLoraConfig:
-    config = XLoraConfig.from_dict(root.json(source), source)
-    if base is not None and base.hidden_size not in (None, config.hidden_size):
-        problem = f"hidden_size: expected {base.hidden_size} as in {base.path / 'config.json'}"
-        defects.add(defect(source, f"{problem}, found {config.hidden_size}"))
-        config = replace(config, hidden_size=base.hidden_size or config.hidden_size)  # for the classifier's shapes
-    experts = manifest.expert_count
-    if config.top_k_lora is not None and config.top_k_lora > experts:
-        problem = f"top_k_lora: expected at most {experts}, the number of experts, found {config.top_k_lora}"
-        defects.add(defect(source, problem))
-    return config
-
-
 def _check_sites(manifest: Manifest, experts: list[Expert], defects: Defects) -> int | None:
     """Every site has an expert and every expert's target is a site; returns S, or None when it is not certain."""
     if len(experts) < manifest.expert_count or not all(expert.weights for expert in experts):
@@ -252,13 +250,13 @@ def _check_sites(manifest: Manifest, experts: list[Expert], defects: Defects) ->
     targeted = {site: expert.name for expert in experts for site in expert.weights}
     if manifest.sites is None:
         return len(targeted)
-    errors_before = len(defects.errors)
+    errors_before, listed = len(defects.errors), set(manifest.sites)
     for site in manifest.sites:
         if site not in targeted:
             hint = did_you_mean(site, targeted)
             defects.add(defect(manifest.source, f"sites: no expert targets {site!r}", hint))
     for site, name in targeted.items():
-        if site not in manifest.sites:
+        if site not in listed:
             hint = did_you_mean(site, manifest.sites)
             defects.add(defect(manifest.source, f"sites: expected {site!r}, which expert {name!r} targets", hint))
     return len(manifest.sites) if len(defects.errors) == errors_before else None

@@ -30,6 +30,7 @@ IGNORED_FIELDS = frozenset(
         "task_type",
     }
 )
+MAX_FACTOR = 1e6  # of weights, and of the temperature or its inverse: float32 still holds what they multiply
 NULLABLE_FIELDS = frozenset({"top_k_lora", "scaling_pass_value"})
 
 
@@ -98,5 +99,9 @@ def _check_range(name: str, value: Any, source: Path | str) -> None:
         raise defect(source, f"{name}: expected at least 1, found {value}")
     if name == "softmax_temperature" and value <= 0:
         raise defect(source, f"{name}: expected more than 0, found {value}", "1.0 leaves the softmax as it is")
+    if name == "softmax_temperature" and not 1 / MAX_FACTOR <= value <= MAX_FACTOR:
+        raise defect(source, f"{name}: expected between {1 / MAX_FACTOR:g} and {MAX_FACTOR:g}, found {value}")
+    if name in {"scaling_pass_value", "global_scaling_weight"} and abs(value or 0) > MAX_FACTOR:
+        raise defect(source, f"{name}: expected between {-MAX_FACTOR:g} and {MAX_FACTOR:g}, found {value}")
     if name == "xlora_dropout_p" and not 0 <= value <= 1:
         raise defect(source, f"{name}: expected between 0 and 1, found {value}")

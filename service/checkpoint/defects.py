@@ -7,15 +7,28 @@ either raises the first defect (loading) or keeps all of them (`xlora-serve chec
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import heapq
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os.path import commonprefix
 from pathlib import Path
 from typing import Self
 
-from service.errors import CheckpointError
+from service.errors import CheckpointError, XLoraError
+
+MAX_MESSAGE = 2000  # characters: a name inside a damaged file may be megabytes long
+MAX_DEFECTS = 100  # of one checkpoint: whoever has more wants to know the kind, not the number
+MAX_KNOWN = 10_000  # names that a hint is chosen from; among more, none is looked for
+MAX_COMPARED = 100  # of those, as many as share most with the name: comparing one costs a tenth of a millisecond
+
+
+class TooManyDefects(CheckpointError):
+    """Nothing more is looked for."""
 
 
 def one_line(text: str) -> str:
     """Escape line breaks and control characters: names inside damaged files may hold anything."""
+    text = text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]}...{text[-MAX_MESSAGE // 2 :]}"
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -24,10 +37,32 @@ def defect(file: Path | str, problem: str, hint: str | None = None) -> Checkpoin
     return CheckpointError(one_line(f"{file}: {problem}"), hint=one_line(hint) if hint else None)
 
 
+@contextmanager
+def naming(file: Path | str, problem: str, hint: str | None = None) -> Iterator[None]:
+    """Makes whatever a library raises inside a defect of `file`: `problem`, then the library's own words."""
+    try:
+        yield
+    except (XLoraError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        said = " ".join(str(error).split())
+        raise defect(file, f"{problem}: {type(error).__name__}: {said:.300}", hint) from error
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint with the closest known names, or None when nothing is close."""
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    names = list(known)
+    if len(names) > MAX_KNOWN or len(name) > MAX_MESSAGE:
+        return None
+    related = heapq.nlargest(MAX_COMPARED, names, key=lambda other: _shared_ends(name, other))
+    matches = difflib.get_close_matches(name, related, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(repr(match) for match in matches)}?" if matches else None
+
+
+def _shared_ends(first: str, second: str) -> int:
+    """Characters that two names have in common at their beginning and at their end."""
+    ends = commonprefix([first[::-1], second[::-1]])  # noqa: RUF071 (by characters is meant)
+    return len(ends) + len(commonprefix([first, second]))  # noqa: RUF071
 
 
 def shorten(names: Iterable[str], limit: int = 3) -> str:
@@ -49,6 +84,8 @@ class Defects:
         if not self.keep_going:
             raise error
         self.errors.append(error)
+        if len(self.errors) == MAX_DEFECTS:
+            raise TooManyDefects(f"more than {MAX_DEFECTS - 1} defects: the rest is not looked at")
 
     def guard(self) -> Self:
         """`with defects.guard():` runs one independent step; when a defect ends it, the steps after it still run."""
@@ -58,6 +95,8 @@ class Defects:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, TooManyDefects):
+            return False
         if isinstance(error, OSError):  # permission denied, name too long, a disk that fails
             self.add(defect(error.filename or "bundle", f"not readable: {error.strerror or error}"))
         elif isinstance(error, CheckpointError):

@@ -6,12 +6,15 @@ Knows paths and JSON, not what the files mean. Every file of a bundle is opened 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from service.checkpoint.defects import defect, shorten
 
+MAX_TEXT_BYTES = 100_000_000  # of a JSON file or a template; the largest tokenizers have 40 MB
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 OUTSIDE_HINT = "copy it into the bundle, or let the operator allow outside paths (--allow-outside)"
 
@@ -79,15 +82,36 @@ class BundleRoot:
             refuse_pickles(folder, name)
         return self.file(folder / name)
 
-    def json(self, path: Path, hint: str | None = None) -> dict[str, Any]:
-        """The object that the JSON file holds; NaN, Infinity and repeated keys are refused."""
+    def require_links_inside(self, folder: Path) -> None:
+        """Refuse symlinks in `folder` that lead out of the bundle: libraries open files there by themselves."""
+        for entry in sorted(folder.iterdir()):
+            if entry.is_symlink():
+                self.require_inside(entry, entry, "path")
+
+    def text(self, path: Path, hint: str | None = None) -> str:
+        """The text of a UTF-8 file; other encodings and byte order marks, which other readers refuse, are refused."""
+        size = self.file(path, hint).stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise defect(path, f"expected at most {MAX_TEXT_BYTES:,} bytes, found {size:,}")
         try:
-            text = self.file(path, hint).read_text(encoding="utf-8")
-            data = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise defect(path, f"not readable as UTF-8: {error}", "save it as UTF-8") from error
+        if text.startswith("\ufeff"):
+            raise defect(path, "expected plain UTF-8, found a byte order mark", "save it as UTF-8 without BOM")
+        return text
+
+    def json(self, path: Path, hint: str | None = None) -> dict[str, Any]:
+        """The object that the JSON file holds; NaN, Infinity, numbers beyond a float and repeated keys are refused."""
+        text = self.text(path, hint)
+        try:
+            data = json.loads(
+                text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
+            )
         except json.JSONDecodeError as error:
             problem = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
             raise defect(path, problem) from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise defect(path, f"not readable as JSON: {error}") from error
         if not isinstance(data, dict):
             raise defect(path, f"expected a JSON object, found {type(data).__name__}")
@@ -106,9 +130,16 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON value")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.40} is beyond the range of numbers")
+    return number
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"repeated key {next(key for key in keys if keys.count(key) > 1)!r}")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"repeated key {next(key for key, count in counts.items() if count > 1)!r:.80}")
     return data

@@ -36,11 +36,21 @@ class WeightHasher:
         self.root, self.manifest, self.defects, self.verify = root, manifest, defects, verify
         self.on_progress = on_progress
         self.files: list[WeightFile] = []
+        self.pending: list[tuple[str, TensorFile, bool]] = []
         self.recorded = {(root.path / name).resolve(): name for name in manifest.sha256}
         self.unmet = set(manifest.sha256)
 
     def add(self, label: str, file: TensorFile, *, trust_recorded: bool = False) -> None:
-        """Scan one file; with `trust_recorded` and verification off, a recorded hash replaces the scan."""
+        """Notes one file to be scanned; with `trust_recorded` and verification off, a recorded hash replaces that."""
+        self.pending.append((label, file, trust_recorded))
+
+    def run(self) -> None:
+        """Scans the files, last of all: what is wrong without their values is known by then, however large they are."""
+        for label, file, trust_recorded in self.pending:
+            self._scan(label, file, trust_recorded)
+        self._check_remaining()
+
+    def _scan(self, label: str, file: TensorFile, trust_recorded: bool) -> None:
         name = self.recorded.get(file.path.resolve(), "")
         self.unmet.discard(name)
         expected = self.manifest.sha256.get(name)
@@ -53,7 +63,7 @@ class WeightHasher:
             self._compare(file.path, expected, found)
         self.files.append(WeightFile(label, file.size_bytes, found, verified=bool(expected and self.verify)))
 
-    def check_remaining(self) -> None:
+    def _check_remaining(self) -> None:
         """Files that bundle.json has a hash for and that no part of the bundle uses."""
         for name in sorted(self.unmet):
             path = self.root.path / name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from service.checkpoint.config import IGNORED_FIELDS, XLoraConfig
 from service.checkpoint.convert import expert_folder, staged, write_adapter
 from service.checkpoint.defects import Defects, defect
-from service.checkpoint.lora import check_adapter_config, rank_and_scale
+from service.checkpoint.lora import check_adapter_config, ranks_and_scales
 from service.checkpoint.writer import write_bundle
 
 SOURCE = Path("model")  # what errors name
@@ -132,6 +132,7 @@ def _write_live_expert(
     config["peft_type"] = "LORA"
     check_adapter_config(config, SOURCE, Defects())
     tensors: dict[str, Tensor] = {}
+    settings = ranks_and_scales(config, list(layers), SOURCE)
     for site, module in layers.items():
         prefix = f"base_model.model.{site}"
         if adapter in module.lora_A:
@@ -144,7 +145,8 @@ def _write_live_expert(
             tensors[f"{prefix}.lora_embedding_B"] = module.lora_embedding_B[adapter]
         else:
             continue
-        _fit_scale(config, site, module.scaling[adapter], a.shape[0])
+        if settings[site] != (a.shape[0], module.scaling[adapter]):
+            _fit_scale(config, site, module.scaling[adapter], a.shape[0])
     write_adapter(folder, config, tensors)
 
 
@@ -160,9 +162,7 @@ def _check_layer(site: str, module: Any, adapter: str) -> None:
 
 
 def _fit_scale(config: dict[str, Any], site: str, scale: float, rank: int) -> None:
-    """Make the patterns of `config` give exactly this rank and scale at `site`; they may have been changed since."""
-    if rank_and_scale(config, site, SOURCE) == (rank, scale):
-        return
+    """Make the patterns of `config` give exactly this rank and scale at `site`, which were changed after them."""
     key = site.replace(".", r"\.")
     config["rank_pattern"] = {key: rank, **(config.get("rank_pattern") or {})}
     config["alpha_pattern"] = {key: scale * (rank**0.5 if config["use_rslora"] else rank), **config["alpha_pattern"]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 
 from service.checkpoint.base import BaseModel
 from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
-from service.checkpoint.tensors import TensorFile, read_tensor, read_tensors
+from service.checkpoint.lora_names import pair_names
+from service.checkpoint.patterns import match_patterns
+from service.checkpoint.tensors import TensorFile, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,21 +74,7 @@ REFUSED_FIELDS = frozenset(
 KNOWN_FIELDS = USED_FIELDS | HARMLESS_FIELDS | REFUSED_FIELDS | {"init_lora_weights"}
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, MiCA, LoRA-GA) change the base's weights or the forward.
 KEPT_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-KINDS = r"(?P<site>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])"
-TENSOR_NAME = re.compile(rf"base_model\.model\.{KINDS}(\.(?P<adapter>[^.]+))?(?(kind)|\.weight)")
-# PEFT's save of an X-LoRA model writes each expert's folder under these names, among tensors of others and of the base.
-XLORA_TENSOR_NAME = re.compile(rf"base_model\.lora_model\.model\.{KINDS}(?(kind)|\.weight)")
-XLORA_PREFIX = "base_model.lora_model."
-CLASSIFIER_PREFIX = "internal_xlora_classifier."  # the original library leaves the classifier's biases with each expert
 LOSS = "PEFT 0.20 and later drop tensors when they save an X-LoRA model"
-# PEFT adds these when it adapts an embedding: harmless as long as they are the base's own.
-BASE_COPY = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)?\.weight")
-FOREIGN_TENSORS = {
-    "lora_magnitude_vector": "DoRA",
-    "lora_A.bias": "lora_bias",
-    "lora_B.bias": "lora_bias",
-    "modules_to_save": "modules_to_save",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,46 +120,46 @@ def read_lora_weights(
     *,
     expert: str = "NAME",
 ) -> dict[str, LoraWeights]:
-    """{site: LoraWeights}. Shapes are checked against the base's where `base` could be read."""
-    from_xlora = any(name.startswith(XLORA_PREFIX) for name in file.tensors)
-    pairs = _pair_xlora_names(file) if from_xlora else _pair_names(file, base, defects)
+    """{site: LoraWeights}, empty where there is a defect. Shapes are checked against those of `base`, if known."""
+    pairs, from_xlora = pair_names(file, base, defects)
     loss_hint = f"{LOSS}; give the expert's own folder with --expert {expert}=PATH" if from_xlora else None
-    tensors = read_tensors(file)
-    weights: dict[str, LoraWeights] = {}
+    settings = ranks_and_scales(config, list(pairs), source)
+    errors_before = len(defects.errors)
     for site, names in pairs.items():
         with defects.guard():
             for side, other in ("AB", "BA"):
                 if side not in names:
                     missing = re.sub(rf"(\.lora_(embedding_)?){other}", rf"\g<1>{side}", names[other])
                     raise defect(file.path, f"missing tensor {missing!r}")
-            rank, scale = rank_and_scale(config, site, source)
-            embedding = ".lora_embedding_" in names["A"]
-            shape = _base_shape(base, site, file, names, embedding, config)
-            _check_shapes(file, names, rank, shape, source)
-            weights[site] = LoraWeights(tensors[names["A"]], tensors[names["B"]], scale, embedding)
+            shape = _base_shape(base, site, file, names, _is_embedding(names), config)
+            _check_shapes(file, names, settings[site][0], shape, source)
     if not pairs:
         problem = "expected tensors '...lora_A.weight' and '...lora_B.weight', found none"
         defects.add(defect(file.path, problem, loss_hint))
     elif base is not None:
         _check_targets(set(pairs), config, file, base, defects, loss_hint)
-    return weights
+    if len(defects.errors) > errors_before:
+        return {}
+    tensors = read_tensors(file)
+    return {
+        site: LoraWeights(tensors[names["A"]], tensors[names["B"]], settings[site][1], _is_embedding(names))
+        for site, names in pairs.items()
+    }
 
 
-def rank_and_scale(config: Mapping[str, Any], site: str, source: Path) -> tuple[int, float]:
-    """Rank and scale of one site; a pattern matches the end of the module path (PEFT's `get_pattern_key`)."""
-    rank = _by_pattern(config.get("rank_pattern"), site, config.get("r", 8), source, "rank_pattern")
-    alpha = _by_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", 8), source, "alpha_pattern")
-    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+def _is_embedding(names: Mapping[str, str]) -> bool:
+    return ".lora_embedding_" in names["A"]
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any, source: Path, field: str) -> Any:
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", site):
-                return value
-        except re.error as error:
-            raise defect(source, f"{field}: {pattern!r} is not a regular expression: {error}") from error
-    return default
+def ranks_and_scales(config: Mapping[str, Any], sites: Sequence[str], source: Path) -> dict[str, tuple[int, float]]:
+    """{site: (rank, scale)}. Raises CheckpointError for patterns that cannot be matched."""
+    ranks = match_patterns(config.get("rank_pattern") or {}, sites, source, "rank_pattern")
+    alphas = match_patterns(config.get("alpha_pattern") or {}, sites, source, "alpha_pattern")
+    found = {}
+    for site in sites:
+        rank, alpha = ranks.get(site, config.get("r", 8)), alphas.get(site, config.get("lora_alpha", 8))
+        found[site] = (rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return found
 
 
 def _unused(name: str) -> str:
@@ -195,52 +183,6 @@ def _check_numbers(config: Mapping[str, Any], source: Path, defects: Defects) ->
             if not is_valid or (needs_integer and value < 1):
                 expected = "an integer of at least 1" if needs_integer else "a number"
                 defects.add(defect(source, f"{name}: expected {expected}, found {value!r:.80}"))
-
-
-def _pair_names(file: TensorFile, base: BaseModel | None, defects: Defects) -> dict[str, dict[str, str]]:
-    """{site: {"A": tensor name, "B": tensor name}}; a tensor that is neither is a defect."""
-    pairs: dict[str, dict[str, str]] = {}
-    for name in file.tensors:
-        if name.startswith(CLASSIFIER_PREFIX):
-            continue
-        match = TENSOR_NAME.fullmatch(name)
-        foreign = next((what for part, what in FOREIGN_TENSORS.items() if part in name), None)
-        if foreign:
-            defects.add(defect(file.path, f"tensor {name!r}: {foreign} is not supported"))
-        elif match is None and _is_copy_of_base(name, file, base, defects):
-            continue
-        elif match is None:
-            expected = "expected names like 'base_model.model.<module>.lora_A.weight'"
-            defects.add(defect(file.path, f"unexpected tensor {name!r}: {expected}"))
-        elif match["side"] in (sides := pairs.setdefault(match["site"], {})):
-            problem = f"tensors {sides[match['side']]!r} and {name!r}: expected one adapter, found several"
-            defects.add(defect(file.path, problem))
-        else:
-            sides[match["side"]] = name
-    return pairs
-
-
-def _is_copy_of_base(name: str, file: TensorFile, base: BaseModel | None, defects: Defects) -> bool:
-    """Whether the tensor is the base's own; one that has other values is a defect: the embedding was trained."""
-    match = BASE_COPY.fullmatch(name)
-    own = base.weight(match["module"]) if match and base else None
-    if own is None:
-        return False
-    copy = read_tensor(file, name)
-    if copy.shape != own.shape or not torch.equal(copy, own.to(copy.dtype)):
-        problem = f"tensor {name!r}: expected a copy of the base's {list(own.shape)}, found other values"
-        hint = "the embedding was trained or the vocabulary resized; merge it into the base"
-        defects.add(defect(file.path, f"{problem} of shape {list(copy.shape)}", hint))
-    return True
-
-
-def _pair_xlora_names(file: TensorFile) -> dict[str, dict[str, str]]:
-    """The same for an expert's folder in PEFT's save of an X-LoRA model; tensors that are not the expert's are left."""
-    pairs: dict[str, dict[str, str]] = {}
-    for name in file.tensors:
-        if match := XLORA_TENSOR_NAME.fullmatch(name):
-            pairs.setdefault(match["site"], {})[match["side"]] = name
-    return pairs
 
 
 def _base_shape(
@@ -299,9 +241,16 @@ def _check_targets(
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return
-    suffixes = tuple(f".{target}" for target in targets if isinstance(target, str))
-    missing = [module for module in base.modules if f".{module}".endswith(suffixes) and module not in found]
-    missing = [module for module in missing if not any(site.endswith(f".{module}") for site in found)]
+    wanted = {target for target in targets if isinstance(target, str)}
+    adapted = {end for site in found for end in _ends(site)}  # some saves of a base leave out the first component
+    missing = [module for module in base.modules if module not in adapted and not wanted.isdisjoint(_ends(module))]
     if missing:
-        problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(map(str, targets))} names"
+        problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(wanted)!r:.400} names"
         defects.add(defect(file.path, problem, loss_hint))
+
+
+def _ends(module: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    while module:
+        yield module
+        module = module.partition(".")[2]

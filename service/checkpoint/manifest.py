@@ -7,6 +7,7 @@ peft_layout.py and original_layout.py; layouts.py chooses.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from service.checkpoint.writer import FORMAT_VERSION
 FILE_NAME = "bundle.json"
 KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile", "draft_head")
 EXPERT_KEYS = ("name", "path", "description")
+MAX_EXPERTS, MAX_FILES = 1000, 10_000
+HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -60,8 +63,9 @@ def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
         if key not in KEYS:
             defects.add(defect(source, f"unknown config key {key!r}", did_you_mean(key, KEYS)))
     profile = data.get("gate_profile")
-    if profile is not None and not isinstance(profile, dict):
-        defects.add(defect(source, f"gate_profile: expected an object or null, found {profile!r:.80}"))
+    if profile is not None and not (isinstance(profile, dict) and _is_portable(profile)):
+        expected = "expected an object of text and numbers, or null"
+        defects.add(defect(source, f"gate_profile: {expected}, found {profile!r:.80}"))
     classifier = _text({"classifier": "classifier", **data}, "classifier", source)
     return Manifest(
         layout="bundle",
@@ -86,6 +90,24 @@ def _text(data: Mapping[str, Any], key: str, source: Path, where: str = "") -> s
     return value
 
 
+def _is_portable(value: Any) -> bool:
+    """Whether a JSON value can go to the other processes and out as JSON: no half of a surrogate pair, no integer of
+    more than 64 bits.
+    """
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            pending += [*part, *part.values()]
+        elif isinstance(part, list):
+            pending += part
+        elif (isinstance(part, int) and not -(2**63) <= part < 2**63) or (
+            isinstance(part, str) and HALF_OF_PAIR.search(part)
+        ):
+            return False
+    return True
+
+
 def _experts(entries: Any, source: Path, defects: Defects) -> tuple[ExpertEntry, ...]:
     if not isinstance(entries, list) or not entries:
         raise defect(source, f"experts: expected a list of at least one expert, found {entries!r:.80}")
@@ -106,7 +128,7 @@ def _expert(entry: Any, where: str, source: Path) -> ExpertEntry:
         if key not in EXPERT_KEYS:
             raise defect(source, f"{where}: unknown config key {key!r}", did_you_mean(key, EXPERT_KEYS))
     description = entry.get("description", "")
-    if not isinstance(description, str):
+    if not isinstance(description, str) or not _is_portable(description):
         raise defect(source, f"{where}.description: expected a string, found {description!r:.80}")
     name, path = (_text(entry, key, source, f"{where}.") for key in ("name", "path"))
     return ExpertEntry(name, path, description)
@@ -118,9 +140,9 @@ def _sites(sites: Any, source: Path, defects: Defects) -> tuple[str, ...] | None
     if not isinstance(sites, list) or not sites or not all(isinstance(site, str) for site in sites):
         defects.add(defect(source, f"sites: expected a list of module names, found {sites!r:.80}"))
         return None
-    repeated = next((site for site in sites if sites.count(site) > 1), None) if len(set(sites)) < len(sites) else None
-    if repeated is not None:
-        defects.add(defect(source, f"sites: {repeated!r} is listed {sites.count(repeated)} times, expected once"))
+    repeated, times = Counter(sites).most_common(1)[0]
+    if times > 1:
+        defects.add(defect(source, f"sites: {repeated!r} is listed {times} times, expected once"))
     return tuple(dict.fromkeys(sites))
 
 
@@ -129,6 +151,9 @@ def _hashes(hashes: Any, source: Path, defects: Defects) -> dict[str, str]:
         return {}
     if not isinstance(hashes, dict):
         defects.add(defect(source, f"sha256: expected an object, found {hashes!r:.80}"))
+        return {}
+    if len(hashes) > MAX_FILES:
+        defects.add(defect(source, f"sha256: expected at most {MAX_FILES:,} files, found {len(hashes):,}"))
         return {}
     good: dict[str, str] = {}
     for file, value in hashes.items():

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.checkpoint.base import read_base
-from service.checkpoint.bundle import NO_OVERRIDES, Checkpoint, Expert, read_checkpoint
-from service.checkpoint.defects import Defects, one_line
+from service.checkpoint.bundle import NO_OVERRIDES, Checkpoint, Expert, InspectBase, read_checkpoint
+from service.checkpoint.defects import Defects, TooManyDefects, one_line
 from service.checkpoint.files import BundleRoot
 from service.checkpoint.sources import Overrides
 from service.errors import CheckpointError
@@ -19,15 +19,31 @@ from service.errors import CheckpointError
 _LAYOUTS = {"bundle": "bundle", "PEFT": "PEFT save", "original": "checkpoint of the original library"}
 
 
+def examine(
+    path: Path | str,
+    *,
+    overrides: Overrides = NO_OVERRIDES,
+    allow_outside: bool = False,
+    inspect_base: InspectBase | None = None,
+) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The checkpoint at `path`, or every independent defect of it. `inspect_base` as load_checkpoint has it."""
+    checkpoint, defects = None, Defects(keep_going=True)
+    try:
+        with defects.guard():
+            checkpoint = read_checkpoint(
+                path, overrides, defects, allow_outside=allow_outside, inspect_base=inspect_base
+            )
+    except TooManyDefects as error:
+        defects.errors.append(error)
+    unique = {str(error): error for error in defects.errors}
+    return checkpoint, list(unique.values())
+
+
 def find_problems(
     path: Path | str, *, overrides: Overrides = NO_OVERRIDES, allow_outside: bool = False
 ) -> list[CheckpointError]:
-    """Every independent defect of the checkpoint at `path`; empty when it loads."""
-    defects = Defects(keep_going=True)
-    with defects.guard():
-        read_checkpoint(path, overrides, defects, allow_outside=allow_outside)
-    unique = {str(error): error for error in defects.errors}
-    return list(unique.values())
+    """Every independent defect that the files alone show; empty when load_checkpoint accepts them."""
+    return examine(path, overrides=overrides, allow_outside=allow_outside)[1]
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -9,9 +9,10 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,13 +20,15 @@ from safetensors import SafetensorError, safe_open
 from service.checkpoint.defects import Defects, defect
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_NAME = 1000  # characters of a tensor's name
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 BUFFER_BYTES = 1 << 20  # fits a core's cache, so that the second look at the bytes is nearly free
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One header entry; `start` and `end` are byte offsets into the file's data section."""
+class TensorInfo(NamedTuple):
+    """One header entry; `start` and `end` are byte offsets into the file's data section. A tuple, for there may be many
+    of them.
+    """
 
     name: str
     dtype: str
@@ -70,34 +73,42 @@ def scan(file: TensorFile, defects: Defects) -> str:
     buffer = bytearray(BUFFER_BYTES)
     with file.path.open("rb") as handle:
         digest.update(handle.read(file.data_start))
-        for info in file.tensors.values():
-            found = _scan_tensor(handle, info, buffer, digest)
+        for _, group in itertools.groupby(file.tensors.values(), key=lambda info: info.dtype):
+            run = list(group)  # neighbours of one dtype are looked at as one: a file may have very many tensors
+            if _scan_tensor(handle, run[0]._replace(end=run[-1].end), buffer, digest):
+                _name_damaged(file, run, buffer, defects)
+    return digest.hexdigest()
+
+
+def _name_damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray, defects: Defects) -> None:
+    """Looks at each tensor of a run that holds NaN or Inf."""
+    with file.path.open("rb") as handle:
+        handle.seek(file.data_start + run[0].start)
+        for info in run:
+            found = _scan_tensor(handle, info, buffer, hashlib.sha256())
             if found:
                 problem = f"tensor {info.name!r}: expected finite values, found {found}"
                 defects.add(defect(file.path, problem, "the weights are damaged or training diverged"))
-    return digest.hexdigest()
 
 
 def read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
     """Every tensor of the file, on the CPU, in its own dtype."""
-    try:
-        with safe_open(file.path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in file.tensors}
-    except (SafetensorError, OSError) as error:
-        raise defect(file.path, f"corrupt safetensors: {error}") from error
+    return dict(iterate_tensors(file, file.tensors))
 
 
-def read_tensor(file: TensorFile, name: str) -> torch.Tensor:
-    """One tensor of the file, on the CPU, in its own dtype."""
+def iterate_tensors(file: TensorFile, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These tensors of the file one after the other, on the CPU, in their own dtype."""
     try:
         with safe_open(file.path, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(name)
-            return tensor
+            for name in names:
+                yield name, opened.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise defect(file.path, f"corrupt safetensors: {error}") from error
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise defect(path, f"tensor {name!r:.80}: expected a name of at most {MAX_NAME} characters, found {len(name)}")
     try:
         dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
@@ -130,7 +141,7 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_bytes: int) -> None:
 
 
 def _scan_tensor(handle: BinaryIO, info: TensorInfo, buffer: bytearray, digest: Any) -> str | None:
-    """Feed one tensor's bytes to `digest`; returns "NaN" or "Inf" when it holds one."""
+    """Feed the bytes of one tensor, or of a run of them, to `digest`; "NaN" or "Inf" when there is one."""
     view = memoryview(buffer)
     found = None
     remaining = info.end - info.start

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
 from rich.console import Console
 
-from service.checkpoint import Checkpoint, Overrides, load_checkpoint
-from service.checkpoint.report import describe, find_problems
+from service.checkpoint import Checkpoint, Overrides
+from service.checkpoint.base import BaseModel
+from service.checkpoint.report import describe, examine
 from service.cli import PLAN_FLAGS, given_settings, print_error
 from service.engine.options import EngineOptions
 from service.errors import SettingsError
@@ -26,16 +28,27 @@ def run(arguments: argparse.Namespace) -> int:
     _check_flags(arguments, settings)
     gpu_bytes = _gpu_bytes(arguments)
     overrides = Overrides.parse(settings.base, settings.expert, settings.ordering)
-    problems = find_problems(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
+    checkpoint, problems = examine(
+        arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_check_base
+    )
     for problem in problems:
         print_error(problem)
-    if problems:
+    if checkpoint is None:
         return 1
-    checkpoint = load_checkpoint(arguments.directory, overrides=overrides, allow_outside=settings.allow_outside)
+    _skeleton().traversal_sites(checkpoint)
     sys.stdout.write(f"{describe(checkpoint).rstrip()}\n")
     if arguments.plan:
         _plan(checkpoint, arguments.directory, settings, gpu_bytes)
     return _verify(checkpoint, arguments.directory, settings) if arguments.verify else 0
+
+
+def _check_base(base: BaseModel) -> None:
+    _skeleton().check_base(base)
+
+
+def _skeleton() -> ModuleType:
+    """What asks transformers, which takes seconds to import: only when the files alone have shown no defect."""
+    return importlib.import_module("service.model.skeleton")
 
 
 def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:

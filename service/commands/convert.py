@@ -13,7 +13,7 @@ from rich.console import Console
 from service.checkpoint import Overrides, load_checkpoint
 from service.checkpoint.convert import convert
 from service.cli import given_settings
-from service.model.skeleton import traversal_sites
+from service.model.skeleton import check_base, traversal_sites
 from service.settings import load_settings
 
 
@@ -25,7 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     target = Path(arguments.target)
     with Console(stderr=True).status(f"reading {arguments.source}") as status:
         checkpoint = load_checkpoint(
-            arguments.source, overrides=overrides, allow_outside=settings.allow_outside, on_progress=status.update
+            arguments.source,
+            overrides=overrides,
+            allow_outside=settings.allow_outside,
+            inspect_base=check_base,
+            on_progress=status.update,
         )
         convert(
             checkpoint,

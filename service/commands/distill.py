@@ -17,6 +17,7 @@ from service.cli import given_settings
 from service.engine.distill import distill
 from service.engine.options import EngineOptions
 from service.errors import CheckpointError, SettingsError
+from service.model.skeleton import check_base
 from service.settings import load_settings
 
 
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
             folder,
             overrides=Overrides.parse(settings.base, [], None),
             allow_outside=settings.allow_outside,
+            inspect_base=check_base,
             on_progress=status.update,
         )
         if checkpoint.layout != "bundle" or not folder.is_dir():

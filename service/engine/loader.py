@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.narrow import stored_dtype
 from service.model.parallel_plan import Ranks
-from service.model.skeleton import check_divisible
+from service.model.skeleton import check_base, check_divisible
 from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20
@@ -108,6 +107,7 @@ def read_checkpoint(
         overrides=overrides,
         allow_outside=options.allow_outside,
         verify_hashes=verify_hashes,
+        inspect_base=check_base,
         on_progress=on_progress,
     )
 
@@ -275,7 +275,8 @@ def plan_blocks(layout: KVLayout, max_model_len: int, options: EngineOptions, fr
     if budget is None and free_bytes is not None:
         budget = int(free_bytes * CUDA_KV_SHARE)
     if budget is None:
-        budget = max(_CPU_KV_BYTES, one * layout.block_bytes)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        budget = min(max(_CPU_KV_BYTES, one * layout.block_bytes), memory)
     blocks = min(most, budget // layout.block_bytes)
     if blocks < one:
         raise StartupError(
@@ -310,7 +311,7 @@ def _engine_info(
         xlora_config=checkpoint.xlora.to_dict(),
         dummy_row=model.dummy_row.expand(len(model.sites), -1).tolist(),
         vocab_size=model.config.get_text_config().vocab_size,
-        eos_token_ids=_eos_token_ids(checkpoint),
+        eos_token_ids=list(checkpoint.eos_token_ids),
         max_model_len=max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=max_rows,
@@ -328,13 +329,3 @@ def _engine_info(
         gate_profile=checkpoint.gate_profile,
         draft_head=None if checkpoint.draft_head is None else checkpoint.draft_head.size,
     )
-
-
-def _eos_token_ids(checkpoint: Checkpoint) -> list[int]:
-    """generation_config.json overrides config.json, as in transformers' generate."""
-    for name in ("generation_config.json", "config.json"):
-        path = checkpoint.base_path / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if eos is not None:
-            return [eos] if isinstance(eos, int) else list(eos)
-    return []

@@ -6,6 +6,7 @@ Knows what our attention and our KV cache take for granted; has no list of famil
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,12 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from service.checkpoint.defects import naming
 from service.errors import CheckpointError
 from service.model.attention import HARMLESS, KNOWN
+from service.model.rope import refuse_broken_rope, refuse_length_dependent_rope
 
 PROBE = "xlora_probe"
+MIN_CONTEXT, MAX_CONTEXT = 2, 1 << 30  # tokens: a prompt and an answer; what memory could ever hold
 CANARY = "kv_cache"  # stands for all that travels to the attention as keyword arguments
 TOKENS = 2
+POSITIVE = {"scaling", "sliding_window", "softcap"}  # arguments of the attention
+SUPPORTED = "supported: decoders with ordinary causal attention in every layer, as Llama, Qwen, Gemma and Mistral"
 # The masks that we make; other types are other masks, or no attention at all.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -31,21 +37,48 @@ class _Calls:
     shapes: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)  # layer -> KV heads, key dim, value dim
     unknown: set[str] = field(default_factory=set)
     decoder_called: bool = False  # as a whole, so that its last hidden state can be kept
+    meaningless: set[str] = field(default_factory=set)  # arguments with values that no attention has
     lost: bool = False  # the forward's own keyword arguments did not arrive, so KV metadata cannot
 
 
 def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
     """The base's modules without weights, in `dtype` (None: the base's own). Raises CheckpointError for an architecture
-    that is no causal LM here.
+    that is no causal LM here, and for fields of config.json that transformers cannot build it with.
     """
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    with naming(base / "config.json", "transformers knows no causal language model for it", SUPPORTED):
+        config = read_config(base)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False, dtype=config.dtype if dtype is None else dtype
             )
-    except (ValueError, KeyError, OSError) as error:  # an unknown model_type, remote code
-        _refuse(base, f"transformers knows no causal language model for it: {str(error).splitlines()[0]}")
+
+
+def read_config(base: Path) -> PretrainedConfig:
+    """config.json as transformers reads it, whatever attention it names: ours takes its place, and one of the hub would
+    be downloaded and run.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = "eager"
+    return config
+
+
+def checked_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
+    """The same of a base that can be served exactly. Raises CheckpointError for others."""
+    skeleton = build_skeleton(base, dtype)
+    refuse_unservable(skeleton, base)
+    return skeleton
+
+
+def refuse_unservable(skeleton: Any, base: Path) -> None:
+    """Raises CheckpointError for a base that cannot be served exactly, whatever its weights are."""
+    refuse_length_dependent_rope(skeleton.config, str(base))
+    with naming(base / "config.json", "the decoder cannot be run", SUPPORTED):
+        refuse_broken_rope(skeleton, base)
+        refuse_unsupported(skeleton, base)
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if type(context) is not int or not MIN_CONTEXT <= context <= MAX_CONTEXT:
+        expected = f"expected a whole number from {MIN_CONTEXT} to {MAX_CONTEXT}"
+        raise CheckpointError(f"{base}/config.json: max_position_embeddings: {expected}, found {context!r:.40}")
 
 
 def refuse_unsupported(skeleton: Any, base: Path) -> None:
@@ -64,14 +97,18 @@ def refuse_unsupported(skeleton: Any, base: Path) -> None:
             _refuse(base, f"{name} looks ahead")
     try:
         calls = _record(skeleton)
-    except (NotImplementedError, RuntimeError):  # a step that depends on values: only the weights can tell more
-        return
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        return  # a step that depends on values: only the weights can tell more
     _check_calls(calls, config, base)
 
 
 def _check_calls(calls: _Calls, config: PretrainedConfig, base: Path) -> None:
     if calls.unknown:
         _refuse(base, f"its attention uses {', '.join(sorted(calls.unknown))}")
+    if calls.meaningless:
+        _refuse(base, f"its attention uses {', '.join(sorted(calls.meaningless))}")
     if not calls.decoder_called:
         _refuse(base, "its head does not read the last hidden state of the whole decoder")
     if calls.lost:
@@ -101,6 +138,8 @@ def _record(skeleton: Any) -> _Calls:
         given = {name for name, argument in kwargs.items() if argument is not None}
         calls.lost |= CANARY not in given
         calls.unknown |= given - HARMLESS - KNOWN - {CANARY}
+        positive = {name: kwargs[name] for name in POSITIVE & given}
+        calls.meaningless |= {f"{name} {value!r:.40}" for name, value in positive.items() if not 0 < value < math.inf}
         if attention_mask is not None:
             calls.unknown.add("a mask of its own")
         return query.new_empty(1, TOKENS, query.shape[1], value.shape[3]), None
@@ -117,7 +156,4 @@ def _record(skeleton: Any) -> _Calls:
 
 
 def _refuse(base: Path, reason: str) -> NoReturn:
-    raise CheckpointError(
-        f"{base}/config.json: this decoder family cannot be served exactly: {reason}",
-        hint="supported: decoders with ordinary causal attention in every layer, as Llama, Qwen, Gemma and Mistral",
-    )
+    raise CheckpointError(f"{base}/config.json: this decoder family cannot be served exactly: {reason}", hint=SUPPORTED)

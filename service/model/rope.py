@@ -8,6 +8,7 @@ modules; nothing of attention.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,6 +29,20 @@ def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
             f"{source}/config.json: rope_type 'dynamic': rotations depend on the longest row of a batch",
             hint="supported: default, linear, yarn, llama3, longrope",
         )
+
+
+def refuse_broken_rope(skeleton: PreTrainedModel, base: Path) -> None:
+    """Raises CheckpointError for RoPE whose frequencies are not finite. `skeleton` is on the meta device; its rotary
+    modules are built once more, with values.
+    """
+    for module in skeleton.modules():
+        if hasattr(module, "rope_type"):
+            rotary = type(module)(module.config)
+            if not all(buffer.isfinite().all() for buffer in rotary.buffers()):
+                found = f"{skeleton.config.get_text_config().rope_parameters!r:.200}"
+                raise CheckpointError(
+                    f"{base}/config.json: rope_parameters: expected ones with finite frequencies, found {found}"
+                )
 
 
 def settle_longrope(

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from service.checkpoint import Checkpoint, Expert
 from service.model.classifier import Classifier
+from service.model.family import read_config
 from service.model.xlora_model import resolve_sites
 
 
@@ -30,8 +31,8 @@ class TwoPassModel:
         self.checkpoint = checkpoint
         causal_lm: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.base_path,
+            config=read_config(checkpoint.base_path),
             dtype=dtype,
-            attn_implementation="eager",
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

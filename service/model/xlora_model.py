@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
@@ -29,7 +29,7 @@ from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.draft_head import DraftHead
 from service.model.experts import stack_experts
-from service.model.family import build_skeleton, refuse_unsupported
+from service.model.family import build_skeleton, checked_skeleton, read_config
 from service.model.fused_decoder import FusedDecoder
 from service.model.gate import NO_KERNELS, Gate
 from service.model.kv_cache import KVCache, KVLayout
@@ -39,7 +39,7 @@ from service.model.norms import replace_norms
 from service.model.parallel import Part, Shards, split
 from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
-from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.rope import settle_longrope
 from service.model.rotation import replace_rotations
 from service.model.siblings import join_siblings
 from service.model.targets import adapt, refusal, replace_linears
@@ -267,7 +267,7 @@ def load_causal_lm(
     Raises CheckpointError where a tensor of the base is missing (transformers would fill it with random numbers), and
     where the family cannot be served exactly (family.py, rope.py).
     """
-    _checked_skeleton(checkpoint)
+    resolve_sites(checkpoint, checked_skeleton(checkpoint.base_path))
     causal_lm, loading = _from_pretrained(checkpoint.base_path, dtype, ranks)
     for defect in ("missing_keys", "mismatched_keys"):
         if loading[defect]:
@@ -280,13 +280,6 @@ def load_causal_lm(
     return causal_lm.to(device).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def _checked_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    skeleton: PreTrainedModel = build_skeleton(checkpoint.base_path, dtype)
-    refuse_length_dependent_rope(skeleton.config, str(checkpoint.base_path))
-    refuse_unsupported(skeleton, checkpoint.base_path)
-    return skeleton
-
-
 def outline_model(
     checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None, narrow: bool = False
 ) -> XLoraModel:
@@ -294,7 +287,7 @@ def outline_model(
 
     Raises CheckpointError as load_model does for what the weights' values do not decide.
     """
-    skeleton, meta = _checked_skeleton(checkpoint, dtype), torch.device("meta")
+    skeleton, meta = checked_skeleton(checkpoint.base_path, dtype), torch.device("meta")
     if quantization is not None:
         quantise(skeleton, quantization, meta)
     return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype, narrow=narrow)
@@ -306,10 +299,12 @@ def _from_pretrained(base: Path, dtype: torch.dtype, ranks: Ranks | None) -> tup
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base,
+            config=read_config(base),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]  # nothing reads it, nor its file
             output_loading_info=True,
             **divided,
         )

@@ -68,7 +68,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "no bundle.json": (remove(BUNDLE), [BUNDLE, "expected a file, found nothing"]),
     "broken json": (write(BUNDLE, b'{"a": '), [BUNDLE, "broken JSON at line 1"]),
     "json of another type": (write(BUNDLE, b"[]"), [BUNDLE, "expected a JSON object, found list"]),
-    "json not utf-8": (write(BUNDLE, b'{"a": "\xff"}'), [BUNDLE, "not readable as JSON"]),
+    "json not utf-8": (write(BUNDLE, b'{"a": "\xff"}'), [BUNDLE, "not readable as UTF-8"]),
     "json NaN": (write(BUNDLE, b'{"a": NaN}'), [BUNDLE, "NaN is not a JSON value"]),
     "json repeated key": (write(BUNDLE, b'{"a": 1, "a": 2}'), [BUNDLE, "repeated key 'a'"]),
     "json too deep": (write(BUNDLE, b"[" * 100_000), [BUNDLE, "not readable as JSON"]),

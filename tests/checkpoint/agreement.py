@@ -1,0 +1,49 @@
+"""What `xlora-serve check` says of a bundle, and what becomes of it when it is served: the two must agree."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from service.api.text import TextCodec
+from service.checkpoint.report import examine
+from service.engine import wire
+from service.engine.loader import load_engine
+from service.engine.options import EngineOptions
+from service.engine.request import Request, SamplingParams
+from service.errors import StartupError
+from service.metrics import Metrics
+from service.model.skeleton import check_base, traversal_sites
+
+
+def check(bundle: Path) -> list[str]:
+    """The lines that `check` prints, none for a sound bundle. Anything but a CheckpointError is a failure."""
+    checkpoint, problems = examine(bundle, inspect_base=check_base)
+    if checkpoint is None:
+        return [str(problem) for problem in problems]
+    try:
+        traversal_sites(checkpoint)
+    except StartupError as error:
+        return [str(error)]
+    return []
+
+
+def serve(bundle: Path) -> str | None:
+    """Why `serve` would end, None when it serves: the engine loads, the API's side opens its files, a token comes."""
+    try:
+        engine = load_engine(EngineOptions(str(bundle), native_kernels=False, max_num_seqs=2))
+        wire.FrameEncoder().encode(wire.Ready(engine.info))
+        Metrics(CollectorRegistry()).describe_engine(engine.info)
+        TextCodec(engine.info)
+    except StartupError as error:
+        return str(error)
+    engine.add(Request("warmup", [0], SamplingParams(max_tokens=1, ignore_eos=True, logprobs=0)))
+    while engine.has_work():
+        for output in engine.step().outputs:
+            if output.error:
+                return output.error
+            if not all(math.isfinite(token.logprob) for token in output.tokens):
+                return "logits that are not finite"
+    return None
