@@ -19,7 +19,18 @@ from service.errors import XLoraError
 from service.settings import REMOVED, Settings, flag_of
 
 _ENGINE_FLAGS = (
-    *("model", "base", "expert", "ordering", "device", "dtype", "quantization", "max_model_len", "max_num_seqs"),
+    *(
+        "model",
+        "base",
+        "expert",
+        "ordering",
+        "gate_relu",
+        "device",
+        "dtype",
+        "quantization",
+        "max_model_len",
+        "max_num_seqs",
+    ),
     *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
     *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
@@ -33,7 +44,7 @@ _SERVE_FLAGS = (
 # Where no proxy of Ray's stands before the server.
 _OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
-_SOURCE_FLAGS = ("base", "expert", "ordering", "allow_outside")
+_SOURCE_FLAGS = ("base", "expert", "ordering", "gate_relu", "allow_outside")
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
 

@@ -66,6 +66,11 @@ class Settings(BaseSettings):
     base: str | None = Field(None, min_length=1, description="directory or hub id of the base; default: the model says")
     expert: TextList = Field([], description="NAME=PATH, where an expert lies: directory or hub id; may be repeated")
     ordering: str | None = Field(None, min_length=1, description="JSON file with the order of experts and sites")
+    gate_relu: bool | None = Field(
+        None,
+        description="true or false: whether the gate has ReLU between its layers; only for a checkpoint of the "
+        "original library whose files do not say; default: they say",
+    )
     host: str = Field("127.0.0.1", description="address to listen on", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

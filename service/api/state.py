@@ -171,6 +171,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         base=settings.base,
         experts=tuple(settings.expert),
         ordering=settings.ordering,
+        gate_relu=settings.gate_relu,
     )
 
 

@@ -160,7 +160,7 @@ def read_checkpoint(
     known_base = base if base is not None and base.complete else None
     gate: OpenGate | None = None
     with defects.guard():
-        gate = open_gate(root, manifest, base, hasher, defects)
+        gate = open_gate(root, manifest, base, hasher, overrides.gate_relu, defects)
     experts: list[Expert] = []
     for entry in manifest.experts:
         with defects.guard():

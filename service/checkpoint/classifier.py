@@ -6,21 +6,24 @@ module.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from service.checkpoint.activation import relu_of_original, relu_of_peft
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.tensors import TensorFile, read_tensors
 
 CONFIG_FILE = "xlora_config.json"
 WEIGHTS_FILE = "xlora_classifier.safetensors"
-INNER_NAME = re.compile(r"inner\.(\d+)\.(weight|bias)")
+MAX_LISTED = 6  # names of missing layers in one message
+INNER_NAME = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 PEFT_PREFIX = "base_model.internal_xlora_classifier.layers"
-PEFT_NAME = re.compile(re.escape(PEFT_PREFIX) + r"\.(\d+)\.(weight|bias)")
+PEFT_NAME = re.compile(re.escape(PEFT_PREFIX) + r"\.(\d{1,9})\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,28 @@ class GateFiles:
     peft_names: bool = False  # PEFT's instead of the original library's
     loss_hint: str | None = None  # PEFT: what to do when tensors are missing
     moved: Mapping[str, tuple[TensorFile, str]] = field(default_factory=dict)  # tensors to take from other files
+    relu: bool | None = True  # what no enable_relu_and_dropout means, where names do not tell; None: nothing
+
+    def names_in(self, file: TensorFile) -> list[str]:
+        """The classifier's tensors, wherever they lie."""
+        return [*file.tensors, *self.moved]
 
 
 def layer_prefixes(file: TensorFile, config: XLoraConfig, gate: GateFiles) -> list[str]:
     """The names of the classifier's linear layers, in order. Raises CheckpointError when some are missing."""
-    names = [*file.tensors, *gate.moved]
+    names = gate.names_in(file)
     return _peft_prefixes(file, names, config, gate) if gate.peft_names else _original_prefixes(file, names, config)
+
+
+def has_relu(file: TensorFile, gate: GateFiles, stated: bool | None) -> bool:
+    """Whether ReLU stands between the layers, by their names and by what is stated. Raises CheckpointError where these
+    contradict each other, and where nothing tells.
+    """
+    pattern = PEFT_NAME if gate.peft_names else INNER_NAME
+    numbers = _numbers(pattern, gate.names_in(file))
+    if gate.peft_names:
+        return relu_of_peft(numbers, stated, file.path)
+    return relu_of_original(numbers, stated, gate.relu, file.path)
 
 
 def read_classifier(
@@ -82,12 +101,13 @@ def read_classifier(
 
 def _original_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConfig) -> list[str]:
     """`inner.{k}` by number (ReLU and Dropout count too, so numbers may jump), then `last`."""
-    numbers = sorted({int(match[1]) for name in names if (match := INNER_NAME.fullmatch(name))})
+    numbers = _numbers(INNER_NAME, names)
     wanted = config.xlora_depth - 1
-    stride = 3 if all(number % 3 == 0 for number in numbers) and config.enable_relu_and_dropout else 1
-    absent = [number for number in range(0, stride * wanted, stride) if number not in numbers]
     if len(numbers) != wanted:
-        kind, number = ("missing", absent[0]) if len(numbers) < wanted else ("unexpected", numbers[-1])
+        stride = 3 if all(number % 3 == 0 for number in numbers) and config.enable_relu_and_dropout else 1
+        kind, number = "unexpected", numbers[-1] if numbers else 0
+        if len(numbers) < wanted:
+            kind, number = "missing", _absent(numbers, stride, wanted)[0]
         problem = (
             f"{kind} tensor 'inner.{number}.weight': xlora_depth {config.xlora_depth} expects {wanted} inner layers"
         )
@@ -97,17 +117,27 @@ def _original_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConf
 
 def _peft_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConfig, gate: GateFiles) -> list[str]:
     """`layers.{k}` by number: with ReLU between the Linears, and Dropout where it is on, k goes by 2 or 3."""
-    numbers = sorted({int(match[1]) for name in names if (match := PEFT_NAME.fullmatch(name))})
-    stride = 3 if config.xlora_dropout_p > 0 else 2
-    absent = [number for number in range(0, stride * config.xlora_depth, stride) if number not in numbers]
+    numbers = _numbers(PEFT_NAME, names)
     if len(numbers) < config.xlora_depth:
-        missing = shorten((f"layers.{number}" for number in absent), 6)
+        absent = _absent(numbers, 3 if config.xlora_dropout_p > 0 else 2, config.xlora_depth)
+        missing = shorten((f"layers.{number}" for number in absent), MAX_LISTED)
         problem = f"the classifier is incomplete: xlora_depth {config.xlora_depth} expects {config.xlora_depth} layers"
         raise defect(file.path, f"{problem}, found {len(numbers)}; missing {missing}", gate.loss_hint)
     if len(numbers) > config.xlora_depth:
         problem = f"unexpected tensor 'layers.{numbers[-1]}.weight': xlora_depth {config.xlora_depth} expects"
         raise defect(file.path, f"{problem} {config.xlora_depth} layers, found {len(numbers)}")
     return [f"{PEFT_PREFIX}.{number}" for number in numbers]
+
+
+def _numbers(pattern: re.Pattern[str], names: Iterable[str]) -> list[int]:
+    """The layers' numbers, as numbers: 12 comes after 3."""
+    return sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})
+
+
+def _absent(numbers: Sequence[int], stride: int, layers: int) -> list[int]:
+    """The first layers that are not there, one more of them than are listed in a message."""
+    there = set(numbers)
+    return list(itertools.islice((n for n in range(0, stride * layers, stride) if n not in there), MAX_LISTED + 1))
 
 
 def _expected_shapes(

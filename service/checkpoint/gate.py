@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.checkpoint.base import BaseModel
-from service.checkpoint.classifier import layer_prefixes
+from service.checkpoint.classifier import has_relu, layer_prefixes
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect
 from service.checkpoint.files import BundleRoot
@@ -35,9 +35,10 @@ def open_gate(
     manifest: Manifest,
     base: BaseModel | None,
     hasher: WeightHasher,
+    relu: bool | None,
     defects: Defects,
 ) -> OpenGate:
-    """The gate of a checkpoint."""
+    """The gate of a checkpoint. `relu` is what the operator says of its layers; None: what the files say."""
     gate = manifest.gate
     folder = root.folder(gate.folder, manifest.source, "classifier")
     source = folder / gate.config
@@ -45,7 +46,9 @@ def open_gate(
     config = _check_xlora_config(data, source, manifest, base, defects)
     file = read_header(root.weights(folder, gate.weights))
     hasher.add(f"classifier/{file.path.name}", file)
-    return OpenGate(config, file, layer_prefixes(file, config, gate))
+    prefixes = layer_prefixes(file, config, gate)
+    relu = has_relu(file, gate, data.get("enable_relu_and_dropout") if relu is None else relu)
+    return OpenGate(replace(config, enable_relu_and_dropout=relu), file, prefixes)
 
 
 def _check_xlora_config(

@@ -1,6 +1,7 @@
 """The original X-LoRA library's save -> Manifest: xlora_config.json, xlora_classifier.safetensors, a folder per expert.
 
 Knows `adapters` as the list that the library writes and as the map that its users write. A map's order is its file's.
+Before 2024-02-23 the library saved the experts in a folder `adapters` of their own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from typing import Any
 from service.checkpoint.classifier import WEIGHTS_FILE, GateFiles
 from service.checkpoint.defects import defect
 from service.checkpoint.files import BundleRoot
+from service.checkpoint.lora import CONFIG_FILE
 from service.checkpoint.manifest import ExpertEntry, Manifest
 from service.checkpoint.ordering import Ordering
 
 FILE_NAME = "xlora_config.json"
+EARLY_FOLDER = "adapters"
 
 
 def read_original_manifest(root: BundleRoot, ordering: Ordering | None) -> Manifest:
@@ -33,21 +36,30 @@ def read_original_manifest(root: BundleRoot, ordering: Ordering | None) -> Manif
         base=base if isinstance(base, str) and base else None,
         experts=entries,
         expert_count=len(entries),
-        gate=GateFiles(".", len(entries), FILE_NAME, WEIGHTS_FILE),
+        gate=GateFiles(".", len(entries), FILE_NAME, WEIGHTS_FILE, relu=None),  # its default was false, then true
     )
     return ordering.apply(found) if ordering else found
 
 
 def _experts(root: BundleRoot, adapters: Any, source: Path) -> tuple[ExpertEntry, ...]:
-    """A name's own folder comes first: it was saved with the classifier. PEFT saves "default" in the folder itself."""
+    """The experts in class order. A saved one comes before the one that `adapters` names: that is older."""
     places = dict.fromkeys(adapters) if isinstance(adapters, list) else adapters
     valid = isinstance(places, dict) and places and len(places) == len(adapters)
-    if not valid or not all(isinstance(name, str) and name for name in places):
+    if not valid or not all(isinstance(name, str) and name and name.isprintable() for name in places):
         problem = f"adapters: expected a list of names or a map from names to folders, found {adapters!r:.80}"
         raise defect(source, problem, "their order is the class order; give it with --ordering and its key 'order'")
     entries = []
     for name, place in places.items():
-        has_folder = (root.path / name / "adapter_config.json").exists()
-        own = "." if name == "default" and not has_folder else name
-        entries.append(ExpertEntry(name, own if has_folder or not isinstance(place, str) else place, ""))
+        stated = place if isinstance(place, str) else name
+        entries.append(ExpertEntry(name, _saved_place(root, name) or stated, ""))
     return tuple(entries)
+
+
+def _saved_place(root: BundleRoot, name: str) -> str | None:
+    """Where the expert lies that was saved with the classifier. Where a later save went into an early one's folder, so
+    that both places are there, the classifier is the later one's: so is the expert. PEFT saves "default" without a
+    folder of its own.
+    """
+    own = [name, "."] if name == "default" else [name]
+    early = [EARLY_FOLDER if place == "." else f"{EARLY_FOLDER}/{place}" for place in own]
+    return next((place for place in (*own, *early) if (root.path / place / CONFIG_FILE).exists()), None)

@@ -20,7 +20,7 @@ from service.settings import load_settings
 def run(arguments: argparse.Namespace) -> int:
     """Writes the bundle and reads it again. Raises CheckpointError for any defect; DST is then not there."""
     settings = load_settings(given_settings(arguments))
-    overrides = Overrides.parse(settings.base, settings.expert, settings.ordering)
+    overrides = Overrides.parse(settings.base, settings.expert, settings.ordering, settings.gate_relu)
     overrides = dataclasses.replace(overrides, rescue=arguments.rescue)
     target = Path(arguments.target)
     with Console(stderr=True).status(f"reading {arguments.source}") as status:

@@ -101,7 +101,7 @@ def read_checkpoint(
 ) -> Checkpoint:
     """What the options name, without the base's weights."""
     on_progress(f"reading {options.model}")
-    overrides = Overrides.parse(options.base, options.experts, options.ordering)
+    overrides = Overrides.parse(options.base, options.experts, options.ordering, options.gate_relu)
     return load_checkpoint(
         options.model,
         overrides=overrides,

@@ -33,4 +33,5 @@ class EngineOptions:
     quantization: Literal["int8", "int4"] | None = None  # of the base's weights
     base: str | None = None  # a folder or a hub id instead of what the checkpoint says
     experts: tuple[str, ...] = ()  # "name=path": the same for experts
+    gate_relu: bool | None = None  # whether the gate has ReLU between its layers, where the files do not say
     ordering: str | None = None  # a file with the order of experts and sites
