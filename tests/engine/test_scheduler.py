@@ -60,6 +60,7 @@ class FakeRunner:
             [self._scores(share) for share in plan.scheduled],
             [None] * len(plan.scheduled),
             [None] * len(plan.scheduled),
+            [True] * len(plan.scheduled),
         )
 
     def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[None], GateStats]:
