@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class BaseModel:
         names = self.config.get("architectures") or self.config.get("model_type", "unknown")
         return ", ".join(map(str, names)) if isinstance(names, list) else str(names)
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """Modules with a matrix, in file order: what an adapter can name."""
         suffix = ".weight"
