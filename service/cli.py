@@ -19,19 +19,8 @@ from service.errors import XLoraError
 from service.settings import REMOVED, Settings, flag_of
 
 _ENGINE_FLAGS = (
-    *(
-        "model",
-        "base",
-        "expert",
-        "ordering",
-        "gate_relu",
-        "device",
-        "dtype",
-        "quantization",
-        "max_model_len",
-        "max_num_seqs",
-    ),
-    *("max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
+    *("model", "base", "expert", "ordering", "gate_relu", "device", "dtype", "quantization", "max_model_len"),
+    *("max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
     *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
     *REMOVED,

@@ -74,7 +74,7 @@ class Sequence:
     copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
-    drafts_end: bool = False  # no more of them: one may have made a row of the text infinite
+    drafts_end: bool = False  # no more are made: one may have made a row of the text not finite
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
