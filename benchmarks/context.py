@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
 from benchmarks.forced import script
 from service.engine.engine import Engine
-from tests.oracle import PeftOracle
+from tests.support.oracle import PeftOracle
 
 
 def our_costs(engine: Engine, model: Path, contexts: list[int], tokens: int, repeats: int) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.common import DEMO, Bar, emit, percentiles, print_row, prompt_tokens
 from benchmarks.http_client import Streamed, run, stream_generate
-from tests.server_process import server
+from tests.support.server_process import server
 
 _SHORT_TOKENS, _SHORT_OUTPUT = 16, 4
 _CHOICE_TOKENS = 64

@@ -27,7 +27,7 @@ import psutil
 
 from benchmarks.common import DEMO, ROOT, Bar, emit, print_row, prompt_tokens
 from benchmarks.http_client import event_times, post, run
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 
 class Side:

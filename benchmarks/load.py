@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.common import ROOT, emit, print_row
 from service.checkpoint import XLoraConfig, write_bundle
 from service.checkpoint.convert import write_adapter
-from tests.bundles import make_tokenizer
+from tests.support.bundles import make_tokenizer
 
 HIDDEN, EXPERTS, TARGETS = 1024, ("math", "code", "bio", "tales"), ("q_proj", "v_proj")
 SHARD = "200MB"

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
 from service.engine.engine import Engine
-from tests.oracle import PeftOracle
+from tests.support.oracle import PeftOracle
 
 _PROMPT = 64
 _LIKELY = 0.7  # the a from which on the bar holds

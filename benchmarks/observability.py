@@ -36,7 +36,7 @@ from typing import Any
 from benchmarks.common import DEMO, ROOT, Bar, emit, print_row, prompt_tokens
 from benchmarks.http_client import run, stream_generate
 from benchmarks.timed import VARIABLE, Clocks
-from tests.server_process import free_port
+from tests.support.server_process import free_port
 
 _READY_SECONDS = 240.0
 _PROMPT_TOKENS = 24

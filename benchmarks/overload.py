@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.common import DEMO, Bar, emit, percentiles, print_row, prompt_tokens
 from benchmarks.http_client import post, run
-from tests.server_process import server
+from tests.support.server_process import server
 
 _RETRY_AFTER = re.compile(rb"retry-after: (\d+)", re.IGNORECASE)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
 from benchmarks.http_client import run, stream_generate
-from tests.server_process import server
+from tests.support.server_process import server
 
 _QUESTION = 16
 _TOKENS = 16

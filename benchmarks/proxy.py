@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import DEMO, Bar, emit, percentiles, print_row, prompt_tokens
-from tests.proxy import MISSING, installed, proxy
-from tests.server_process import server
+from tests.support.proxy import MISSING, installed, proxy
+from tests.support.server_process import server
 
 _ADDED_SECONDS = 0.02
 _PROMPT_TOKENS, _TOKENS, _WARM_UP = 32, 4, 10

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.common import DEMO, emit, print_row
 from service.checkpoint import load_checkpoint
 from service.model.xlora_model import XLoraModel, load_model
-from tests.model.tiny import CPU, run_once
+from tests.support.tiny import CPU, run_once
 
 
 def texts(model: Path, count: int) -> list[tuple[list[int], list[int]]]:

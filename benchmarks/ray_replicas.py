@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.common import DEMO, emit, print_row, prompt_tokens
 from benchmarks.http_client import stream_generate
-from tests.server_process import server
+from tests.support.server_process import server
 
 
 async def burst(port: int, prompts: list[list[int]], tokens: int) -> float:

@@ -28,7 +28,7 @@ from typing import Any
 from benchmarks.common import DEMO, Bar, emit, print_row
 from benchmarks.http_client import Answer, post, request, run
 from benchmarks.large_bodies import METHODS, Kind, kinds
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 BODY_BYTES = 4 << 20
 STALL_SECONDS = 0.25

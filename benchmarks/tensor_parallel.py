@@ -22,8 +22,8 @@ from service.engine.engine import Engine
 from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
-from tests.bundles import ALL_TARGETS, make_bundle
-from tests.engine.driver import run, words
+from tests.support.bundles import ALL_TARGETS, make_bundle
+from tests.support.driver import run, words
 
 PROMPT_TOKENS = 64
 VOCABULARY = 32_000

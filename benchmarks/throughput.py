@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import DEMO, Bar, emit, make_engine, percentiles, print_row, prompt_tokens, run_engine
 from benchmarks.http_client import Streamed, run, stream_generate
 from service.engine.engine import Engine
-from tests.server_process import server
+from tests.support.server_process import server
 
 
 async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float, list[Streamed]]:

@@ -30,7 +30,7 @@ from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model
 from service.engine.options import EngineOptions
-from tests.bundles import ALL_TARGETS, make_bundle
+from tests.support.bundles import ALL_TARGETS, make_bundle
 
 Side = Callable[[], tuple[float, list[int]]]  # one run: decoded tokens/s, and all tokens
 _PROMPT = 64

@@ -41,8 +41,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.common import Bar, EngineRun, emit, make_engine, print_row, run_engine
 from service.engine.engine import Engine
-from tests.bundles import ALL_TARGETS, CORPUS, make_bundle
-from tests.oracle import PeftOracle
+from tests.support.bundles import ALL_TARGETS, CORPUS, make_bundle
+from tests.support.oracle import PeftOracle
 
 _PACKAGE = "mistralrs==0.6.0"
 _PEER = Path(__file__).parent / "mistralrs_peer.py"

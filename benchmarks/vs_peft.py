@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import DEMO, Bar, EngineRun, emit, make_engine, print_row, prompt_tokens, run_engine
 from service.engine.engine import Engine
-from tests.oracle import PeftOracle
+from tests.support.oracle import PeftOracle
 
 _BARS = {128: 18.0, 512: 28.0}  # by tokens
 _LONG = 256  # tokens from which on PEFT runs once: most of a minute

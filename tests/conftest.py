@@ -30,7 +30,7 @@ LONGEST = (
     "e2e/test_tensor_parallel.py",
     "e2e/test_fuzz.py",
     "api/test_steering.py",
-    "test_readme.py",
+    "repo/test_readme.py",
     "engine/test_native.py",
     "engine/test_speculation.py",
     "engine/test_prefix_cache.py",

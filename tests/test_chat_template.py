@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from service.chat_template import ChatTemplate
 from service.errors import InvalidRequestError
-from tests.fake_engine import build_tokenizer
+from tests.support.fake_engine import build_tokenizer
 
 DEMO = Path(__file__).parents[1] / "model_store/demo/base"
 TURNS = [

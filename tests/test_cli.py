@@ -26,10 +26,10 @@ from service.engine.client import EngineClient
 from service.errors import SettingsError
 from service.settings import Settings, load_settings
 from service.terminal import bar, expert_styles, legend, scalings_table
-from tests.fake_engine import POISON, REPLY, write_bundle
+from tests.support.fake_engine import POISON, REPLY, write_bundle
 
 ROOT = Path(__file__).parent.parent
-FAKE = "tests.fake_engine:load_engine"
+FAKE = "tests.support.fake_engine:load_engine"
 SERVE = f"""
 import sys
 from service import cli

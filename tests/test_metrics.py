@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.drift import GateDrift
 from service.engine.request import GateStats, StepStats
 from service.metrics import ArrayHistogram, Metrics
-from tests.fake_engine import EXPERTS, fake_info, write_bundle
+from tests.support.fake_engine import EXPERTS, fake_info, write_bundle
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from service.engine.options import EngineOptions
 from service.engine.worker import Worker
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
 
 
 class ThreadClient(EngineClient):

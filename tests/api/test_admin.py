@@ -14,7 +14,7 @@ from service.api.scalings_log import ScalingsLog
 from service.engine.request import GateSettings, LoggedRows
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
-from tests.fake_engine import EXPERTS, POISON, SITES, FakeEngine, gate_row
+from tests.support.fake_engine import EXPERTS, POISON, SITES, FakeEngine, gate_row
 
 STORED = {"scaling_pass_value": 0.0, "top_k_lora": None, "global_scaling_weight": 1.0}
 PATHS = [("GET", "/gate"), ("PATCH", "/gate"), ("DELETE", "/gate"), ("GET", "/scalings/log"), ("PUT", "/scalings/log"),

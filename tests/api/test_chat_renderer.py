@@ -19,7 +19,7 @@ from service.chat_template import ChatTemplate
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import error_of
-from tests.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATE = """

@@ -22,7 +22,7 @@ from tests.api.conftest import ThreadClient, serving
 from tests.api.test_connections import running
 from tests.api.test_errors import JSON, error_of
 from tests.api.test_security import KEY, bearer
-from tests.fake_engine import POISON
+from tests.support.fake_engine import POISON
 
 GENERATING = ["/generate", "/compare", "/scalings", "/v1/completions", "/v1/chat/completions"]
 BROKEN = b'{"prompt": '

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient
-from tests.fake_engine import POISON, UNFIT
+from tests.support.fake_engine import POISON, UNFIT
 
 JSON = {"Content-Type": "application/json"}
 

@@ -25,7 +25,7 @@ from tests.api.conftest import ThreadClient, serving
 from tests.api.test_bounded_process import descriptors
 from tests.api.test_connections import wait_for
 from tests.api.test_errors import error_of
-from tests.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
 
 BODIES = {
     "/generate": {"prompt": [40, 41], "max_tokens": 3},

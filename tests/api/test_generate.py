@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient
-from tests.fake_engine import EXPERTS, MAX_MODEL_LEN, REPLY, SITES, build_tokenizer, entropy_of, gate_row
+from tests.support.fake_engine import EXPERTS, MAX_MODEL_LEN, REPLY, SITES, build_tokenizer, entropy_of, gate_row
 
 PROMPT = list(range(40, 60))  # three steps of the fake engine's prefill
 

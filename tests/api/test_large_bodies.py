@@ -30,7 +30,7 @@ from service.api.text import MAX_CALL_TOKENS, MAX_TOKENIZED, TextCodec
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import JSON, error_of
-from tests.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
 
 BODY_BYTES = 1 << 20
 ALLOWED = {("white space", "/gate"), ("allowed text", "/tokenize"), ("allowed ids", "/detokenize")}

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient
 from tests.api.test_errors import error_of
-from tests.fake_engine import EXPERTS, FAULTY, REPLY, UNFIT, build_tokenizer, gate_row
+from tests.support.fake_engine import EXPERTS, FAULTY, REPLY, UNFIT, build_tokenizer, gate_row
 
 PROMPT = list(range(40, 60))
 MESSAGES = [{"role": "user", "content": "hi"}]

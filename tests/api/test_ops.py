@@ -14,7 +14,7 @@ from service.api.app import create_app
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.api.conftest import ThreadClient, wait_until_ready
-from tests.fake_engine import EXPERTS, SITES
+from tests.support.fake_engine import EXPERTS, SITES
 
 
 def test_alive_at_once_and_ready_after_the_warm_up(client: ThreadClient) -> None:

@@ -13,7 +13,7 @@ from service.api import perplexity
 from service.api.perplexity import Columns, Likelihoods
 from service.engine.request import GateWeight, Steering
 from tests.api.test_scalings import PROMPT, ask, error
-from tests.fake_engine import EXPERTS, FakeEngine
+from tests.support.fake_engine import EXPERTS, FakeEngine
 
 
 def test_each_column_is_scored_once(http: TestClient, engine: FakeEngine) -> None:

@@ -21,7 +21,7 @@ from service.api.tracing import SpanExport
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.api.conftest import ThreadClient, wait_until_ready
-from tests.fake_engine import EXPERTS, gate_row
+from tests.support.fake_engine import EXPERTS, gate_row
 
 SECRET = "xyzzy-plugh"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_connections import running
 from tests.api.test_security import ADMIN, KEY, ask
-from tests.spellings import CONTROL, spellings
+from tests.support.spellings import CONTROL, spellings
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 USERS = {

@@ -20,7 +20,7 @@ from service.api.protocol import ScalingsBody
 from service.api.rows import Rows
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient
-from tests.fake_engine import EXPERTS, SITES, entropy_of, fake_info, gate_row, write_bundle
+from tests.support.fake_engine import EXPERTS, SITES, entropy_of, fake_info, gate_row, write_bundle
 
 PROMPT = list(range(65, 85))  # 20 tokens; row 10 is all-zero
 TEXT = "a <b>'\n\x00=1 🙂"  # without the characters whose token makes the fake engine fail

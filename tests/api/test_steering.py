@@ -16,8 +16,8 @@ from service.engine.request import GateWeight, Steering
 from tests.api.conftest import ThreadClient
 from tests.api.test_errors import error_of
 from tests.api.test_openai import ROUTES, chunks, post
-from tests.fake_engine import EXPERTS
-from tests.server_process import ROOT, Server, server
+from tests.support.fake_engine import EXPERTS
+from tests.support.server_process import ROOT, Server, server
 
 BY_LAYER = [{"weight": 0.5}, {"weight": -100.0, "layers": [1, 1]}]
 WISHES: list[tuple[dict[str, Any], Steering | None]] = [

@@ -1,3 +1,3 @@
 """Benchmarks run torch."""
 
-from tests.torch_fixtures import native_kernels, one_thread, seeded  # noqa: F401  # fixtures
+from tests.support.torch_fixtures import native_kernels, one_thread, seeded  # noqa: F401  # fixtures

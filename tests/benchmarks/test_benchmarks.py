@@ -18,9 +18,9 @@ from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
 from service.checkpoint.writer import add_draft_head
-from tests.bundles import make_bundle, make_draft_head
-from tests.oracle import PeftOracle
-from tests.proxy import MISSING, installed
+from tests.support.bundles import make_bundle, make_draft_head
+from tests.support.oracle import PeftOracle
+from tests.support.proxy import MISSING, installed
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(20, 52))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundles import make_bundle
-from tests.checkpoint.damage import edit_json
+from tests.support.bundles import make_bundle
+from tests.support.damage import edit_json
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import pytest
 
 from service.checkpoint import load_checkpoint
 from service.cli import main
-from tests.bundles import make_bundle
-from tests.checkpoint.agreement import check, serve
-from tests.checkpoint.damage import Damage, edit_json, edit_tensors, link_outside, set_json, write
+from tests.support.agreement import check, serve
+from tests.support.bundles import make_bundle
+from tests.support.damage import Damage, edit_json, edit_tensors, link_outside, set_json, write
 
 CONFIG, GENERATION = "base/config.json", "base/generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "base/tokenizer.json", "base/tokenizer_config.json"

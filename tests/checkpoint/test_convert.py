@@ -15,11 +15,11 @@ from service.checkpoint import export, load_checkpoint
 from service.cli import main
 from service.errors import CheckpointError
 from service.model.xlora_model import load_model
-from tests.bundles import make_bundle
 from tests.checkpoint.test_layouts import FIXTURES, ORIGINAL, SOUND, assert_equals_live
 from tests.checkpoint.test_loading import shard_base
-from tests.model.tiny import assert_same, run_once
-from tests.oracle import PeftOracle
+from tests.support.bundles import make_bundle
+from tests.support.oracle import PeftOracle
+from tests.support.tiny import assert_same, run_once
 
 TOKENS = [3, 17, 200, 5, 29, 11, 2, 301]
 BASE = str(FIXTURES / "base")

@@ -13,7 +13,7 @@ import torch
 from service.checkpoint import find_problems, load_checkpoint
 from service.checkpoint.report import describe
 from service.errors import CheckpointError
-from tests.checkpoint.damage import (
+from tests.support.damage import (
     Damage,
     cut,
     edit_json,

@@ -16,9 +16,9 @@ from service.checkpoint.report import describe
 from service.cli import main
 from service.errors import CheckpointError, SettingsError
 from service.model.xlora_model import load_model
-from tests.checkpoint.damage import edit_json, edit_tensors, poison, remove, set_json
-from tests.checkpoint.fixtures.make_fixtures import CASES, EXPERTS, ORIGINAL_CASES, ORIGINAL_NAMES
-from tests.model.tiny import run_once
+from tests.support.damage import edit_json, edit_tensors, poison, remove, set_json
+from tests.support.make_fixtures import CASES, EXPERTS, ORIGINAL_CASES, ORIGINAL_NAMES
+from tests.support.tiny import run_once
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SOUND, DAMAGED, ORIGINAL = FIXTURES / "peft-0.19.1", FIXTURES / "peft-0.21.2", FIXTURES / "original"

@@ -15,8 +15,8 @@ from service.checkpoint import find_problems, load_checkpoint
 from service.checkpoint.defects import MAX_DEFECTS, did_you_mean
 from service.checkpoint.patterns import MAX_MATCHES, match_patterns
 from service.errors import CheckpointError
-from tests.checkpoint.agreement import check
-from tests.checkpoint.damage import poison, set_json
+from tests.support.agreement import check
+from tests.support.damage import poison, set_json
 
 ADAPTER, EXPERT = "experts/alpha/adapter_config.json", "experts/alpha/adapter_model.safetensors"
 BASE, GATE, BUNDLE = "base/model.safetensors", "classifier/xlora_classifier.safetensors", "bundle.json"

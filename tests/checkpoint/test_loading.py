@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
 from service.errors import CheckpointError
-from tests.bundles import make_bundle
-from tests.checkpoint.damage import edit_json, edit_tensors, link_outside, poison
+from tests.support.bundles import make_bundle
+from tests.support.damage import edit_json, edit_tensors, link_outside, poison
 
 
 def peft_layers(bundle: Path, expert: str) -> dict[str, LoraLayer]:

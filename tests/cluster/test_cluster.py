@@ -22,8 +22,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.bundles import make_bundle
-from tests.server_process import ROOT, free_port, server
+from tests.support.bundles import make_bundle
+from tests.support.server_process import ROOT, free_port, server
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'xlora-service[ray]')")
 pytestmark = pytest.mark.slow  # minutes on two cores, and Ray's own time limits want them idle
@@ -109,7 +109,7 @@ def cluster(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     keys.write_text(KEY)
     flags = ["--model", str(bundle), "--replicas", "2", "--threads", "1", "--kv-memory", "32MiB", "--block-size", "8"]
     flags += ["--max-num-seqs", str(SEATS), "--max-queued-requests", str(QUEUE), "--api-key-file", str(keys)]
-    command = [sys.executable, "-m", "tests.cluster.nodes"]
+    command = [sys.executable, "-m", "tests.support.ray_nodes"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, text=True, **pipes) as nodes:
         try:

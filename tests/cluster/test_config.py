@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from service import cli
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 CONFIG = ROOT / "docker/ray-serve.yaml"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundles import make_bundle
-from tests.server_process import Server, server
+from tests.support.bundles import make_bundle
+from tests.support.server_process import Server, server
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 GARBAGE = [
     b"{",

@@ -13,8 +13,9 @@ import pytest
 
 from tests.e2e.test_chaos import honest, honest_body, send, status_and_body, wait_idle
 from tests.e2e.test_lifecycle import engine_process
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
+FAULTY = "tests.support.faulty_server"
 CLIENTS = 12
 OUT_OF_MEMORY = {"code": "internal_error", "message": "the server is out of memory"}
 SAMPLING = {"code": "internal_error", "message": "sampling failed (ValueError)"}
@@ -25,7 +26,7 @@ NOT_BEGUN = {"code": "engine_dead", "message": "the engine has died"}
 
 @pytest.fixture(scope="module")
 def faulty_server(tiny_bundle: Path) -> Iterator[Server]:
-    with server("--model", str(tiny_bundle), "--threads", "1", module="tests.faulty_server") as running:
+    with server("--model", str(tiny_bundle), "--threads", "1", module=FAULTY) as running:
         yield running
 
 
@@ -143,7 +144,10 @@ def test_a_request_that_raises_fails_alone(
 def test_an_engine_that_is_wrong_for_everybody_ends_the_server(tiny_bundle: Path, tmp_path: Path) -> None:
     """Everybody hears why, 500 where the engine had the request and 503 where it had not; the exit code is 3."""
     flags = ("--model", str(tiny_bundle), "--threads", "1")
-    with (tmp_path / "stderr").open("wb") as log, server(*flags, module="tests.faulty_server", stderr=log) as running:
+    with (
+        (tmp_path / "stderr").open("wb") as log,
+        server(*flags, module=FAULTY, stderr=log) as running,
+    ):
         alone = [asyncio.run(honest(running.port, number)) for number in range(CLIENTS)]
         engine = engine_process(running)
 

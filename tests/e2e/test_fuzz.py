@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import fuzz
-from tests.fuzz_connections import BEHAVIOURS, fuzz_connections
-from tests.fuzz_paths import ADMIN, KEY, fuzz_paths
-from tests.server_process import server
+from tests.fuzz.bodies import fuzz_bodies
+from tests.fuzz.connections import BEHAVIOURS, fuzz_connections
+from tests.fuzz.paths import ADMIN, KEY, fuzz_paths
+from tests.support.server_process import server
 
 
 def test_no_case_finds_a_5xx_or_an_undocumented_answer(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With keys, and all checks: status, headers, schema, rejection of bad data, ignored authorization."""
     monkeypatch.setenv("XLORA_API_KEYS", KEY)
     with server("--model", str(tiny_bundle), "--threads", "1", "--max-model-len", "128") as running:
-        finished = fuzz(running, 8, "--phases", "examples,fuzzing,stateful", "--seed", "1")
+        finished = fuzz_bodies(running, 8, "--phases", "examples,fuzzing,stateful", "--seed", "1")
         assert finished.returncode == 0, finished.stdout[-8000:]
         tested = re.search(r"(\d+) generated, \1 passed", finished.stdout)
         assert tested is not None

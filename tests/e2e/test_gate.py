@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracle import PeftOracle
-from tests.server_process import Server
+from tests.support.oracle import PeftOracle
+from tests.support.server_process import Server
 
 PROMPT = "the quick brown fox and the lazy dog; x + 1"
 EXPERTS = ("alpha", "beta", "gamma")

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.test_chaos import honest, honest_body, send, wait_idle
-from tests.server_process import ROOT, Server, server
+from tests.support.server_process import ROOT, Server, server
 
 
 def serve(*flags: str) -> subprocess.CompletedProcess[str]:

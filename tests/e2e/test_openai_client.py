@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 MESSAGES = [{"role": "user", "content": "Compute 48 + 87."}]
 PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n"

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_chaos import wait_idle
-from tests.proxy import MISSING, drain_delay, installed, proxy
-from tests.server_process import Server, free_port, server
+from tests.support.proxy import MISSING, drain_delay, installed, proxy
+from tests.support.server_process import Server, free_port, server
 
 pytestmark = pytest.mark.skipif(not installed(), reason=MISSING)
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e.test_chaos import honest_body, send, wait_idle
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 pytestmark = pytest.mark.slow  # a minute of waiting for times that pass
 

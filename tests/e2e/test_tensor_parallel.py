@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.test_chaos import honest, honest_body
 from tests.e2e.test_lifecycle import engine_process, serve
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 FLAGS = ("--threads", "1", "--tensor-parallel", "2")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from service.engine.engine import Engine
 from service.engine.request import Request
 from service.model.cuda_graph import CapturedSteps, Step, buckets
-from tests.engine.driver import Engines, Run, greedy, run, sampled, words
 from tests.engine.test_gate_settings import run_mixed
-from tests.model.tiny import Tiny
+from tests.support.driver import Engines, Run, greedy, run, sampled, words
+from tests.support.tiny import Tiny
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as stored": {},

@@ -22,9 +22,9 @@ from service.engine.request import Request, SamplingParams, StepStats
 from service.engine.worker import _linger
 from service.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
 from tests.api.test_bounded_process import descriptors
-from tests.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
+from tests.support.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
 
-FAST, SLOW = "tests.fake_engine:load_engine", "tests.fake_engine:load_slow_engine"
+FAST, SLOW = "tests.support.fake_engine:load_engine", "tests.support.fake_engine:load_slow_engine"
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="No module named"):
         with_engine(tmp_path, test, "tests.no_such_module:load")
     with pytest.raises(StartupError, match="SIGKILL, perhaps for want of memory"):
-        with_engine(tmp_path, test, "tests.fake_engine:load_killed_engine")
+        with_engine(tmp_path, test, "tests.support.fake_engine:load_killed_engine")
 
 
 def test_closing_while_loading_does_not_hang(bundle: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from service.engine.detokenizer import Detokenizer, StopStrings, special_token_ids
-from tests.fake_engine import build_tokenizer
+from tests.support.fake_engine import build_tokenizer
 
 
 @pytest.fixture(scope="module")

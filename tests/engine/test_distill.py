@@ -22,10 +22,10 @@ from service.cli import main
 from service.engine.distill import Distilled, _written, distill, suitable_size
 from service.engine.options import EngineOptions
 from service.model.two_pass import TwoPassModel
-from tests.bundles import make_bundle, make_draft_head
-from tests.engine.driver import Engines, greedy, run, sampled, words
 from tests.model.test_families import FAMILIES, build
-from tests.model.tiny import CPU, Tiny, Variant
+from tests.support.bundles import make_bundle, make_draft_head
+from tests.support.driver import Engines, greedy, run, sampled, words
+from tests.support.tiny import CPU, Tiny, Variant
 
 FIXTURES = Path(__file__).parents[1] / "checkpoint" / "fixtures"
 

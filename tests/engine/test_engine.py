@@ -13,8 +13,8 @@ import torch
 
 from service.engine.request import Request, SamplingParams
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, Run, greedy, run, sampled, words
 from tests.engine.test_sampler import chi_square
+from tests.support.driver import Choice, Engines, Run, greedy, run, sampled, words
 
 PROMPT = words(1, 21)
 EOS = 1

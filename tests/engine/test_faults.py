@@ -16,8 +16,8 @@ from service.engine.request import Request, SamplingParams
 from service.engine.sampler import SampleRow
 from service.engine.sequence import Sequence
 from service.errors import InvalidRequestError
-from tests.engine.driver import Engines, Run, greedy, run, sampled, words
 from tests.engine.test_engine import mixed_requests, same
+from tests.support.driver import Engines, Run, greedy, run, sampled, words
 
 
 def poisoned() -> Request:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from service.engine.request import Request, SamplingParams
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, greedy, run, words
 from tests.engine.test_engine import same
 from tests.engine.test_gate_rows import assert_observed_once
-from tests.oracle import PeftOracle
+from tests.support.driver import Choice, Engines, greedy, run, words
+from tests.support.oracle import PeftOracle
 
 PROMPT = words(1, 21)
 ALL: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}

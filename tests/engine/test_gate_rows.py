@@ -14,9 +14,9 @@ from service.engine.gate_report import GateObserver, ReportSpan
 from service.engine.request import GateStats, Request, SamplingParams, StepOutput
 from service.engine.sequence import Sequence
 from service.model.gate_stats import summarise
-from tests.engine.driver import Array, Engines, Run, greedy, run, sampled, words
-from tests.model.recompute import position_summary
-from tests.model.tiny import Tiny
+from tests.support.driver import Array, Engines, Run, greedy, run, sampled, words
+from tests.support.recompute import position_summary
+from tests.support.tiny import Tiny
 
 PROMPT = words(1, 21)
 

@@ -15,9 +15,9 @@ from service.engine.engine import Engine
 from service.engine.gate_settings import check_settings, stored_settings
 from service.engine.request import GateSettings, GateWeight, Request, SamplingParams, Steering
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, greedy, run, words
 from tests.engine.test_engine import same
-from tests.model.tiny import Tiny, Variant
+from tests.support.driver import Choice, Engines, greedy, run, words
+from tests.support.tiny import Tiny, Variant
 
 PROMPT = words(1, 21)
 ALL: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}

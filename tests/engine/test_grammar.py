@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from service.engine.grammar import Cursor, GrammarCompiler, Grammars, refusal
 from service.engine.request import Request, SamplingParams, TextForm
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, Run, run, words
 from tests.engine.test_engine import mixed_requests, same
 from tests.engine.test_sampler import chi_square
 from tests.engine.test_speculation import PLAIN, accepted
+from tests.support.driver import Choice, Engines, Run, run, words
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

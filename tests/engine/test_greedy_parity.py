@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.engine.driver import Engines, greedy, run, words
-from tests.model.recompute import position_summary
-from tests.model.tiny import Tiny, top_k_gap
+from tests.support.driver import Engines, greedy, run, words
+from tests.support.recompute import position_summary
+from tests.support.tiny import Tiny, top_k_gap
 
 STEPS = 64
 DEMO = Path(__file__).parents[2] / "model_store" / "demo"

@@ -24,8 +24,8 @@ from service.engine.rank_messages import pack_batch, pack_gate_rows, unpack, unp
 from service.engine.request import GateWeight, Request, SamplingParams, Steering
 from service.errors import EngineLostError, SettingsError
 from service.model.batch import AttentionGroup, Batch
-from tests.engine.driver import greedy, run, sampled, words
 from tests.model.test_families import FAMILIES, build
+from tests.support.driver import greedy, run, sampled, words
 
 OPTIONS = {"device": "cpu", "threads": 1, "block_size": 4, "max_model_len": 128, "max_num_batched_tokens": 24}
 DEMO = Path(__file__).parents[2] / "model_store" / "demo"

@@ -15,7 +15,7 @@ from service.engine.engine import Engine
 from service.engine.loader import load_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
-from tests.bundles import make_bundle
+from tests.support.bundles import make_bundle
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,9 +17,9 @@ import torch
 from service.engine.engine import Engine
 from service.engine.request import Steering, StepOutput
 from service.model import decode_kernels, kernel_library
-from tests.engine.driver import Engines, Run, greedy, run, sampled, words
 from tests.engine.test_gate_settings import run_mixed
-from tests.model.tiny import Tiny, Variant
+from tests.support.driver import Engines, Run, greedy, run, sampled, words
+from tests.support.tiny import Tiny, Variant
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
 

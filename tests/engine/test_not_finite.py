@@ -16,8 +16,8 @@ from service.engine.engine import Engine
 from service.engine.request import GateWeight, Request, SamplingParams, Steering
 from service.engine.sequence import Sequence
 from service.model.kv_cache import KVCache
-from tests.engine.driver import Engines, Run, greedy, run, words
-from tests.model.tiny import Tiny
+from tests.support.driver import Engines, Run, greedy, run, words
+from tests.support.tiny import Tiny
 
 POISON = 319
 WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {

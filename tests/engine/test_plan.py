@@ -14,7 +14,7 @@ from service.engine import loader
 from service.engine.options import EngineOptions
 from service.engine.plan import describe_plan, plan_memory, weight_bytes
 from service.errors import SettingsError, StartupError
-from tests.bundles import make_bundle
+from tests.support.bundles import make_bundle
 
 DEMO = Path(__file__).parents[2] / "model_store/demo"
 MIB = 1 << 20

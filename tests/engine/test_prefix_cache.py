@@ -11,9 +11,9 @@ import pytest
 from service.engine.request import Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
-from tests.engine.driver import Choice, Engines, greedy, run, sampled, words
 from tests.engine.test_engine import same
 from tests.engine.test_gate_rows import assert_observed_once
+from tests.support.driver import Choice, Engines, greedy, run, sampled, words
 
 PROMPT = words(1, 45)
 ALL: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}

@@ -10,8 +10,8 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.request import Request, SamplingParams, Steering, StepOutput
-from tests.engine.driver import Choice, Engines, greedy, run, words
 from tests.engine.test_engine import same
+from tests.support.driver import Choice, Engines, greedy, run, words
 
 PROMPT = words(1, 45)
 

@@ -29,7 +29,7 @@ from service.engine import sampler
 from service.engine.request import Request, SamplingParams
 from service.engine.sampler import SampleRow, gumbel_noise, token_outputs
 from service.engine.sequence import Sequence
-from tests.engine.driver import words
+from tests.support.driver import words
 
 V = 97
 CPU = torch.device("cpu")

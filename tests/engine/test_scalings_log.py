@@ -13,8 +13,8 @@ from service.engine.engine import Engine
 from service.engine.model_runner import OutOfMemory
 from service.engine.request import GateWeight, Request, SamplingParams, Steering, StepOutput
 from service.engine.scheduler import Plan
-from tests.engine.driver import Array, Engines, Key, greedy, run, sampled, words
-from tests.model.tiny import Tiny, Variant
+from tests.support.driver import Array, Engines, Key, greedy, run, sampled, words
+from tests.support.tiny import Tiny, Variant
 
 PROMPT = words(1, 21)
 LOGGED_GATES = {

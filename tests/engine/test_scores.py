@@ -10,9 +10,9 @@ import torch
 
 from service.engine.request import Request, SamplingParams, Steering
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, greedy, run, words
 from tests.engine.test_engine import same
 from tests.engine.test_steering import BY_LAYER, GATES, steered, weights
+from tests.support.driver import Choice, Engines, greedy, run, words
 
 TEXT = words(7, 45)
 SCORING = SamplingParams(max_tokens=0, prompt_logprobs=0)

@@ -17,12 +17,12 @@ import torch
 from tokenizers import Tokenizer
 
 from service.engine.request import Request, SamplingParams
-from tests.engine.driver import Choice, Engines, greedy, run, words
 from tests.engine.test_engine import same
 from tests.engine.test_gate_rows import assert_observed_once
 from tests.engine.test_greedy_parity import DEMO
 from tests.engine.test_sampler import chi_square
-from tests.model.tiny import Tiny
+from tests.support.driver import Choice, Engines, greedy, run, words
+from tests.support.tiny import Tiny
 
 ALL: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}
 FEW = words(7, 4)

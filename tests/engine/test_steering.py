@@ -23,10 +23,10 @@ from service.engine.sampler import SampleRow, sample
 from service.engine.sequence import Sequence
 from service.engine.steering import fixed_row, layer_of, with_checked_steering
 from service.errors import InvalidRequestError
-from tests.engine.driver import Choice, Engines, Run, greedy, run, sampled, words
 from tests.engine.test_engine import same
 from tests.engine.test_gate_rows import assert_observed_once
-from tests.model.tiny import Tiny, Variant
+from tests.support.driver import Choice, Engines, Run, greedy, run, sampled, words
+from tests.support.tiny import Tiny, Variant
 
 PROMPT = words(1, 45)
 ALL: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}

@@ -12,7 +12,7 @@ from service.cli import main
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import XLoraModel
-from tests.bundles import make_bundle
+from tests.support.bundles import make_bundle
 
 
 @pytest.fixture(scope="module")

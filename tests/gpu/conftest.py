@@ -16,7 +16,7 @@ from service.engine.engine import Engine
 from service.engine.loader import build_engine
 from service.engine.options import EngineOptions
 from service.model.xlora_model import XLoraModel, load_causal_lm
-from tests.torch_fixtures import seeded  # noqa: F401
+from tests.support.torch_fixtures import seeded  # noqa: F401
 
 Build = Callable[..., Engine]
 

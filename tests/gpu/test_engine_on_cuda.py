@@ -12,8 +12,8 @@ import torch
 from benchmarks.common import DEMO, prompt_tokens
 from service.engine.request import Request
 from service.model import attention
-from tests.engine.driver import Run, greedy, run, sampled
 from tests.gpu.conftest import Build
+from tests.support.driver import Run, greedy, run, sampled
 
 LENGTHS = (3, 40, 17, 64, 120)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.model.tiny import Tiny
-from tests.torch_fixtures import native_kernels, one_thread, seeded  # noqa: F401
+from tests.support.tiny import Tiny
+from tests.support.torch_fixtures import native_kernels, one_thread, seeded  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from service.checkpoint import ClassifierWeights, XLoraConfig
 from service.model.classifier import Classifier, keep_top_k
-from tests.bundles import make_classifier
-from tests.model.tiny import CPU
+from tests.support.bundles import make_classifier
+from tests.support.tiny import CPU
 
 H, S, E = 16, 5, 4
 

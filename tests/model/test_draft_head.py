@@ -11,8 +11,8 @@ from torch import Tensor
 from service.checkpoint import DraftHeadWeights
 from service.model import decode_kernels
 from service.model.draft_head import DraftHead
-from tests.bundles import make_draft_head
-from tests.model.tiny import CPU, OneRequest, Tiny
+from tests.support.bundles import make_draft_head
+from tests.support.tiny import CPU, OneRequest, Tiny
 
 HIDDEN, SIZE = 40, 12
 

@@ -13,7 +13,7 @@ from service.model.experts import stack_experts
 from service.model.gate import Gate
 from service.model.linear import XLoraLinear
 from service.model.targets import XLoraHead
-from tests.model.tiny import CPU
+from tests.support.tiny import CPU
 
 IN, OUT, E = 10, 6, 4
 SITES = ("layer.a", "layer.b")

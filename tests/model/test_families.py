@@ -19,10 +19,10 @@ from service.errors import CheckpointError
 from service.model.family import build_skeleton, refuse_unsupported
 from service.model.two_pass import TwoPassModel
 from service.model.xlora_model import XLoraModel, load_model
-from tests.bundles import make_bundle
-from tests.engine.driver import Engines, greedy, run, words
-from tests.model.tiny import CPU, Tiny, assert_same
-from tests.two_pass import TwoPassOracle
+from tests.support.bundles import make_bundle
+from tests.support.driver import Engines, greedy, run, words
+from tests.support.tiny import CPU, Tiny, assert_same
+from tests.support.two_pass import TwoPassOracle
 
 STEPS = 48
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -19,7 +19,7 @@ from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.norms import RMSNorm
 from service.model.xlora_model import ForwardOutput, XLoraModel
-from tests.model.tiny import CPU, Tiny
+from tests.support.tiny import CPU, Tiny
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from service.model.gate_stats import _summary, summarise
-from tests.model.recompute import position_summary
+from tests.support.recompute import position_summary
 
 
 def rows(sites: int, experts: int) -> torch.Tensor:

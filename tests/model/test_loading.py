@@ -16,8 +16,8 @@ from service.errors import CheckpointError
 from service.model.linear import XLoraLinear
 from service.model.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.xlora_model import XLoraModel, load_causal_lm, load_model, resolve_sites
-from tests.engine.driver import words
-from tests.model.tiny import CPU, Tiny, assert_same, run_once
+from tests.support.driver import words
+from tests.support.tiny import CPU, Tiny, assert_same, run_once
 
 
 def test_sites_without_a_stored_order(tiny: Tiny) -> None:

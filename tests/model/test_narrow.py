@@ -17,8 +17,8 @@ from service.engine.options import EngineOptions
 from service.model import decode_kernels
 from service.model.linear import XLoraLinear
 from service.model.xlora_model import XLoraModel, load_model
-from tests.engine.driver import Engines, greedy, run, sampled, words
-from tests.model.tiny import CPU, OneRequest, Tiny
+from tests.support.driver import Engines, greedy, run, sampled, words
+from tests.support.tiny import CPU, OneRequest, Tiny
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the kernels need g++")
 

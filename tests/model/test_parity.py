@@ -19,7 +19,7 @@ from torch import Tensor
 from service.checkpoint import Checkpoint, ClassifierWeights
 from service.model.batch import AttentionGroup, Batch
 from service.model.xlora_model import XLoraModel
-from tests.model.tiny import OneRequest, Tiny, Variant, assert_same, run_once, top_k_gap
+from tests.support.tiny import OneRequest, Tiny, Variant, assert_same, run_once, top_k_gap
 
 TOKENS = torch.randint(3, 320, (24,), generator=torch.Generator().manual_seed(5)).tolist()
 MODES: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from service.model.linear import PlainLinear
 from service.model.quantised import QuantisedLinear, Quantization, quantise
 from service.model.two_pass import TwoPassModel
 from service.model.xlora_model import XLoraModel, load_model
-from tests.model.tiny import CPU, Tiny, assert_same, run_once
+from tests.support.tiny import CPU, Tiny, assert_same, run_once
 
 TOKENS = [3, 17, 200, 5, 29, 11, 2, 301, 9, 8, 7]
 KINDS: dict[Quantization, tuple[float, float]] = {"int8": (0.01, 8.6), "int4": (0.12, 4.3)}  # error, bits a weight

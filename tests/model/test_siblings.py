@@ -14,7 +14,7 @@ from service.model.gate import Gate
 from service.model.linear import XLoraLinear
 from service.model.norms import RMSNorm, replace_norms
 from service.model.siblings import Siblings
-from tests.model.tiny import Tiny, run_once
+from tests.support.tiny import Tiny, run_once
 
 CPU = torch.device("cpu")
 IN, ROWS = 12, 5

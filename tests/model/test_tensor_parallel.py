@@ -26,11 +26,11 @@ from service.model.family import build_skeleton
 from service.model.parallel_plan import Ranks, check_plan
 from service.model.skeleton import check_divisible
 from service.model.xlora_model import load_model
-from tests.bundles import make_bundle
-from tests.engine.driver import words
-from tests.model.tensor_parallel_rank import CHUNKS, LENGTH, matrix_bytes
 from tests.model.test_families import FAMILIES, build
-from tests.model.tiny import CPU, OneRequest
+from tests.support.bundles import make_bundle
+from tests.support.driver import words
+from tests.support.tensor_parallel_rank import CHUNKS, LENGTH, matrix_bytes
+from tests.support.tiny import CPU, OneRequest
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = {"gpt2", "granite", "qwen3_moe"}  # has no plan; are divided as Llama and Mixtral are
@@ -75,7 +75,7 @@ def outcome(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
         store = dist.TCPStore(
             "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        command = [sys.executable, "-m", "tests.model.tensor_parallel_rank"]
+        command = [sys.executable, "-m", "tests.support.tensor_parallel_rank"]
         arguments = [str(port), str(out), *map(str, bundles.values())]
         ranks = [
             subprocess.Popen([*command, str(rank), "2", *arguments], cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -7,7 +7,7 @@ import time
 
 from playwright.sync_api import Page, Route, expect
 
-from tests.server_process import Server
+from tests.support.server_process import Server
 from tests.web.conftest import copied, open_inspector, run
 
 REFUSED = {"message": "a valid key is needed", "type": "authentication_error", "param": None, "code": "invalid_api_key"}

@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 import pytest
 from playwright.sync_api import Page
 
-from tests.server_process import Server
+from tests.support.server_process import Server
 from tests.web.conftest import exported_json, run
 
 TOKENS = 2000

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.server_process import Server
+from tests.support.server_process import Server
 from tests.web.conftest import exported_json, run
 
 

@@ -18,7 +18,7 @@ from service.cli import build_parser
 from service.metrics import Metrics
 from service.settings import Settings
 
-KUBERNETES = Path(__file__).parents[1] / "docker/kubernetes"
+KUBERNETES = Path(__file__).parents[2] / "docker/kubernetes"
 MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
 OF_OTHERS = {"monitoring.coreos.com/v1"}  # schemas that Kubernetes itself does not have
 VERSION = "1.31"

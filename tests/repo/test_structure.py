@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Bottom to top.
 TOP = "terminal commands cluster cli __main__"
 LAYERS = ("chat_template drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)

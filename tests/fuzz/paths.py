@@ -1,6 +1,6 @@
 """Request lines and headers over raw sockets against the real server: spellings of paths, odd methods, odd heads.
 
-    python -m tests.fuzz_paths [SECONDS [SEED]]
+    python -m tests.fuzz.paths [SECONDS [SEED]]
 
 What must hold whatever is sent: no 5xx; every error that is answered has our shape and an id; nothing is served to
 whom its route does not serve; no header of ours is the client's; and nobody but an operator changes anything.
@@ -23,8 +23,8 @@ from urllib.parse import unquote
 import httptools
 
 from service.api.security import ADMIN_ROUTES, OPEN_ROUTES
-from tests.server_process import Server, server
-from tests.spellings import CONTROL, spellings
+from tests.support.server_process import Server, server
+from tests.support.spellings import CONTROL, spellings
 
 KEY, ADMIN = "a-key-for-the-fuzzer", "an-admin-key-for-the-fuzzer"
 PATHS = (

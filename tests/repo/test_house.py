@@ -10,7 +10,7 @@ import pytest
 
 import service
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _pins(name: str) -> dict[str, str]:
@@ -49,3 +49,11 @@ def test_image_has_the_pinned_torch_and_the_version():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f'ARG TORCH="torch=={_pins("constraints.txt")["torch"]}"' in dockerfile
     assert f"ARG VERSION={service.__version__}\n" in dockerfile
+
+
+def test_what_is_no_test_is_support():
+    """Beside the tests lie their conftest files; what several share is in support/, and fuzz/ is a program."""
+    tests = ROOT / "tests"
+    shared = ("support", "fuzz")
+    others = [path.relative_to(tests) for path in tests.rglob("*.py") if path.relative_to(tests).parts[0] not in shared]
+    assert [path for path in others if not path.name.startswith("test_") and path.name != "conftest.py"] == []

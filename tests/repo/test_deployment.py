@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.proxy import CONFIGURATION, drain_delay
+from tests.support.proxy import CONFIGURATION, drain_delay
 
-DOCKER = Path(__file__).parents[1] / "docker"
+DOCKER = Path(__file__).parents[2] / "docker"
 PROMETHEUS = DOCKER / "prometheus"
 RULES = sorted(PROMETHEUS.glob("rules/*.yml"))
 UNIT_TESTS = PROMETHEUS / "tests/rules_test.yml"

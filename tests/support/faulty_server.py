@@ -1,4 +1,4 @@
-"""The server with an engine that fails when it is told to: `python -m tests.faulty_server serve ...`.
+"""The server with an engine that fails when it is told to: `python -m tests.support.faulty_server serve ...`.
 
 Everything is the product's own but for what raises in the engine's process:
 
@@ -69,6 +69,6 @@ def fail_forwards(model: Any) -> None:
 
 
 if __name__ == "__main__":
-    client: Any = functools.partial(EngineClient, "tests.faulty_server:load_engine")
+    client: Any = functools.partial(EngineClient, "tests.support.faulty_server:load_engine")
     serve.EngineClient = client  # type: ignore[misc]
     sys.exit(main())

@@ -21,8 +21,8 @@ from service.checkpoint import Checkpoint, ClassifierWeights, load_checkpoint
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import XLoraModel, load_causal_lm
-from tests.bundles import make_bundle, make_classifier
-from tests.oracle import PeftOracle
+from tests.support.bundles import make_bundle, make_classifier
+from tests.support.oracle import PeftOracle
 
 CPU = torch.device("cpu")
 _RAW_GATE = 0.3

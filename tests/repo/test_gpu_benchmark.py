@@ -17,7 +17,7 @@ from benchmarks.synthetic import TINY, PlainBase, RealRowsOnly, build, weight_by
 from service.engine.loader import build_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
-from tests.torch_fixtures import one_thread  # noqa: F401
+from tests.support.torch_fixtures import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from service.engine.client import EngineClient
 from service.metrics import Metrics
 from service.settings import REMOVED, Settings, flag_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FLAGS = "| flag | default | |"
 DOCUMENTS = sorted(path for path in ROOT.glob("**/*.md") if not any(part.startswith(".") for part in path.parts))
 

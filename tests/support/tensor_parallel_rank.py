@@ -1,6 +1,6 @@
 """One rank of a tensor-parallel group without an engine: runs texts through its part of each bundle, saves what came.
 
-python -m tests.model.tensor_parallel_rank RANK SIZE PORT OUT BUNDLE...
+python -m tests.support.tensor_parallel_rank RANK SIZE PORT OUT BUNDLE...
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from service.checkpoint import load_checkpoint
 from service.model.parallel_plan import Ranks
 from service.model.xlora_model import XLoraModel, load_model
-from tests.engine.driver import words
-from tests.model.tiny import CPU, OneRequest
+from tests.support.driver import words
+from tests.support.tiny import CPU, OneRequest
 
 LENGTH, CHUNKS = 24, (10, 1, 1, 12)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from tests.server_process import Server, server
+from tests.support.server_process import Server, server
 
 SEATS, WAITING = 16, 8
 FLAGS = (

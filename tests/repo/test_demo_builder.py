@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-MODEL_STORE = Path(__file__).resolve().parents[1] / "model_store"
+MODEL_STORE = Path(__file__).resolve().parents[2] / "model_store"
 sys.path.insert(0, str(MODEL_STORE))
 
 from demo_builder import domains  # noqa: E402

@@ -1,4 +1,4 @@
-"""Three Ray nodes on loopback addresses, for the length of this process: `python -m tests.cluster.nodes`.
+"""Three Ray nodes on loopback addresses, for the length of this process: `python -m tests.support.ray_nodes`.
 
 The head runs no replica, each worker has room for one. Prints the cluster's address as JSON. For each line on stdin
 it kills the processes of the oldest worker (as a machine dies) and adds a new one; ends with stdin.

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.server_process import free_port
+from tests.support.server_process import free_port
 
-_DOCKER = Path(__file__).parents[1] / "docker"
+_DOCKER = Path(__file__).parents[2] / "docker"
 CONFIGURATION = _DOCKER / "haproxy/haproxy.cfg"
 MISSING = "haproxy is not installed (Debian: apt-get install haproxy)"
 _START_SECONDS = 10.0

@@ -18,7 +18,7 @@ from service.engine.loader import build_engine
 from service.engine.options import EngineOptions
 from service.engine.request import FinishReason, Request, SamplingParams, SequenceUsage, StepOutput, TokenOutput
 from service.model.xlora_model import XLoraModel
-from tests.model.tiny import Tiny, Variant
+from tests.support.tiny import Tiny, Variant
 
 Array = NDArray[Any]
 Key = tuple[str, int]  # request id, choice
