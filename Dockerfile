@@ -31,7 +31,7 @@ ARG PIP_ARGS=""
 # hadolint ignore=DL3008
 RUN apt-get update -qq && apt-get install -qq --no-install-recommends g++ >/dev/null && rm -rf /var/lib/apt/lists/*
 COPY service ./service
-RUN /opt/venv/bin/python -c 'from service.model.kernel_library import build_portable; print("native kernels:", build_portable())'
+RUN /opt/venv/bin/python -c 'from service.native import build_portable; print("native kernels:", build_portable())'
 # hadolint ignore=DL3042,SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip wheel -qq $PIP_ARGS --no-deps --wheel-dir /wheel .

@@ -10,7 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from service.checkpoint import Checkpoint
 from service.engine.engine import Engine
-from service.engine.loader import load_engine
+from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
-from service.model import kernel_library
+from service.model.xlora_model import XLoraModel
+from service.native import library
+from service.native.step import NativeStep
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "model_store" / "demo"
-_BUILD_SECONDS = 600.0
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -65,23 +67,34 @@ def make_engine(model: Path, *, dtype: str = "float32", **options: Any) -> Engin
     Raises RuntimeError where it cannot have the native kernels that its options ask for.
     """
     alone = {"prefix_cache": False, "speculative_tokens": 0, **options}
-    engine = load_engine(EngineOptions(str(model), dtype=dtype, **alone))
-    wait_native(engine)
+    options_of_engine = EngineOptions(str(model), dtype=dtype, **alone)
+    return build(*load_checkpoint_and_model(options_of_engine), options_of_engine)
+
+
+def build(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
+    """An engine around a loaded model. Raises RuntimeError where it cannot have the native kernels that its options ask
+    for.
+    """
+    engine = build_engine(model, checkpoint, options, wait_for_native=True)
+    asked = uses_native(options, model.device, model.dtype)
+    if asked and not isinstance(engine._runner.step, NativeStep):
+        raise RuntimeError("there are no native kernels for it")
     return engine
 
 
-def wait_native(engine: Engine) -> None:
-    """Waits for the native kernels that its options ask for. Raises RuntimeError where they cannot be had."""
-    if engine.kernels is not None:
-        engine.kernels.wait(_BUILD_SECONDS)
-        if not engine._runner.native:
-            raise RuntimeError("there are no native kernels; the log says why")
+def build_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, count: int) -> list[Engine]:
+    """Engines that share one model and the step that computes it; each has a pool and a scheduler of its own."""
+    first = build(model, checkpoint, options)
+    others = [build_engine(model, checkpoint, replace(options, native_kernels=False)) for _ in range(count - 1)]
+    for engine in others:
+        engine._runner.step = first._runner.step
+    return [first, *others]
 
 
 def use_threads(count: int) -> None:
     """From now on, torch and the native kernels compute on so many threads."""
     torch.set_num_threads(count)
-    kernel_library.use_threads(count)
+    library.use_threads(count)
 
 
 @dataclass

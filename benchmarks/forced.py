@@ -16,7 +16,8 @@ from service.engine.request import Steering
 from service.engine.scheduler import Plan
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
-from service.model.xlora_model import ForwardOutput, XLoraModel
+from service.model.xlora_model import XLoraModel
+from service.native.step import NativeStep
 
 BASE_REQUEST: dict[str, Any] = {"steering": Steering(only=())}
 """Fields of a request without a scaling stream; its real rows still visit the experts unless `use_plain_base`."""
@@ -32,21 +33,19 @@ class PlainBase(XLoraModel):
         self.scaling_pass_has_experts = False
         self.draft_head = None
 
-    @torch.inference_mode()
-    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """The decoder alone."""
-        self.choose_kernels(batch)
-        logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        return ForwardOutput(logits, self.classifier.logits(hidden[: batch.num_scaling_rows]))
+    def first_gated_row(self, batch: Batch) -> int:
+        """Experts act on no row."""
+        return batch.rows.shape[1]
 
-    def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The decoder with the experts switched off."""
-        self.gate.clear()
-        return super().run_decoder(batch, kv_cache, logit_rows)
+    def store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """Nothing is stored: nobody reads it."""
+        return self.classifier.logits(hidden[: batch.num_scaling_rows])
 
 
 class _NoGate(nn.Module):
     """A classifier that finds no expert worth anything, at no cost."""
+
+    is_plain = False  # of a kind that native steps leave to it
 
     def __init__(self, stored_sites: int, num_experts: int) -> None:
         super().__init__()
@@ -63,7 +62,9 @@ class _NoGate(nn.Module):
 
 def use_plain_base(engine: Engine) -> None:
     """Makes `engine` run the plain base."""
-    engine._runner.model = PlainBase(engine._runner.model)
+    runner = engine._runner
+    runner.model = plain = PlainBase(runner.model)
+    runner.step = NativeStep(plain, runner.step._decoder) if isinstance(runner.step, NativeStep) else plain
 
 
 class ScriptedRunner(ModelRunner):

@@ -98,13 +98,13 @@ class Bench:
     def xlora(self, agreement: float, *, graphs: bool = True) -> Engine:
         """The engine with drafts forced to agree that often."""
         step = self.captured if graphs else self.model
-        self.engine._runner.captured = ForcedTokens(step, self.shape, self.device, agreement)
+        self.engine._runner.step = ForcedTokens(step, self.shape, self.device, agreement)
         return self.engine
 
     def base(self, *, graphs: bool = True) -> Engine:
         """The engine of the plain base."""
         step = RealRowsOnly(self.base_captured if graphs else self.plain, self.shape.vocabulary)
-        self.base_engine._runner.captured = ForcedTokens(step, self.shape, self.device, 1.0)
+        self.base_engine._runner.step = ForcedTokens(step, self.shape, self.device, 1.0)
         return self.base_engine
 
     def synchronize(self) -> None:

@@ -149,7 +149,6 @@ class PlainBase:
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """Runs every row without experts."""
         self._model.gate.clear()
-        self._model.choose_kernels(batch)
         logits, _ = self._model.run_decoder(batch, kv_cache, batch.logit_rows)
         return ForwardOutput(logits, self._scalings.expand(batch.num_scaling_rows, -1, -1))
 

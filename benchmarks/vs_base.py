@@ -25,10 +25,10 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.common import DEMO, Bar, emit, print_row, prompt_tokens, run_engine, use_threads, wait_native
+from benchmarks.common import DEMO, Bar, build_engines, emit, print_row, prompt_tokens, run_engine, use_threads
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from service.engine.engine import Engine
-from service.engine.loader import build_engine, load_checkpoint_and_model
+from service.engine.loader import load_checkpoint_and_model
 from service.engine.options import EngineOptions
 from tests.support.bundles import ALL_TARGETS, make_bundle
 
@@ -85,9 +85,7 @@ def demo(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]]:
         str(args.model), dtype="float32", threads=args.threads, prefix_cache=False, speculative_tokens=0
     )
     model, checkpoint = load_checkpoint_and_model(options)
-    xlora, base = (build_engine(model, checkpoint, options) for _ in range(2))
-    for engine in (xlora, base):
-        wait_native(engine)
+    xlora, base = build_engines(model, checkpoint, options, 2)
     use_plain_base(base)
     sides: dict[str, Side] = {
         "xlora": engine_side(xlora, prompt, args.tokens),
@@ -138,7 +136,8 @@ def large(
         str(bundle), dtype=dtype, max_model_len=512, max_num_seqs=1, prefix_cache=False, speculative_tokens=0
     )
     model, checkpoint = load_checkpoint_and_model(options)
-    engines = {name: build_engine(model, checkpoint, options) for name in ("base", "agree", "miss")}
+    names = ("base", "agree", "miss")
+    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
     for name, engine in engines.items():
         script(engine, drafts_agree=name == "agree")
     use_plain_base(engines["base"])

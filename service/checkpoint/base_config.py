@@ -6,6 +6,7 @@ Knows names of fields, whatever the family. What the fields mean together is for
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,12 @@ REFUSED_FIELDS = {
     "fusion_config": "it changes what the modules compute",
 }
 LAYER_NUMBER = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def stored_dtype(base: Path) -> str:
+    """What config.json says that the base's weights are, as torch names it."""
+    config = json.loads((base / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
 def check_base_config(

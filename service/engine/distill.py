@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -116,8 +116,8 @@ def _written(
     on_progress: Callable[[str], None],
 ) -> list[_Text]:
     """Every prompt with its continuation. Raises StartupError where one cannot be written."""
-    options = replace(options, native_kernels=False)  # they may come in the middle of a text, which would then vary
-    engine = build_engine(load_model_of(checkpoint, options, on_progress), checkpoint, options)
+    model = load_model_of(checkpoint, options, on_progress)
+    engine = build_engine(model, checkpoint, options, wait_for_native=True)  # in the middle of a text it would vary
     longest = engine.info.max_model_len - max_tokens
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > longest:

@@ -11,7 +11,6 @@ from service.engine.block_manager import BlockManager
 from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
 from service.engine.grammar import Grammar, Grammars
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.native import NativeKernels
 from service.engine.request import (
     EngineInfo,
     Failure,
@@ -46,10 +45,8 @@ class Engine:
         scheduler: Scheduler,
         info: EngineInfo,
         grammars: Grammars,
-        kernels: NativeKernels | None = None,
     ) -> None:
         self.info = info
-        self.kernels = kernels  # on a CPU
         self._runner = runner
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)

@@ -17,8 +17,6 @@ from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 
-_NEAR_BYTES = 4 << 20  # keys and values of a stream in one layer, as far as they may be read again for each of its rows
-_MOST_SHORT_ROWS = 16  # of a segment that kernels compute row by row wherever its keys are
 _MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
@@ -40,17 +38,13 @@ class BatchBuilder:
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         self._cache, self._device = cache, device
         self._block_size = cache.block_size
-        one_position = cache.keys[0][0, 0].nbytes + cache.values[0][0, 0].nbytes
-        self.near_positions = _NEAR_BYTES // one_position
 
-    def build(self, segments: list[Segment], logit_rows: list[int], *, native: bool) -> Batch:
-        """Every index of the batch in one tensor, and views of it. `native`: kernels compute it."""
+    def build(self, segments: list[Segment], logit_rows: list[int]) -> Batch:
+        """Every index of the batch in one tensor, and views of it."""
         cache = self._cache
         scaling_rows = sum(s.count for s in segments if s.is_scaling)
         row_count = segments[-1].row + segments[-1].count
-        is_near = max(s.start + s.count for s in segments) <= self.near_positions
-        splits = native and (is_near or _are_short(segments))  # the attention of kernels wants one row each
-        grouped = [segments] if splits else _attention_groups(segments)
+        grouped = _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
         ids: list[int] = []
         positions: list[int] = []
@@ -76,11 +70,8 @@ class BatchBuilder:
         packed = to_device(values, self._device)
         rows, logit_index, *views = packed.split_with_sizes(sizes)
         gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
-        batch = Batch(
-            rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated, kernels=native
-        )
-        make = _group_of_rows if splits else _group
-        batch.groups = [make(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
+        batch = Batch(rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated)
+        batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 
     def new_gate_slots(self, segment: Segment) -> list[int]:
@@ -133,11 +124,6 @@ def ordered_segments(shares: list[Scheduled]) -> list[Segment]:
     return segments
 
 
-def _are_short(segments: list[Segment]) -> bool:
-    """Whether they are computed row by row wherever their keys are."""
-    return all(s.count <= _MOST_SHORT_ROWS for s in segments)
-
-
 def _attention_groups(segments: list[Segment]) -> list[list[Segment]]:
     """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
     groups: list[list[Segment]] = []
@@ -147,16 +133,6 @@ def _attention_groups(segments: list[Segment]) -> list[list[Segment]]:
         else:
             groups.append([segment])
     return groups
-
-
-def _group_of_rows(segments: list[Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:
-    """Every row as a segment of its own, with the block table of the one it comes from."""
-    starts, ends, number = [s.start for s in segments], [s.start + s.count for s in segments], len(positions)
-    table = block_table.view(len(segments), -1)
-    if number > len(segments):
-        table = table.repeat_interleave(torch.tensor([s.count for s in segments], device=table.device), 0)
-    needs_mask = min(starts) + 1 != max(ends)
-    return AttentionGroup(0, number, 1, positions.view(number, 1), table, max(ends), needs_mask)
 
 
 def _group(segments: list[Segment], positions: Tensor, block_table: Tensor) -> AttentionGroup:

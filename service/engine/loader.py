@@ -6,29 +6,28 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from transformers.utils.logging import disable_progress_bar
 
-from service import __version__
+from service import __version__, native
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
+from service.checkpoint.base_config import stored_dtype
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.grammar import GrammarCompiler, Grammars
 from service.engine.group import Group, Leader, check_options
 from service.engine.model_runner import ModelRunner
-from service.engine.native import NativeKernels
 from service.engine.options import EngineOptions
 from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
-from service.engine.threads import use_threads
+from service.engine.threads import resolve_threads
 from service.errors import SettingsError, StartupError, XLoraError
-from service.model import kernel_library
 from service.model.cuda_graph import CapturedSteps, GraphCapture
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.narrow import stored_dtype
 from service.model.parallel_plan import Ranks
 from service.model.skeleton import check_base, check_divisible
 from service.model.xlora_model import XLoraModel, load_model
@@ -117,7 +116,9 @@ def load_model_of(
 ) -> XLoraModel:
     """The model of a checkpoint, or this rank's part of it, on its device. Sets how many threads compute."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    use_threads(options)
+    threads, guests = resolve_threads(options)
+    torch.set_num_threads(threads)
+    native.use_threads(threads, guests)
     device = resolve_device(options.device)
     if ranks is not None and device.type == "cuda":
         device = torch.device("cuda", ranks.rank)
@@ -129,7 +130,6 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
-        narrow=keeps_narrow(options, device, dtype),
         on_progress=on_progress,
     )
 
@@ -140,10 +140,13 @@ def build_engine(
     options: EngineOptions,
     group: Group | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
+    *,
+    wait_for_native: bool = False,
 ) -> Engine:
     """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it.
 
-    `on_progress` may be called later, from other threads: when kernels have come.
+    Native kernels may still have to be compiled, which is waited for or not; then `on_progress` may be called later,
+    from another thread.
     """
     max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
@@ -154,9 +157,9 @@ def build_engine(
     max_rows = resolve_batched_tokens(options, model.device)
     runner = ModelRunner(model, allocate_cache(model, num_blocks, options.block_size, max_rows))
     if group is not None:
-        runner.leader = Leader(model, group)
+        runner.step = runner.leader = Leader(model, group)
     elif model.device.type == "cuda" and options.cuda_graphs:
-        runner.captured = capture_steps(runner, options.max_num_seqs, max_model_len)
+        runner.step = capture_steps(runner, options.max_num_seqs, max_model_len)
     scheduler = Scheduler(
         BlockManager(num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
@@ -170,8 +173,10 @@ def build_engine(
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
-    kernels = None if group is not None else start_kernels(runner, options, on_progress)
-    return Engine(runner, scheduler, info, grammars, kernels)
+    if uses_native(options, model.device, model.dtype):
+        cache = Path(options.native_cache).expanduser()
+        native.build(model, partial(setattr, runner, "step"), on_progress, cache=cache, wait=wait_for_native)
+    return Engine(runner, scheduler, info, grammars)
 
 
 def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int, max_rows: int) -> KVCache:
@@ -187,19 +192,6 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     )
     steps.warm_up()
     return steps
-
-
-def start_kernels(
-    runner: ModelRunner, options: EngineOptions, on_progress: Callable[[str], None]
-) -> NativeKernels | None:
-    """Where they can compute this model, unless the options say no."""
-    if not options.native_kernels or not runner.model.suits_kernels:
-        return None
-
-    def use() -> None:
-        runner.native = True
-
-    return NativeKernels(options, use, on_progress)
 
 
 def keep_freed_memory() -> None:
@@ -236,11 +228,18 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
     return dtypes[name]
 
 
-def keeps_narrow(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether weights may be kept in bfloat16 under float32 arithmetic: where kernels that widen them will compute."""
-    cache = Path(options.native_cache).expanduser()
-    is_alone = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
-    return is_alone and options.native_kernels and kernel_library.can_be_had(cache)
+def uses_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether native kernels are asked for where they can compute."""
+    is_suited = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
+    return is_suited and options.native_kernels and options.quantization is None
+
+
+def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[torch.Tensor]:
+    """The tensors of a model on the meta device that a CPU will keep in bfloat16 under float32 arithmetic."""
+    can_be_had = native.can_be_had(Path(options.native_cache).expanduser())
+    if not can_be_had or not uses_native(options, torch.device("cpu"), model.dtype):
+        return []
+    return native.expect_bfloat16(model, checkpoint)
 
 
 def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:

@@ -20,11 +20,10 @@ from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence
 from service.engine.steering import excluded_experts, fixed_row
 from service.errors import InvalidRequestError
-from service.model.cuda_graph import CapturedSteps
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
 from service.model.transfer import read_with_finite, to_device
-from service.model.xlora_model import ForwardOutput, XLoraModel
+from service.model.xlora_model import ForwardOutput, Step, XLoraModel
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,8 @@ class ModelRunner:
     def __init__(self, model: XLoraModel, kv_cache: KVCache) -> None:
         self.model = model
         self.kv_cache = kv_cache
-        self.native = False  # whether there are C++ kernels
-        self.captured: CapturedSteps | None = None  # on CUDA
-        self.leader: Leader | None = None  # of a tensor-parallel group
+        self.step: Step = model  # what computes a batch; another thread may replace it
+        self.leader: Leader | None = None  # of a tensor-parallel group: the step, which also hears of gate rows
         self.logs_scalings = False
         self._outgoing = scalings_log.Outgoing()
         self._observer = GateObserver(len(model.sites))
@@ -94,14 +92,12 @@ class ModelRunner:
             if share.scores:
                 score_rows += range(real + share.scores.start, real + share.scores.stop)
         logit_rows = token_rows + prediction_rows + score_rows
-        native = self.native  # another thread may set it
-        batch = self.batches.build(segments, logit_rows, native=native)
+        batch = self.batches.build(segments, logit_rows)
         steered = [share for share in shares if share.sequence.request.steering is not None]
         self._write_fixed_rows(steered)
         admitted_gate.write_dummy_rows(self.kv_cache, shares, self._store_gate_rows)
         admitted_gate.weigh(self.kv_cache, batch.gate_slots, _other_weights(segments), self._store_gate_rows)
-        step = self.captured or self.leader or self.model
-        output = step.forward(batch, self.kv_cache)
+        output = self.step.forward(batch, self.kv_cache)
         if steered:
             self._steer(output.gate_logits, segments)
         if self.logs_scalings:

@@ -6,7 +6,7 @@ KV pool is divided and allocated there too. Knows sizes; no weight of the base i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from service.checkpoint import Checkpoint
 from service.engine.loader import (
     CUDA_KV_SHARE,
     allocate_cache,
-    keeps_narrow,
+    expect_bfloat16,
     plan_blocks,
     resolve_batched_tokens,
     resolve_dtype,
@@ -24,7 +24,6 @@ from service.engine.loader import (
 )
 from service.engine.options import EngineOptions
 from service.errors import StartupError
-from service.model.narrow import LAYER_LINEARS
 from service.model.quantised import QuantisedLinear
 from service.model.xlora_model import XLoraModel, outline_model
 
@@ -65,7 +64,7 @@ class MemoryPlan:
     num_blocks: int
     blocks_per_request: int  # of max_model_len tokens
     pool_bytes: int
-    loading_bytes: int  # the weights' while they are loaded, before any is narrowed
+    loading_bytes: int  # the weights' while they are loaded, before any is halved
 
     @property
     def tokens(self) -> int:
@@ -90,11 +89,10 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     """
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = outline_model(
-        checkpoint, dtype=dtype, quantization=options.quantization, narrow=keeps_narrow(options, device, dtype)
-    )
+    model = outline_model(checkpoint, dtype=dtype, quantization=options.quantization)
     max_model_len = resolve_max_model_len(options.max_model_len, model)
-    weights = weight_bytes(model)
+    halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
+    weights = weight_bytes(model, halved)
     layout = model.kv_layout(options.block_size)
     max_rows = resolve_batched_tokens(options, device)
     free_bytes = None if gpu_bytes is None else _free_after(weights.total, gpu_bytes)
@@ -102,7 +100,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     plan = MemoryPlan(
         device=device.type,
         dtype=_name(dtype),
-        kept_dtypes=(_kept(model, "weight"), _kept(model, "lora_a")),
+        kept_dtypes=(_kept(model, "weight", halved), _kept(model, "lora_a", halved)),
         quantization=options.quantization,
         gpu_bytes=gpu_bytes,
         weights=weights,
@@ -114,7 +112,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         num_blocks=num_blocks,
         blocks_per_request=layout.blocks_for(max_model_len),
         pool_bytes=allocate_cache(model, num_blocks, options.block_size, max_rows).bytes,
-        loading_bytes=_wide_bytes(model) if model.is_narrow else weights.total,
+        loading_bytes=weight_bytes(model).total,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
@@ -124,14 +122,18 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     return plan
 
 
-def weight_bytes(model: XLoraModel) -> WeightBytes:
-    """What the model's tensors take, each counted once however many modules share it."""
+def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightBytes:
+    """What the model's tensors take, each counted once however many modules share it; half of it those that will be
+    kept in bfloat16.
+    """
+    half = {id(tensor) for tensor in halved}
     experts = base = 0
     for name, tensor in _tensors(model.causal_lm):
+        taken = tensor.nbytes // 2 if id(tensor) in half else tensor.nbytes
         if name.rpartition(".")[2] in _EXPERT_BUFFERS:
-            experts += tensor.nbytes
+            experts += taken
         else:
-            base += tensor.nbytes
+            base += taken
     quantised = (module for module in model.causal_lm.modules() if isinstance(module, QuantisedLinear))
     base += sum(module.bytes - module.get_buffer("packed").nbytes for module in quantised)
     classifier = sum(tensor.nbytes for _, tensor in _tensors(model.classifier))
@@ -156,7 +158,7 @@ def describe_plan(plan: MemoryPlan) -> str:
     if weights.draft_head:
         lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")
     if plan.loading_bytes > weights.total:
-        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before any is narrowed)")
+        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before any is halved)")
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {_size(plan.reserve_bytes)}")
     return "\n".join(
@@ -171,15 +173,11 @@ def describe_plan(plan: MemoryPlan) -> str:
     )
 
 
-def _wide_bytes(model: XLoraModel) -> int:
-    return sum(tensor.numel() * max(tensor.itemsize, model.dtype.itemsize) for _, tensor in _tensors(model.causal_lm))
-
-
-def _kept(model: XLoraModel, name: str) -> str:
+def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:
     """The narrowest dtype in which tensors of that name are kept."""
-    linears = [module for full, module in model.causal_lm.named_modules() if full.rpartition(".")[2] in LAYER_LINEARS]
-    own = [tensor.dtype for module in linears for full, tensor in _tensors(module) if full == name]
-    return _name(min(own, key=lambda dtype: dtype.itemsize, default=model.dtype))
+    half = {id(tensor) for tensor in halved}
+    own = [tensor for full, tensor in _tensors(model.causal_lm) if full.rpartition(".")[2] == name]
+    return "bfloat16" if any(id(tensor) in half for tensor in own) else _name(model.dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

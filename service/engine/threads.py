@@ -1,4 +1,4 @@
-"""How many threads an engine computes with on a CPU: torch's, and those of the native kernels."""
+"""How many threads an engine computes with on a CPU."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
 from service.engine.options import EngineOptions
-from service.model import kernel_library
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may compute, of how many
 
 
-def use_threads(options: EngineOptions) -> None:
-    """Sets them in this process. Unless the options say how many, one more helps the kernels where the last core, which
-    is the API process's, has nothing else to do (kernels/helpers.h); not under a limit on CPU time: its waiting counts.
+def resolve_threads(options: EngineOptions) -> tuple[int, int]:
+    """How many threads compute, and how many more help where a core has nothing else to do: unless the options say how
+    many, one on the last core, which is the API process's; not under a limit on CPU time, where its waiting counts.
     """
     ranks = options.tensor_parallel
-    guests = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
-    threads = options.threads or default_threads(ranks)
-    torch.set_num_threads(threads)
-    kernel_library.use_threads(threads, guests=int(guests))
+    has_guest = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
+    return options.threads or default_threads(ranks), int(has_guest)
 
 
 def default_threads(ranks: int = 1) -> int:

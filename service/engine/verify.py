@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from service.checkpoint import Checkpoint
-from service.engine.loader import build_engine, keeps_narrow
+from service.engine.loader import build_engine
 from service.engine.options import EngineOptions
 from service.engine.request import Request, SamplingParams
 from service.model.two_pass import TwoPassModel
@@ -76,10 +76,9 @@ def _generate(
         device=device,
         dtype=dtype,
         max_model_len=options.max_model_len,
-        narrow=keeps_narrow(options, device, dtype),
         on_progress=on_progress,
     )
-    engine = build_engine(model, checkpoint, options)
+    engine = build_engine(model, checkpoint, options, wait_for_native=True)
     on_progress("generating")
     vocabulary = engine.info.vocab_size
     prompt = [(7919 * number + 13) % vocabulary for number in range(PROMPT_TOKENS)]

@@ -90,9 +90,6 @@ def paged_attention(
     layer = module.layer_idx
     assert isinstance(layer, int)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    if batch.self_attention is not None:
-        attended = batch.self_attention(query, key, value, batch, layer, kv_cache, scaling, sliding_window, softcap)
-        return attended, None
     kv_cache.write(layer, batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, heads, head_dim]
     attend = _backend(rows, key.shape[1], kv_cache.block_size, softcap)

@@ -6,7 +6,6 @@ one AttentionGroup are contiguous. The batch knows nothing of requests, sampling
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -80,8 +79,6 @@ class Batch:
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
     scaling_rows_are_gated: bool = False  # whether a scaling row has another gate row than the model's dummy row
-    kernels: bool = False  # whether decode_kernels' operators may compute it
-    self_attention: Callable[..., Tensor] | None = None  # decode_kernels.py's, which writes keys and values as well
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)
     kv_slots: Tensor = field(init=False)  # where each row's key and value are written
@@ -92,8 +89,3 @@ class Batch:
     def __post_init__(self) -> None:
         lines = self.rows.unbind(0)
         self.input_ids, self.positions, self.kv_slots, self.gate_slots, self.new_gate_slots, self.is_scaling = lines
-
-    @property
-    def rows_attend_alone(self) -> bool:
-        """Whether every row attends alone, as in decode steps: what a captured step can run."""
-        return len(self.groups) == 1 and self.groups[0].queries == 1

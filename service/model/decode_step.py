@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from service.model.batch import AttentionGroup, Batch
-from service.model.gate import NO_KERNELS
 from service.model.kv_cache import KVCache
 from service.model.xlora_model import XLoraModel
 
@@ -38,7 +37,6 @@ class DecodeStep:
         width = block_table.shape[1] * keys[0].shape[1]
         group = AttentionGroup(0, rows.shape[1], 1, positions, block_table, keys=width, needs_mask=True)
         batch = Batch(rows, 0, torch.empty(0, dtype=torch.int64), [group])
-        gate.choose(NO_KERNELS, rows.shape[1])
         gate.set(gate_rows.index_select(0, batch.gate_slots), first_row=0)
         logits, hidden = model.run_decoder(batch, KVCache(keys, values, gate_rows), 0)
         gate_logits = model.classifier.logits(hidden)

@@ -6,41 +6,11 @@ The Gate does not compute scalings (classifier.py does) and does not store them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """What computes in the place of torch's operators (decode_kernels.py says what); where it is None, those do."""
-
-    linear: (
-        Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, int], Tensor] | None
-    ) = None
-    siblings: Callable[[Tensor, Tensor, Tensor | None, Tensor, Sequence[Tensor], Tensor, int], Tensor] | None = None
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
-    norm: Callable[[Tensor, Tensor, float], Tensor] | None = None
-    layer: Callable[..., Tensor] | None = None
-    spread: Callable[[Tensor, Tensor, Tensor, int, float], Tensor] | None = None
-    scalings: Callable[[Tensor, Sequence[Tensor], bool, float | None, Tensor, Tensor, int], Tensor] | None = None
-    drafting: Callable[[Tensor, Tensor, int, Sequence[Tensor]], Tensor] | None = None
-
-
-NO_KERNELS = Kernels()
-
-
-class GateReader(nn.Module):
-    """A module that reads the gate of its model. It does not own it: that there is one belongs to the model."""
-
-    gate: Gate
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.__dict__["gate"] = gate  # an ordinary attribute would make it a submodule
 
 
 class Gate(nn.Module):
@@ -66,8 +36,6 @@ class Gate(nn.Module):
         self._spread: Tensor | None = None  # [n, sum of all ranks]
         self._by_site: Sequence[Tensor] = ()  # its parts [n, R]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
-        self.least_rows = 1  # of this forward
-        self.kernels = NO_KERNELS  # of this forward
         self.active = False  # whether experts act on any row of this forward
 
     def set(self, scalings: Tensor, first_row: int) -> None:
@@ -77,21 +45,14 @@ class Gate(nn.Module):
             return
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        self._open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
-
-    def choose(self, kernels: Kernels, least_rows: int) -> None:
-        """Settles what computes a forward of so many rows."""
-        self.__dict__.update(kernels=kernels, least_rows=least_rows)
+        self.open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
 
     def read(self, gate_rows: Tensor, slots: Tensor, first_row: int) -> None:
         """Sets the scalings that gate_rows [slots, S, E] has in `slots` [T], from `first_row` on."""
-        kernel = self.kernels.spread
-        if kernel is None or self.dtype != torch.float32 or first_row == slots.shape[0]:
-            self.set(gate_rows.index_select(0, slots[first_row:]), first_row)
-            return
-        self._open(kernel(gate_rows, slots, self.rank_index, first_row, self.global_scaling_weight), first_row)
+        self.set(gate_rows.index_select(0, slots[first_row:]), first_row)
 
-    def _open(self, spread: Tensor, first_row: int) -> None:
+    def open(self, spread: Tensor, first_row: int) -> None:
+        """The same with scalings that are spread already [n, sum of all ranks]."""
         # nn.Module looks at every attribute that is set: several microseconds of a step
         self.__dict__.update(first_row=first_row, active=True, _spread=spread, _by_site=())
 
@@ -106,17 +67,6 @@ class Gate(nn.Module):
             self._by_site = self._spread.split_with_sizes(self._sizes, 1)
         return self._by_site[site]
 
-    @property
-    def spread(self) -> Tensor | None:
-        """[n, R]: the same for the stacks of all sites one after another; None while the experts are off."""
-        return self._spread
-
     def offset(self, site: int) -> int:
-        """Where the ranks of a site's stack begin in `spread`."""
+        """Where the ranks of a site's stack begin among all ranks."""
         return self._offsets[site]
-
-    def across(self, first: int, last: int) -> Tensor:
-        """Returns [n, R]: the same for the stacks of the sites first .. last one after another."""
-        assert self._spread is not None, "no scalings are set"
-        start = self._offsets[first]
-        return self._spread.narrow(1, start, self._offsets[last + 1] - start)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from service.checkpoint import LoraWeights
 from service.model.experts import ExpertStack
 from service.model.gate import Gate
-from service.model.linear import AdaptedModule, PlainLinear, XLoraLinear
+from service.model.linear import AdaptedModule, XLoraLinear
 
 
 class XLoraEmbedding(AdaptedModule):
@@ -32,8 +32,8 @@ class XLoraEmbedding(AdaptedModule):
         y: Tensor = self.base(ids)
         gate = self.gate
         if gate.active:
-            narrow = F.embedding(ids.view(-1)[gate.first_row :], self.get_buffer("lora_a_t")) * gate.at(self.site)
-            update = torch.mm(narrow, self.get_buffer("lora_b_t"))
+            ranks = F.embedding(ids.view(-1)[gate.first_row :], self.get_buffer("lora_a_t")) * gate.at(self.site)
+            update = torch.mm(ranks, self.get_buffer("lora_b_t"))
             scale = getattr(self.base, "embed_scale", None)  # Gemma 3; PEFT scales the experts' part as well
             y.view(-1, y.shape[-1])[gate.first_row :].add_(update if scale is None else update * scale)
         return y
@@ -54,31 +54,38 @@ class XLoraQuantised(AdaptedModule):
         gate = self.gate
         if gate.active:
             rows = x.view(-1, x.shape[-1])[gate.first_row :]
-            narrow = F.linear(rows, self.get_buffer("lora_a")) * gate.at(self.site)
-            y.view(-1, y.shape[-1])[gate.first_row :].addmm_(narrow, self.get_buffer("lora_b_t"))
+            ranks = F.linear(rows, self.get_buffer("lora_a")) * gate.at(self.site)
+            y.view(-1, y.shape[-1])[gate.first_row :].addmm_(ranks, self.get_buffer("lora_b_t"))
         return y
 
 
 class XLoraHead(AdaptedModule):
     """The same as XLoraLinear for the language model's head, which sees only the rows whose logits are wanted."""
 
+    bias: nn.Parameter | None
+    lora_a: Tensor  # [R, H]
+    lora_b_t: Tensor  # [R, V]
+
     def __init__(self, base: nn.Linear, stack: ExpertStack, gate: Gate, site: int) -> None:
         super().__init__(gate, site)
         self.weight, self.bias = base.weight, base.bias
-        self.register_buffer("lora_a", stack.a, persistent=False)  # [R, H]
-        self.register_buffer("lora_b_t", stack.b_t, persistent=False)  # [R, V]
+        self.register_buffer("lora_a", stack.a, persistent=False)
+        self.register_buffer("lora_b_t", stack.b_t, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [1, L, H] of the rows `gate.logit_rows` -> [1, L, V]."""
         y = F.linear(x, self.weight, self.bias)
-        gate = self.gate
-        if gate.active:
-            assert gate.logit_rows is not None
-            number = gate.logit_rows - gate.first_row  # of each row among those the gate is open for
-            weights = gate.at(self.site)[number.clamp(min=0)].masked_fill_((number < 0)[:, None], 0.0)
-            narrow = F.linear(x.view(-1, x.shape[-1]), self.get_buffer("lora_a")) * weights
-            y.view(-1, y.shape[-1]).addmm_(narrow, self.get_buffer("lora_b_t"))
+        if self.gate.active:
+            ranks = F.linear(x.view(-1, x.shape[-1]), self.lora_a) * self.weights_of_rows()
+            y.view(-1, y.shape[-1]).addmm_(ranks, self.lora_b_t)
         return y
+
+    def weights_of_rows(self) -> Tensor:
+        """[L, R] of the rows `gate.logit_rows`: 0 in those that the gate is not open for."""
+        gate = self.gate
+        assert gate.logit_rows is not None
+        number = gate.logit_rows - gate.first_row  # of each row among those the gate is open for
+        return gate.at(self.site)[number.clamp(min=0)].masked_fill_((number < 0)[:, None], 0.0)
 
 
 def refusal(module: nn.Module | None, weights: LoraWeights) -> str | None:
@@ -110,13 +117,6 @@ def adapt(module: nn.Module, stack: ExpertStack, gate: Gate, site: int, *, is_he
     if is_head:
         return XLoraHead(as_linear(module), stack, gate, site)
     return XLoraLinear(as_linear(module), stack, gate, site)
-
-
-def replace_linears(causal_lm: nn.Module, dtype: torch.dtype, gate: Gate) -> None:
-    """Makes PlainLinears of the linears without experts that compute in `dtype`."""
-    for name, module in list(causal_lm.named_modules()):
-        if isinstance(module, nn.Linear) and is_plain_linear(module) and module.weight.dtype == dtype:
-            causal_lm.set_submodule(name, PlainLinear(module, gate))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -127,6 +127,6 @@ def _update(expert: Expert, site: str, module: nn.Module, x: Tensor, dtype: torc
     weights = expert.weights[site]
     a, b = weights.a.to(x.device, dtype), weights.b.to(x.device, dtype)
     if weights.embedding:
-        narrow, scale = F.embedding(x, a.T), getattr(module, "embed_scale", None)
-        return F.linear(narrow, b) * weights.scale * (1.0 if scale is None else scale)
+        ranks, scale = F.embedding(x, a.T), getattr(module, "embed_scale", None)
+        return F.linear(ranks, b) * weights.scale * (1.0 if scale is None else scale)
     return F.linear(F.linear(x, a), b) * weights.scale

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -23,26 +23,19 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
 from service.errors import CheckpointError
-from service.model import decode_kernels
 from service.model.attention import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.draft_head import DraftHead
 from service.model.experts import stack_experts
 from service.model.family import build_skeleton, checked_skeleton, read_config
-from service.model.fused_decoder import FusedDecoder
-from service.model.gate import NO_KERNELS, Gate
+from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.linear import PlainLinear, XLoraLinear
-from service.model.narrow import keep_narrow
-from service.model.norms import replace_norms
 from service.model.parallel import Part, Shards, split
 from service.model.parallel_plan import Ranks
 from service.model.quantised import Quantization, quantise
 from service.model.rope import settle_longrope
-from service.model.rotation import replace_rotations
-from service.model.siblings import join_siblings
-from service.model.targets import adapt, refusal, replace_linears
+from service.model.targets import adapt, refusal
 
 
 class _HiddenStateTap(nn.Module):
@@ -69,6 +62,16 @@ class ForwardOutput:
     gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax (S = 1 without layerwise scalings)
 
 
+class Step(Protocol):
+    """What runs a batch: the model itself, or what computes the same in another way."""
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
+
+        Real rows must have their scalings stored by an earlier forward.
+        """
+
+
 class XLoraModel:
     """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
 
@@ -80,9 +83,7 @@ class XLoraModel:
         device: torch.device,
         dtype: torch.dtype,
         shards: Shards | None = None,
-        narrow: bool = False,
     ) -> None:
-        """`narrow`: weights may be kept in bfloat16 (narrow.py)."""
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
@@ -94,23 +95,10 @@ class XLoraModel:
         if checkpoint.draft_head is not None:
             self.draft_head = DraftHead(checkpoint.draft_head, device=device, dtype=dtype)
         self.gate = self._swap_linears(checkpoint, causal_lm, shards)
-        replace_norms(causal_lm, dtype, self.gate)
-        self._fused: FusedDecoder | None = None
-        if device.type == "cpu" and shards is None:
-            replace_linears(causal_lm, dtype, self.gate)
-            self._fused = FusedDecoder.of(causal_lm, self.gate)
-        if narrow:
-            keep_narrow(causal_lm, checkpoint, self.sites)
-        join_siblings(causal_lm)
-        replace_rotations(causal_lm, dtype, self.gate)
-        if self._fused is not None:
-            self._fused.bind()
         self._kv_split = 1 if shards is None else shards.kv_split
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
         self.scaling_pass_has_experts = bool(dummy_row.any())
-        tensors = (*causal_lm.parameters(), *causal_lm.buffers())
-        self.is_narrow = narrow and any(tensor.dtype == torch.bfloat16 for tensor in tensors)
         prefix = causal_lm.base_model_prefix
         self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
@@ -152,67 +140,30 @@ class XLoraModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
-
-        Real rows must have their scalings stored by an earlier forward.
-        """
-        scaling_rows = batch.num_scaling_rows
-        first = 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else scaling_rows
-        self.choose_kernels(batch)
-        self.gate.read(kv_cache.gate_rows, batch.gate_slots, first)
+        """The step in operators of torch."""
+        self.gate.read(kv_cache.gate_rows, batch.gate_slots, self.first_gated_row(batch))
         logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        return ForwardOutput(logits, self._store_scalings(hidden, batch, kv_cache))
+        return ForwardOutput(logits, self.store_scalings(hidden, batch, kv_cache))
 
-    def _store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def first_gated_row(self, batch: Batch) -> int:
+        """The row from which on experts act: the first real row, unless they act in the scaling pass as well."""
+        return 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else batch.num_scaling_rows
+
+    def store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """The classifier on the scaling rows of hidden [T, H]: its logits; its scalings go where the batch says."""
-        rows, kernel, classifier = batch.num_scaling_rows, self.gate.kernels.scalings, self.classifier
-        if (
-            rows
-            and kernel is not None
-            and classifier.is_plain
-            and hidden.dtype == torch.float32
-            and hidden.is_contiguous()
-        ):
-            return kernel(
-                hidden,
-                classifier.tensors,
-                classifier.config.enable_relu_and_dropout,
-                classifier.softmax_temperature,
-                kv_cache.gate_rows,
-                batch.new_gate_slots,
-                rows,
-            )
-        gate_logits = classifier.logits(hidden[:rows])
+        rows = batch.num_scaling_rows
+        gate_logits = self.classifier.logits(hidden[:rows])
         if rows:
-            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:rows], classifier.scalings(gate_logits))
+            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:rows], self.classifier.scalings(gate_logits))
         return gate_logits
 
-    def choose_kernels(self, batch: Batch) -> None:
-        """Settles by which kernels `batch` is computed."""
-        rows, rows_attend_alone, kernels = batch.rows.shape[1], batch.rows_attend_alone, NO_KERNELS
-        batch.self_attention = decode_kernels.self_attention if batch.kernels and rows_attend_alone else None
-        if batch.kernels:
-            kernels = decode_kernels.for_rows(
-                rows, self.dtype, rows_attend_alone=rows_attend_alone, is_narrow=self.is_narrow
-            )
-        self.gate.choose(kernels, rows)
-
     @property
-    def suits_kernels(self) -> bool:
-        """Whether decode_kernels can compute with these weights."""
-        linears = [module for module in self.causal_lm.modules() if isinstance(module, XLoraLinear | PlainLinear)]
-        tensors = [tensor for linear in linears for tensor in (*linear.parameters(), *linear.buffers())]
-        return (
-            self.device.type == "cpu"
-            and self.dtype in decode_kernels.DTYPES
-            and all(tensor.is_contiguous() for tensor in tensors)
-        )
+    def decoder(self) -> nn.Module:
+        """The causal LM without its head."""
+        return self._tap.decoder
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
         """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
-        if self._fused is not None and self.gate.kernels.layer is not None and isinstance(logit_rows, Tensor):
-            self.gate.logit_rows = logit_rows
-            return self._fused.forward(batch, kv_cache, logit_rows, self.draft_head)
         rows = batch.rows
         of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
         self.gate.logit_rows = of_head
@@ -281,7 +232,7 @@ def load_causal_lm(
 
 
 def outline_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None, narrow: bool = False
+    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> XLoraModel:
     """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
 
@@ -290,7 +241,7 @@ def outline_model(
     skeleton, meta = checked_skeleton(checkpoint.base_path, dtype), torch.device("meta")
     if quantization is not None:
         quantise(skeleton, quantization, meta)
-    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype, narrow=narrow)
+    return XLoraModel(checkpoint, skeleton, device=meta, dtype=dtype)
 
 
 def _from_pretrained(base: Path, dtype: torch.dtype, ranks: Ranks | None) -> tuple[Any, dict[str, Any]]:
@@ -326,7 +277,6 @@ def load_model(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
-    narrow: bool = False,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> XLoraModel:
     """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
@@ -344,4 +294,4 @@ def load_model(
     )
     shards = None if ranks is None else split(causal_lm, build_skeleton(checkpoint.base_path), ranks)
     on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
-    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards, narrow=narrow)
+    return XLoraModel(checkpoint, causal_lm, device=device, dtype=dtype, shards=shards)

@@ -48,7 +48,7 @@ class CallAgain:
 def with_captured_steps(engine: Engine, capture: Callable[[Step], Step], max_rows: int = 16) -> CapturedSteps:
     runner = engine._runner
     steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256)
-    runner.captured = steps
+    runner.step = steps
     return steps
 
 

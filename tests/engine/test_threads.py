@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from service.engine import threads
 from service.engine.options import EngineOptions
-from service.engine.threads import default_threads, use_threads
-from service.model import kernel_library
+from service.engine.threads import default_threads, resolve_threads
 
 NO_LIMIT = "max 100000\n"
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
-    kernel_library.use_threads(1)
 
 
 @pytest.fixture
@@ -73,16 +62,9 @@ def test_a_guest_where_nobody_has_said_how_many(
     machine: pytest.MonkeyPatch, cpu_max: str, options: dict[str, int], expected: tuple[int, int]
 ) -> None:
     limit(cpu_max)
-    asked = []
-    machine.setattr(kernel_library, "use_threads", lambda count, guests: asked.append((count, guests)))
-    use_threads(EngineOptions("", **options))  # type: ignore[arg-type]
-    assert asked == [expected]
-    assert torch.get_num_threads() == expected[0]
+    assert resolve_threads(EngineOptions("", **options)) == expected  # type: ignore[arg-type]
 
 
 def test_no_guest_on_a_single_core(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(os, "sched_getaffinity", lambda _: {0})
-    asked = []
-    machine.setattr(kernel_library, "use_threads", lambda count, guests: asked.append((count, guests)))
-    use_threads(EngineOptions(""))
-    assert asked == [(1, 0)]
+    assert resolve_threads(EngineOptions("")) == (1, 0)

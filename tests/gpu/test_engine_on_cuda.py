@@ -12,6 +12,7 @@ import torch
 from benchmarks.common import DEMO, prompt_tokens
 from service.engine.request import Request
 from service.model import attention
+from service.model.cuda_graph import CapturedSteps
 from tests.gpu.conftest import Build
 from tests.support.driver import Run, greedy, run, sampled
 
@@ -53,10 +54,10 @@ def test_fp32_equals_the_cpu(build: Build, cuda: torch.device, expected: Run, op
     """Tokens, greedy and sampled, and scalings; with and without graphs; varlen_attn's block size too."""
     engine = build(cuda, **options)
     assert_same(run(engine, requests()), expected)
-    captured = engine._runner.captured
-    assert (captured is None) == (options.get("cuda_graphs") is False)
-    if captured is not None:
-        assert captured.captured, "nothing was captured: the log says why"
+    step = engine._runner.step
+    assert isinstance(step, CapturedSteps) == (options.get("cuda_graphs") is not False)
+    if isinstance(step, CapturedSteps):
+        assert step.captured, "nothing was captured: the log says why"
 
 
 def test_fp32_with_the_reference_attention(

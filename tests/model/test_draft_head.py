@@ -1,4 +1,4 @@
-"""The draft head: its formula, its kernel, and that it concerns scaling rows alone."""
+"""The draft head: its formula, and that it concerns scaling rows alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from service.checkpoint import DraftHeadWeights
-from service.model import decode_kernels
 from service.model.draft_head import DraftHead
 from tests.support.bundles import make_draft_head
 from tests.support.tiny import CPU, OneRequest, Tiny
@@ -48,38 +47,6 @@ def test_a_real_row_is_safe_from_a_wild_head(weights: DraftHeadWeights) -> None:
     assert torch.equal(head_of(wild)(hidden, torch.tensor([1, 0]))[1], hidden[1])
 
 
-@pytest.mark.parametrize(
-    ("scaling_rows", "wanted"),
-    [(1, [1, 0]), (0, [0, 2, 1]), (5, [4, 0, 3]), (2, [4, 1, 2, 0]), (3, []), (4, [6, 2, 2, 5, 3, 1, 0])],
-)
-def test_the_kernel_does_the_same(
-    native_kernels: None, weights: DraftHeadWeights, scaling_rows: int, wanted: list[int]
-) -> None:
-    """Rows in any order, some twice, none that draft, none at all."""
-    hidden, rows, head = torch.randn(7, HIDDEN), torch.tensor(wanted, dtype=torch.int64), head_of(weights)
-    ours = decode_kernels.drafting(hidden, rows, scaling_rows, head.tensors)
-    expected = head(hidden, (torch.arange(7) < scaling_rows).long()).index_select(0, rows)
-    torch.testing.assert_close(ours, expected)
-    real = rows >= scaling_rows
-    assert torch.equal(ours[real], hidden[rows[real]])
-
-
-def test_what_does_not_fit_is_an_error(native_kernels: None, weights: DraftHeadWeights) -> None:
-    """Memory is not read as what it is not."""
-    hidden, rows, good = torch.randn(2, HIDDEN), torch.tensor([0, 1]), head_of(weights).tensors
-    decode_kernels.drafting(hidden, rows, 1, good)
-    for number in range(3):
-        for wrong in (good[number].double(), torch.randn(5, 3), torch.empty(0)):
-            with pytest.raises(RuntimeError, match="fitting shapes"):
-                decode_kernels.drafting(hidden, rows, 1, [*good[:number], wrong, *good[number + 1 :]])
-    for missing in ([0, 2], [-1, 1]):
-        with pytest.raises(RuntimeError, match="fitting shapes"):
-            decode_kernels.drafting(hidden, torch.tensor(missing), 1, good)
-    for bad in ((hidden[:, 1:], rows, 1, good), (hidden, rows.int(), 1, good), (hidden, rows, 1, good[:2])):
-        with pytest.raises(RuntimeError, match="fitting shapes"):
-            decode_kernels.drafting(*bad)
-
-
 def test_it_changes_drafts_and_nothing_else(tiny: Tiny) -> None:
     """Both passes of a text with and without it: the same scalings and logits of real rows; other logits of scaling
     rows, which are the base's by way of the formula.
@@ -89,13 +56,13 @@ def test_it_changes_drafts_and_nothing_else(tiny: Tiny) -> None:
     tokens = [5, 9, 200, 31, 7, 8]
     runs = {}
     states: list[Tensor] = []
-    store = model._store_scalings
+    store = model.store_scalings
 
     def stored(hidden: Tensor, *rest: Any) -> Tensor:
         states[:] = hidden if hidden.shape[0] == 6 and not states else states
         return store(hidden, *rest)
 
-    model._store_scalings = stored  # type: ignore[method-assign]
+    model.store_scalings = stored  # type: ignore[method-assign]
     for head in (None, head_of(weights)):
         model.draft_head = head
         request = OneRequest(model, len(tokens))

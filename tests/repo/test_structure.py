@@ -1,6 +1,7 @@
 """The shape of the code: which module may import which. Imports are read from the source, nothing is executed.
 
-    cli, cluster -> api -> engine -> model -> checkpoint;  chat_template, drift, errors, metrics, settings are leaves
+    cli, cluster -> api -> engine -> native -> model -> checkpoint
+    chat_template, drift, errors, metrics, settings are leaves
 
 Leaves may import drift and errors.
 
@@ -23,10 +24,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Bottom to top.
 TOP = "terminal commands cluster cli __main__"
-LAYERS = ("chat_template drift errors metrics settings", "checkpoint", "model", "engine", "api", TOP)
+LAYERS = ("chat_template drift errors metrics settings", "checkpoint", "model", "native", "engine", "api", TOP)
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
-WEB_FREE = ("service.engine", "service.model", "service.checkpoint")
+WEB_FREE = ("service.engine", "service.native", "service.model", "service.checkpoint")
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"}
 
 # What the GPU benchmarks and tests start from: the machines they run on have not even the message formats installed.
@@ -194,6 +195,16 @@ def ray(tree: Tree) -> list[str]:
     ]
 
 
+def native(tree: Tree) -> list[str]:
+    """Imports of the CPU accelerator outside the loader, which hands its steps to others."""
+    return [
+        f"{found.source}:{found.line} imports {found.target}"
+        for found in _first_party(tree)
+        if _within(found.target, ("service.native",))
+        and not _within(found.source, ("service.native", "service.engine.loader"))
+    ]
+
+
 def deferred(tree: Tree) -> list[str]:
     """First-party imports inside functions, which hide cycles."""
     return [
@@ -216,7 +227,7 @@ def environment(tree: Tree) -> list[str]:
     return problems
 
 
-RULES = (direction, web, bare, torch, ray, deferred, environment)
+RULES = (direction, web, bare, torch, ray, native, deferred, environment)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +259,8 @@ CLEAN = {
     "engine/client.py": TYPING + "import torch\n",
     "engine/request.py": "",
     "engine/engine.py": "from service.model.gate import G\nfrom .client import C\n",
+    "engine/loader.py": "import service.native\n",
+    "native/__init__.py": "from service.model.gate import G\n",
     "model/__init__.py": "",
     "model/gate.py": "import torch\nimport service.checkpoint\n",
     "checkpoint/__init__.py": "from safetensors.torch import load_file\n",
@@ -273,6 +286,7 @@ VIOLATIONS = {
     "torch through a package": (torch, "engine/__init__.py", "from service.engine.engine import E"),
     "torch on try": (torch, "api/app.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
     "ray": (ray, "cli.py", "from ray import serve"),
+    "native": (native, "engine/engine.py", "from service.native import build"),
     "deferred": (deferred, "cli.py", "def f():\n    from service.engine import engine"),
     "deferred in a method": (deferred, "api/app.py", "class A:\n    async def f(self):\n        import service.errors"),
     "os.environ": (environment, "cli.py", "import os\nos.environ['A']"),

@@ -144,21 +144,21 @@ def _collect(result: Run, output: StepOutput, engine: Engine) -> None:
 class Engines:
     """Engines around one model: they share its weights, each has a pool and a scheduler of its own."""
 
-    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float32, *, narrow: bool = False) -> None:
+    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float32) -> None:
         self.tiny: Tiny = variant.tiny
         self.checkpoint = variant.checkpoint
-        self.model: XLoraModel = variant.model(dtype, narrow=narrow)
+        self.model: XLoraModel = variant.model(dtype)
         self.news: list[str] = []  # what engines have told while and after they were made
 
-    def build(self, *, blocks: int | None = None, adaptive: bool = True, **options: Any) -> Engine:
+    def build(self, *, blocks: int | None = None, adaptive: bool = True, wait: bool = True, **options: Any) -> Engine:
         """An engine; `blocks` is the size of its pool. None is roomy for a dozen requests, and quick to check
-        every step. Not `adaptive`: every possible draft is made, as if rows cost nothing.
+        every step. Not `adaptive`: every possible draft is made, as if rows cost nothing. `wait`: for native kernels.
         """
         settings = {"max_model_len": 256, "max_num_seqs": 32, "block_size": 4, **options}
         size = 3200 // settings["block_size"] if blocks is None else blocks
         settings["kv_memory_bytes"] = size * self.model.kv_layout(settings["block_size"]).block_bytes
         chosen = EngineOptions(model=str(self.tiny.path), **settings)
-        engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append)
+        engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append, wait_for_native=wait)
         assert isinstance(engine.blocks, BlockManager)
         if not adaptive:
             engine._scheduler.row_cost = 0.0

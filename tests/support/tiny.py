@@ -36,10 +36,10 @@ class Variant:
     tiny: Tiny
     checkpoint: Checkpoint
 
-    def model(self, dtype: torch.dtype = torch.float32, *, narrow: bool = False) -> XLoraModel:
+    def model(self, dtype: torch.dtype = torch.float32) -> XLoraModel:
         """Our model, freshly built."""
         base = copy.deepcopy(self.tiny.base(dtype))
-        return XLoraModel(self.checkpoint, base, device=CPU, dtype=dtype, narrow=narrow)
+        return XLoraModel(self.checkpoint, base, device=CPU, dtype=dtype)
 
     def oracle(self) -> PeftOracle:
         """The one oracle of the bundle, set to this configuration: use it before asking another variant for it."""

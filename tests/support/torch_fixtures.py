@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from service.engine.options import EngineOptions
-from service.model import kernel_library
+from service.native import library
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,7 +27,7 @@ def native_kernels() -> None:
     """Where there is a compiler, every engine has its kernels from the first step on."""
     if shutil.which("g++") is not None:
         cache = Path(EngineOptions("").native_cache).expanduser()
-        kernel_library.provide(cache)
+        library.provide(cache)
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,7 @@ namespace {
 
 // ---- norm: y = x / sqrt(mean(x^2) + eps) * weight ------------------------------------------------------------------
 
-template <typename W>
-void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, W* y) {
+inline void norm(const float* x, const float* weight, double eps, int64_t rows, int64_t depth, float* y) {
     for (int64_t row = 0; row < rows; row++, x += depth, y += depth) {
         Vec total{};
         int64_t k = 0;
@@ -22,30 +21,21 @@ void norm(const W* x, const W* weight, double eps, int64_t rows, int64_t depth, 
             total += some * some;
         }
         float sum = sum_of(total);
-        for (; k < depth; k++) sum += to_float(x[k]) * to_float(x[k]);
+        for (; k < depth; k++) sum += x[k] * x[k];
         const float scale = 1.0f / std::sqrt(sum / depth + float(eps));
-        for (k = 0; k < depth; k++) store(y + k, to_float(x[k]) * scale * to_float(weight[k]));
+        for (k = 0; k < depth; k++) y[k] = x[k] * scale * weight[k];
     }
 }
 
 // ---- rotation: RoPE of pairs half a head apart ----------------------------------------------------------------------
 
-inline float rounded(float value, float*) { return value; }
-
-inline float rounded(float value, bfloat16* as) {
-    store(as, value);
-    return to_float(*as);
-}
-
-// One head: x, cos and sin [depth] -> y [depth]. Rounds where the formula in torch does: after every product.
-template <typename W>
-void rotate(const W* x, const W* cos, const W* sin, int64_t depth, W* y) {
+// One head, in place: x, cos and sin [depth].
+inline void rotate(float* x, const float* cos, const float* sin, int64_t depth) {
     const int64_t half = depth / 2;
-    W spare;
     for (int64_t i = 0; i < half; i++) {
-        const float low = to_float(x[i]), high = to_float(x[half + i]);
-        store(y + i, rounded(low * to_float(cos[i]), &spare) - rounded(high * to_float(sin[i]), &spare));
-        store(y + half + i, rounded(high * to_float(cos[half + i]), &spare) + rounded(low * to_float(sin[half + i]), &spare));
+        const float low = x[i], high = x[half + i];
+        x[i] = low * cos[i] - high * sin[i];
+        x[half + i] = high * cos[half + i] + low * sin[half + i];
     }
 }
 

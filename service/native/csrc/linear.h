@@ -22,15 +22,14 @@ constexpr int64_t kFarAhead = 2048;  // numbers: how early those of large weight
 
 // x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
 // masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
-template <typename W, typename X>
-const float* operand(const X* x, int64_t rows, int64_t depth, float* copy) {
+template <typename W>
+const float* operand(const float* x, int64_t rows, int64_t depth, float* copy) {
     if constexpr (std::is_same_v<W, float>) {
-        static_assert(std::is_same_v<X, float>, "weights are no wider than what they are multiplied with");
         return x;
     } else {
         const int64_t paired = depth / kPairs * kPairs;
         for (int64_t row = 0; row < rows; row++) {
-            const X* const from = x + row * depth;
+            const float* const from = x + row * depth;
             float* const to = copy + row * depth;
             for (int64_t k = 0; k < paired; k += kPairs) {
                 const Vec first = load(from + k), second = load(from + k + kLanes);
@@ -38,7 +37,7 @@ const float* operand(const X* x, int64_t rows, int64_t depth, float* copy) {
                 std::memcpy(to + k, &even, sizeof even);
                 std::memcpy(to + k + kLanes, &odd, sizeof odd);
             }
-            for (int64_t k = paired; k < depth; k++) to[k] = to_float(from[k]);
+            for (int64_t k = paired; k < depth; k++) to[k] = from[k];
         }
         return copy;
     }
@@ -303,63 +302,23 @@ void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count
                     std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
 }
 
-template <typename X, typename E>
+template <typename E>
 struct Experts {
-    const E* a;     // [rank, depth]
-    const X* gate;  // [rows - first_row, rank], rows `gate_stride` apart
+    const E* a;         // [rank, depth]
+    const E* b_t;       // [rank, width]
+    const float* gate;  // [rows - first_row, rank], rows `gate_stride` apart
     int64_t rank, gate_stride, first_row;
-};
-
-// Outputs of one linear among several that are computed as one; the experts of each act on its own outputs only.
-template <typename E>
-struct Part {
-    const E* b_t;  // [rank, width]
-    int64_t rank, width;
-};
-
-constexpr int64_t kMostParts = 8;
-
-// What is computed at once: `count` outputs of one part.
-template <typename E>
-struct Chunk {
-    Part<E> part;
-    int64_t first, count;  // of the part
-    int64_t output, rank;  // where the part's outputs and ranks begin among all
-};
-
-template <typename E>
-struct Parts {
-    Part<E> all[kMostParts];
-    int64_t count;
-
-    int64_t chunks() const {
-        int64_t chunks = 0;
-        for (int64_t number = 0; number < count; number++) chunks += (all[number].width + kChunk - 1) / kChunk;
-        return chunks;
-    }
-
-    Chunk<E> chunk(int64_t number) const {
-        Chunk<E> chunk{all[0], number * kChunk, 0, 0, 0};
-        for (const Part<E>* next = all + 1; chunk.first >= chunk.part.width; next++) {
-            chunk.first -= (chunk.part.width + kChunk - 1) / kChunk * kChunk;
-            chunk.output += chunk.part.width;
-            chunk.rank += chunk.part.rank;
-            chunk.part = *next;
-        }
-        chunk.count = std::min(kChunk, chunk.part.width - chunk.first);
-        return chunk;
-    }
 };
 
 constexpr int64_t kProductsPerFar = 32;  // as long as one number from memory takes
 constexpr int64_t kNarrowChunk = 16;     // ranks computed together: there are few
 
-// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width], where all parts together are `width`.
-// `keep` as Helpers want it, for weights and experts.
-template <typename X, typename W, typename E, typename Keep>
+// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width]. `keep` as Helpers want it, for weights and
+// experts.
+template <typename W, typename E, typename Keep>
 void linear(
-    const X* x, const W* weight, const X* bias, const Experts<X, E>& experts, const Parts<E>& parts, int64_t rows,
-    int64_t depth, int64_t width, const Keep& keep, X* y
+    const float* x, const W* weight, const float* bias, const Experts<E>& experts, int64_t rows, int64_t depth, int64_t width,
+    const Keep& keep, float* y
 ) {
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
     const bool far = is_far<W>(depth * width);
@@ -374,11 +333,10 @@ void linear(
         floats = kept.data();
     }
     const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
-    const int64_t gated = experts.rank ? rows - experts.first_row : 0, first_row = experts.first_row;
-    const Floats narrowed(gated * experts.rank);
+    const int64_t rank = experts.rank, first_row = experts.first_row, gated = rank ? rows - first_row : 0;
+    const Floats narrowed(gated * rank);
     float* const narrow = narrowed.data();
     if (gated) {
-        const int64_t rank = experts.rank;
         const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
             const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
             multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, false, block);
@@ -387,32 +345,29 @@ void linear(
             const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
             for (int64_t m = 0; m < gated; m++)
                 for (int64_t r = 0; r < count; r++)
-                    narrow[m * rank + first + r] =
-                        block[m * kChunk + r] * to_float(experts.gate[m * experts.gate_stride + first + r]);
+                    narrow[m * rank + first + r] = block[m * kChunk + r] * experts.gate[m * experts.gate_stride + first + r];
         };
         in_chunks(shares_narrow, (rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, compute, place, keep);
     }
-    const auto compute = [=, all_ranks = experts.rank](int64_t number, float* block) {
-        const Chunk<E> chunk = parts.chunk(number);
-        const E* const b_t = chunk.part.b_t + chunk.first;
-        const int64_t rank = chunk.part.rank, stride = chunk.part.width, count = chunk.count;
+    const auto compute = [=, all_b_t = experts.b_t](int64_t chunk, float* block) {
+        const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
+        const E* const b_t = all_b_t + first;
         if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
-            for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * stride, count);
-        multiply(floats, rows, depth, weight + (chunk.output + chunk.first) * depth, count, far, block);
+            for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * width, count);
+        multiply(floats, rows, depth, weight + first * depth, count, far, block);
         float* const own = block + first_row * kChunk;
-        Narrow some{narrow + chunk.rank, all_ranks, rank};
+        Narrow some{narrow, rank, rank};
         int64_t m = 0;
-        for (; m + 2 <= gated; m += 2, some.data += 2 * all_ranks) widen_chunk<2>(some, b_t, stride, count, own + m * kChunk);
-        if (m < gated) widen_chunk<1>(some, b_t, stride, count, own + m * kChunk);
+        for (; m + 2 <= gated; m += 2, some.data += 2 * rank) widen_chunk<2>(some, b_t, width, count, own + m * kChunk);
+        if (m < gated) widen_chunk<1>(some, b_t, width, count, own + m * kChunk);
     };
-    const auto place = [&](int64_t number, const float* block) {
-        const Chunk<E> chunk = parts.chunk(number);
-        const int64_t first = chunk.output + chunk.first;
+    const auto place = [&](int64_t chunk, const float* block) {
+        const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
         for (int64_t row = 0; row < rows; row++)
-            for (int64_t n = 0; n < chunk.count; n++)
-                store(y + row * width + first + n, block[row * kChunk + n] + (bias ? to_float(bias[first + n]) : 0.0f));
+            for (int64_t n = 0; n < count; n++)
+                y[row * width + first + n] = block[row * kChunk + n] + (bias ? bias[first + n] : 0.0f);
     };
-    in_chunks(shares, parts.chunks(), rows * kChunk, compute, place, keep);
+    in_chunks(shares, (width + kChunk - 1) / kChunk, rows * kChunk, compute, place, keep);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-"""The library of kernels/: how it is built, where it lies, how a process gets and divides it.
+"""The library of csrc/: how it is built, where it lies, how a process gets and divides it.
 
 Built in seconds by a C++ compiler, once per machine, and kept in a folder under the name of all that it depends on. An
 installation may have one that was built elsewhere for every CPU of a level (build_portable), beside this file.
-decode_kernels.py declares what is in it.
+operators.py declares what is in it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from service.model.build_folder import alone_in, scratch_in
+from service.native.build_folder import alone_in, scratch_in
 
-_SOURCES = Path(__file__).with_name("kernels")
+_SOURCES = Path(__file__).with_name("csrc")
 _INSTALLED = Path(__file__).parent  # where portable libraries are
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_COMPILER = "g++"
 _NATIVE = "native"  # for this very CPU
 # By machine: the levels that portable libraries are built for, best first, and what /proc/cpuinfo must name for each.
 _V3 = frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"})
@@ -53,7 +54,7 @@ def provide(cache: Path) -> Path:
 
 def can_be_had(cache: Path) -> bool:
     """Whether `provide` has something to work with: a library, or a compiler."""
-    return find_library(cache) is not None or shutil.which("g++") is not None
+    return find_library(cache) is not None or shutil.which(_COMPILER) is not None
 
 
 def find_library(cache: Path) -> Path | None:
@@ -91,13 +92,11 @@ def build(library: Path, level: str = _NATIVE) -> None:
     """Compiles `library`, at the lowest priority; it is there as a whole or not at all. Raises RuntimeError with what
     the compiler said, OSError.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a while to import, and is seldom needed
-
     torch_folder = Path(torch.__file__).parent
     with scratch_in(library.parent) as scratch:
         made = scratch / library.name
         command = [
-            *("nice", "-n", "19", get_cpp_compiler(), *_FLAGS, f"-march={level}"),
+            *("nice", "-n", "19", _COMPILER, *_FLAGS, f"-march={level}"),
             *(str(_SOURCES / "operators.cpp"), "-o", str(made)),
             *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
         ]

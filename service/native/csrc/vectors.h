@@ -41,15 +41,6 @@ inline float to_float(bfloat16 value) {
     return result;
 }
 
-inline void store(float* to, float value) { *to = value; }
-
-inline void store(bfloat16* to, float value) {  // to the nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 inline Vec load(const float* from) {
     Vec value;
     std::memcpy(&value, from, sizeof value);

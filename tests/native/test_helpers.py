@@ -1,4 +1,4 @@
-"""kernels/helpers.h: what threads compute that are late, many or gone is what one computes, bit for bit."""
+"""csrc/helpers.h: what threads compute that are late, many or gone is what one computes, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from service.engine.options import EngineOptions
-from service.model import decode_kernels, kernel_library
+from service.native import library, operators
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
 
@@ -27,47 +27,55 @@ MANY = 4 * (os.cpu_count() or 1)  # there is always one that has to wait for a c
 
 @pytest.fixture(autouse=True)
 def alone_again() -> Iterator[None]:
-    kernel_library.provide(CACHE)
+    library.provide(CACHE)
     yield
-    kernel_library.use_threads(1)
+    library.use_threads(1)
 
 
 def repeated() -> int:
     """How many chunks have been computed twice so far."""
-    library = ctypes.CDLL(str(kernel_library.library_in(CACHE)))  # the same once more
-    library.xlora_repeated_chunks.restype = ctypes.c_int64
-    return int(library.xlora_repeated_chunks())
+    loaded = ctypes.CDLL(str(library.library_in(CACHE)))  # the same once more
+    loaded.xlora_repeated_chunks.restype = ctypes.c_int64
+    return int(loaded.xlora_repeated_chunks())
 
 
-def linear(dtype: torch.dtype, weights: torch.dtype) -> Callable[[], Tensor]:
-    """What computes an adapted linear, in 13 chunks of outputs and 2 of ranks."""
+def linear(stored: torch.dtype) -> Callable[[], Tensor]:
+    """What computes an adapted linear, in 13 chunks of outputs and 6 of ranks."""
     rows, depth, width, rank = 160, 300, 600, 90
-    x, gate = torch.randn(rows, depth, dtype=dtype), torch.randn(rows - 7, rank, dtype=dtype)
-    weight, bias = torch.randn(width, depth).to(weights), torch.randn(width, dtype=dtype)
-    a, b_t = torch.randn(rank, depth).to(weights), torch.randn(rank, width).to(weights)
-    return lambda: decode_kernels.adapted_linear(x, weight, bias, a, b_t, gate, 7)
+    x, gate = torch.randn(rows, depth), torch.randn(rows - 7, rank)
+    weight, bias = torch.randn(width, depth).to(stored), torch.randn(width)
+    a, b_t = torch.randn(rank, depth).to(stored), torch.randn(rank, width).to(stored)
+    return lambda: operators.linear(x, weight, bias, a, b_t, gate, 7)
 
 
-def attention(dtype: torch.dtype, rows: int) -> Callable[[], Tensor]:
-    """What computes attention of `rows` rows, each over its own up to 6,400 tokens."""
-    heads, kv_heads, head_dim, block_size, width = 6, 2, 32, 16, 400
-    keys, values = (torch.randn(rows * width, block_size, kv_heads, head_dim, dtype=dtype) for _ in range(2))
-    table = torch.randperm(rows * width).view(rows, width)
-    positions = torch.randint(0, width * block_size, (rows,))
-    query = torch.randn(rows, heads, head_dim, dtype=dtype)
-    attend = torch.ops.xlora.decode_self_attention.default
-    new = [torch.randn(1, kv_heads, rows, head_dim, dtype=dtype) for _ in range(2)]
-    slots = table[torch.arange(rows), positions // block_size] * block_size + positions % block_size
-    query = query.transpose(0, 1)[None].contiguous()
-    return lambda: attend(query, *new, keys, values, slots, table, positions, 0.2, 0, 0.0)
+def layers(segments: int, rows_each: int) -> Callable[[], Tensor]:
+    """What computes a layer whose time is attention: every segment's rows over up to 6,400 tokens."""
+    heads, kv_heads, head_dim, block_size, blocks, hidden, inner = 6, 2, 32, 16, 400, 64, 32
+    rows, across, kv_across = segments * rows_each, heads * head_dim, kv_heads * head_dim
+    widths = [across, kv_across, kv_across, hidden, inner, inner, hidden]
+    depths = [hidden, hidden, hidden, across, hidden, hidden, inner]
+    none = torch.empty(0)
+    tensors = [torch.rand(hidden), torch.rand(hidden), none, none]
+    for width, depth in zip(widths, depths, strict=True):
+        tensors += [torch.randn(width, depth) / depth**0.5, none, none, none]
+    pool = [torch.randn(segments * blocks, block_size, kv_heads, head_dim) for _ in range(2)]
+    table = torch.randperm(segments * blocks).view(segments, blocks)
+    starts = torch.randint(0, blocks * block_size - rows_each, (segments,))
+    positions = (starts[:, None] + torch.arange(rows_each)).flatten()
+    owner = torch.arange(segments).repeat_interleave(rows_each)
+    slots = table[owner, positions // block_size] * block_size + positions % block_size
+    x, cos, sin = torch.randn(rows, hidden), torch.rand(rows, head_dim), torch.rand(rows, head_dim)
+    return lambda: operators.layers(
+        *(x, tensors, None, [0] * 7, 0, cos, sin, pool[:1], pool[1:], slots, positions, [table], [rows_each]),
+        *(1e-5, 0.2, [0]),
+    )
 
 
 JOBS: dict[str, Callable[[], Callable[[], Tensor]]] = {
-    "wide": lambda: linear(torch.float32, torch.float32),
-    "widened": lambda: linear(torch.float32, torch.bfloat16),
-    "bfloat16": lambda: linear(torch.bfloat16, torch.bfloat16),
-    "two rows": lambda: attention(torch.float32, 2),
-    "many rows": lambda: attention(torch.bfloat16, 30),
+    "float32": lambda: linear(torch.float32),
+    "bfloat16": lambda: linear(torch.bfloat16),
+    "two single rows": lambda: layers(2, 1),
+    "drafts and prompts": lambda: layers(3, 21),
 }
 
 
@@ -76,9 +84,9 @@ JOBS: dict[str, Callable[[], Callable[[], Tensor]]] = {
 def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
     compute = JOBS[job]()
     alone = compute()
-    kernel_library.use_threads(threads, guests)
+    library.use_threads(threads, guests)
     assert all(torch.equal(compute(), alone) for _ in range(100))
-    kernel_library.use_threads(1)
+    library.use_threads(1)
     assert torch.equal(compute(), alone)
 
 
@@ -86,7 +94,7 @@ def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
 def test_the_same_where_helpers_are_late(job: str) -> None:
     compute = JOBS[job]()
     alone, before = compute(), repeated()
-    kernel_library.use_threads(2, MANY)
+    library.use_threads(2, MANY)
     for number in range(20_000):
         assert torch.equal(compute(), alone)
         if number >= 100 and repeated() > before + 3:
@@ -96,9 +104,9 @@ def test_the_same_where_helpers_are_late(job: str) -> None:
 
 LATE = f"""
 import pathlib, sys, torch
-from service.model import decode_kernels, kernel_library
-from tests.model.test_helpers import CACHE, repeated
-kernel_library.provide(CACHE)
+from service.native import library, operators
+from tests.native.test_helpers import CACHE, repeated
+library.provide(CACHE)
 rows, depth, width, rank = map(int, sys.argv[2:])
 path = pathlib.Path(sys.argv[1])
 torch.randn(1 << 20).numpy().tofile(path)
@@ -106,9 +114,9 @@ mapped = lambda *shape: torch.from_file(str(path), size=shape[0] * shape[1]).vie
 gate = torch.randn(rows, rank)
 def compute():
     experts = (mapped(rank, depth), mapped(rank, width), gate) if rank else (None, None, None)
-    return decode_kernels.adapted_linear(mapped(rows, depth), mapped(width, depth), None, *experts, 0)
+    return operators.linear(mapped(rows, depth), mapped(width, depth), None, *experts, 0)
 alone = compute()
-kernel_library.use_threads(2, {MANY})
+library.use_threads(2, {MANY})
 while repeated() < 50:
     assert torch.equal(compute(), alone)
 """
@@ -125,22 +133,22 @@ def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path, sha
 
 def test_switched_on_again() -> None:
     """Helpers, none, guests instead, more of both."""
-    compute = JOBS["wide"]()
+    compute = JOBS["float32"]()
     alone = compute()
     for _ in range(20):
         for threads, guests in ((3, 0), (1, 0), (1, 2), (2, 3)):
-            kernel_library.use_threads(threads, guests)
+            library.use_threads(threads, guests)
             assert all(torch.equal(compute(), alone) for _ in range(5))
 
 
 def test_two_threads_with_jobs_of_their_own() -> None:
-    kernel_library.use_threads(3)
+    library.use_threads(3)
     wrong = []
 
     def check(compute: Callable[[], Tensor], expected: Tensor) -> None:
         wrong.extend([number for number in range(200) if not torch.equal(compute(), expected)])
 
-    computes = [linear(torch.float32, torch.bfloat16), attention(torch.float32, 9)]
+    computes = [linear(torch.bfloat16), layers(9, 1)]
     threads = [threading.Thread(target=check, args=(compute, compute())) for compute in computes]
     for thread in threads:
         thread.start()
@@ -150,8 +158,8 @@ def test_two_threads_with_jobs_of_their_own() -> None:
 
 
 def test_a_forked_process_computes_the_same() -> None:
-    kernel_library.use_threads(3)
-    compute = linear(torch.float32, torch.float32)
+    library.use_threads(3)
+    compute = linear(torch.float32)
     expected = compute()
 
     def check() -> None:

@@ -1,0 +1,60 @@
+"""How a model comes to its native step: at once where the library has been built, else compiled beside the running
+engine. Until then, and where it cannot be had, steps are torch's; only speed differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from service.model.xlora_model import Step, XLoraModel
+from service.native import library
+from service.native.decoder import Decoder
+from service.native.step import NativeStep
+from service.native.storage import bfloat16_linears, keep_bfloat16
+
+logger = logging.getLogger(__name__)
+
+
+def build(
+    model: XLoraModel,
+    on_ready: Callable[[Step], None],
+    on_progress: Callable[[str], None] = lambda _: None,
+    *,
+    cache: Path,
+    wait: bool = False,
+) -> None:
+    """Calls `on_ready` with a step that computes what `model` does, and `on_progress` with what has become of it. Where
+    the library must be compiled, that comes later and from another thread, unless it is to `wait`.
+
+    A model whose weights bfloat16 holds without loss is kept so, and waited for: torch's operators cannot compute with
+    it in the meantime. `cache` is the folder for compiled libraries.
+    """
+    decoder = Decoder.of(model)
+    if decoder is None:
+        on_progress("no native kernels, torch computes this decoder: they know those of Llama's kind")
+        return
+    if not library.can_be_had(cache):
+        on_progress("no native kernels, steps are slower: g++ was not found (install g++)")
+        return
+    linears = bfloat16_linears(decoder)
+
+    def provide() -> None:
+        try:
+            found = library.provide(cache)
+        except (OSError, RuntimeError) as error:
+            logger.warning("no native kernels, steps are slower: %s", error)
+            return
+        keep_bfloat16(decoder, linears)
+        on_ready(NativeStep(model, decoder))
+        on_progress(f"native kernels are in use: {found}")
+
+    if library.find_library(cache) is not None:
+        provide()
+    elif wait or linears:
+        on_progress("compiling native kernels: half a minute, once per machine")
+        provide()
+    else:
+        threading.Thread(target=provide, name="native kernels", daemon=True).start()

@@ -1,0 +1,206 @@
+// What the native step is made of: whole decoder layers with the experts of their linears, single linears and norms, the gate
+// and the draft head.
+//
+// Everything is read where it lies: weights as the model stores them, keys and values through the block table. Arithmetic is
+// float; weights may be bfloat16.
+//
+// torch calls these through its dispatcher. ../operators.py declares them and says what they compute. They check what they
+// are given: what does not fit is an error, not a read of foreign memory.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "elementwise.h"
+#include "gate.h"
+#include "helpers.h"
+#include "layer.h"
+#include "tensors.h"
+
+namespace {
+
+using Given = torch::stable::Tensor;
+using Maybe = std::optional<Given>;
+
+void require(bool fits) {
+    if (!fits) throw std::runtime_error("wanted are dense tensors of floats (weights: or bfloat16) of fitting shapes");
+}
+
+Tensor tensor_of(const Given& given) { return Tensor(given.get()); }
+Tensor tensor_of(const Maybe& given) { return Tensor(given ? given->get() : nullptr); }
+
+// In a list, what is missing is empty.
+Tensor or_none(const Given& given) { return Tensor(tensor_of(given).numel() ? given.get() : nullptr); }
+
+Given new_floats(const std::vector<int64_t>& sizes) {
+    AtenTensorHandle result = nullptr;
+    if (new_tensor(int64_t(sizes.size()), sizes.data(), &result) != AOTI_TORCH_SUCCESS)
+        throw std::runtime_error("no memory for a tensor");
+    return Given(result);
+}
+
+float* floats_of(const Given& given) { return tensor_of(given).data<float>(); }
+
+Given op_linear(Given x_, Given weight, Maybe bias, Maybe a, Maybe b_t, Maybe gate, int64_t first_row) {
+    const Tensor x = tensor_of(x_);
+    const Linear own{tensor_of(weight), tensor_of(bias), tensor_of(a), tensor_of(b_t), tensor_of(gate), first_row};
+    require(is_dense_floats(x, 2) && own.is_sound() && x.size(1) == own.depth() && own.takes(x.size(0)));
+    const Given y = new_floats({x.size(0), own.width()});
+    own.run(x.data<float>(), x.size(0), floats_of(y));
+    return y;
+}
+
+Given op_norm(Given x_, Given weight_, double eps) {
+    const Tensor x = tensor_of(x_), weight = tensor_of(weight_);
+    require(is_dense_floats(x, 2) && is_dense_floats(weight, 1) && x.size(1) == weight.numel());
+    const Given y = new_floats({x.size(0), x.size(1)});
+    norm(x.data<float>(), weight.data<float>(), eps, x.size(0), x.size(1), floats_of(y));
+    return y;
+}
+
+constexpr size_t kPerLinear = 4;  // weight, bias, a, b_t
+constexpr size_t kPerLayer = Layer::kNorms + kPerLinear * Layer::kLinears;
+
+// `own` are kPerLayer tensors: the norms, then every linear's. Without a gate there are no experts.
+Layer layer_of(const Given* own, const Tensor& gate, const int64_t* gate_offsets, int64_t first_row, double eps) {
+    Layer layer{{}, {}, eps};
+    for (; layer.norms.size() < Layer::kNorms; own++) layer.norms.push_back(or_none(*own));
+    for (; layer.linears.size() < Layer::kLinears; own += kPerLinear) {
+        const Tensor a = gate ? or_none(own[2]) : Tensor(nullptr);
+        layer.linears.push_back({or_none(own[0]), or_none(own[1]), a, or_none(own[3]), gate, first_row, *gate_offsets++});
+    }
+    return layer;
+}
+
+bool is_pool(const Tensor& pool, const Tensor& like) {
+    if (!is_dense_floats(pool, 4)) return false;
+    for (int64_t dim = 0; dim < 4; dim++)
+        if (pool.size(dim) != like.size(dim)) return false;
+    return true;
+}
+
+// Whether the groups are of `rows` rows in all.
+bool are_groups_of(const std::vector<Group>& groups, int64_t rows) {
+    for (const Group& group : groups) {
+        if (!group.table.is_int64() || group.table.dims() != 2 || !group.table.is_dense(2) || group.rows_each < 1) return false;
+        rows -= group.table.size(0) * group.rows_each;
+    }
+    return rows == 0;
+}
+
+// x [rows, hidden] through all layers.
+Given op_layers(
+    Given x_, std::vector<Given> tensors, Maybe gate, std::vector<int64_t> gate_offsets, int64_t first_row, Given cos_, Given sin_,
+    std::vector<Given> keys, std::vector<Given> values, Given slots_, Given positions_, std::vector<Given> tables,
+    std::vector<int64_t> rows_each, double eps, double scaling, std::vector<int64_t> windows
+) {
+    const Tensor x = tensor_of(x_), cos = tensor_of(cos_), sin = tensor_of(sin_), slots = tensor_of(slots_);
+    const Tensor positions = tensor_of(positions_);
+    const size_t count = windows.size();
+    require(
+        count && is_dense_floats(x, 2) && tensors.size() == count * kPerLayer && keys.size() == count && values.size() == count &&
+        gate_offsets.size() == count * Layer::kLinears && tables.size() == rows_each.size());
+    const int64_t rows = x.size(0), hidden = x.size(1);
+    std::vector<Group> groups;
+    for (size_t i = 0; i < tables.size(); i++) groups.push_back({tensor_of(tables[i]), rows_each[i]});
+    const Tensor pool = tensor_of(keys[0]);
+    require(
+        pool.dims() == 4 && is_dense_floats(cos, 2) && is_dense_floats(sin, 2) && cos.size(0) == rows && sin.size(0) == rows &&
+        cos.size(1) == pool.size(3) && sin.size(1) == pool.size(3) && is_index(slots) && slots.numel() == rows &&
+        is_index(positions) && positions.numel() == rows && are_groups_of(groups, rows));
+    std::vector<Layer> all;
+    for (size_t i = 0; i < count; i++) {
+        all.push_back(layer_of(&tensors[i * kPerLayer], tensor_of(gate), &gate_offsets[i * Layer::kLinears], first_row, eps));
+        require(is_pool(tensor_of(keys[i]), pool) && is_pool(tensor_of(values[i]), pool) && all.back().is_sound(rows, hidden, pool));
+    }
+    const Given y = new_floats({rows, hidden});
+    std::copy_n(x.data<float>(), rows * hidden, floats_of(y));
+    const auto spans = std::make_shared<std::vector<Span>>(spans_of(groups, positions.data<int64_t>()));
+    const Step step{rows, cos.data<float>(), sin.data<float>(), slots.data<int64_t>(), spans};
+    const auto keep = [&] {
+        Owners owners;
+        for (const Group& group : groups) owners.push_back(group.table.owner());
+        return owners;
+    };
+    for (size_t i = 0; i < count; i++) {
+        const Scores how{float(scaling), windows[i]};
+        all[i].run(floats_of(y), hidden, step, tensor_of(keys[i]), tensor_of(values[i]), how, keep);
+    }
+    return y;
+}
+
+Given op_spread(Given gate_rows_, Given slots_, Given rank_index_, int64_t first_row, double weight) {
+    const Tensor gate_rows = tensor_of(gate_rows_), slots = tensor_of(slots_), rank_index = tensor_of(rank_index_);
+    require(is_store(gate_rows) && is_index(slots) && is_index(rank_index) && first_row >= 0 && first_row <= slots.numel());
+    const Given weights = new_floats({slots.numel() - first_row, rank_index.numel()});
+    spread(gate_rows, slots, rank_index, first_row, float(weight), floats_of(weights));
+    return weights;
+}
+
+// The first `rows` of hidden [.., H] -> their logits [rows, sites, experts]; their scalings go to `slots` of gate_rows. `layers`
+// are weight and bias of each linear.
+Given op_scalings(
+    Given hidden_, std::vector<Given> layers, bool relu, std::optional<double> temperature, Given gate_rows_, Given slots_,
+    int64_t rows
+) {
+    const Tensor hidden = tensor_of(hidden_), gate_rows = tensor_of(gate_rows_), slots = tensor_of(slots_), none(nullptr);
+    Classifier classifier{{}, relu};
+    for (size_t i = 0; i + 1 < layers.size(); i += 2)
+        classifier.linears.push_back({tensor_of(layers[i]), or_none(layers[i + 1]), none, none, none});
+    require(
+        is_dense_floats(hidden, 2) && is_store(gate_rows) && is_index(slots) && rows >= 0 && rows <= slots.numel() &&
+        rows <= hidden.size(0) && classifier.is_sound(hidden.size(1), gate_rows.size(1) * gate_rows.size(2)));
+    const Given logits = new_floats({rows, gate_rows.size(1), gate_rows.size(2)});
+    classifier.run(hidden.data<float>(), rows, floats_of(logits));
+    store_scalings(floats_of(logits), rows, temperature, gate_rows, slots.data<int64_t>());
+    return logits;
+}
+
+// rows [L] of hidden [T, H], those below `scaling_rows` as the draft head makes them; tensors U [R, H], b [R], D [H, R] -> [L, H]
+Given op_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vector<Given> tensors) {
+    const Tensor hidden = tensor_of(hidden_), rows = tensor_of(rows_), none(nullptr);
+    require(is_dense_floats(hidden, 2) && is_index(rows) && tensors.size() == 3);
+    const Linear up{tensor_of(tensors[0]), tensor_of(tensors[1]), none, none, none};
+    const Linear down{tensor_of(tensors[2]), none, none, none, none};
+    const int64_t width = hidden.size(1), count = rows.numel();
+    require(up.is_sound() && down.is_sound() && up.depth() == width && down.width() == width && up.width() == down.depth());
+    const int64_t* const row = rows.data<int64_t>();
+    std::vector<int64_t> drafting;
+    for (int64_t i = 0; i < count; i++) {
+        require(row[i] >= 0 && row[i] < hidden.size(0));
+        if (row[i] < scaling_rows) drafting.push_back(i);
+    }
+    const Given seen_ = new_floats({count, width});
+    float* const seen = floats_of(seen_);
+    for (int64_t i = 0; i < count; i++) std::copy_n(hidden.data<float>() + row[i] * width, width, seen + i * width);
+    if (drafting.empty()) return seen_;
+    const Floats drafts(int64_t(drafting.size()) * width);
+    for (size_t i = 0; i < drafting.size(); i++) std::copy_n(seen + drafting[i] * width, width, drafts.data() + i * width);
+    draft(up, down, int64_t(drafting.size()), drafts.data());
+    for (size_t i = 0; i < drafting.size(); i++) std::copy_n(drafts.data() + i * width, width, seen + drafting[i] * width);
+    return seen_;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
+    library.impl("linear", TORCH_BOX(&op_linear));
+    library.impl("norm", TORCH_BOX(&op_norm));
+    library.impl("layers", TORCH_BOX(&op_layers));
+    library.impl("spread", TORCH_BOX(&op_spread));
+    library.impl("scalings", TORCH_BOX(&op_scalings));
+    library.impl("drafting", TORCH_BOX(&op_drafting));
+}
+
+extern "C" {
+
+void xlora_set_helpers(int count, int guests) { Helpers::the().set(count, guests); }
+
+int64_t xlora_repeated_chunks() { return Helpers::the().repeated(); }
+
+}  // extern "C"

@@ -1,0 +1,243 @@
+"""Decoders that the native step computes: Llama's architecture, and what is like it.
+
+    x = embedding of the tokens
+    h = x + O attention(rotated Q n, rotated K n, V n)     n = norm(x)     in every layer; Q n and K n may have norms
+    x = h + D (silu(G m) * U m)                            m = norm(h)
+    logits = head(norm(x))
+
+Which decoders compute that shows in what they return, not in their names: one is run on a few tokens, at positions up
+to the last it knows, with its own modules and an attention that only writes down how it was called, and compared with
+the formula to the bit. A decoder that does anything else is none of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from service.model.attention import ATTENTION
+from service.model.linear import XLoraLinear
+from service.model.targets import XLoraHead, is_plain_linear
+from service.model.xlora_model import XLoraModel
+
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+# In the order of csrc/layer.h.
+LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+_OPTIONAL = {"q_norm", "k_norm", "act_fn"}
+_PROBE = "xlora_native_probe"
+_NO_TENSOR = torch.empty(0)
+
+Linear = XLoraLinear | XLoraHead | nn.Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """y = x / sqrt(mean(x^2) + eps) * weight."""
+
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module | None) -> Norm | None:
+        """A module that looks like one: only what it returns can tell whether it is."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        parameters = {} if module is None else dict(module.named_parameters())
+        if eps is None or parameters.keys() != {"weight"} or parameters["weight"].dtype != torch.float32:
+            return None
+        return cls(parameters["weight"], eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        return x * ((x * x).mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one layer."""
+
+    input_norm: Norm
+    inner_norm: Norm  # before the MLP
+    query_norm: Norm | None
+    key_norm: Norm | None
+    linears: Sequence[XLoraLinear | nn.Linear]  # LAYER_LINEARS
+    head_dim: int
+
+    def formula(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[1, T, H] -> [1, T, H], with the probe's attention."""
+        q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = self.linears
+
+        def heads(y: Tensor, norm: Norm | None) -> Tensor:
+            y = y.view(1, x.shape[1], -1, self.head_dim)
+            return (y if norm is None else norm(y)).transpose(1, 2)
+
+        n = self.input_norm(x)
+        query, key = heads(q_proj(n), self.query_norm), heads(k_proj(n), self.key_norm)
+        attended = _mixed(_rotated(query, cos, sin), _rotated(key, cos, sin), heads(v_proj(n), None))
+        h = x + o_proj(attended.reshape(1, x.shape[1], -1))
+        m = self.inner_norm(h)
+        y: Tensor = h + down_proj(F.silu(gate_proj(m)) * up_proj(m))
+        return y
+
+    def tensors(self) -> list[Tensor]:
+        """As operators.layers wants them: norms, then weight, bias, A and B of every linear; empty: missing."""
+        norms = self.input_norm, self.inner_norm, self.query_norm, self.key_norm
+        tensors: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
+        for linear in self.linears:
+            tensors += [linear.weight, linear.bias]
+            tensors += [linear.lora_a, linear.lora_b_t] if isinstance(linear, XLoraLinear) else [None, None]
+        return [_NO_TENSOR if tensor is None else tensor for tensor in tensors]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder that computes the formula."""
+
+    embed: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    layers: Sequence[Layer]
+    norm: Norm
+    head: Linear
+    scaling: float  # of attention
+    windows: Sequence[int]  # of each layer, in tokens; 0: none
+
+    @classmethod
+    def of(cls, model: XLoraModel) -> Decoder | None:
+        """The model's decoder on a CPU, None where it computes anything else or not in float32."""
+        decoder = cls.outline(model)
+        return None if decoder is None else _probed(model, decoder)
+
+    @classmethod
+    def outline(cls, model: XLoraModel) -> Decoder | None:
+        """What by its modules' names is one; only a run can tell what it computes, and how it attends."""
+        parts: dict[str, Any] = dict(model.decoder.named_children())
+        outer: dict[str, Any] = dict(model.causal_lm.named_children())
+        if parts.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+            return None
+        if outer.keys() != {model.causal_lm.base_model_prefix, "lm_head"} or not _is_linear(outer["lm_head"]):
+            return None
+        layers = [_layer(layer) for layer in parts["layers"].children()]
+        found, norm = [layer for layer in layers if layer is not None], Norm.of(parts["norm"])
+        if len(found) < len(layers) or norm is None or len({layer.input_norm.eps for layer in found}) != 1:
+            return None
+        return cls(parts["embed_tokens"], parts["rotary_emb"], found, norm, outer["lm_head"], 1.0, ())
+
+    def formula(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [1, T, V] of ids and positions [1, T], with the probe's attention."""
+        x = self.embed(ids)
+        cos, sin = self.rotary(x, positions)
+        for layer in self.layers:
+            x = layer.formula(x, cos, sin)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All of them, the head last."""
+        return [*(linear for layer in self.layers for linear in layer.linears), self.head]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """How a layer called attention."""
+
+    layer: int | None
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+
+
+@torch.inference_mode()
+def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
+    """The decoder with how its layers attend, if it computes the formula."""
+    config = model.config.get_text_config()
+    last = max(1, config.max_position_embeddings - 1)
+    positions = torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
+    ids = (positions * 7919 + torch.arange(len(positions))) % config.vocab_size
+    calls: list[_Call] = []
+    model.gate.clear()
+    model.gate.logit_rows = positions
+    AttentionInterface.register(_PROBE, _recording(calls))
+    model.causal_lm.set_attn_implementation(_PROBE)
+    try:
+        theirs = model.causal_lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, batch=None).logits
+        ours = decoder.formula(ids[None], positions[None])
+    except Exception:  # whatever it is made of, it is not this
+        return None
+    finally:
+        model.causal_lm.set_attn_implementation(ATTENTION)
+        model.gate.clear()
+    in_order = [call.layer for call in calls] == list(range(len(decoder.layers)))
+    alike = len({call.scaling for call in calls}) == 1 and all(call.softcap is None for call in calls)
+    if not in_order or not alike or not torch.equal(ours, theirs):
+        return None
+    scaling = decoder.layers[0].head_dim ** -0.5 if calls[0].scaling is None else calls[0].scaling
+    return Decoder(
+        *(decoder.embed, decoder.rotary, decoder.layers, decoder.norm, decoder.head),
+        *(scaling, [call.window or 0 for call in calls]),
+    )
+
+
+def _recording(calls: list[_Call]) -> Callable[..., tuple[Tensor, None]]:
+    """An attention that mixes a row's own query, key and value, and writes down how it was called."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
+    ) -> tuple[Tensor, None]:
+        layer = getattr(module, "layer_idx", None)
+        calls.append(_Call(layer, how.get("scaling"), how.get("sliding_window"), how.get("softcap")))
+        return _mixed(query, key, value), None
+
+    return attention
+
+
+def _mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[1, T, heads, head_dim]"""
+    each = query.shape[1] // key.shape[1]
+    return (query * key.repeat_interleave(each, 1) + value.repeat_interleave(each, 1)).transpose(1, 2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, heads, T, head_dim] turned by cos and sin [1, T, head_dim], each in pairs half a head apart."""
+    low, high = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+
+def _layer(layer: nn.Module) -> Layer | None:
+    """The layer's modules, by the usual names; None where anything else is in it."""
+    parts = dict(layer.named_children())
+    if parts.keys() != LAYER_PARTS:
+        return None
+    inner = {**dict(parts["self_attn"].named_children()), **dict(parts["mlp"].named_children())}
+    if inner.keys() - {*LAYER_LINEARS} - _OPTIONAL or not inner.keys() >= {*LAYER_LINEARS}:
+        return None
+    modules = {**parts, **inner}
+    linears: list[Any] = [inner[name] for name in LAYER_LINEARS]
+    norms = {name: Norm.of(modules[name]) for name in _NORMS if name in modules}
+    found = {name: norm for name, norm in norms.items() if norm is not None}
+    if len(found) < len(norms) or len({norm.eps for norm in found.values()}) > 1:
+        return None
+    if not all(_is_linear(linear) and not isinstance(linear, XLoraHead) for linear in linears):
+        return None
+    head_dim = getattr(parts["self_attn"], "head_dim", None)
+    if not isinstance(head_dim, int):
+        return None
+    own = found["input_layernorm"], found["post_attention_layernorm"], found.get("q_norm"), found.get("k_norm")
+    return Layer(*own, linears, head_dim)
+
+
+def _is_linear(module: object) -> bool:
+    """A linear, adapted or not, whose tensors are float32 without gaps."""
+    is_known = isinstance(module, XLoraLinear | XLoraHead) or (
+        isinstance(module, nn.Linear) and is_plain_linear(module)
+    )
+    if not is_known or not isinstance(module, nn.Module):
+        return False
+    tensors = (*module.parameters(), *module.buffers())
+    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)

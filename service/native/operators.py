@@ -1,0 +1,119 @@
+"""The operators of csrc/: what they compute, on float32 tensors without gaps. Weights of linears may be bfloat16.
+
+    linear      y = W x + b, and from row `first_row` on + B ((A x) * g)
+    norm        y = x / sqrt(mean(x^2) + eps) * weight
+    layers      the decoder's layers, experts and attention over the paged KV cache included
+    spread      stored scalings, at every rank
+    scalings    the classifier, and its scalings into where they are stored
+    drafting    rows as the draft head makes them for the language model's head
+
+They work once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_new_library: Any = torch.library.Library  # has no types
+_library = _new_library("xlora", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b_t, Tensor? gate, int first_row) -> Tensor"
+)
+_library.define("norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define(
+    "layers(Tensor x, Tensor[] tensors, Tensor? gate, int[] gate_offsets, int first_row, Tensor cos, Tensor sin,"
+    " Tensor(a!)[] keys, Tensor(b!)[] values, Tensor slots, Tensor positions, Tensor[] tables, int[] rows_each,"
+    " float eps, float scaling, int[] windows) -> Tensor"
+)
+_library.define("spread(Tensor gate_rows, Tensor slots, Tensor rank_index, int first_row, float weight) -> Tensor")
+_library.define(
+    "scalings(Tensor hidden, Tensor[] layers, bool relu, float? temperature, Tensor(a!) gate_rows, Tensor slots,"
+    " int rows) -> Tensor"
+)
+_library.define("drafting(Tensor hidden, Tensor rows, int scaling_rows, Tensor[] tensors) -> Tensor")
+_linear = torch.ops.xlora.linear.default
+_norm = torch.ops.xlora.norm.default
+_layers = torch.ops.xlora.layers.default
+_spread = torch.ops.xlora.spread.default
+_scalings = torch.ops.xlora.scalings.default
+_drafting = torch.ops.xlora.drafting.default
+
+
+def linear(
+    x: Tensor,  # [T, in]
+    weight: Tensor,  # [out, in]
+    bias: Tensor | None = None,  # [out]
+    a: Tensor | None = None,  # [R, in]
+    b_t: Tensor | None = None,  # [R, out]
+    gate: Tensor | None = None,  # [T - first_row, R]
+    first_row: int = 0,
+) -> Tensor:
+    """An adapted linear: [T, out]."""
+    y: Tensor = _linear(x, weight, bias, a, b_t, gate, first_row)
+    return y
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of x [T, H]."""
+    y: Tensor = _norm(x, weight, eps)
+    return y
+
+
+def layers(
+    x: Tensor,  # [T, H]
+    tensors: Sequence[Tensor],  # of all layers: decoder.py has their order
+    gate: Tensor | None,  # [T - first_row, sum of all ranks]; None: no experts
+    gate_offsets: Sequence[int],  # where the ranks of each linear begin in it
+    first_row: int,
+    cos: Tensor,  # [T, head_dim]
+    sin: Tensor,  # [T, head_dim]
+    keys: Sequence[Tensor],  # of each layer [blocks, block_size, kv_heads, head_dim]; written
+    values: Sequence[Tensor],  # the same
+    slots: Tensor,  # int64 [T]: where the rows' keys and values are written
+    positions: Tensor,  # int64 [T]
+    tables: Sequence[Tensor],  # of each attention group, int64 [segments, blocks]
+    rows_each: Sequence[int],  # of each attention group: rows of a segment, at consecutive positions
+    eps: float,
+    scaling: float,
+    windows: Sequence[int],  # of each layer, in tokens; 0: none
+) -> Tensor:
+    """The last layer's hidden states [T, H]."""
+    y: Tensor = _layers(
+        *(x, tensors, gate, gate_offsets, first_row, cos, sin, keys, values, slots, positions, tables, rows_each),
+        *(eps, scaling, windows),
+    )
+    return y
+
+
+def spread(gate_rows: Tensor, slots: Tensor, rank_index: Tensor, first_row: int, weight: float) -> Tensor:
+    """gate_rows [slots, S, E], slots [T], rank_index [R] into a flattened [S, E] -> what is stored for the rows from
+    `first_row` on, times `weight`, [T - first_row, R].
+    """
+    y: Tensor = _spread(gate_rows, slots, rank_index, first_row, weight)
+    return y
+
+
+def scalings(
+    hidden: Tensor,  # [T, H]
+    layers: Sequence[Tensor],  # weight and bias of each linear, empty where it has none
+    relu: bool,  # between them
+    temperature: float | None,  # of the softmax; None: there is none
+    gate_rows: Tensor,  # [slots, S, E]; written
+    slots: Tensor,  # int64 [T]
+    rows: int,
+) -> Tensor:
+    """Classifier.logits of the first `rows` of `hidden`, [rows, S, E]; writes their scalings into `slots`."""
+    y: Tensor = _scalings(hidden, layers, relu, temperature, gate_rows, slots, rows)
+    return y
+
+
+def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[Tensor]) -> Tensor:
+    """`rows` [L] of hidden [T, H], of which the first `scaling_rows` are scaling rows -> what the head is to see of
+    them, [L, H]. `tensors` are DraftHead's.
+    """
+    y: Tensor = _drafting(hidden, rows, scaling_rows, tensors)
+    return y

@@ -1,0 +1,97 @@
+"""NativeStep: what XLoraModel.forward computes, in C++ on a CPU, for every batch of a decoder of Llama's kind.
+
+It runs the model's own tensors and shares its gate, so that embeddings and heads with experts, which stay torch's, see
+the same scalings. It takes them as they are when it is made: nobody replaces them any more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from service.model.batch import Batch
+from service.model.kv_cache import KVCache
+from service.model.linear import XLoraLinear
+from service.model.targets import XLoraHead
+from service.model.xlora_model import ForwardOutput, XLoraModel
+from service.native import operators
+from service.native.decoder import Decoder
+
+
+class NativeStep:
+    """One model's steps."""
+
+    def __init__(self, model: XLoraModel, decoder: Decoder) -> None:
+        self._model, self._decoder, self._gate = model, decoder, model.gate
+        self._tensors = [tensor for layer in decoder.layers for tensor in layer.tensors()]
+        linears = [linear for layer in decoder.layers for linear in layer.linears]
+        self._gate_offsets = [
+            self._gate.offset(linear.site) if isinstance(linear, XLoraLinear) else 0 for linear in linears
+        ]
+        self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """XLoraModel.forward."""
+        model, gate, decoder = self._model, self._gate, self._decoder
+        first_row, rows = model.first_gated_row(batch), batch.gate_slots.shape[0]
+        weights = None
+        if first_row < rows:
+            weights = operators.spread(
+                kv_cache.gate_rows, batch.gate_slots, gate.rank_index, first_row, gate.global_scaling_weight
+            )
+            gate.open(weights, first_row)
+        else:
+            gate.clear()
+        gate.logit_rows = batch.logit_rows
+        cos, sin = self._rotation(batch)
+        x = operators.layers(
+            decoder.embed(batch.input_ids[None])[0],
+            self._tensors,
+            weights,
+            self._gate_offsets,
+            first_row,
+            cos,
+            sin,
+            kv_cache.keys,
+            kv_cache.values,
+            batch.kv_slots,
+            batch.positions,
+            tables=[group.block_table for group in batch.groups],
+            rows_each=[group.queries for group in batch.groups],
+            eps=decoder.layers[0].input_norm.eps,
+            scaling=decoder.scaling,
+            windows=decoder.windows,
+        )
+        hidden = operators.norm(x, decoder.norm.weight, decoder.norm.eps)
+        return ForwardOutput(self._logits(hidden, batch), self._store_scalings(hidden, batch, kv_cache))
+
+    def _logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[L, V] of the batch's logit rows."""
+        rows, head, draft_head = batch.logit_rows, self._decoder.head, self._model.draft_head
+        if draft_head is None:
+            seen = hidden.index_select(0, rows)
+        else:
+            seen = operators.drafting(hidden, rows, batch.num_scaling_rows, draft_head.tensors)
+        if isinstance(head, XLoraHead) and self._gate.active:
+            return operators.linear(seen, head.weight, head.bias, head.lora_a, head.lora_b_t, head.weights_of_rows())
+        return operators.linear(seen, head.weight, head.bias)
+
+    def _store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """XLoraModel.store_scalings."""
+        classifier, rows = self._model.classifier, batch.num_scaling_rows
+        if not rows or not classifier.is_plain:
+            return self._model.store_scalings(hidden, batch, kv_cache)
+        return operators.scalings(
+            *(hidden, classifier.tensors, classifier.config.enable_relu_and_dropout, classifier.softmax_temperature),
+            *(kv_cache.gate_rows, batch.new_gate_slots, rows),
+        )
+
+    def _rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, head_dim] of the rows' positions."""
+        keys = max(group.keys for group in batch.groups)
+        if keys > len(self._cos):
+            positions = torch.arange(1 << (keys - 1).bit_length())
+            cos, sin = self._decoder.rotary(torch.empty(0), positions[None])
+            self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+        return self._cos.index_select(0, batch.positions), self._sin.index_select(0, batch.positions)

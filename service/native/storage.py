@@ -1,0 +1,69 @@
+"""Weights that bfloat16 holds without loss are kept in bfloat16 under float32 arithmetic: half the memory, and half of
+what a decode step reads, which is most of its time. Results are the same up to rounding.
+
+The kernels widen them as they read (csrc/linear.h); torch's operators cannot compute with them any more. Values decide
+what is kept so, whatever config.json says.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from service.checkpoint import Checkpoint
+from service.checkpoint.base_config import stored_dtype
+from service.model.linear import XLoraLinear
+from service.model.targets import XLoraHead
+from service.model.xlora_model import XLoraModel
+from service.native.decoder import Decoder, Linear
+
+_BLOCK = 1 << 20  # elements converted at once: a copy of all of a large weight costs new memory
+
+
+def bfloat16_linears(decoder: Decoder) -> list[Linear]:
+    """Those whose weights lose nothing in bfloat16. A head that shares its weight with the embedding is none of them:
+    torch looks tokens up in it.
+    """
+    tied = getattr(decoder.embed, "weight", None)
+    return [linear for linear in decoder.linears if linear.weight is not tied and _survives(linear.weight)]
+
+
+@torch.inference_mode()
+def keep_bfloat16(decoder: Decoder, linears: list[Linear]) -> None:
+    """Replaces the weights of `linears`, and every stack of experts that loses nothing."""
+    for linear in linears:
+        linear.weight = nn.Parameter(linear.weight.to(torch.bfloat16), requires_grad=False)
+    for linear in decoder.linears:
+        if isinstance(linear, XLoraLinear | XLoraHead) and _survives(linear.lora_a) and _survives(linear.lora_b_t):
+            linear.lora_a, linear.lora_b_t = linear.lora_a.to(torch.bfloat16), linear.lora_b_t.to(torch.bfloat16)
+
+
+def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
+    """The tensors of a model on the meta device that will be kept so, as far as names and stored dtypes tell."""
+    decoder = Decoder.outline(model)
+    if decoder is None:
+        return []
+    tied, tensors = getattr(decoder.embed, "weight", None), []
+    for linear in decoder.linears:
+        if linear.weight is not tied and stored_dtype(checkpoint.base_path) == "bfloat16":
+            tensors.append(linear.weight)
+        if isinstance(linear, XLoraLinear | XLoraHead) and _are_bfloat16(checkpoint, model.sites[linear.site]):
+            tensors += [linear.lora_a, linear.lora_b_t]
+    return tensors
+
+
+def _are_bfloat16(checkpoint: Checkpoint, site: str) -> bool:
+    """Whether the experts of a site are, and stay so when their scales are folded in."""
+    present = [expert.weights[site] for expert in checkpoint.experts if site in expert.weights]
+    return all(
+        weights.a.dtype == weights.b.dtype == torch.bfloat16 and math.frexp(weights.scale)[0] == 0.5
+        for weights in present
+    )
+
+
+def _survives(tensor: Tensor) -> bool:
+    flat = tensor.detach().view(-1)
+    blocks = (flat[first : first + _BLOCK] for first in range(0, flat.numel(), _BLOCK))
+    return all(torch.equal(block.to(torch.bfloat16).float(), block) for block in blocks)
