@@ -48,7 +48,7 @@ serve: .venv/.runtime ## serve MODEL (the demo) on HOST:PORT (127.0.0.1:8000)
 	@exec $(BIN)/xlora-serve serve --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: .venv/.dev ## run the tests; ARGS="-k name" narrows them
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: .venv/.dev ## run the soak and full-product tests as well
 	@$(BIN)/python -m pytest $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -11,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for variable in [name for name in os.environ if name.startswith("XLORA_")]:
     del os.environ[variable]
+
+# A job in the background ignores Ctrl-C, and what it starts inherits that. Who handles it starts others that do not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,8 +26,9 @@ from service.errors import SettingsError
 from service.settings import Settings, load_settings
 from service.terminal import bar, expert_styles, legend, scalings_table
 from tests.support.fake_engine import POISON, REPLY, write_bundle
+from tests.support.server_process import ROOT, free_port
+from tests.support.waiting import PATIENCE_SECONDS, wait_for
 
-ROOT = Path(__file__).parent.parent
 FAKE = "tests.support.fake_engine:load_engine"
 SERVE = f"""
 import sys
@@ -51,21 +51,15 @@ def start_server(*flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def wait_until_ready(port: int) -> None:
-    for _ in range(400):
+    def ready() -> bool:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as response:
-                assert response.status == 200
-                return
+                return response.status == 200
         except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.05)
-    raise AssertionError("never ready")
+            return False
+
+    assert wait_for(ready)
 
 
 def without(closed: str, *command: str) -> list[str]:
@@ -89,7 +83,7 @@ def test_no_file_or_socket_becomes_a_standard_stream(bundle: Path, closed: str) 
                 assert os.readlink(f"/proc/{pid}/fd/{number}") == os.devnull
     finally:
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize(
@@ -207,7 +201,7 @@ def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
         with urllib.request.urlopen(request) as response:
             assert json.load(response)["outputs"][0]["text"] == "The a"
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=15)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 0, log
@@ -240,7 +234,7 @@ def test_an_engine_that_raises_ends_the_server_with_3(bundle: Path) -> None:
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
         assert json.load(caught.value)["error"]["code"] == "engine_dead"
-        _, log = process.communicate(timeout=15)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 3, log
@@ -253,7 +247,7 @@ def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:
     try:
         wait_until_ready(port)
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=15)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 130, log
@@ -262,7 +256,7 @@ def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:
 
 def test_a_bundle_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     process = start_server("--model", str(tmp_path / "none"), "--port", "0")
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert [line.split(":")[0] for line in log.splitlines()[-2:]] == ["error", "hint"]
     assert "Traceback" not in log
@@ -271,7 +265,7 @@ def test_a_bundle_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
 def test_a_taken_port_is_one_line(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = start_server("--model", str(bundle), "--port", str(taken.getsockname()[1]))
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert log.splitlines()[0].startswith("error: cannot listen on 127.0.0.1:")
 
@@ -286,10 +280,7 @@ def test_no_engine_outlives_the_server(bundle: Path) -> None:
     finally:
         process.kill()
         process.communicate()
-    deadline = time.monotonic() + 5
-    while any(_running(int(child)) for child in children):
-        assert time.monotonic() < deadline, "the engine's process is still there"
-        time.sleep(0.05)
+    assert wait_for(lambda: not any(_running(int(child)) for child in children)), "the engine's process is still there"
 
 
 def _running(pid: int) -> bool:

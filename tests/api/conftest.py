@@ -22,6 +22,7 @@ from service.engine.worker import Worker
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.waiting import wait_for
 
 
 class ThreadClient(EngineClient):
@@ -91,8 +92,4 @@ def http(client: ThreadClient) -> Iterator[TestClient]:
 
 
 def wait_until_ready(http: TestClient) -> None:
-    for _ in range(500):
-        if http.get("/readyz").status_code == 200:
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("never ready")
+    assert wait_for(lambda: http.get("/readyz").status_code == 200)

@@ -16,6 +16,7 @@ import uvloop
 
 from service.api.acceptor import Acceptor
 from service.api.open_connections import OpenConnections
+from tests.support.waiting import PATIENCE_SECONDS, wait_for
 
 LOOPS = pytest.mark.parametrize("loops", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
 
@@ -43,6 +44,10 @@ def run(loops: Callable[[], asyncio.AbstractEventLoop], scene: Callable[[], obje
         runner.run(scene())  # type: ignore[arg-type]
 
 
+def said_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "xlora"]
+
+
 @asynccontextmanager
 async def accepting(listener: Listener, *given: Any) -> AsyncIterator[tuple[str, int]]:
     with listener:
@@ -67,11 +72,11 @@ def test_without_a_descriptor_newcomers_wait(
         listener.short = True
         async with accepting(listener, None, OpenConnections()) as address:
             reader, writer = await asyncio.open_connection(*address)
+            assert await asyncio.to_thread(wait_for, lambda: said_of(caplog))
             await asyncio.sleep(0.3)
-            said = [record.getMessage() for record in caplog.records if record.name == "xlora"]
-            assert said == ["new connections must wait: Too many open files"]
+            assert said_of(caplog) == ["new connections must wait: Too many open files"]
             listener.short = False
-            assert await asyncio.wait_for(reader.read(), 5) == b"at once"
+            assert await asyncio.wait_for(reader.read(), PATIENCE_SECONDS) == b"at once"
             writer.close()
 
     run(loops, scene)
@@ -88,9 +93,9 @@ def test_handshakes_that_never_end_make_room(loops: Callable[[], asyncio.Abstrac
             await asyncio.sleep(0.2)
             assert not first.at_eof()
             second, second_writer = await asyncio.open_connection(*address)
-            assert await asyncio.wait_for(first.read(), 5) == b""
+            assert await asyncio.wait_for(first.read(), PATIENCE_SECONDS) == b""
             assert not second.at_eof()
-        assert await asyncio.wait_for(second.read(), 5) == b""
+        assert await asyncio.wait_for(second.read(), PATIENCE_SECONDS) == b""
         first_writer.close()
         second_writer.close()
 

@@ -21,6 +21,7 @@ import uvloop
 
 from service.api.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
 from service.errors import OverloadedError, UnavailableError
+from tests.support.waiting import PATIENCE_SECONDS
 
 CHILD = """
 import os, signal, sys, time
@@ -70,7 +71,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Process, Callable[[Process]
 
         request.param(closing())
         left = [child for child in psutil.Process().children() if "child_loop" in " ".join(child.cmdline())]
-        assert psutil.wait_procs(left, timeout=5)[1] == []
+        assert psutil.wait_procs(left, timeout=PATIENCE_SECONDS)[1] == []
 
     return in_loop
 
@@ -314,4 +315,4 @@ def test_an_answer_that_nobody_waits_for_any_more_ends() -> None:
         assert child.stdin is not None
         child.stdin.write(b'"while True: pass"\n')
         child.stdin.close()
-        assert child.wait(20) == -signal.SIGALRM
+        assert child.wait(PATIENCE_SECONDS) == -signal.SIGALRM

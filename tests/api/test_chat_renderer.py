@@ -20,6 +20,7 @@ from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import error_of
 from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.waiting import wait_for
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATE = """
@@ -164,8 +165,4 @@ def test_a_model_without_a_template_has_no_chats(tmp_path: Path) -> None:
 def test_the_process_is_there_before_the_first_chat(tmp_path: Path) -> None:
     with chatting(tmp_path, TEMPLATE) as http:
         process = http.app.state.service._chats._process  # type: ignore[attr-defined]
-        for _ in range(500):
-            if process._child is not None:
-                return
-            time.sleep(0.02)
-        raise AssertionError("it does not start")
+        assert wait_for(lambda: process._child is not None)

@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 from service.api import compare
 from service.engine.request import Steering
 from tests.api.conftest import ThreadClient, serving
-from tests.api.test_connections import wait_for
 from tests.support.fake_engine import EXPERTS, FAULTY, MAX_MODEL_LEN, SITES, FakeEngine
+from tests.support.waiting import wait_for
 
 PROMPT = list(range(65, 75))
 BASE = {"experts": {"only": []}}

@@ -25,7 +25,7 @@ from service.api.open_connections import OpenConnections
 from service.api.security import BodyLimit
 from service.commands.serve import Server
 from service.settings import Settings
-from tests.api.test_connections import wait_for
+from tests.support.waiting import PATIENCE_SECONDS, wait_for
 
 Address = tuple[str, int]
 SHORT = {"header_seconds": 0.4, "body_seconds": 0.5, "keep_alive_seconds": 0.8, "write_seconds": 0.5}
@@ -80,7 +80,7 @@ class Running:
     def connect(self, data: bytes = b"") -> socket.socket:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_SECONDS)
         connection.connect(self.address)
         connection.sendall(data)
         return connection
@@ -130,9 +130,9 @@ def answer_of(connection: socket.socket, ends: bytes) -> bytes:
     return found
 
 
-def outliving(connections: dict[str, tuple[socket.socket, bytes]], seconds: float = 5.0) -> list[str]:
+def outliving(connections: dict[str, tuple[socket.socket, bytes]]) -> list[str]:
     """Which of some connections the server does not end, though each sends its bytes again and again."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     left = dict(connections)
     while left and time.monotonic() < deadline:
         time.sleep(0.05)

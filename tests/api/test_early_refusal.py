@@ -23,6 +23,7 @@ from tests.api.test_connections import running
 from tests.api.test_errors import JSON, error_of
 from tests.api.test_security import KEY, bearer
 from tests.support.fake_engine import POISON
+from tests.support.waiting import PATIENCE_SECONDS
 
 GENERATING = ["/generate", "/compare", "/scalings", "/v1/completions", "/v1/chat/completions"]
 BROKEN = b'{"prompt": '
@@ -120,7 +121,10 @@ def test_the_connection_goes_on(client: ThreadClient, size: int, expect: bytes) 
     head = b"POST /generate HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n" % (expect, size)
     with running(client, settings, app) as address, full(app.state.service.admission):
         for _ in range(3):
-            with socket.create_connection(address, timeout=10) as connection, connection.makefile("rb") as reader:
+            with (
+                socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection,
+                connection.makefile("rb") as reader,
+            ):
                 for _ in range(3):
                     connection.sendall(head + b"[" * size)
                     status, headers, body = read_answer(reader)
@@ -147,7 +151,7 @@ def test_a_body_without_a_permitted_length_ends_the_connection(
     with (
         running(client, settings, app) as address,
         full(app.state.service.admission),
-        socket.create_connection(address, timeout=10) as connection,
+        socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection,
         connection.makefile("rb") as reader,
     ):
         connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n" + body)

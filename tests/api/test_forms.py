@@ -23,9 +23,9 @@ from service.engine.request import TextForm
 from service.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_bounded_process import descriptors
-from tests.api.test_connections import wait_for
 from tests.api.test_errors import error_of
 from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
+from tests.support.waiting import wait_for
 
 BODIES = {
     "/generate": {"prompt": [40, 41], "max_tokens": 3},

@@ -20,6 +20,7 @@ from service.settings import Settings
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_connections import running
 from tests.api.test_errors import error_of
+from tests.support.waiting import PATIENCE_SECONDS
 
 KEY, OTHER, ADMIN = "first-key-of-two", "second-key-of-two", "the-admin-key"
 BODY = {"prompt": "a", "max_tokens": 1}
@@ -132,7 +133,7 @@ def address(client: ThreadClient) -> Iterator[tuple[str, int]]:
 
 def ask(address: tuple[str, int], *parts: bytes) -> bytes:
     answer = b""
-    with socket.create_connection(address, timeout=5) as connection:
+    with socket.create_connection(address, timeout=PATIENCE_SECONDS) as connection:
         try:
             for part in parts:
                 connection.sendall(part)

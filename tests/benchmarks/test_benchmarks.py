@@ -18,9 +18,9 @@ from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
 from service.checkpoint.writer import add_draft_head
+from tests.support import inspector, proxy
 from tests.support.bundles import make_bundle, make_draft_head
 from tests.support.oracle import PeftOracle
-from tests.support.proxy import MISSING, installed
 
 ROOT = Path(__file__).parents[2]
 PROMPT = list(range(20, 52))
@@ -36,6 +36,7 @@ TINY = {
     "observability": ["--clients", "2", "--tokens", "4", "--rounds", "2"],
     "fairness": ["--rounds", "1", "--prompt-tokens", "1000", "--choices", "4"],
     "batch_invariance": ["--requests", "2", "--tokens", "8"],
+    "page_frames": ["--tokens-per-second", "2000"],
     "proxy": ["--requests", "2"],
     "stalls": ["--kinds", "long name", "emoji", "--bytes", "100000"],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
@@ -51,8 +52,10 @@ def bundle(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", TINY)
 def test_runs(name, monkeypatch, capfd):
     """Every benchmark, through the suite as `make bench` runs it: its own line, then the table and the suite's line."""
-    if name == "proxy" and not installed():
-        pytest.skip(MISSING)
+    if name == "proxy" and not proxy.installed():
+        pytest.skip(proxy.MISSING)
+    if name == "page_frames" and inspector.browser_path() is None:
+        pytest.skip(inspector.MISSING)
     monkeypatch.setattr(sys, "argv", ["suite", name, "--", *TINY[name]])
     with pytest.raises(SystemExit) as end:
         suite.main()

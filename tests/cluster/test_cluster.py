@@ -13,7 +13,6 @@ import re
 import secrets
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 
 from tests.support.bundles import make_bundle
 from tests.support.server_process import ROOT, free_port, server
+from tests.support.waiting import wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'xlora-service[ray]')")
 pytestmark = pytest.mark.slow  # minutes on two cores, and Ray's own time limits want them idle
@@ -72,10 +72,7 @@ class Cluster:
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SLOW_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    assert wait_for(true, SLOW_SECONDS)
 
 
 def whole(cluster: Cluster) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_chaos import honest, honest_body, send, status_and_body, wait_idle
-from tests.e2e.test_lifecycle import engine_process
-from tests.support.server_process import Server, server
+from tests.support.clients import Result, honest, honest_body, status_and_body, streamed, wait_idle
+from tests.support.server_process import Server, engine_process, server
+from tests.support.waiting import PATIENCE_SECONDS
 
 FAULTY = "tests.support.faulty_server"
 CLIENTS = 12
@@ -36,9 +36,6 @@ def alone(faulty_server: Server) -> list[list[int]]:
     return [asyncio.run(honest(faulty_server.port, number)) for number in range(CLIENTS)]
 
 
-Result = tuple[list[int], dict[str, Any] | None]  # the tokens that came, and the error after them
-
-
 async def result_of(port: int, number: int, stream: bool, **fields: Any) -> Result | None:
     """What one client gets; None where nobody listens any more."""
     body = json.dumps({**honest_body(number), **fields, "stream": stream}).encode()
@@ -49,19 +46,6 @@ async def result_of(port: int, number: int, stream: bool, **fields: Any) -> Resu
     except (ConnectionError, IndexError):  # closed before an answer began
         return None
     return (answer["outputs"][0]["token_ids"], None) if "outputs" in answer else ([], answer["error"])
-
-
-async def streamed(port: int, body: bytes) -> Result:
-    """What a stream brings up to its error, or to its [DONE]."""
-    reader, writer = await send(port, body)
-    head, _, rest = (await reader.read()).partition(b"\r\n\r\n")
-    writer.close()
-    if int(head.split()[1]) != 200:
-        return [], json.loads(rest)["error"]
-    events = [line.removeprefix(b"data: ") for line in rest.splitlines() if line.startswith(b"data: ")]
-    if events[-1] == b"[DONE]":
-        return [id for event in events[:-2] for id in json.loads(event)["token_ids"]], None
-    return [id for event in events[:-1] for id in json.loads(event)["token_ids"]], json.loads(events[-1])["error"]
 
 
 def failures(results: list[Result], alone: list[list[int]]) -> list[dict[str, Any]]:
@@ -92,7 +76,7 @@ async def crowd_while(port: int, meanwhile: Any) -> tuple[list[Result | None], l
             if over or results[-1] is None:
                 return
 
-    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as group:
         for number in range(CLIENTS):
             group.create_task(client(number))
     await task
@@ -125,7 +109,7 @@ def test_a_request_that_raises_fails_alone(
     """Three at once fail, two of them streams after three tokens, one of them with all of its choices."""
 
     async def scene() -> tuple[list[Result], list[Result | None]]:
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as group:
             good = [group.create_task(result_of(faulty_server.port, n, n % 2 == 0)) for n in range(CLIENTS)]
             fields: list[dict[str, Any]] = [{"stream": True}, {"stream": True}, {"stream": False, "n": 3}]
             bad = [
@@ -154,7 +138,7 @@ def test_an_engine_that_is_wrong_for_everybody_ends_the_server(tiny_bundle: Path
         async def fail() -> None:
             await asyncio.sleep(0.2)
             engine.send_signal(signal.SIGUSR2)
-            await asyncio.to_thread(running.process.wait, 20)
+            await asyncio.to_thread(running.process.wait, PATIENCE_SECONDS)
 
         results, who = asyncio.run(crowd_while(running.port, fail()))
         assert running.process.wait(0) == 3

@@ -9,28 +9,29 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.e2e.test_chaos import honest, honest_body, send, wait_idle
-from tests.support.server_process import ROOT, Server, server
+from tests.support.clients import honest, honest_body, honest_until, send, wait_idle
+from tests.support.server_process import ROOT, Server, engine_process, server
+from tests.support.waiting import PATIENCE_SECONDS, wait_for
 
 
 def serve(*flags: str) -> subprocess.CompletedProcess[str]:
     """Starts a server that is expected to end by itself."""
     command = [sys.executable, "-m", "service", "serve", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
-def engine_process(running: Server) -> psutil.Process:
-    """The child that holds the model."""
-    return next(
-        child
-        for child in psutil.Process(running.process.pid).children(recursive=True)
-        if "service.engine.worker" in child.cmdline()
-    )
+def is_draining(running: Server) -> bool:
+    return running.get("/readyz") == (503, b'{"status":"draining"}')
+
+
+def sequences_of(running: Server) -> float:
+    """Those that its engine knows of."""
+    return running.metric("xlora_requests_running") + running.metric("xlora_requests_waiting")
 
 
 def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
@@ -38,18 +39,11 @@ def test_sigterm_lets_running_requests_finish(tiny_bundle: Path) -> None:
 
     The signal goes to the whole group, as systemd's and a shell's do: the engine must not die of it.
     """
-
-    async def scene(running: Server) -> list[int]:
-        request = asyncio.create_task(honest(running.port, 4))
-        await asyncio.sleep(0.05)
-        os.killpg(running.process.pid, signal.SIGTERM)
-        return await request
-
     with server("--model", str(tiny_bundle), "--threads", "1", start_new_session=True) as running:
         engine = engine_process(running)
-        tokens = asyncio.run(scene(running))
-        assert len(tokens) == honest_body(4)["max_tokens"]
-        assert running.process.wait(30) == 0
+        stop = partial(os.killpg, running.process.pid, signal.SIGTERM)
+        assert len(asyncio.run(honest_until(running.port, 4, stop))) == honest_body(4)["max_tokens"]
+        assert running.process.wait(PATIENCE_SECONDS) == 0
         assert not engine.is_running()
 
 
@@ -66,7 +60,7 @@ def test_a_dead_or_hanging_engine_ends_the_service(tiny_bundle: Path, tmp_path: 
         assert "engine" in answer["error"]["message"]
         assert running.get("/livez")[0] == 503
         assert running.get("/readyz")[0] == 503
-        assert running.process.wait(10) == 3
+        assert running.process.wait(PATIENCE_SECONDS) == 3
         last = (tmp_path / "stderr").read_text().splitlines()[-2:]
         reason = "SIGKILL" if how is signal.SIGKILL else "no sign of life for 1 s"
         assert reason in last[0]
@@ -82,10 +76,9 @@ def test_drain_refuses_new_requests_and_cuts_off_at_its_end(tiny_bundle: Path) -
         reader, writer = await send(running.port, json.dumps(body).encode())
         await reader.readuntil(b"data: ")
         running.process.send_signal(signal.SIGTERM)
-        await asyncio.sleep(0.15)
+        assert await asyncio.to_thread(wait_for, partial(is_draining, running))
         refused, _ = await asyncio.to_thread(running.post, "/v1/completions", {"prompt": "a"})
         assert await asyncio.to_thread(running.get, "/livez") == (200, b'{"status":"ok"}')
-        assert await asyncio.to_thread(running.get, "/readyz") == (503, b'{"status":"draining"}')
         rest = (await reader.read()).decode()
         writer.close()
         return refused, rest
@@ -95,7 +88,7 @@ def test_drain_refuses_new_requests_and_cuts_off_at_its_end(tiny_bundle: Path) -
         assert refused == 503
         assert '"code":"stopping"' in rest
         assert "[DONE]" not in rest
-        assert running.process.wait(10) == 0
+        assert running.process.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
@@ -118,12 +111,12 @@ def test_a_second_signal_cuts_off_what_runs_and_says_so(
             deaf.sendall(b"Content-Length: %d\r\n\r\n%s" % (len(payload), payload))
             silent.connect(("127.0.0.1", running.port))
             silent.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
-            await asyncio.sleep(0.5)
-            for _ in range(2):
-                running.process.send_signal(number)
-                await asyncio.sleep(0.2)
-            answers = await asyncio.wait_for(asyncio.gather(stream.read(), whole.read()), 10)
-            assert await asyncio.to_thread(running.process.wait, 15) == exit_code
+            assert await asyncio.to_thread(wait_for, lambda: sequences_of(running) == 3 * 16)
+            running.process.send_signal(number)
+            assert await asyncio.to_thread(wait_for, partial(is_draining, running))
+            running.process.send_signal(number)
+            answers = await asyncio.wait_for(asyncio.gather(stream.read(), whole.read()), PATIENCE_SECONDS)
+            assert await asyncio.to_thread(running.process.wait, PATIENCE_SECONDS) == exit_code
         for writer in (stream_writer, whole_writer):
             writer.close()
         return answers[0], answers[1]
@@ -169,7 +162,7 @@ def test_unknown_variable_is_refused() -> None:
         env=os.environ | {"XLORA_MAX_NUM_SEQ": "3"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert finished.returncode == 1
     assert "XLORA_MAX_NUM_SEQS" in finished.stderr
@@ -195,8 +188,8 @@ def test_a_killed_server_leaves_nothing_and_its_successor_answers_the_same(tiny_
         engine = engine_process(first)
         tokens = asyncio.run(honest(first.port, 4))
         assert b"[DONE]" not in asyncio.run(cut_off(first))
-        assert first.process.wait(10) == -signal.SIGKILL
-        engine.wait(10)
+        assert first.process.wait(PATIENCE_SECONDS) == -signal.SIGKILL
+        engine.wait(PATIENCE_SECONDS)
         with socket.create_server(("127.0.0.1", first.port)):
             pass
     with server(*flags) as second:
@@ -204,4 +197,4 @@ def test_a_killed_server_leaves_nothing_and_its_successor_answers_the_same(tiny_
         wait_idle(second)
         engine = engine_process(second)
         second.process.kill()
-        engine.wait(10)
+        engine.wait(PATIENCE_SECONDS)

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.test_chaos import honest_body, send, wait_idle
+from tests.support.clients import honest_body, send, wait_idle
 from tests.support.server_process import Server, server
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.slow  # a minute of waiting for times that pass
 
@@ -54,15 +55,6 @@ def connections(running: Server) -> int:
     """Those that clients have to the server, of this moment."""
     found = psutil.Process(running.process.pid).net_connections("tcp")
     return sum(one.status != psutil.CONN_LISTEN for one in found if one.laddr.port == running.port)
-
-
-def wait_for(condition: Any, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def ask(running: Server) -> int:

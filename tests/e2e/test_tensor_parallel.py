@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.e2e.test_chaos import honest, honest_body
-from tests.e2e.test_lifecycle import engine_process, serve
-from tests.support.server_process import Server, server
+from tests.e2e.test_lifecycle import serve
+from tests.support.clients import honest, honest_body, honest_until
+from tests.support.server_process import Server, engine_process, server
+from tests.support.waiting import PATIENCE_SECONDS
 
 FLAGS = ("--threads", "1", "--tensor-parallel", "2")
 
@@ -30,8 +32,8 @@ def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tm
         assert [asyncio.run(honest(running.port, number)) for number in range(4)] == expected
         engine, follower = engine_process(running), follower_process(running)
         follower.kill()
-        assert running.process.wait(20) == 3
-        engine.wait(5)
+        assert running.process.wait(PATIENCE_SECONDS) == 3
+        engine.wait(PATIENCE_SECONDS)
     lines = (tmp_path / "stderr").read_text().splitlines()
     assert "error: the engine is lost: rank 1 of 2 was ended by SIGKILL, perhaps for want of memory" in lines
     assert "Traceback" not in "\n".join(lines)
@@ -39,18 +41,12 @@ def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tm
 
 def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
     """The signal goes to the whole process group: no rank may die of it while a request runs."""
-
-    async def scene(running: Server) -> list[int]:
-        request = asyncio.create_task(honest(running.port, 4))
-        await asyncio.sleep(0.05)
-        os.killpg(running.process.pid, signal.SIGTERM)
-        return await request
-
     with server("--model", str(tiny_bundle), *FLAGS, start_new_session=True) as running:
         follower = follower_process(running)
-        assert len(asyncio.run(scene(running))) == honest_body(4)["max_tokens"]
-        assert running.process.wait(30) == 0
-        follower.wait(10)
+        stop = partial(os.killpg, running.process.pid, signal.SIGTERM)
+        assert len(asyncio.run(honest_until(running.port, 4, stop))) == honest_body(4)["max_tokens"]
+        assert running.process.wait(PATIENCE_SECONDS) == 0
+        follower.wait(PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("victim", ["engine", pytest.param("server", marks=pytest.mark.slow)])
@@ -61,11 +57,11 @@ def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None
     with server("--model", str(tiny_bundle), *FLAGS) as running:
         engine, follower = engine_process(running), follower_process(running)
         (running.process if victim == "server" else engine).kill()
-        follower.wait(10)
+        follower.wait(PATIENCE_SECONDS)
         if victim == "server":
-            engine.wait(10)
+            engine.wait(PATIENCE_SECONDS)
         else:
-            assert running.process.wait(20) == 3
+            assert running.process.wait(PATIENCE_SECONDS) == 3
 
 
 def test_a_model_that_cannot_be_divided_is_one_line(tiny_bundle: Path) -> None:

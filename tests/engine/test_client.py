@@ -23,6 +23,7 @@ from service.engine.worker import _linger
 from service.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
 from tests.api.test_bounded_process import descriptors
 from tests.support.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
+from tests.support.waiting import PATIENCE_SECONDS
 
 FAST, SLOW = "tests.support.fake_engine:load_engine", "tests.support.fake_engine:load_slow_engine"
 
@@ -48,7 +49,7 @@ def with_engine(
         client = EngineClient(loader, timeout_seconds=timeout_seconds)
         try:
             await client.start(EngineOptions(str(bundle)), progress.append)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await test(client)
         finally:
             await client.close()
@@ -90,18 +91,14 @@ def test_choices_are_interleaved_and_all_end(bundle: Path) -> None:
 
 
 def test_leaving_early_aborts_and_costs_no_further_step(bundle: Path) -> None:
-    rows = [0]
+    load: list[StepStats] = []
 
     async def test(client: EngineClient) -> None:
-        def count(stats: StepStats) -> None:
-            rows[0] += 1
-
-        client.on_step = count
+        client.on_step = load.append
         async with client.submit(request("gone", max_tokens=10_000)) as outputs:
             await anext(outputs)
-        seen = rows[0]
-        await asyncio.sleep(0.3)  # 60 steps, were it still running
-        assert rows[0] - seen <= 2
+        await collect(client, request("next", 1))
+        assert load[-1].requests_running == 0
 
     with_engine(bundle, test, SLOW)
 
@@ -188,14 +185,13 @@ def test_at_the_deadline_the_reader_hears_and_the_engine_forgets(bundle: Path) -
         now, seen = asyncio.get_running_loop().time(), []
 
         async def read() -> None:
-            async with client.submit(request("slow", 10_000), deadline=now + 0.2) as outputs:
+            async with client.submit(request("slow", 100_000), deadline=now + 0.2) as outputs:
                 async for output in outputs:
                     seen.append(output)
 
         with pytest.raises(TimedOutError):
             await read()
-        assert 5 < len(seen) < 100
-        assert asyncio.get_running_loop().time() - now < 0.5
+        assert 5 < len(seen) < 10_000, "500 s of steps"
         await collect(client, request("next", 1))
         assert load[-1].requests_running == 0
 
@@ -238,7 +234,7 @@ def test_closing_while_loading_does_not_hang(bundle: Path) -> None:
         client = EngineClient("time:sleep")  # never mind what it does: it is not an engine
         starting = asyncio.create_task(client.start(EngineOptions(str(bundle)), lambda _: None))
         await asyncio.sleep(0.02)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await client.close()
         with pytest.raises(StartupError):
             await starting

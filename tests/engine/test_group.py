@@ -26,6 +26,7 @@ from service.errors import EngineLostError, SettingsError
 from service.model.batch import AttentionGroup, Batch
 from tests.model.test_families import FAMILIES, build
 from tests.support.driver import greedy, run, sampled, words
+from tests.support.waiting import PATIENCE_SECONDS
 
 OPTIONS = {"device": "cpu", "threads": 1, "block_size": 4, "max_model_len": 128, "max_num_batched_tokens": 24}
 DEMO = Path(__file__).parents[2] / "model_store" / "demo"
@@ -214,5 +215,5 @@ def test_a_killed_rank_ends_the_group_and_is_named(pair: Pair) -> None:
     reason = "rank 1 of 2 was ended by SIGKILL, perhaps for want of memory"
     with pytest.raises(EngineLostError, match=reason):
         run(engine, [])
-    assert pair.lost.wait(5)
+    assert pair.lost.wait(PATIENCE_SECONDS)
     assert pair.reasons == [reason]

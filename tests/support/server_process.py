@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parents[2]
 _NOTHING: Mapping[str, str] = {}
 
@@ -103,3 +105,12 @@ def _wait_ready(running: Server, seconds: float) -> None:
             pass
         time.sleep(0.1)
     raise RuntimeError(f"the server was not ready within {seconds} s")
+
+
+def engine_process(running: Server) -> psutil.Process:
+    """The child that holds the model."""
+    return next(
+        child
+        for child in psutil.Process(running.process.pid).children(recursive=True)
+        if "service.engine.worker" in child.cmdline()
+    )

@@ -9,7 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.web.conftest import run
+from tests.support.inspector import run
 
 
 def empty(page: Page) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 
 from playwright.sync_api import Page, Route, expect
 
+from tests.support.inspector import copied, open_inspector, run
 from tests.support.server_process import Server
-from tests.web.conftest import copied, open_inspector, run
+from tests.support.waiting import wait_for
 
 REFUSED = {"message": "a valid key is needed", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
 
@@ -21,10 +21,7 @@ def test_stop_stops_the_server(inspector: Page, demo_server: Server) -> None:
     expect(inspector.locator(".token").nth(5)).to_be_visible()
     inspector.get_by_role("button", name="Stop").click()
     expect(inspector.locator("#status")).to_have_text("X-LoRA: stopped.")
-    deadline = time.monotonic() + 5
-    while demo_server.metric("xlora_requests_running") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert demo_server.metric("xlora_requests_running") == 0
+    assert wait_for(lambda: demo_server.metric("xlora_requests_running") == 0)
     shown = inspector.locator(".token").count()
     expect(inspector.locator(".summary")).to_have_text(f"stopped after {shown} tokens")
     assert 5 < shown < 4000

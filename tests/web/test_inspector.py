@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from tests.support.inspector import SWITCHING_PROMPT, copied, exported, exported_json, leaders, open_inspector, run
 from tests.support.server_process import Server
-from tests.web.conftest import SWITCHING_PROMPT, copied, exported, exported_json, leaders, open_inspector, run
 
 SWITCHING = {"prompt": SWITCHING_PROMPT, "temperature": 0, "logprobs": 5, "return_scalings": "full"}
 LEGEND_COLOURS = """items => Object.fromEntries(items.map(item => [

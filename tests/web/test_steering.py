@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.support.inspector import exported_json, run
 from tests.support.server_process import Server
-from tests.web.conftest import exported_json, run
 
 
 @pytest.fixture
