@@ -30,14 +30,7 @@ from tests.support.server_process import ROOT, free_port
 from tests.support.waiting import PATIENCE_SECONDS, wait_for
 
 FAKE = "tests.support.fake_engine:load_engine"
-SERVE = f"""
-import sys
-from service import cli
-from service.commands import serve
-from service.engine.client import EngineClient
-serve.EngineClient = lambda **options: EngineClient({FAKE!r}, **options)
-sys.exit(cli.main(sys.argv[1:]))
-"""
+SERVER = [sys.executable, "-m", "tests.support.fake_server", "serve"]
 
 
 @pytest.fixture
@@ -47,19 +40,19 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start_server(*flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SERVE, "serve", *flags]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([*SERVER, *flags], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError):
+        return False
 
 
 def wait_until_ready(port: int) -> None:
-    def ready() -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as response:
-                return response.status == 200
-        except (urllib.error.URLError, ConnectionError):
-            return False
-
-    assert wait_for(ready)
+    assert wait_for(lambda: is_ready(port))
 
 
 def without(closed: str, *command: str) -> list[str]:
@@ -71,7 +64,7 @@ def without(closed: str, *command: str) -> list[str]:
 def test_no_file_or_socket_becomes_a_standard_stream(bundle: Path, closed: str) -> None:
     """Nor the engine's: what it or a library prints would go to a client."""
     port = free_port()
-    command = [sys.executable, "-c", SERVE, "serve", "--model", str(bundle), "--port", str(port)]
+    command = [*SERVER, "--model", str(bundle), "--port", str(port)]
     process = subprocess.Popen(without(closed, *command), cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(port)
@@ -209,7 +202,7 @@ def test_serve_answers_and_ends_well_on_sigterm(bundle: Path) -> None:
     assert "reading the fake bundle" in log
 
 
-def test_after_sigkill_the_same_command_serves_again(bundle: Path) -> None:
+def test_a_killed_server_leaves_no_engine_and_the_same_command_serves_again(bundle: Path) -> None:
     port = free_port()
     for _ in range(2):
         process = start_server("--model", str(bundle), "--port", str(port))
@@ -217,9 +210,19 @@ def test_after_sigkill_the_same_command_serves_again(bundle: Path) -> None:
             wait_until_ready(port)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as response:
                 assert json.load(response)["data"][0]["id"] == "fake"
+            children = psutil.Process(process.pid).children()
+            assert children
         finally:
             process.kill()
             process.communicate()
+        assert wait_for(lambda children=children: not any(map(_runs, children))), "the engine's process is still there"
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_engine_that_raises_ends_the_server_with_3(bundle: Path) -> None:
@@ -254,6 +257,22 @@ def test_ctrl_c_is_130_without_a_traceback(bundle: Path) -> None:
     assert "Traceback" not in log
 
 
+def test_a_second_sigterm_ends_a_drain(bundle: Path) -> None:
+    """Of which there would be two hours. What becomes of requests then: e2e/test_lifecycle.py, with Ctrl-C."""
+    port = free_port()
+    hours = ("--drain-delay", "3600", "--drain-seconds", "3600")
+    process = start_server("--model", str(bundle), "--port", str(port), *hours)
+    try:
+        wait_until_ready(port)
+        process.send_signal(signal.SIGTERM)
+        assert wait_for(lambda: not is_ready(port))
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+
+
 def test_a_bundle_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> None:
     process = start_server("--model", str(tmp_path / "none"), "--port", "0")
     _, log = process.communicate(timeout=PATIENCE_SECONDS)
@@ -268,27 +287,8 @@ def test_a_taken_port_is_one_line(bundle: Path) -> None:
         _, log = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1
     assert log.splitlines()[0].startswith("error: cannot listen on 127.0.0.1:")
-
-
-def test_no_engine_outlives_the_server(bundle: Path) -> None:
-    port = free_port()
-    process = start_server("--model", str(bundle), "--port", str(port))
-    try:
-        wait_until_ready(port)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert children
-    finally:
-        process.kill()
-        process.communicate()
-    assert wait_for(lambda: not any(_running(int(child)) for child in children)), "the engine's process is still there"
-
-
-def _running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z" and os.path.exists(f"/proc/{pid}")
+    assert "in use" in log.splitlines()[0]
+    assert "Traceback" not in log
 
 
 def test_terminal_pieces() -> None:

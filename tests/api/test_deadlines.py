@@ -41,7 +41,9 @@ SEATS = 16
 
 @pytest.fixture
 def http(client: ThreadClient) -> Iterator[TestClient]:
-    with serving(client, request_timeout=1) as http:
+    with serving(client) as http:
+        service = http.app.state.service  # type: ignore[attr-defined]
+        service.settings = service.settings.model_copy(update={"request_timeout": 0.2})  # shorter than may be set
         yield http
 
 
@@ -95,7 +97,7 @@ def test_an_answer_that_is_drawn_too_long(http: TestClient, monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", CALLS)
 def test_an_engine_that_computes_too_long(http: TestClient, client: ThreadClient, path: str) -> None:
-    client.engine.step_seconds = 3
+    client.engine.step_seconds = 0.6
     times_out(http, path, CALLS[path])
     assert http.app.state.service.admission.running == 0  # type: ignore[attr-defined]
 

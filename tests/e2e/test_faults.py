@@ -25,8 +25,15 @@ NOT_BEGUN = {"code": "engine_dead", "message": "the engine has died"}
 
 
 @pytest.fixture(scope="module")
-def faulty_server(tiny_bundle: Path) -> Iterator[Server]:
-    with server("--model", str(tiny_bundle), "--threads", "1", module=FAULTY) as running:
+def stderr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server says."""
+    return tmp_path_factory.mktemp("faulty") / "stderr"
+
+
+@pytest.fixture(scope="module")
+def faulty_server(tiny_bundle: Path, stderr: Path) -> Iterator[Server]:
+    flags = ("--model", str(tiny_bundle), "--threads", "1")
+    with stderr.open("wb") as log, server(*flags, module=FAULTY, stderr=log) as running:
         yield running
 
 
@@ -125,25 +132,23 @@ def test_a_request_that_raises_fails_alone(
     wait_idle(faulty_server)
 
 
-def test_an_engine_that_is_wrong_for_everybody_ends_the_server(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Everybody hears why, 500 where the engine had the request and 503 where it had not; the exit code is 3."""
-    flags = ("--model", str(tiny_bundle), "--threads", "1")
-    with (
-        (tmp_path / "stderr").open("wb") as log,
-        server(*flags, module=FAULTY, stderr=log) as running,
-    ):
-        alone = [asyncio.run(honest(running.port, number)) for number in range(CLIENTS)]
-        engine = engine_process(running)
+def test_an_engine_that_is_wrong_for_everybody_ends_the_server(
+    faulty_server: Server, alone: list[list[int]], stderr: Path
+) -> None:
+    """The last test here. Everybody hears why, 500 where the engine had the request and 503 where it had not; the exit
+    code is 3.
+    """
+    engine = engine_process(faulty_server)
 
-        async def fail() -> None:
-            await asyncio.sleep(0.2)
-            engine.send_signal(signal.SIGUSR2)
-            await asyncio.to_thread(running.process.wait, PATIENCE_SECONDS)
+    async def fail() -> None:
+        await asyncio.sleep(0.2)
+        engine.send_signal(signal.SIGUSR2)
+        await asyncio.to_thread(faulty_server.process.wait, PATIENCE_SECONDS)
 
-        results, who = asyncio.run(crowd_while(running.port, fail()))
-        assert running.process.wait(0) == 3
+    results, who = asyncio.run(crowd_while(faulty_server.port, fail()))
+    assert faulty_server.process.wait(0) == 3
     answered = [(result, alone[number]) for result, number in zip(results, who, strict=True) if result is not None]
     found = failures([result for result, _ in answered], [expected for _, expected in answered])
     assert LOST in found
     assert all(error in (LOST, NOT_BEGUN) for error in found)
-    assert "error: the engine is lost: the engine failed: RuntimeError: injected" in (tmp_path / "stderr").read_text()
+    assert "error: the engine is lost: the engine failed: RuntimeError: injected" in stderr.read_text()

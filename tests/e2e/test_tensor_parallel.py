@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.test_lifecycle import serve
 from tests.support.clients import honest, honest_body, honest_until
 from tests.support.server_process import Server, engine_process, server
 from tests.support.waiting import PATIENCE_SECONDS
@@ -49,11 +48,10 @@ def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
         follower.wait(PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("victim", ["engine", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.slow  # two more servers of two ranks each
+@pytest.mark.parametrize("victim", ["engine", "server"])
 def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None:
-    """SIGKILL leaves no orphan with a part of the model in memory. An engine whose server has been killed ends in
-    test_lifecycle.py, so that the first case has what is new here.
-    """
+    """SIGKILL leaves no orphan with a part of the model in memory."""
     with server("--model", str(tiny_bundle), *FLAGS) as running:
         engine, follower = engine_process(running), follower_process(running)
         (running.process if victim == "server" else engine).kill()
@@ -62,12 +60,3 @@ def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None
             engine.wait(PATIENCE_SECONDS)
         else:
             assert running.process.wait(PATIENCE_SECONDS) == 3
-
-
-def test_a_model_that_cannot_be_divided_is_one_line(tiny_bundle: Path) -> None:
-    finished = serve("--model", str(tiny_bundle), "--port", "0", "--log-level", "warning", "--tensor-parallel", "4")
-    assert finished.returncode == 1
-    assert finished.stderr.splitlines()[-2:] == [
-        "error: --tensor-parallel 4 does not divide the base model's 2 key/value heads",
-        "hint: this model allows 1, 2",
-    ]

@@ -18,7 +18,13 @@ import torch
 
 from service.engine.engine import Engine
 from service.engine.group import Group, check_options
-from service.engine.loader import build_engine, load_checkpoint_and_model, load_group_engine, read_checkpoint
+from service.engine.loader import (
+    build_engine,
+    load_checkpoint_and_model,
+    load_engine,
+    load_group_engine,
+    read_checkpoint,
+)
 from service.engine.options import EngineOptions
 from service.engine.rank_messages import pack_batch, pack_gate_rows, unpack, unpack_batch, unpack_gate_rows
 from service.engine.request import GateWeight, Request, SamplingParams, Steering
@@ -182,6 +188,11 @@ def test_options_that_do_not_go_together_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SettingsError, match=reason):
         check_options(EngineOptions("model", tensor_parallel=2, **options))
+
+
+def test_a_model_that_cannot_be_divided_is_refused_before_it_is_read() -> None:
+    with pytest.raises(SettingsError, match="--tensor-parallel 4 does not divide the base model's 6 attention heads"):
+        load_engine(EngineOptions(str(DEMO), device="cpu", tensor_parallel=4))
 
 
 def test_on_a_machine_with_gpus_each_rank_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
