@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +24,28 @@ def _ray() -> None:
     pytest.importorskip("ray", reason="Ray is not installed (pip install 'xlora-service[ray]')")
 
 
-def isolated(program: str) -> Any:
-    """What a program prints as JSON. Ray does not live with warnings that are errors."""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def isolated() -> Iterator[Callable[[str], Any]]:
+    """What programs print as JSON, run one after another by one process that has imported Ray: Ray does not live with
+    warnings that are errors.
+    """
+    command = [sys.executable, "-c", "import sys, json\nfor line in sys.stdin: exec(json.loads(line), {})"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, bufsize=1, **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def printed(program: str) -> Any:
+            print(json.dumps(program), file=process.stdin)
+            line = process.stdout.readline()
+            assert line, "it failed: its traceback is above"
+            return json.loads(line)
+
+        yield printed
+        process.stdin.close()
 
 
-def test_the_config_file_is_what_ray_and_we_understand() -> None:
+def test_the_config_file_is_what_ray_and_we_understand(isolated: Callable[[str], Any]) -> None:
     """... built as `serve deploy` builds it, and with what `xlora-serve cluster` puts before the replicas."""
     program = f"""
 import json, yaml
@@ -67,7 +82,9 @@ print(json.dumps({{
         ({"replicas": 1, "max_replicas": 4}, {"num_replicas": None, "autoscaling": [1, 4, 8], "queued": 4 * 36}),
     ],
 )
-def test_flags_become_the_deployment(arguments: dict[str, int], expected: dict[str, Any]) -> None:
+def test_flags_become_the_deployment(
+    isolated: Callable[[str], Any], arguments: dict[str, int], expected: dict[str, Any]
+) -> None:
     """Bounds follow from the settings: what a replica may hold, what may wait, how long a drain takes."""
     settings = {"max_num_seqs": 16, "max_queued_requests": 20, "drain_seconds": 30, "threads": 2, "device": "cpu"}
     program = f"""
@@ -91,7 +108,7 @@ print(json.dumps({{
     assert (found["actor"]["num_cpus"], found["actor"]["num_gpus"]) == (2, 0)
 
 
-def test_every_rank_of_a_replica_has_its_own() -> None:
+def test_every_rank_of_a_replica_has_its_own(isolated: Callable[[str], Any]) -> None:
     """Ray shows a replica the GPUs that it counts, and no others."""
     settings = {"tensor_parallel": 2, "threads": 3, "device": "cuda"}
     program = f"""
@@ -103,7 +120,7 @@ print(json.dumps(application(ClusterArguments(settings={settings!r}))._bound_dep
     assert (found["num_cpus"], found["num_gpus"]) == (6, 2)
 
 
-def test_metrics_of_replicas_are_merged_by_family() -> None:
+def test_metrics_of_replicas_are_merged_by_family(isolated: Callable[[str], Any]) -> None:
     """Each family once, each series under its replica; counters keep their names, histograms their buckets."""
     program = """
 import json

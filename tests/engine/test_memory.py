@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
 from service.engine.engine import Engine
@@ -66,23 +67,30 @@ def _is_tensor(value: object) -> bool:
     return type(value) in (torch.Tensor, torch.nn.Parameter)
 
 
-def run_here(call: str) -> list[int]:
-    """Runs a function of this module in a process of its own, and returns the numbers it prints."""
-    code = f"import tests.engine.test_memory as here; here.{call}"
+def run_here(*calls: str) -> list[int]:
+    """Runs functions of this module in a process of its own, and returns the numbers they print."""
+    code = "; ".join(["import tests.engine.test_memory as here", *(f"here.{call}" for call in calls)])
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr
     return [int(word) for word in finished.stdout.split()]
 
 
-def test_weights_are_held_once(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """What one process prints: it has to load everything that an engine imports."""
+    folder = tmp_path_factory.mktemp("memory")
+    large = make_bundle(folder / "large", hidden=128, layers=4, ranks=32)
+    small = make_bundle(folder / "small", layers=1)
+    return run_here(f"weight_bytes({str(large)!r})", f"soak({str(small)!r})")
+
+
+def test_weights_are_held_once(found: list[int]) -> None:
     """Experts stacked, and not also as they were on disk."""
-    make_bundle(tmp_path / "bundle", hidden=128, layers=4, ranks=32)
-    alive, needed = run_here(f"weight_bytes({str(tmp_path / 'bundle')!r})")
+    alive, needed, *_ = found
     assert needed <= alive <= needed * 1.01
 
 
-def test_blocks_and_memory_return_after_two_thousand_requests(tmp_path: Path) -> None:
+def test_blocks_and_memory_return_after_two_thousand_requests(found: list[int]) -> None:
     """A request that ends, however it ends, leaves nothing behind."""
-    make_bundle(tmp_path / "bundle", layers=1)
-    halfway, after = run_here(f"soak({str(tmp_path / 'bundle')!r})")
+    *_, halfway, after = found
     assert after <= halfway * 1.02

@@ -6,11 +6,12 @@ The browser is not Playwright's own download but one that is installed; without 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.support.inspector import MISSING, browser_path, launch, new_page, open_inspector
+from tests.support.inspector import MISSING, browser_path, launch, new_page, open_inspector, run
 from tests.support.server_process import Server, server
 
 
@@ -31,9 +32,9 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Browser, demo_server: Server) -> Iterator[Page]:
-    """An empty tab. The test fails on an error of a script or of the content security policy."""
+@contextmanager
+def tab(browser: Browser) -> Iterator[Page]:
+    """An empty one. An error of a script or of the content security policy is a failure."""
     page = new_page(browser)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -44,6 +45,20 @@ def page(browser: Browser, demo_server: Server) -> Iterator[Page]:
 
 
 @pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    with tab(browser) as page:
+        yield page
+
+
+@pytest.fixture
 def inspector(page: Page, demo_server: Server) -> Page:
     """The page, ready for input."""
     return open_inspector(page, demo_server)
+
+
+@pytest.fixture(scope="module")
+def written(browser: Browser, demo_server: Server) -> Iterator[Page]:
+    """The page with the answer to its own first prompt, whose domain changes in the middle: tests only look at it."""
+    with tab(browser) as page:
+        run(open_inspector(page, demo_server))
+        yield page

@@ -29,13 +29,6 @@ def shares_of(page: Page) -> dict[str, int]:
     return {name: int(percent) for name, percent, *_ in entries}
 
 
-@pytest.fixture
-def written(inspector: Page) -> Page:
-    """The page with the answer to its own first prompt, whose domain changes in the middle."""
-    run(inspector)
-    return inspector
-
-
 def test_tokens_and_scalings_are_the_servers(written: Page, demo_server: Server) -> None:
     document = exported_json(written)
     _, answer = demo_server.post("/generate", SWITCHING | {"seed": document["request"]["seed"]})
@@ -183,19 +176,19 @@ def test_a_link_carries_the_settings(inspector: Page, demo_server: Server) -> No
 
 
 @pytest.mark.parametrize("name", ["curl", "Python"])
-def test_copied_request_gives_the_same_text(written: Page, name: str) -> None:
+def test_copied_request_gives_the_same_text(inspector: Page, name: str) -> None:
     """Also with quotes in the prompt."""
-    written.fill("[name=prompt]", "Say 'it''s \"5 + 5\"' \\ and $HOME.\n")
-    written.fill("[name=seed]", "5")
-    written.locator("summary", has_text="More sampling").click()
-    written.fill("[name=stop]", "'")
-    written.check("[name=ignore_eos]")
-    run(written)
-    snippet = copied(written, f"Copy as {name}")
+    inspector.fill("[name=prompt]", "Say 'it''s \"5 + 5\"' \\ and $HOME.\n")
+    inspector.fill("[name=seed]", "5")
+    inspector.locator("summary", has_text="More sampling").click()
+    inspector.fill("[name=stop]", "'")
+    inspector.check("[name=ignore_eos]")
+    run(inspector)
+    snippet = copied(inspector, f"Copy as {name}")
     command = ["bash", "-c", snippet] if name == "curl" else [sys.executable, "-c", snippet]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
     output = answer["outputs"][0]
-    assert output["token_ids"] == [token["id"] for token in exported_json(written)["tokens"]]
+    assert output["token_ids"] == [token["id"] for token in exported_json(inspector)["tokens"]]
     assert len(output["token_ids"]) > 1
 
 

@@ -16,6 +16,14 @@ from playwright.sync_api import Page, Route, expect
 from tests.support.inspector import exported_json, run
 from tests.support.server_process import Server
 
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "": None,
+    "only": {"only": ["code", "bio"]},
+    "exclude": {"exclude": ["code", "bio"]},
+    "weights": {"weights": {"math": 0.25, "tales": 1.5}},
+    "base": {"only": []},
+}
+
 
 @pytest.fixture
 def sent(inspector: Page) -> list[dict[str, Any]]:
@@ -34,30 +42,21 @@ def sent(inspector: Page) -> list[dict[str, Any]]:
     return bodies
 
 
-@pytest.mark.parametrize(
-    ("mode", "experts"),
-    [
-        ("", None),
-        ("base", {"only": []}),
-        ("only", {"only": ["code", "bio"]}),
-        ("exclude", {"exclude": ["code", "bio"]}),
-        ("weights", {"weights": {"math": 0.25, "tales": 1.5}}),
-    ],
-)
-def test_setting_is_sent_as_the_contract_has_it(
-    inspector: Page, sent: list[dict[str, Any]], mode: str, experts: dict[str, Any] | None
-) -> None:
-    inspector.select_option("[name='a.experts']", mode)
-    for name in ("code", "bio") if mode in ("only", "exclude") else ():
-        inspector.check(f"[name='a.chosen'][value={name}]")
-    for name, weight in (("math", "0.25"), ("tales", "1.5")) if mode == "weights" else ():
-        inspector.fill(f"[name='a.weight.{name}']", weight)
+def test_settings_are_sent_as_the_contract_has_them(inspector: Page, sent: list[dict[str, Any]]) -> None:
+    """In one page, one after another: none leaves anything to the next."""
     inspector.locator("#setting-a summary").click()
     inspector.fill("[name='a.gate.temperature']", "0.5")
     inspector.fill("[name='a.gate.freeze_after']", "3")
-    run(inspector)
-    assert sent[0].get("experts") == experts
-    assert sent[0]["gate"] == {"temperature": 0.5, "freeze_after": 3}
+    for mode, experts in SETTINGS.items():
+        inspector.select_option("[name='a.experts']", mode)
+        for name in ("code", "bio") if mode in ("only", "exclude") else ():
+            inspector.check(f"[name='a.chosen'][value={name}]")
+        for name, weight in (("math", "0.25"), ("tales", "1.5")) if mode == "weights" else ():
+            inspector.fill(f"[name='a.weight.{name}']", weight)
+        run(inspector)
+        assert sent[-1].get("experts") == experts
+        assert sent[-1]["gate"] == {"temperature": 0.5, "freeze_after": 3}
+    assert len(sent) == len(SETTINGS)
 
 
 def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
