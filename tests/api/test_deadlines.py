@@ -116,10 +116,12 @@ def test_a_reader_that_never_reads_gives_all_back(
 ) -> None:
     """Its stream ended for everybody but for the queue's accounts: others got 429 as long as its socket was open."""
     client.engine.burst = 4  # the engine has soon done its part
-    body = CALLS[path] | wishes | {"max_tokens": 80, "n": n, "stream": True, "timeout": 1}
+    body = CALLS[path] | wishes | {"max_tokens": 80, "n": n, "stream": True, "timeout": 2}
     settings, another = Settings(max_num_seqs=SEATS, max_queued_requests=1), {"prompt": "a", "max_tokens": 1, "n": 2}
     with running(client, settings, send_buffer_bytes=2048) as address, ExitStack() as stack:
         url = f"http://{address[0]}:{address[1]}"
+        warm = httpx.post(f"{url}{path}", json=CALLS[path] | {"max_tokens": 1}, timeout=PATIENCE_SECONDS)
+        assert warm.status_code == 200  # so that what a first request waits for is there: all readers come in time
         readers = [stack.enter_context(never_reads(address, path, body)) for _ in range(SEATS // n + 1)]
         assert wait_for(lambda: httpx.post(f"{url}/generate", json=another).status_code == 429)
         assert wait_for(lambda: httpx.post(f"{url}/generate", json=another).status_code == 200)
