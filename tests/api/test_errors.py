@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.conftest import ThreadClient
-from tests.support.fake_engine import POISON, UNFIT
+from tests.api.conftest import ThreadClient, serving
+from tests.support.fake_engine import POISON, UNFIT, FakeEngine, fake_info, write_bundle
 
 JSON = {"Content-Type": "application/json"}
 
@@ -22,6 +23,13 @@ def error_of(response: Any, status: int = 400) -> dict[str, Any]:
     assert set(error) - {"hint"} == {"message", "type", "param", "code"}
     assert "Traceback" not in response.text
     return error
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """One for all bodies: none of them may change anything."""
+    with serving(ThreadClient(FakeEngine(fake_info(write_bundle(tmp_path_factory.mktemp("fake")))))) as http:
+        yield http
 
 
 @pytest.mark.parametrize(
@@ -100,14 +108,14 @@ def error_of(response: Any, status: int = 400) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_bodies(http: TestClient, body: str, param: str | None, stream: bool) -> None:
+def test_bad_bodies(lasting: TestClient, body: str, param: str | None, stream: bool) -> None:
     if stream and body.startswith('{"prompt": "a"'):
         body = body[:-1] + ', "stream": true}' if '"stream"' not in body else body
-    error = error_of(http.post("/generate", content=body, headers=JSON))
+    error = error_of(lasting.post("/generate", content=body, headers=JSON))
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
-    assert http.post("/generate", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert lasting.post("/generate", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_a_prompt_over_the_context_names_the_numbers(http: TestClient) -> None:

@@ -133,14 +133,6 @@ def test_a_second_ctrl_c_cuts_off_what_runs_and_says_so(tiny_bundle: Path, tmp_p
     assert said.count("3 requests are cut off, after a second signal") == 1
 
 
-def test_missing_model_is_named_and_exit_code_1(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service", "serve", "--model", str(tmp_path / "nowhere"), "--port", "0"]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert finished.returncode == 1
-    assert "nowhere" in finished.stderr
-    assert "Traceback" not in finished.stderr
-
-
 def test_unknown_variable_is_refused() -> None:
     """A misspelt variable that is silently ignored costs an afternoon."""
     finished = subprocess.run(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.support.covering import covering
 from tests.support.driver import Engines, greedy, run, words
 from tests.support.recompute import position_summary
 from tests.support.tiny import Tiny, top_k_gap
@@ -39,23 +40,7 @@ SETTINGS: dict[str, list[Any]] = {
 }
 
 
-def pairwise(settings: dict[str, list[Any]]) -> list[tuple[int, ...]]:
-    """A small set of value indices in which every two values of every two settings meet (greedy, deterministic)."""
-    product = list(itertools.product(*(range(len(values)) for values in settings.values())))
-
-    def pairs(point: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
-        return {(i, j, point[i], point[j]) for i, j in itertools.combinations(range(len(point)), 2)}
-
-    missing = set().union(*map(pairs, product))
-    chosen = []
-    while missing:
-        best = max(product, key=lambda point: len(pairs(point) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
-
-
-POINTS = pairwise(SETTINGS)
+POINTS = covering(list(SETTINGS.values()), 2)
 
 
 def fields(point: tuple[int, ...]) -> dict[str, Any]:

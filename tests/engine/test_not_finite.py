@@ -95,8 +95,11 @@ def alone(ways: Ways) -> Run:
     return result
 
 
-@pytest.mark.parametrize("rows", [1024, 5], ids=["whole", "chunked"])
-@pytest.mark.parametrize("at", [0, 12])
+@pytest.mark.parametrize(
+    ("lookahead", "at", "rows"),
+    [(True, 0, 1024), (True, 12, 5), (False, 0, 5), (False, 12, 1024)],
+    ids=["ahead-first-whole", "ahead-last-chunked", "plain-first-chunked", "plain-last-whole"],
+)
 def test_it_ends_and_nobody_else_notices(ways: Ways, alone: Run, lookahead: bool, at: int, rows: int) -> None:
     """Beside the others, then before them: the blocks that it has left are theirs."""
     engine = ways.build(lookahead=lookahead, max_model_len=64, blocks=60, max_num_batched_tokens=rows)

@@ -1,7 +1,7 @@
-"""Our model against PEFT's XLoraModel built in memory, fp32: the full product of configurations, one 24-token
-forward each.
+"""Our model against PEFT's XLoraModel built in memory, fp32: the product of configurations, one 24-token forward each.
 
-Longer runs through the engine are in tests/engine/test_greedy_parity.py.
+`make test` has those points in which every three values of three fields meet, `make test-slow` has all. Longer runs
+through the engine are in tests/engine/test_greedy_parity.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from service.checkpoint import Checkpoint, ClassifierWeights
 from service.model.batch import AttentionGroup, Batch
 from service.model.xlora_model import XLoraModel
+from tests.support.covering import covering
 from tests.support.tiny import OneRequest, Tiny, Variant, assert_same, run_once, top_k_gap
 
 TOKENS = torch.randint(3, 320, (24,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -29,7 +30,11 @@ MODES: dict[str, dict[str, Any]] = {
     "softmax-top2": {"top_k_lora": 2},
     "top2-softmax": {"enable_softmax": False, "top_k_lora": 2, "enable_softmax_topk": True},
 }
-PRODUCT = list(itertools.product([True, False], [1, 2, 4], MODES, [1.0, 0.7], [0.0, 0.25, None], [1.0, 1.7]))
+FIELDS: list[list[Any]] = [[True, False], [1, 2, 4], list(MODES), [1.0, 0.7], [0.0, 0.25, None], [1.0, 1.7]]
+OF_THREE = {tuple(values[i] for values, i in zip(FIELDS, point, strict=True)) for point in covering(FIELDS, 3)}
+PRODUCT = [
+    pytest.param(*point, marks=() if point in OF_THREE else pytest.mark.slow) for point in itertools.product(*FIELDS)
+]
 
 
 def configuration(

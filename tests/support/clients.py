@@ -22,10 +22,10 @@ def honest_body(number: int) -> dict[str, Any]:
     return body | {"seed": number, "temperature": rng.choice([0, 0.8, 1.3]), "ignore_eos": True}
 
 
-async def send(port: int, payload: bytes, key: str = "") -> Streams:
-    """Sends one POST to /generate, on a connection that is for it alone."""
+async def send(port: int, payload: bytes, key: str = "", path: str = "/generate") -> Streams:
+    """Sends one POST, on a connection that is for it alone."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
     head += f"Authorization: Bearer {key}\r\n" if key else ""
     writer.write(f"{head}Connection: close\r\n\r\n".encode() + payload)
     await writer.drain()
