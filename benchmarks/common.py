@@ -19,10 +19,10 @@ import transformers
 from tokenizers import Tokenizer
 
 from service.checkpoint import Checkpoint
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.step import NativeStep

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from service.contract.steering import Steering
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner, RunResult
-from service.engine.request import Steering
 from service.engine.scheduler import Plan
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache

@@ -44,11 +44,12 @@ from benchmarks.synthetic import (
     captured_steps,
     weight_bytes,
 )
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
-from service.model import attention, varlen
+from service.model.attention import paged as attention
+from service.model.attention import varlen
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache, KVLayout
 

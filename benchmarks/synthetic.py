@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from service.checkpoint import Checkpoint, ClassifierWeights, Expert, LoraWeights, XLoraConfig
-from service.model.attention import ATTENTION
+from service.model.attention.paged import ATTENTION
 from service.model.batch import AttentionGroup, Batch
-from service.model.cuda_graph import CapturedSteps, GraphCapture
-from service.model.decode_step import DecodeStep
 from service.model.kv_cache import KVCache
-from service.model.xlora_model import ForwardOutput, XLoraModel
+from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
+from service.model.steps.decode_step import DecodeStep
+from service.model.steps.step import ForwardOutput
+from service.model.xlora_model import XLoraModel
 
 _FIRST_TOKEN = 16  # the ones before it may be special
 

@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import Bar, emit, print_row
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import load_engine
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
 from tests.support.bundles import ALL_TARGETS, make_bundle
 from tests.support.driver import run, words
 

@@ -20,10 +20,10 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from service.cli import main
+from service.client.engine_client import EngineClient
 from service.commands import serve
-from service.engine.client import EngineClient
-from service.engine.options import EngineOptions
-from service.metrics import Metrics
+from service.contract.options import EngineOptions
+from service.observability.metrics import Metrics
 
 VARIABLE = "BENCHMARK_CLOCKS"
 _API, _ENGINE = 0, 1

@@ -14,23 +14,24 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from service.cli import main
+from service.client.engine_client import EngineClient
 from service.commands import serve
-from service.engine.client import EngineClient
-from service.engine.options import EngineOptions
-from service.metrics import Metrics
+from service.contract.options import EngineOptions
+from service.observability.metrics import Metrics
 
 
 def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]) -> Any:
     """The product's engine, whose gate statistics are never made."""
-    from service.engine import gate_report, loader
+    from service.engine import loader
+    from service.engine.gate import report
     from service.model.gate_stats import summarise
 
-    observer: Any = gate_report.GateObserver
+    observer: Any = report.GateObserver
 
     def observe(self: Any, spans: Any, scalings: Any) -> Any:
         if all(span.sequence.request.return_scalings == "none" for span in spans):
             return [None] * len(spans)
-        return gate_report.gate_rows(spans, scalings, summarise(scalings), self._num_sites)
+        return report.gate_rows(spans, scalings, summarise(scalings), self._num_sites)
 
     observer.observe = observe
     return loader.load_engine(options, on_progress, on_lost)

@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import DEMO, Bar, build_engines, emit, print_row, prompt_tokens, run_engine, use_threads
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
+from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import load_checkpoint_and_model
-from service.engine.options import EngineOptions
 from tests.support.bundles import ALL_TARGETS, make_bundle
 
 Side = Callable[[], tuple[float, list[int]]]  # one run: decoded tokens/s, and all tokens

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args
 
 from service import __version__
-from service.errors import XLoraError
+from service.contract.errors import XLoraError
 from service.settings import REMOVED, Settings, flag_of
 
 _ENGINE_FLAGS = (

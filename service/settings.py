@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
 
 ENV_PREFIX = "XLORA_"
 REMOVED = {  # settings of earlier versions, and what to do instead

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from service.chat_template import ChatTemplate
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
 from tests.support.fake_engine import build_tokenizer
 
 DEMO = Path(__file__).parents[1] / "model_store/demo/base"

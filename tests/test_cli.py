@@ -20,9 +20,9 @@ from pydantic import SecretStr
 from rich.console import Console
 
 from service import cli
+from service.client.engine_client import EngineClient
 from service.commands import generate, local, scalings, serve
-from service.engine.client import EngineClient
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
 from service.settings import Settings, load_settings
 from service.terminal import bar, expert_styles, legend, scalings_table
 from tests.support.fake_engine import POISON, REPLY, write_bundle

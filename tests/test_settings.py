@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
 from service.settings import Settings, load_settings, parse_bytes
 
 

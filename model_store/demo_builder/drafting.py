@@ -19,9 +19,9 @@ from demo_builder.evaluation import answers, held_out_sets
 from demo_builder.mixture import XLora
 from demo_builder.report import table
 from service.checkpoint import load_checkpoint
-from service.checkpoint.writer import add_draft_head
-from service.engine.distill import Distilled, distill
-from service.engine.options import EngineOptions
+from service.checkpoint.formats.writer import add_draft_head
+from service.contract.options import EngineOptions
+from service.tools.distill import Distilled, distill
 
 HEADING = "## The draft head"
 

@@ -1,1 +1,1 @@
-"""The HTTP side: wire models, routes, errors. It speaks with the engine through service.engine.client alone."""
+"""The HTTP side: wire models, routes, errors. It speaks with the engine through service.client.engine_client alone."""

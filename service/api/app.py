@@ -11,15 +11,16 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import admin, compare, errors, generate, openai, ops, scalings, web
-from service.api.early_refusal import EarlyRefusal
-from service.api.error_boundary import ErrorBoundary
-from service.api.record import Recorder, SpanWriter
-from service.api.route_match import RouteMatch
-from service.api.security import OPEN_ROUTES, BodyLimit, Guard, Keys
+from service.api import errors
+from service.api.middleware.early_refusal import EarlyRefusal
+from service.api.middleware.error_boundary import ErrorBoundary
+from service.api.middleware.record import Recorder, SpanWriter
+from service.api.middleware.route_match import RouteMatch
+from service.api.middleware.security import OPEN_ROUTES, BodyLimit, Guard, Keys
+from service.api.routes import admin, compare, generate, openai, ops, scalings, web
 from service.api.state import Service, run_startup
-from service.engine.client import Client
-from service.metrics import Metrics
+from service.client.engine_client import Client
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 _GENERATING = ("/generate", "/compare", "/scalings", "/v1/completions", "/v1/chat/completions")  # what is admitted

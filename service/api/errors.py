@@ -15,10 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service.api.answers import ErrorAnswer
-from service.api.fields import UNKNOWN_FIELD, field_names
-from service.api.openai_protocol import UNSUPPORTED, ChatBody, CompletionBody
-from service.api.protocol import (
+from service.api.schemas.answers import ErrorAnswer
+from service.api.schemas.bodies import (
     CompareBody,
     DetokenizeBody,
     GateBody,
@@ -27,7 +25,9 @@ from service.api.protocol import (
     ScalingsBody,
     TokenizeBody,
 )
-from service.errors import (
+from service.api.schemas.fields import UNKNOWN_FIELD, field_names
+from service.api.schemas.openai import UNSUPPORTED, ChatBody, CompletionBody
+from service.contract.errors import (
     InternalError,
     InvalidRequestError,
     MethodNotAllowedError,

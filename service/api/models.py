@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.api.fields import Experts, XLoraFields
-from service.engine.request import EngineInfo
-from service.errors import InvalidRequestError, NotFoundError
+from service.api.schemas.fields import Experts, XLoraFields
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InvalidRequestError, NotFoundError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,20 @@ from pathlib import Path
 
 from fastapi import Request as HttpRequest
 
-from service.api.admission import Admission
-from service.api.chat_renderer import ChatRenderer
-from service.api.forms import TextForms
-from service.api.scalings_log import ScalingsLog
-from service.api.text import TextCodec
-from service.engine.client import Client
-from service.engine.gate_settings import stored_settings
-from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, GateSettings, Request, SamplingParams, StepStats
-from service.errors import EngineLostError, RequestError, StartupError, UnavailableError
-from service.metrics import Metrics
+from service.api.gate_views.scalings_log import ScalingsLog
+from service.api.generation.admission import Admission
+from service.api.generation.chat_renderer import ChatRenderer
+from service.api.generation.tokenizer import TextCodec
+from service.api.structured_output.grammar_spec import TextForms
+from service.client.engine_client import Client
+from service.contract.checks import stored_settings
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import EngineLostError, RequestError, StartupError, UnavailableError
+from service.contract.options import EngineOptions
+from service.contract.output import StepStats
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import GateSettings
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 logger = logging.getLogger("xlora")

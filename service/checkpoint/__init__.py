@@ -1,6 +1,7 @@
 """Files on disk -> Checkpoint. Knows formats and validation, builds no modules; imports neither model nor engine."""
 
-from service.checkpoint.bundle import (
+from service.checkpoint.config import XLoraConfig
+from service.checkpoint.formats.bundle import (
     Checkpoint,
     ClassifierWeights,
     DraftHeadWeights,
@@ -8,11 +9,10 @@ from service.checkpoint.bundle import (
     LoraWeights,
     load_checkpoint,
 )
-from service.checkpoint.config import XLoraConfig
+from service.checkpoint.formats.writer import write_bundle
 from service.checkpoint.live import export
 from service.checkpoint.report import describe, find_problems
 from service.checkpoint.sources import Overrides
-from service.checkpoint.writer import write_bundle
 
 __all__ = [
     "Checkpoint",

@@ -13,9 +13,9 @@ from typing import Any
 
 from service.checkpoint.base_config import check_base_config, read_token_ids
 from service.checkpoint.defects import Defects, defect, shorten
-from service.checkpoint.files import BundleRoot
-from service.checkpoint.tensors import TensorFile, read_header
 from service.checkpoint.tokenizer import check_tokenizer
+from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.tensors import TensorFile, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

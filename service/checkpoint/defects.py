@@ -14,7 +14,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Self
 
-from service.errors import CheckpointError, XLoraError
+from service.contract.errors import CheckpointError, XLoraError
 
 MAX_MESSAGE = 2000  # characters: a name inside a damaged file may be megabytes long
 MAX_DEFECTS = 100  # of one checkpoint: whoever has more wants to know the kind, not the number

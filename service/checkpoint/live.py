@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from service.checkpoint.config import IGNORED_FIELDS, XLoraConfig
-from service.checkpoint.convert import expert_folder, staged, write_adapter
 from service.checkpoint.defects import Defects, defect
-from service.checkpoint.lora import check_adapter_config, ranks_and_scales
-from service.checkpoint.writer import write_bundle
+from service.checkpoint.formats.convert import expert_folder, staged, write_adapter
+from service.checkpoint.formats.writer import write_bundle
+from service.checkpoint.weights.lora import check_adapter_config, ranks_and_scales
 
 SOURCE = Path("model")  # what errors name
 

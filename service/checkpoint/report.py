@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.checkpoint.base import read_base
-from service.checkpoint.bundle import NO_OVERRIDES, Checkpoint, Expert, InspectBase, read_checkpoint
 from service.checkpoint.defects import Defects, TooManyDefects, one_line
-from service.checkpoint.files import BundleRoot
+from service.checkpoint.formats.bundle import NO_OVERRIDES, Checkpoint, Expert, InspectBase, read_checkpoint
 from service.checkpoint.sources import Overrides
-from service.errors import CheckpointError
+from service.checkpoint.weights.files import BundleRoot
+from service.contract.errors import CheckpointError
 
 _LAYOUTS = {"bundle": "bundle", "PEFT": "PEFT save", "original": "checkpoint of the original library"}
 

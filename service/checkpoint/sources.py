@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.checkpoint.defects import defect
-from service.checkpoint.files import BundleRoot
 from service.checkpoint.hub import is_hub_id, snapshot
-from service.errors import SettingsError
+from service.checkpoint.weights.files import BundleRoot
+from service.contract.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from service.chat_template import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate
 from service.checkpoint.defects import Defects, naming
-from service.checkpoint.files import BundleRoot
+from service.checkpoint.weights.files import BundleRoot
 
 FAST_TOKENIZER = "save the base with a fast tokenizer: AutoTokenizer(...).save_pretrained"
 

@@ -19,10 +19,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_body, error_response
-from service.api.record import request_id_of
-from service.api.security import BodyLimit
-from service.api.sse import encoded_event
-from service.errors import InternalError, OverloadedError, RequestError, TimedOutError, UnavailableError
+from service.api.generation.sse import encoded_event
+from service.api.middleware.record import request_id_of
+from service.api.middleware.security import BodyLimit
+from service.contract.errors import InternalError, OverloadedError, RequestError, TimedOutError, UnavailableError
 from service.settings import load_settings
 
 SESSION_HEADER = "x-session-id"  # Ray's name for what its routers may keep together; a client may send its own

@@ -15,7 +15,7 @@ from ray import serve
 from service.cluster.front import middlewares
 from service.cluster.replica import APPLICATION, ClusterArguments, application, cpus_of
 from service.commands.serve import bind
-from service.errors import SettingsError, StartupError
+from service.contract.errors import SettingsError, StartupError
 from service.settings import ENV_PREFIX, Settings
 
 _SECRETS = {"api_keys", "admin_keys"}

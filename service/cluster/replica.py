@@ -22,7 +22,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from service.api import logs
 from service.api.state import Service
 from service.commands.serve import assemble
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
 from service.settings import Settings, load_settings
 
 APPLICATION = "xlora"

@@ -17,8 +17,8 @@ from service.checkpoint import Checkpoint, Overrides
 from service.checkpoint.base import BaseModel
 from service.checkpoint.report import describe, examine
 from service.cli import PLAN_FLAGS, given_settings, print_error
-from service.engine.options import EngineOptions
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
+from service.contract.options import EngineOptions
 from service.settings import Settings, load_settings, parse_bytes
 
 
@@ -48,7 +48,7 @@ def _check_base(base: BaseModel) -> None:
 
 def _skeleton() -> ModuleType:
     """What asks transformers, which takes seconds to import: only when the files alone have shown no defect."""
-    return importlib.import_module("service.model.skeleton")
+    return importlib.import_module("service.model.loading.skeleton")
 
 
 def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -79,7 +79,7 @@ def _gpu_bytes(arguments: argparse.Namespace) -> int | None:
 
 def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes: int | None) -> None:
     """Prints the plan for the GPU that was described, or for the device that serve would take here."""
-    loader, plan = map(importlib.import_module, ("service.engine.loader", "service.engine.plan"))
+    loader, plan = map(importlib.import_module, ("service.engine.loader", "service.tools.memory_plan"))
     options = EngineOptions(
         model=directory,
         dtype=settings.dtype,
@@ -98,7 +98,7 @@ def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes:
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     """Prints the largest differences; 1 where they are more than rounding."""
-    loader, verification = map(importlib.import_module, ("service.engine.loader", "service.engine.verify"))
+    loader, verification = map(importlib.import_module, ("service.engine.loader", "service.tools.verify"))
     device = loader.resolve_device(settings.device)
     dtype = loader.resolve_dtype(settings.dtype, checkpoint, device)
     with Console(stderr=True).status("loading") as status:

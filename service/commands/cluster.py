@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from service.api import logs
 from service.cli import given_settings
-from service.errors import SettingsError
+from service.contract.errors import SettingsError
 from service.settings import load_settings
 
 try:

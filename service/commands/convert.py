@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.convert import convert
+from service.checkpoint.formats.convert import convert
 from service.cli import given_settings
-from service.model.skeleton import check_base, traversal_sites
+from service.model.loading.skeleton import check_base, traversal_sites
 from service.settings import load_settings
 
 

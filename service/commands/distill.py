@@ -12,13 +12,13 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.writer import add_draft_head
+from service.checkpoint.formats.writer import add_draft_head
 from service.cli import given_settings
-from service.engine.distill import distill
-from service.engine.options import EngineOptions
-from service.errors import CheckpointError, SettingsError
-from service.model.skeleton import check_base
+from service.contract.errors import CheckpointError, SettingsError
+from service.contract.options import EngineOptions
+from service.model.loading.skeleton import check_base
 from service.settings import load_settings
+from service.tools.distill import distill
 
 
 def run(arguments: argparse.Namespace) -> int:

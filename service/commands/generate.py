@@ -9,13 +9,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from service.api.choice import Generation, Piece
 from service.api.errors import explain
-from service.api.protocol import GenerateBody
-from service.api.rows import RowFormat
+from service.api.gate_views.rows import RowFormat
+from service.api.generation.choice import Generation, Piece
+from service.api.schemas.bodies import GenerateBody
 from service.api.state import new_id
 from service.commands.local import local_engine, read_prompt
-from service.engine.request import Request, ReturnScalings
+from service.contract.request import Request, ReturnScalings
 from service.terminal import expert_styles, legend
 
 _SAMPLING = ("max_tokens", "top_k", "seed", "temperature", "top_p", "min_p")

@@ -11,8 +11,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from service.api.rows import FloatArray
-from service.errors import StartupError
+from service.api.gate_views.rows import FloatArray
+from service.contract.errors import StartupError
 
 MAX_ROWS = 1024
 MAX_CELLS = 8192

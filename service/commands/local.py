@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 
 from rich.console import Console
 
+from service.api.generation.tokenizer import TextCodec
 from service.api.state import engine_options
-from service.api.text import TextCodec
 from service.cli import given_settings
-from service.engine.client import Client, EngineClient
+from service.client.engine_client import Client, EngineClient
 from service.settings import load_settings
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from service.api.rows import RowFormat, Rows
-from service.api.scalings import scaling_rows
+from service.api.gate_views.rows import RowFormat, Rows
+from service.api.routes.scalings import scaling_rows
 from service.api.state import new_id
 from service.commands import heat_map
 from service.commands.local import local_engine, read_prompt
-from service.engine.request import Request
-from service.errors import StartupError
+from service.contract.errors import StartupError
+from service.contract.request import Request
 from service.terminal import scalings_table
 
 

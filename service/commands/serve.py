@@ -31,16 +31,16 @@ from prometheus_client import (
 )
 
 from service.api import logs
-from service.api.acceptor import Acceptor
 from service.api.app import create_app
-from service.api.connections import ConnectionLimits, HttpProtocol
-from service.api.open_connections import OpenConnections
+from service.api.connections.acceptor import Acceptor
+from service.api.connections.bounds import ConnectionLimits, HttpProtocol
+from service.api.connections.open_connections import OpenConnections
+from service.api.middleware.tracing import SpanExport
 from service.api.state import Service
-from service.api.tracing import SpanExport
 from service.cli import given_settings
-from service.engine.client import EngineClient
-from service.errors import EngineLostError, SettingsError, StartupError
-from service.metrics import Metrics
+from service.client.engine_client import EngineClient
+from service.contract.errors import EngineLostError, SettingsError, StartupError
+from service.observability.metrics import Metrics
 from service.settings import Settings, load_settings
 
 _BACKLOG = 2048

@@ -7,25 +7,18 @@ import time
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+from service.contract.checks import stored_settings, with_checked_steering
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InvalidRequestError
+from service.contract.output import Failure, FinishReason, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.contract.request import Request
+from service.contract.steering import GateSettings
 from service.engine.block_manager import BlockManager
-from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate, stored_settings, weight_ratio, with_top_k
-from service.engine.grammar import Grammar, Grammars
+from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_ratio, with_top_k
 from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.request import (
-    EngineInfo,
-    Failure,
-    FinishReason,
-    GateSettings,
-    Request,
-    SequenceOutput,
-    StepOutput,
-    StepStats,
-    TokenOutput,
-)
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence
-from service.engine.steering import with_checked_steering
-from service.errors import InvalidRequestError
+from service.grammar import Grammar, Grammars
 
 logger = logging.getLogger(__name__)
 

@@ -16,20 +16,20 @@ from transformers.utils.logging import disable_progress_bar
 from service import __version__, native
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.checkpoint.base_config import stored_dtype
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import SettingsError, StartupError, XLoraError
+from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
-from service.engine.grammar import GrammarCompiler, Grammars
-from service.engine.group import Group, Leader, check_options
 from service.engine.model_runner import ModelRunner
-from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo
 from service.engine.scheduler import Scheduler
+from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
-from service.errors import SettingsError, StartupError, XLoraError
-from service.model.cuda_graph import CapturedSteps, GraphCapture
+from service.grammar import GrammarCompiler, Grammars
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.parallel_plan import Ranks
-from service.model.skeleton import check_base, check_divisible
+from service.model.loading.parallel_plan import Ranks
+from service.model.loading.skeleton import check_base, check_divisible
+from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
 from service.model.xlora_model import XLoraModel, load_model
 
 _MIB = 1 << 20

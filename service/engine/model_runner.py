@@ -10,20 +10,22 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from service.engine import admitted_gate, scalings_log
-from service.engine.flat_batch import BatchBuilder, Segment, ordered_segments
-from service.engine.gate_report import GateObserver, gate_rows, report_spans
-from service.engine.group import Leader
-from service.engine.request import Failure, GateRows, GateSettings, GateStats, LoggedRows, Steering, TokenOutput
+from service.contract.errors import InvalidRequestError
+from service.contract.output import Failure, GateRows, GateStats, LoggedRows, TokenOutput
+from service.contract.steering import GateSettings, Steering
+from service.engine.batch_builder import BatchBuilder, Segment, ordered_segments
+from service.engine.gate import admitted_gate, scalings_log
+from service.engine.gate.report import GateObserver, gate_rows, report_spans
+from service.engine.gate.steering import excluded_experts, fixed_row
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
 from service.engine.scheduler import Plan, Scheduled
 from service.engine.sequence import Sequence
-from service.engine.steering import excluded_experts, fixed_row
-from service.errors import InvalidRequestError
+from service.engine.tensor_parallel.group import Leader
 from service.model.gate_stats import summarise
 from service.model.kv_cache import KVCache
+from service.model.steps.step import ForwardOutput, Step
 from service.model.transfer import read_with_finite, to_device
-from service.model.xlora_model import ForwardOutput, Step, XLoraModel
+from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
 

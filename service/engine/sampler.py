@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from service.engine.request import TokenOutput
+from service.contract.output import TokenOutput
 from service.engine.sequence import Sequence
 from service.model.transfer import bits_to_device, to_device
 

@@ -16,11 +16,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.contract.output import SequenceUsage
+from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.drafting import Drafter, NgramIndex
-from service.engine.gate_settings import CHECKPOINT_GATE, AdmittedGate
-from service.engine.grammar import Cursor
-from service.engine.request import Request, SamplingParams, SequenceUsage
+from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate
+from service.grammar import Cursor
 
 # What is expected of drafts before any has been judged.
 _LOOKAHEAD_RATE = 0.8

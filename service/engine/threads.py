@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from service.engine.options import EngineOptions
+from service.contract.options import EngineOptions
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may compute, of how many
 

@@ -27,10 +27,13 @@ from typing import NoReturn, Protocol
 
 import msgspec
 
-from service.engine import wire
-from service.engine.options import EngineOptions
-from service.engine.request import EngineInfo, GateSettings, Request, StepOutput
-from service.errors import InternalError, RequestError, XLoraError
+from service.contract import wire
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InternalError, RequestError, XLoraError
+from service.contract.options import EngineOptions
+from service.contract.output import StepOutput
+from service.contract.request import Request
+from service.contract.steering import GateSettings
 
 DEFAULT_LOADER = "service.engine.loader:load_engine"
 

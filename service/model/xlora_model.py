@@ -11,9 +11,8 @@ It knows rows and slots; which request they belong to, and what comes next, it d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -22,19 +21,20 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
-from service.errors import CheckpointError
-from service.model.attention import ATTENTION
+from service.contract.errors import CheckpointError
+from service.model.attention.paged import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
 from service.model.draft_head import DraftHead
 from service.model.experts import stack_experts
-from service.model.family import build_skeleton, checked_skeleton, read_config
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.parallel import Part, Shards, split
-from service.model.parallel_plan import Ranks
-from service.model.quantised import Quantization, quantise
-from service.model.rope import settle_longrope
+from service.model.loading.family import build_skeleton, checked_skeleton, read_config
+from service.model.loading.parallel import Part, Shards, split
+from service.model.loading.parallel_plan import Ranks
+from service.model.loading.quantised import Quantization, quantise
+from service.model.loading.rope import settle_longrope
+from service.model.steps.step import ForwardOutput
 from service.model.targets import adapt, refusal
 
 
@@ -52,24 +52,6 @@ class _HiddenStateTap(nn.Module):
         if draft_head is not None:
             outputs.last_hidden_state = draft_head(outputs.last_hidden_state, batch.is_scaling)
         return outputs
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardOutput:
-    """What one forward brought."""
-
-    logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
-    gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax (S = 1 without layerwise scalings)
-
-
-class Step(Protocol):
-    """What runs a batch: the model itself, or what computes the same in another way."""
-
-    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
-
-        Real rows must have their scalings stored by an earlier forward.
-        """
 
 
 class XLoraModel:

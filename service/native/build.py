@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from service.model.xlora_model import Step, XLoraModel
+from service.model.steps.step import Step
+from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
 from service.native.step import NativeStep

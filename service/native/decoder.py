@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from service.model.attention import ATTENTION
+from service.model.attention.paged import ATTENTION
 from service.model.linear import XLoraLinear
 from service.model.targets import XLoraHead, is_plain_linear
 from service.model.xlora_model import XLoraModel

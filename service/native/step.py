@@ -12,8 +12,9 @@ from torch import Tensor
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.linear import XLoraLinear
+from service.model.steps.step import ForwardOutput
 from service.model.targets import XLoraHead
-from service.model.xlora_model import ForwardOutput, XLoraModel
+from service.model.xlora_model import XLoraModel
 from service.native import operators
 from service.native.decoder import Decoder
 

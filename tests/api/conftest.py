@@ -16,10 +16,10 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 
 from service.api.app import create_app
-from service.engine.client import EngineClient
-from service.engine.options import EngineOptions
+from service.client.engine_client import EngineClient
+from service.contract.options import EngineOptions
 from service.engine.worker import Worker
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.fake_engine import FakeEngine, fake_info, write_bundle
 from tests.support.waiting import wait_for

@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from benchmarks.large_bodies import METHODS, Kind, kinds
-from service.api.json_body import MAX_COMMAS, MAX_PARTS, count
+from service.api.generation.tokenizer import MAX_CALL_TOKENS, MAX_TOKENIZED, TextCodec
+from service.api.middleware.json_body import MAX_COMMAS, MAX_PARTS, count
 from service.api.off_loop import SHORT_TOKENS, off_loop
-from service.api.text import MAX_CALL_TOKENS, MAX_TOKENIZED, TextCodec
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import JSON, error_of
 from tests.support.fake_engine import FakeEngine, fake_info, write_bundle

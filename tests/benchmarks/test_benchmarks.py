@@ -17,7 +17,7 @@ from benchmarks import common, observability, suite, vs_mistralrs
 from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
-from service.checkpoint.writer import add_draft_head
+from service.checkpoint.formats.writer import add_draft_head
 from tests.support import inspector, proxy
 from tests.support.bundles import make_bundle, make_draft_head
 from tests.support.oracle import PeftOracle

@@ -11,7 +11,7 @@ import pytest
 
 from service.checkpoint import XLoraConfig
 from service.checkpoint.config import IGNORED_FIELDS
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 
 SOURCE = Path("somewhere/xlora_config.json")
 

@@ -12,7 +12,7 @@ import torch
 
 from service.checkpoint import find_problems, load_checkpoint
 from service.checkpoint.report import describe
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 from tests.support.damage import (
     Damage,
     cut,

@@ -10,8 +10,8 @@ from huggingface_hub import constants
 
 from service.checkpoint import Overrides, load_checkpoint
 from service.checkpoint.hub import is_hub_id, same_repository
-from service.errors import CheckpointError
-from tests.checkpoint.test_layouts import FIXTURES, ORIGINAL, assert_equals_live
+from service.contract.errors import CheckpointError
+from tests.checkpoint.formats.test_layouts import FIXTURES, ORIGINAL, assert_equals_live
 from tests.support.damage import set_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

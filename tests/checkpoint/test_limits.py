@@ -14,7 +14,7 @@ import pytest
 from service.checkpoint import find_problems, load_checkpoint
 from service.checkpoint.defects import MAX_DEFECTS, did_you_mean
 from service.checkpoint.patterns import MAX_MATCHES, match_patterns
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 from tests.support.agreement import check
 from tests.support.damage import poison, set_json
 

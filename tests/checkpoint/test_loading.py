@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 from tests.support.bundles import make_bundle
 from tests.support.damage import edit_json, edit_tensors, link_outside, poison
 

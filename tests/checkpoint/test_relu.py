@@ -15,9 +15,9 @@ from torch import nn
 
 from service.checkpoint import Overrides, load_checkpoint
 from service.cli import main
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 from service.model.classifier import Classifier
-from tests.checkpoint.test_layouts import FIXTURES, ORIGINAL, SOUND, assert_equals_live
+from tests.checkpoint.formats.test_layouts import FIXTURES, ORIGINAL, SOUND, assert_equals_live
 from tests.support.damage import edit_json, edit_tensors, set_json
 
 BASE = str(FIXTURES / "base")

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service import cli
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.support.server_process import ROOT
 
@@ -126,7 +126,7 @@ def test_metrics_of_replicas_are_merged_by_family(isolated: Callable[[str], Any]
 import json
 from prometheus_client import CollectorRegistry
 from service.cluster.replica import merged
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 replicas = {name: Metrics(CollectorRegistry()) for name in "ab"}
 replicas["a"].observe_tokens(3, [])
 replicas["b"].observe_tokens(4, [])

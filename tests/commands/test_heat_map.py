@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from service.commands import heat_map
-from service.errors import StartupError
+from service.contract.errors import StartupError
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed: pip install '.[plot]'"

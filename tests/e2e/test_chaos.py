@@ -18,6 +18,8 @@ from tests.support.clients import honest, honest_body, send, status_and_body, wa
 from tests.support.server_process import Server, server
 from tests.support.waiting import PATIENCE_SECONDS
 
+pytestmark = pytest.mark.slow
+
 GARBAGE = [
     b"{",
     b"\xff\xfe\x00",

@@ -1,4 +1,4 @@
-"""A few hundred cases of schemathesis, and of paths and headers; `make fuzz` runs thousands."""
+"""A few hundred cases of schemathesis, of paths and headers, and of connections; `make fuzz` runs thousands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tests.fuzz.bodies import fuzz_bodies
 from tests.fuzz.connections import BEHAVIOURS, fuzz_connections
 from tests.fuzz.paths import ADMIN, KEY, fuzz_paths
 from tests.support.server_process import server
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_case_finds_a_5xx_or_an_undocumented_answer(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,11 @@ FLAGS = ("--threads", "1", "--tensor-parallel", "2")
 
 def follower_process(running: Server) -> psutil.Process:
     """Rank 1."""
-    [follower] = [child for child in engine_process(running).children() if "service.engine.follower" in child.cmdline()]
+    [follower] = [
+        child
+        for child in engine_process(running).children()
+        if "service.engine.tensor_parallel.follower" in child.cmdline()
+    ]
     return follower
 
 

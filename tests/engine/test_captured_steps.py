@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.contract.request import Request
 from service.engine.engine import Engine
-from service.engine.request import Request
-from service.model.cuda_graph import CapturedSteps, Step, buckets
-from tests.engine.test_gate_settings import run_mixed
+from service.model.steps.cuda_graph import CapturedSteps, Replay, buckets
+from tests.engine.gate.test_gate_settings import run_mixed
 from tests.support.driver import Engines, Run, greedy, run, sampled, words
 from tests.support.tiny import Tiny
 
@@ -32,7 +32,7 @@ class CallAgain:
         self.captures: list[tuple[int, ...]] = []
         self.replays = 0
 
-    def __call__(self, step: Step) -> Step:
+    def __call__(self, step: Replay) -> Replay:
         logits, scalings = step()
         self.captures.append(tuple(logits.shape))
 
@@ -45,7 +45,7 @@ class CallAgain:
         return replay
 
 
-def with_captured_steps(engine: Engine, capture: Callable[[Step], Step], max_rows: int = 16) -> CapturedSteps:
+def with_captured_steps(engine: Engine, capture: Callable[[Replay], Replay], max_rows: int = 16) -> CapturedSteps:
     runner = engine._runner
     steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256)
     runner.step = steps
@@ -142,7 +142,7 @@ def test_warm_up_leaves_nothing_to_capture(engines: Engines) -> None:
 def test_failure_to_capture_is_logged_once(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
     """Out of memory, say: the engine serves eagerly."""
 
-    def fail(step: Step) -> Step:
+    def fail(step: Replay) -> Replay:
         raise RuntimeError("out of memory")
 
     expected = run(engines.build(), requests(2))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.contract.request import Request, SamplingParams
 from service.engine.drafting import Drafter, NgramIndex, break_even
-from service.engine.request import Request, SamplingParams
 from service.engine.sequence import Sequence
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from service.engine.request import Request, SamplingParams
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
+from service.contract.request import Request, SamplingParams
 from tests.engine.test_sampler import chi_square
 from tests.support.driver import Choice, Engines, Run, greedy, run, sampled, words
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.contract.errors import InvalidRequestError
+from service.contract.request import Request, SamplingParams
 from service.engine import sampler
 from service.engine.engine import Engine
-from service.engine.request import Request, SamplingParams
 from service.engine.sampler import SampleRow
 from service.engine.sequence import Sequence
-from service.errors import InvalidRequestError
 from tests.engine.test_engine import mixed_requests, same
 from tests.support.driver import Engines, Run, greedy, run, sampled, words
 
@@ -111,14 +111,14 @@ def test_out_of_memory_ends_the_largest(
 ) -> None:
     """The step is too large for the memory as long as it has the large one's rows."""
     engine = engines.build()
-    forward, freed = engine._runner.model.forward, []
+    forward, freed = engine._runner.step.forward, []
 
     def run_out(batch: Any, cache: Any) -> Any:
         if batch.rows.shape[1] > 200:
             raise error
         return forward(batch, cache)
 
-    monkeypatch.setattr(engine._runner.model, "forward", run_out)
+    monkeypatch.setattr(engine._runner.step, "forward", run_out)
     monkeypatch.setattr(engine._runner, "free_memory", lambda: freed.append(True))
     requests = [*mixed_requests()[:2], greedy("large", words(1, 200), 4), *mixed_requests()[2:]]
     result = run(engine, requests)
@@ -137,7 +137,7 @@ def test_out_of_memory_for_everyone(engines: Engines, monkeypatch: pytest.Monkey
         def run_out(*_: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(engine._runner.model, "forward", run_out)
+        patch.setattr(engine._runner.step, "forward", run_out)
         result = run(engine, [greedy(str(i), words(i, 9), 4) for i in range(3)])
         ended = [output.request_id for step in result.steps for output in step.outputs]
         assert ended == ["2", "1", "0"]
@@ -151,7 +151,7 @@ def test_other_errors_of_the_model_are_not_swallowed(engines: Engines, monkeypat
     def fail(*_: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(engine._runner.model, "forward", fail)
+    monkeypatch.setattr(engine._runner.step, "forward", fail)
     engine.add(greedy("a", words(1, 9), 4))
     with pytest.raises(RuntimeError, match="do not fit"):
         engine.step()

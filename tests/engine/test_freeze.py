@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from service.engine.request import Request, SamplingParams
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
+from service.contract.request import Request, SamplingParams
+from tests.engine.gate.test_gate_rows import assert_observed_once
 from tests.engine.test_engine import same
-from tests.engine.test_gate_rows import assert_observed_once
 from tests.support.driver import Choice, Engines, greedy, run, words
 from tests.support.oracle import PeftOracle
 

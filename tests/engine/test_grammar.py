@@ -17,9 +17,9 @@ import regex
 import torch
 from tokenizers import Tokenizer
 
-from service.engine.grammar import Cursor, GrammarCompiler, Grammars, refusal
-from service.engine.request import Request, SamplingParams, TextForm
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
+from service.contract.request import Request, SamplingParams, TextForm
+from service.grammar import Cursor, GrammarCompiler, Grammars, refusal
 from tests.engine.test_engine import mixed_requests, same
 from tests.engine.test_sampler import chi_square
 from tests.engine.test_speculation import PLAIN, accepted
@@ -337,7 +337,7 @@ def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The lexer's states run out on the way."""
-    monkeypatch.setattr("service.engine.grammar._MOST_STATES", 400)
+    monkeypatch.setattr("service.grammar._MOST_STATES", 400)
     made = formed("poison", TextForm(regex="(.{1,90}a.{1,90}b){1,3}"), max_tokens=200)
     result = run(engines.build(), [made, *mixed_requests()])
     [last] = [piece for step in result.steps for piece in step.outputs if piece.error is not None]

@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import load_engine
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
 from tests.support.bundles import make_bundle
 
 ROOT = Path(__file__).parents[2]

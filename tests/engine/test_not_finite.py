@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import GateWeight, Steering
 from service.engine.engine import Engine
-from service.engine.request import GateWeight, Request, SamplingParams, Steering
 from service.engine.sequence import Sequence
 from service.model.kv_cache import KVCache
 from tests.support.driver import Engines, Run, greedy, run, words

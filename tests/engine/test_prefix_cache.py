@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.request import Request, SamplingParams
+from service.contract.request import Request, SamplingParams
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
+from tests.engine.gate.test_gate_rows import assert_observed_once
 from tests.engine.test_engine import same
-from tests.engine.test_gate_rows import assert_observed_once
 from tests.support.driver import Choice, Engines, greedy, run, sampled, words
 
 PROMPT = words(1, 45)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from service.contract.output import StepOutput
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.request import Request, SamplingParams, Steering, StepOutput
 from tests.engine.test_engine import same
 from tests.support.driver import Choice, Engines, greedy, run, words
 

@@ -25,8 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from service.contract.request import Request, SamplingParams
 from service.engine import sampler
-from service.engine.request import Request, SamplingParams
 from service.engine.sampler import SampleRow, gumbel_noise, token_outputs
 from service.engine.sequence import Sequence
 from tests.support.driver import words

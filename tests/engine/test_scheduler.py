@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.contract.output import GateStats, LoggedRows, TokenOutput
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import Steering
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.model_runner import RunResult
-from service.engine.request import GateStats, LoggedRows, Request, SamplingParams, Steering, TokenOutput
 from service.engine.scheduler import Plan, Scheduled, Scheduler
 from service.engine.sequence import Sequence, Stream
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from service.engine.request import Request, SamplingParams, Steering
-from service.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import Steering
+from tests.engine.gate.test_steering import BY_LAYER, GATES, steered, weights
 from tests.engine.test_engine import same
-from tests.engine.test_steering import BY_LAYER, GATES, steered, weights
 from tests.support.driver import Choice, Engines, greedy, run, words
 
 TEXT = words(7, 45)

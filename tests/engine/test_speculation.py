@@ -16,9 +16,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from service.engine.request import Request, SamplingParams
+from service.contract.request import Request, SamplingParams
+from tests.engine.gate.test_gate_rows import assert_observed_once
 from tests.engine.test_engine import same
-from tests.engine.test_gate_rows import assert_observed_once
 from tests.engine.test_greedy_parity import DEMO
 from tests.engine.test_sampler import chi_square
 from tests.support.driver import Choice, Engines, greedy, run, words

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from service.contract.options import EngineOptions
 from service.engine import threads
-from service.engine.options import EngineOptions
 from service.engine.threads import default_threads, resolve_threads
 
 NO_LIMIT = "max 100000\n"

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from service.api.security import ADMIN_ROUTES, OPEN_ROUTES
+from service.api.middleware.security import ADMIN_ROUTES, OPEN_ROUTES
 from tests.support.server_process import Server, server
 from tests.support.spellings import CONTROL, spellings
 

@@ -1,4 +1,4 @@
-"""Skipped without a GPU. With one: `python -m pytest -n 0 tests/gpu tests/model/test_attention_triton.py`."""
+"""Skipped without a GPU. With one: `python -m pytest -n 0 tests/gpu tests/model/attention/test_triton.py`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.common import DEMO
 from service.checkpoint import Checkpoint, load_checkpoint
+from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.engine.options import EngineOptions
 from service.model.xlora_model import XLoraModel, load_causal_lm
 from tests.support.torch_fixtures import seeded  # noqa: F401
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.common import DEMO, prompt_tokens
-from service.engine.request import Request
-from service.model import attention
-from service.model.cuda_graph import CapturedSteps
+from service.contract.request import Request
+from service.model.attention import paged as attention
+from service.model.steps.cuda_graph import CapturedSteps
 from tests.gpu.conftest import Build
 from tests.support.driver import Run, greedy, run, sampled
 

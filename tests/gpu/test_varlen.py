@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.model import varlen
-from service.model.attention import sdpa
+from service.model.attention.paged import sdpa, varlen
 from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache, KVLayout
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.checkpoint import Expert, LoraWeights
-from service.errors import CheckpointError
+from service.contract.errors import CheckpointError
 from service.model.linear import XLoraLinear
-from service.model.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.loading.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.xlora_model import XLoraModel, load_causal_lm, load_model, resolve_sites
 from tests.support.driver import words
 from tests.support.tiny import CPU, Tiny, assert_same, run_once

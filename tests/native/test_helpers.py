@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.options import EngineOptions
+from service.contract.options import EngineOptions
 from service.native import library, operators
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
@@ -122,6 +122,7 @@ while repeated() < 50:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 512, 1024, 0), (64, 1024, 4, 512), (64, 512, 300, 300)], ids=str)
 def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """What is mapped from a file goes with its tensor, right after the job; in another process, because reading it then

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.contract.output import StepOutput
+from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.request import Steering, StepOutput
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
-from service.model.xlora_model import ForwardOutput, Step, XLoraModel
+from service.model.steps.step import ForwardOutput, Step
+from service.model.xlora_model import XLoraModel
 from service.native.decoder import Decoder
 from service.native.step import NativeStep
-from tests.engine.test_gate_settings import run_mixed
+from tests.engine.gate.test_gate_settings import run_mixed
 from tests.support.driver import Engines, Run, greedy, run, sampled, words
 from tests.support.tiny import Tiny, Variant
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model
-from service.engine.options import EngineOptions
 from service.model.linear import XLoraLinear
 from service.model.xlora_model import XLoraModel
 from service.native import library

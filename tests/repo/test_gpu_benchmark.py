@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks import gpu
 from benchmarks.common import run_engine
 from benchmarks.synthetic import TINY, PlainBase, RealRowsOnly, build, weight_bytes
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.loader import build_engine
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
 from tests.support.torch_fixtures import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")

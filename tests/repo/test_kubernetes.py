@@ -13,9 +13,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service.api.security import OPEN_ROUTES
+from service.api.middleware.security import OPEN_ROUTES
 from service.cli import build_parser
-from service.metrics import Metrics
+from service.observability.metrics import Metrics
 from service.settings import Settings
 
 KUBERNETES = Path(__file__).parents[2] / "docker/kubernetes"

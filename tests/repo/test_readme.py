@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry
 
 from service.api.app import create_app
 from service.cli import build_parser
-from service.engine.client import EngineClient
-from service.metrics import Metrics
+from service.client.engine_client import EngineClient
+from service.observability.metrics import Metrics
 from service.settings import REMOVED, Settings, flag_of
 
 ROOT = Path(__file__).parents[2]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from service.api.text import TextCodec
+from service.api.generation.tokenizer import TextCodec
 from service.checkpoint.report import examine
-from service.engine import wire
+from service.contract import wire
+from service.contract.errors import StartupError
+from service.contract.options import EngineOptions
+from service.contract.request import Request, SamplingParams
 from service.engine.loader import load_engine
-from service.engine.options import EngineOptions
-from service.engine.request import Request, SamplingParams
-from service.errors import StartupError
-from service.metrics import Metrics
-from service.model.skeleton import check_base, traversal_sites
+from service.model.loading.skeleton import check_base, traversal_sites
+from service.observability.metrics import Metrics
 
 
 def check(bundle: Path) -> list[str]:

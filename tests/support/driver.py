@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.contract.options import EngineOptions
+from service.contract.output import FinishReason, SequenceUsage, StepOutput, TokenOutput
+from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.engine.options import EngineOptions
-from service.engine.request import FinishReason, Request, SamplingParams, SequenceUsage, StepOutput, TokenOutput
 from service.model.xlora_model import XLoraModel
+from service.native.step import NativeStep
 from tests.support.tiny import Tiny, Variant
 
 Array = NDArray[Any]
@@ -149,6 +151,7 @@ class Engines:
         self.checkpoint = variant.checkpoint
         self.model: XLoraModel = variant.model(dtype)
         self.news: list[str] = []  # what engines have told while and after they were made
+        self._native: NativeStep | None = None
 
     def build(self, *, blocks: int | None = None, adaptive: bool = True, wait: bool = True, **options: Any) -> Engine:
         """An engine; `blocks` is the size of its pool. None is roomy for a dozen requests, and quick to check
@@ -157,8 +160,15 @@ class Engines:
         settings = {"max_model_len": 256, "max_num_seqs": 32, "block_size": 4, **options}
         size = 3200 // settings["block_size"] if blocks is None else blocks
         settings["kv_memory_bytes"] = size * self.model.kv_layout(settings["block_size"]).block_bytes
-        chosen = EngineOptions(model=str(self.tiny.path), **settings)
+        shares = self._native is not None and settings.get("native_kernels", True) and "native_cache" not in settings
+        chosen = EngineOptions(
+            model=str(self.tiny.path), **{**settings, **({"native_kernels": False} if shares else {})}
+        )
         engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append, wait_for_native=wait)
+        if shares:  # a model is made native once: its weights may be kept in bfloat16 then
+            engine._runner.step = self._native
+        elif isinstance(engine._runner.step, NativeStep):
+            self._native = engine._runner.step
         assert isinstance(engine.blocks, BlockManager)
         if not adaptive:
             engine._scheduler.row_cost = 0.0

@@ -18,22 +18,22 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from service.engine.options import EngineOptions
-from service.engine.request import (
-    EngineInfo,
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import CheckpointError, InvalidRequestError
+from service.contract.options import EngineOptions
+from service.contract.output import (
     FinishReason,
     GateRows,
-    GateSettings,
     GateStats,
     LoggedRows,
-    Request,
     SequenceOutput,
     SequenceUsage,
     StepOutput,
     StepStats,
     TokenOutput,
 )
-from service.errors import CheckpointError, InvalidRequestError
+from service.contract.request import Request
+from service.contract.steering import GateSettings
 
 REPLY = "The answer is 42, naïve 🙂. END of it.\n"
 EXPERTS = ["math", "code", "tales"]

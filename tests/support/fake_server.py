@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from service.cli import main
+from service.client.engine_client import EngineClient
 from service.commands import serve
-from service.engine.client import EngineClient
 
 if __name__ == "__main__":
     client: Any = functools.partial(EngineClient, "tests.support.fake_engine:load_engine")

@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from service.cli import main
+from service.client.engine_client import EngineClient
 from service.commands import serve
-from service.engine.client import EngineClient
-from service.engine.options import EngineOptions
+from service.contract.options import EngineOptions
 
 _AFTER_TOKENS = 3
 
@@ -29,7 +29,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     from service.engine import loader, model_runner, sequence
 
     engine = loader.load_engine(options, on_progress, on_lost)
-    fail_forwards(engine._runner.model)
+    fail_forwards(engine._runner.step)
     sample, accept = model_runner.sample, sequence.Sequence.accept
 
     def failing_sample(logits: Any, rows: Sequence[Any]) -> Any:
@@ -51,11 +51,11 @@ def fail_for(sequence: Any, salt: str) -> None:
         raise ValueError(f"injected into {salt}")
 
 
-def fail_forwards(model: Any) -> None:
+def fail_forwards(step: Any) -> None:
     """A signal is good for one forward."""
     import torch
 
-    forward = model.forward
+    forward = step.forward
     armed: list[Exception] = []
 
     def failing(*arguments: Any) -> Any:
@@ -63,7 +63,7 @@ def fail_forwards(model: Any) -> None:
             raise armed.pop()
         return forward(*arguments)
 
-    model.forward = failing
+    step.forward = failing
     signal.signal(signal.SIGUSR1, lambda *_: armed.append(torch.OutOfMemoryError("injected")))
     signal.signal(signal.SIGUSR2, lambda *_: armed.append(RuntimeError("injected")))
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from service.checkpoint import load_checkpoint
-from service.model.parallel_plan import Ranks
+from service.model.loading.parallel_plan import Ranks
 from service.model.xlora_model import XLoraModel, load_model
 from tests.support.driver import words
 from tests.support.tiny import CPU, OneRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.engine.options import EngineOptions
+from service.contract.options import EngineOptions
 from service.native import library
 
 

@@ -20,7 +20,7 @@ from service.checkpoint import XLoraConfig
 
 
 class TwoPassOracle:
-    """Layerwise scalings with softmax only: what the bundles of tests/model/test_families.py have."""
+    """Layerwise scalings with softmax only: what the bundles of tests/model/loading/test_families.py have."""
 
     def __init__(self, bundle: Path) -> None:
         manifest = json.loads((bundle / "bundle.json").read_text())

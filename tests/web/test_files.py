@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from service.api import web
+from service.api.routes import web
 
 NAMES = sorted(path.name for path in web.FILES.iterdir())
 

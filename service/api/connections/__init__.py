@@ -1,0 +1,1 @@
+"""Connections that cost nothing when they are abused."""

@@ -1,0 +1,191 @@
+"""One choice of one request: what the engine says about it becomes text, tokens and scalings.
+
+This file knows no HTTP and no JSON; streams, whole answers and the command line are made of its `Piece`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
+from service.api.generation.detokenizer import StopStrings
+from service.api.generation.tokenizer import TextCodec
+from service.client.engine_client import Client
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InternalError, InvalidRequestError, TimedOutError
+from service.contract.output import SequenceOutput, SequenceUsage, TokenOutput
+from service.contract.request import Request
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one token, or the end without a token, brought a choice."""
+
+    index: int
+    text: str  # to append to the choice's text; "" while a character or a stop string is undecided
+    token: TokenOutput | None = None
+    token_text: str = ""  # the token's own text, whatever is held back
+    rows: Rows | None = None  # up to the position that produced the token
+    finish_reason: str | None = None
+
+
+class Choice:
+    """The state of one choice; `index` counts over all choices of all prompts."""
+
+    def __init__(
+        self, index: int, request: Request, codec: TextCodec, stops: list[str], ends: Collection[int], format: RowFormat
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.tokens = 0
+        self.usage = SequenceUsage()
+        self.finish_reason: str | None = None  # "stop" also when a stop string ended it: the engine does not know
+        self._ends = ends
+        self._detokenizer = codec.detokenizer(request.prompt_token_ids)
+        self._codec = codec
+        self._stops = StopStrings(stops)
+        self._rows = RowBuffer(format)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last piece has been made."""
+        return self.finish_reason is not None
+
+    def accept(self, output: SequenceOutput) -> Iterator[Piece]:
+        """One piece per token up to the end, and one without a token when the end came alone."""
+        if output.gate is not None:
+            self._rows.add(output.gate)
+        if output.usage is not None:
+            self.usage = output.usage
+        if output.finish_reason == "error" and output.error_param is not None:
+            raise InvalidRequestError(output.error or "", param=output.error_param)
+        if output.finish_reason == "error":
+            raise InternalError(output.error or "the engine could not go on with this request")
+        last = len(output.tokens) - 1
+        for position, token in enumerate(output.tokens):
+            yield self._piece(token, output.finish_reason if position == last else None)
+            if self.ended:
+                return  # by a stop string, perhaps: tokens after it do not count
+        if last < 0 and output.finish_reason is not None:
+            yield self.end(output.finish_reason)
+
+    def end(self, reason: str) -> Piece:
+        """The end without a token, with the text held back so far."""
+        self.finish_reason = reason
+        text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        return Piece(self.index, text, finish_reason=reason)
+
+    def _piece(self, token: TokenOutput, reason: str | None) -> Piece:
+        self.tokens += 1
+        if reason == "stop" and token.id in self._ends:  # its text is not part of the text
+            visible, own = self._detokenizer.flush(), self._codec.token_text(token.id)
+        else:
+            visible, own = self._detokenizer.push(token.id), ""
+            if reason is not None:
+                visible += self._detokenizer.flush()
+        text = self._stops.push(visible)
+        if self._stops.found:
+            reason = "stop"
+        elif reason is not None:
+            text += self._stops.flush()
+        self.finish_reason = reason
+        rows = self._rows.take(len(self.request.prompt_token_ids) - 2 + self.tokens)
+        return Piece(self.index, text, token, visible + own, rows, reason)
+
+
+class Generation:
+    """Some prompts, each with its choices, from submission to the last piece; leaving `pieces` early aborts them all.
+
+    The choices of prompt i have the indices i * n to i * n + n - 1.
+    """
+
+    def __init__(
+        self, client: Client, codec: TextCodec, requests: Sequence[Request], stops: list[str], format: RowFormat
+    ) -> None:
+        self.requests = requests
+        self.choices: list[Choice] = []
+        self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
+        self._first: dict[str, int] = {}  # index of each request's first choice
+        self._client = client
+        for request in requests:
+            self._first[request.id] = len(self.choices)
+            ends = ends_of(client.info, request)
+            for _ in range(request.sampling.n if request.sampling else 0):
+                self.choices.append(Choice(len(self.choices), request, codec, stops, ends, format))
+
+    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[list[Piece], None]:
+        """Every piece as it comes; those that came together are one list, in order. At the deadline (in the time of the
+        event loop) all choices end.
+
+        Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
+        """
+        try:
+            async with self._client.submit(*self.requests, deadline=deadline) as outputs:
+                async for output in outputs:
+                    pieces: list[Piece] = []
+                    try:
+                        for one in (output, *outputs.ready()):
+                            pieces += self._accept(one)
+                    finally:
+                        if pieces:
+                            yield pieces
+        except TimedOutError:
+            if not any(choice.tokens for choice in self.choices):
+                raise
+            yield [choice.end("timeout") for choice in self.choices if not choice.ended]
+
+    def _accept(self, output: SequenceOutput) -> Iterator[Piece]:
+        """What one output brought; ends the choice in the engine where it has ended by its text."""
+        choice = self.choices[self._first[output.request_id] + output.index]
+        if choice.ended:
+            return  # it came together with the one that brought the end
+        if output.prompt_logprobs:
+            self.prompt_logprobs[output.request_id] += output.prompt_logprobs
+        for piece in choice.accept(output):
+            if piece.finish_reason is not None and output.finish_reason is None:
+                self._client.abort(output.request_id, output.index)
+            yield piece
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts; a prompt counts once, however many choices it has."""
+        return sum(len(request.prompt_token_ids) for request in self.requests)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far."""
+        return sum(choice.tokens for choice in self.choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that no choice of their request had to compute."""
+        least: dict[str, int] = {}
+        for choice in self.choices:
+            cached = choice.usage.cached_tokens
+            least[choice.request.id] = min(cached, least.get(choice.request.id, cached))
+        return sum(least.values())
+
+    def cost(self) -> dict[str, object]:
+        """What the engine did for these choices."""
+        usages = [choice.usage for choice in self.choices]
+        return {
+            "forward_passes": sum(usage.forward_passes for usage in usages),
+            "scaling_rows": sum(usage.scaling_rows for usage in usages),
+            "real_rows": sum(usage.real_rows for usage in usages),
+            "lookahead": {
+                "hits": sum(usage.draft_hits for usage in usages),
+                "misses": sum(usage.draft_misses for usage in usages),
+            },
+            "speculation": {
+                "tokens": sum(usage.speculated_tokens for usage in usages),
+                "accepted": sum(usage.accepted_tokens for usage in usages),
+            },
+        }
+
+
+def ends_of(info: EngineInfo, request: Request) -> Collection[int]:
+    """The tokens that end this request's choices."""
+    if request.sampling is None:
+        return ()
+    return {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else info.eos_token_ids)}

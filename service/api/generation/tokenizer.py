@@ -1,0 +1,230 @@
+"""Between text and token ids: the tokenizer, and what must hold before a prompt goes to the engine.
+
+This file knows the model's vocabulary and context (EngineInfo); it knows no HTTP. The command line uses it as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Collection, Sequence
+
+from tokenizers import Tokenizer
+
+from service.api.generation.chat_renderer import ChatRenderer
+from service.api.generation.detokenizer import Detokenizer, special_token_ids
+from service.api.off_loop import off_loop
+from service.api.schemas.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InvalidRequestError
+from service.contract.request import SamplingParams, TextForm
+
+MAX_TOKENIZED = 1 << 17  # tokens of one /tokenize or /detokenize, where the context holds no more
+MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds no more
+
+_CHARACTERS_PER_TOKEN = 4  # a guess, by which it is decided whether a text is long
+_PIECE_CHARACTERS = 1 << 14  # of a long text that is counted: a token takes some hundred bytes until it is an id
+_EDGE_TOKENS = 128  # that cutting a text can add, at each cut
+
+
+class TextCodec:
+    """One model's tokenizer."""
+
+    def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
+        self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._special_ids = special_token_ids(self._tokenizer)
+        self._chats = chats
+        self._info = info
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def max_tokenized(self) -> int:
+        """The most tokens that one /tokenize or /detokenize may be about: a prompt always may."""
+        return max(MAX_TOKENIZED, self._info.max_model_len)
+
+    async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
+        assert self._chats is not None, "this codec is for prompts"
+        return await self.encode(await self._chats.render(messages), False, "messages")
+
+    async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
+        """A prompt as token ids. Raises InvalidRequestError when it is empty, too long or not of this vocabulary."""
+        [ids] = await self.all_prompt_ids([prompt])
+        return ids
+
+    async def all_prompt_ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """As prompt_ids, of several prompts of one call, which has a bound on the tokens of all as well."""
+        return await off_loop(functools.partial(self._all_prompts, prompts), tokens=sum(map(_tokens_about, prompts)))
+
+    async def encode(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """The token ids of a text that is all of a prompt. Raises InvalidRequestError as prompt_ids does."""
+        work = functools.partial(self._prompt, text, add_special_tokens, param)
+        return await off_loop(work, tokens=_tokens_about(text))
+
+    def tokenize(self, text: str, add_special_tokens: bool, most: int) -> list[int] | None:
+        """The token ids of any text; None for one that has more than `most` by so much that they are not worth having.
+        Takes long for a long text, and lets other threads run meanwhile.
+
+        Raises InvalidRequestError for half of a surrogate pair, which is no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the text has a lone surrogate at character {error.start}") from None
+        if len(text) > _PIECE_CHARACTERS and self._has_many_more(text, most):
+            return None
+        return self._encode(text, add_special_tokens)
+
+    def check_known(self, ids: Collection[int], param: str) -> None:
+        """Raises InvalidRequestError for token ids that the vocabulary has not."""
+        if ids and not 0 <= min(ids) <= max(ids) < self._info.vocab_size:
+            unknown = next(id for id in ids if not 0 <= id < self._info.vocab_size)
+            raise InvalidRequestError(
+                f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {self._info.vocab_size - 1}",
+                param=param,
+                code="unknown_token",
+            )
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids. Raises InvalidRequestError for ids outside the vocabulary."""
+        self.check_known(ids, "token_ids")
+        [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; together they are the text."""
+        detokenizer = self.detokenizer()
+        texts = [detokenizer.push(id) for id in ids]
+        if texts:
+            texts[-1] += detokenizer.flush()
+        return texts
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """An empty one, for the text that follows a prompt."""
+        return Detokenizer(self._tokenizer, prompt_ids, self._special_ids)
+
+    def token_text(self, id: int) -> str:
+        """One token alone. Answers with alternatives ask for the same few tokens again and again."""
+        text = self._token_texts.get(id)
+        if text is None:
+            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
+        return text
+
+    def sampling(
+        self,
+        body: OneTextFields,
+        prompt_tokens: int,
+        *,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        form: TextForm | None = None,
+    ) -> SamplingParams:
+        """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
+        bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
+        self.check_known(bias, "logit_bias")
+        self.check_known(body.stop_token_ids or (), "stop_token_ids")
+        given = body.model_dump(
+            exclude_none=True,
+            include={
+                *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+                *("frequency_penalty", "ignore_eos", "n"),
+            },
+        )
+        return SamplingParams(
+            max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
+            logit_bias=bias,
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            seed=draw_seed() if body.seed is None else body.seed,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            form=form,
+            **given,
+        )
+
+    def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
+        room = self._info.max_model_len - prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt's {prompt_tokens} tokens leave no room in the context of {self._info.max_model_len}",
+                param="prompt",
+                code="context_length_exceeded",
+                hint="shorten the prompt",
+            )
+        if wanted is None:
+            return min(DEFAULT_MAX_TOKENS, room)
+        if wanted > room:
+            raise InvalidRequestError(
+                f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} is over the "
+                f"context of {self._info.max_model_len} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+                hint=f"lower max_tokens to {room} or shorten the prompt",
+            )
+        return wanted
+
+    def _all_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        found: list[list[int]] = []
+        tokens, most = 0, max(MAX_CALL_TOKENS, self._info.max_model_len)
+        for prompt in prompts:
+            found.append(self._prompt(prompt) if isinstance(prompt, str) else self._checked(prompt))
+            tokens += len(found[-1])
+            if tokens > most:
+                raise InvalidRequestError(
+                    f"the first {len(found)} prompts have {tokens} tokens; at most {most} are allowed in one call",
+                    param="prompt",
+                    code="too_large",
+                    hint="send the prompts in several calls",
+                )
+        return found
+
+    def _prompt(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        ids = self.tokenize(text, add_special_tokens, self._info.max_model_len) if text else []
+        if ids is None:
+            raise self._too_long(f"more than {self._info.max_model_len}", param)
+        return self._checked(ids, param)
+
+    def _checked(self, ids: list[int], param: str = "prompt") -> list[int]:
+        if not ids:
+            raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
+        if len(ids) > self._info.max_model_len:
+            raise self._too_long(str(len(ids)), param)
+        self.check_known(ids, param)
+        return ids
+
+    def _too_long(self, tokens: str, param: str) -> InvalidRequestError:
+        return InvalidRequestError(
+            f"the prompt has {tokens} tokens, and the context holds {self._info.max_model_len}",
+            param=param,
+            code="context_length_exceeded",
+            hint="shorten the prompt",
+        )
+
+    def _has_many_more(self, text: str, most: int) -> bool:
+        """Whether a text has more tokens than so many, told from its pieces: those of 4 MiB of smileys, all at once,
+        would take a gigabyte.
+        """
+        tokens, enough = 0, most + most // 4
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            tokens += len(self._encode(text[start : start + _PIECE_CHARACTERS], False))
+            enough += _EDGE_TOKENS
+            if tokens > enough:
+                return True
+        return False
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Of the tokenizer's methods, those for batches give up the interpreter's lock, and the fast one needs half the
+        # time and memory: it leaves out where in the text each token is.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+
+def _tokens_about(prompt: str | list[int]) -> int:
+    return len(prompt) // _CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt)
+
+
+def draw_seed() -> int:
+    """A seed for who gave none."""
+    return secrets.randbelow(MAX_SEED + 1)

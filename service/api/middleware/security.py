@@ -1,0 +1,201 @@
+"""What stands before the routes: keys, and the limits on bodies. Pure ASGI. The tables hold paths of matched routes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import error_response
+from service.api.middleware.record import record_of
+from service.contract.errors import PayloadTooLargeError, RequestError, SettingsError, SlowBodyError, UnauthorizedError
+
+OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/web"})  # the last two are the page that asks for the key
+ADMIN_ROUTES = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
+
+_SHORTEST_KEY = 8
+_BODY_SECONDS = 60.0
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 256 << 20
+
+
+class Keys:
+    """Some keys, of which only digests are kept."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    @classmethod
+    def load(cls, file: str | None, listed: SecretStr | None, flag: str) -> Keys:
+        """Keys of a file (one a line, # begins a comment) and of a variable (separated by commas).
+
+        Raises SettingsError for a file that cannot be read or has none, and for a key that is too short to be one.
+        """
+        keys = [] if listed is None else listed.get_secret_value().split(",")
+        if file is not None:
+            try:
+                lines = Path(file).read_text("utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"--{flag}-file {file} cannot be read: {error}") from None
+            keys += [line for line in lines if line.strip() and not line.startswith("#")]
+        keys = [key.strip() for key in keys]
+        if not keys and file is not None:
+            raise SettingsError(f"--{flag}-file {file} has no key", hint="write one key on each line")
+        for key in keys:
+            if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+                raise SettingsError(
+                    f"one of the {flag}s is not {_SHORTEST_KEY} or more ASCII characters without a space",
+                    hint="make one with: openssl rand -hex 24",
+                )
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def have(self, key: str) -> bool:
+        """Whether this is one of them; takes the same time whichever it is, and when it is none."""
+        given = _digest(key)
+        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
+
+
+class Guard:
+    """Answers 401 to everything but the probes, unless a key of ours is sent as `Authorization: Bearer`.
+
+    Without any keys nothing is asked. Admin keys open everything; where there are some, the operator's routes take no
+    others. What has no route is closed as well.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Keys, admin_keys: Keys) -> None:
+        self._app = app
+        self._api_keys = api_keys
+        self._admin_keys = admin_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or self._allows(scope):
+            await self._app(scope, receive, send)
+            return
+        error = UnauthorizedError("a valid key is needed", hint="send the header Authorization: Bearer KEY")
+        await error_response(error, {"WWW-Authenticate": "Bearer", "Connection": "close"})(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        route = record_of(scope).route
+        for_admins = route in ADMIN_ROUTES and bool(self._admin_keys)
+        if route in OPEN_ROUTES or not (self._api_keys or for_admins):
+            return True
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return False
+        admin, user = self._admin_keys.have(key.strip()), self._api_keys.have(key.strip())
+        return admin or (user and not for_admins)
+
+
+class BodyLimit:
+    """Answers 413 as soon as a body is known to be over the limit: from its Content-Length, or while it streams in.
+
+    A body that does not arrive in time is 408. What was read is handed on to the application, so that it sees the same
+    messages it would have seen.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, seconds: float = _BODY_SECONDS) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        length = body_length(scope)
+        if length is not None and length > self._max_body_bytes:
+            await refuse_unread(self._too_large(), scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._seconds):
+                body = await self._read(receive)
+        except TimeoutError:
+            error = SlowBodyError(f"the body did not arrive within {self._seconds:g} seconds")
+            await error_response(error, {"Connection": "close"})(scope, receive, send)
+        except PayloadTooLargeError as error:
+            await refuse_unread(error, scope, receive, send)
+        else:
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The whole body; None when the client has gone. Raises PayloadTooLargeError."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> PayloadTooLargeError:
+        return PayloadTooLargeError(
+            f"the body is larger than {self._max_body_bytes} bytes", hint="the server's --max-body-bytes sets the limit"
+        )
+
+
+def body_length(scope: Scope) -> int | None:
+    """What the head says of the body's length; None where it is sent in chunks, until it ends."""
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers:
+        return None
+    length = headers.get("content-length", "0")
+    return int(length[:20]) if length.isdecimal() else None
+
+
+async def refuse_unread(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends the error, then reads on a little: closing on unread data would reset the connection, error and all."""
+
+    async def send_and_linger(message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await send(message)
+            return
+        await send({**message, "more_body": True})
+        await _discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    await error_response(error, {"Connection": "close"})(scope, receive, send_and_linger)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    pending = True
+
+    async def replay() -> Message:
+        nonlocal pending
+        if pending:
+            pending = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replay
+
+
+async def _discard(receive: Receive) -> None:
+    discarded = 0
+    try:
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while discarded < _LINGER_BYTES:
+                message = await receive()
+                discarded += len(message.get("body", b""))
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return

@@ -1,0 +1,1 @@
+"""Child processes that can be killed, for work that nothing else can interrupt."""

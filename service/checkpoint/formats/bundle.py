@@ -1,0 +1,262 @@
+"""A checkpoint on disk, in any layout -> Checkpoint: the order in which its parts are read and checked.
+
+Knows how the parts depend on each other; what each part looks like is in layouts, base, lora, config and classifier.
+The base's weights are hashed and checked here but never kept. `load_checkpoint` stops at the first defect;
+`report.find_problems` walks the same code to the end.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint.base import BaseModel, read_base
+from service.checkpoint.config import XLoraConfig
+from service.checkpoint.defects import Defects, defect, did_you_mean
+from service.checkpoint.formats.layouts import read_manifest
+from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest
+from service.checkpoint.formats.ordering import read_ordering
+from service.checkpoint.hub import is_hub_id, same_repository
+from service.checkpoint.sources import Locator, Overrides, locate_model
+from service.checkpoint.weights import lora
+from service.checkpoint.weights.classifier import ClassifierWeights, read_classifier
+from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
+from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
+from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.gate import OpenGate, open_gate
+from service.checkpoint.weights.hashes import WeightFile, WeightHasher
+from service.checkpoint.weights.lora import LoraWeights
+from service.checkpoint.weights.tensors import read_header
+
+__all__ = [
+    "Checkpoint",
+    "ClassifierWeights",
+    "DraftHeadWeights",
+    "Expert",
+    "LoraWeights",
+    "WeightFile",
+    "load_checkpoint",
+]
+
+NO_OVERRIDES = Overrides()
+InspectBase = Callable[[BaseModel], None]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One LoRA expert: its weights at every site it targets."""
+
+    name: str
+    description: str
+    weights: dict[str, LoraWeights]  # site -> weights
+    config: Mapping[str, Any] = field(default_factory=dict)  # adapter_config.json as it is on disk
+    folder: Path = Path()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a bundle holds except the base's weights, which `base_path` points to."""
+
+    name: str
+    path: Path
+    base_path: Path
+    experts: tuple[Expert, ...]  # class order
+    sites: tuple[str, ...] | None  # traversal order; None when the bundle has none: the model then decides
+    xlora: XLoraConfig
+    classifier: ClassifierWeights
+    gate_profile: dict[str, Any] | None
+    draft_head: DraftHeadWeights | None
+    weights_sha256: str  # over the hashes of all weight files, sorted by label
+    weight_files: tuple[WeightFile, ...] = ()
+    base_reference: str = ""  # the base as a hub id or an absolute path
+    eos_token_ids: tuple[int, ...] = ()
+    layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The fast tokenizer's file; it exists."""
+        return self.base_path / "tokenizer.json"
+
+
+def load_checkpoint(
+    path: Path | str,
+    *,
+    overrides: Overrides = NO_OVERRIDES,
+    allow_outside: bool = False,
+    verify_hashes: bool = True,
+    inspect_base: InspectBase | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """Read and check the checkpoint at `path`, a folder or a hub id. Raises CheckpointError for the first defect.
+
+    `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
+    is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
+    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py);
+    it is called before any weights are read. `on_progress` receives one line per weight file, and lines while files
+    are downloaded.
+    """
+    checkpoint, defects = None, Defects()
+    with defects.guard():
+        checkpoint = read_checkpoint(
+            path,
+            overrides,
+            defects,
+            allow_outside=allow_outside,
+            verify_hashes=verify_hashes,
+            inspect_base=inspect_base,
+            on_progress=on_progress,
+        )
+    if checkpoint is None:
+        raise defect(path, "the checkpoint could not be read")
+    return checkpoint
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A header becomes millions of objects that all live: to look for garbage among them takes longer than the rest."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_collections()
+def read_checkpoint(
+    path: Path | str,
+    overrides: Overrides,
+    defects: Defects,
+    *,
+    allow_outside: bool = False,
+    verify_hashes: bool = True,
+    inspect_base: InspectBase | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Checkpoint | None:
+    """Walk the whole checkpoint; None when `defects` collected something that leaves no Checkpoint."""
+    progress = on_progress or (lambda line: None)
+    root = BundleRoot(locate_model(path, progress), allow_outside)
+    ordering = read_ordering(overrides.ordering) if overrides.ordering else None
+    manifest = read_manifest(root, ordering, defects, rescue=overrides.rescue)
+    if manifest.expert_count > MAX_EXPERTS:
+        raise defect(manifest.source, f"expected at most {MAX_EXPERTS:,} experts, found {manifest.expert_count:,}")
+    locator = Locator(root, overrides, progress)
+    locator.check_names([entry.name for entry in manifest.experts], manifest.source)
+    hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
+    base: BaseModel | None = None
+    base_reference, errors_before = "", len(defects.errors)
+    with defects.guard():
+        base_folder, base_reference = locator.base(manifest.base, manifest.source)
+        base = read_base(root, base_folder, defects)
+        for file in base.files:
+            hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
+        if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
+            inspect_base(base)
+    known_base = base if base is not None and base.complete else None
+    gate: OpenGate | None = None
+    with defects.guard():
+        gate = open_gate(root, manifest, base, hasher, overrides.gate_relu, defects)
+    experts: list[Expert] = []
+    for entry in manifest.experts:
+        with defects.guard():
+            folder = locator.expert(entry.name, entry.path, manifest.source)
+            experts.append(_read_expert(root, folder, entry, known_base, hasher, defects))
+    if overrides.base is None:
+        _check_base_names(manifest, experts, defects)
+    draft_head: DraftHeadWeights | None = None
+    with defects.guard():
+        draft_head = _read_draft_head(root, manifest, base, hasher, defects)
+    classifier: ClassifierWeights | None = None
+    with defects.guard():
+        sites = _check_sites(manifest, experts, defects)
+        if gate is not None:
+            classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
+    hasher.run()
+    if defects.errors or base is None or gate is None or classifier is None:
+        return None
+    return Checkpoint(
+        name=manifest.name,
+        path=root.path,
+        base_path=base.path,
+        experts=tuple(experts),
+        sites=manifest.sites,
+        xlora=gate.config,
+        classifier=classifier,
+        gate_profile=manifest.gate_profile,
+        draft_head=draft_head,
+        weights_sha256=hasher.combined(),
+        weight_files=tuple(hasher.files),
+        layout=manifest.layout,
+        base_reference=base_reference,
+        eos_token_ids=base.eos_token_ids,
+    )
+
+
+def _read_expert(
+    root: BundleRoot,
+    folder: Path,
+    entry: ExpertEntry,
+    base: BaseModel | None,
+    hasher: WeightHasher,
+    defects: Defects,
+) -> Expert:
+    source = folder / lora.CONFIG_FILE
+    config = root.json(source, f"the expert {entry.name!r} must be a PEFT LoRA adapter")
+    errors_before = len(defects.errors)
+    lora.check_adapter_config(config, source, defects)
+    file = read_header(root.weights(folder, lora.WEIGHTS_FILE))
+    weights: dict[str, LoraWeights] = {}
+    if len(defects.errors) == errors_before:
+        weights = lora.read_lora_weights(file, config, source, base, defects, expert=entry.name)
+    if len(defects.errors) > errors_before:
+        weights = {}  # what the sites should be is then unknown
+    hasher.add(f"experts/{entry.name}/{file.path.name}", file)
+    return Expert(entry.name, entry.description, weights, config, folder)
+
+
+def _read_draft_head(
+    root: BundleRoot, manifest: Manifest, base: BaseModel | None, hasher: WeightHasher, defects: Defects
+) -> DraftHeadWeights | None:
+    if manifest.draft_head is None:
+        return None
+    folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
+    file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
+    hasher.add(f"draft_head/{file.path.name}", file)
+    return read_draft_head(file, None if base is None else base.hidden_size, defects)
+
+
+def _check_base_names(manifest: Manifest, experts: list[Expert], defects: Defects) -> None:
+    """Experts that name another base than the checkpoint or each other; only hub ids can be told apart by name."""
+    stated = {expert.name: str(expert.config.get("base_model_name_or_path") or "") for expert in experts}
+    ids = {name: base for name, base in stated.items() if is_hub_id(base) and not base.startswith("..")}
+    reference = manifest.base if manifest.base and is_hub_id(manifest.base) else next(iter(ids.values()), "")
+    for expert in experts:
+        if expert.name in ids and not same_repository(ids[expert.name], reference):
+            problem = f"base_model_name_or_path: expected {reference!r}, as the others have it"
+            hint = "an expert works on its own base only; if both are the same weights, say so with --base"
+            source = expert.folder / lora.CONFIG_FILE
+            defects.add(defect(source, f"{problem}, found {ids[expert.name]!r}", hint))
+
+
+def _check_sites(manifest: Manifest, experts: list[Expert], defects: Defects) -> int | None:
+    """Every site has an expert and every expert's target is a site; returns S, or None when it is not certain."""
+    if len(experts) < manifest.expert_count or not all(expert.weights for expert in experts):
+        return None
+    targeted = {site: expert.name for expert in experts for site in expert.weights}
+    if manifest.sites is None:
+        return len(targeted)
+    errors_before, listed = len(defects.errors), set(manifest.sites)
+    for site in manifest.sites:
+        if site not in targeted:
+            hint = did_you_mean(site, targeted)
+            defects.add(defect(manifest.source, f"sites: no expert targets {site!r}", hint))
+    for site, name in targeted.items():
+        if site not in listed:
+            hint = did_you_mean(site, manifest.sites)
+            defects.add(defect(manifest.source, f"sites: expected {site!r}, which expert {name!r} targets", hint))
+    return len(manifest.sites) if len(defects.errors) == errors_before else None

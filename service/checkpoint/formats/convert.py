@@ -1,0 +1,148 @@
+"""Checkpoint -> a bundle in a new folder, whichever layout it was read from.
+
+Knows what is copied, renamed and cast. Builds no module: whoever calls says in which order the sites are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from service.checkpoint.base import INDEX_FILE, read_base
+from service.checkpoint.defects import Defects, defect
+from service.checkpoint.formats.bundle import Checkpoint, Expert
+from service.checkpoint.formats.writer import write_bundle
+from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
+from service.checkpoint.weights.tensors import TensorFile, read_tensors
+
+BASE_FILES = ("*.json", "*.jinja")  # configuration and tokenizer; weights are copied one by one
+SAFE_NAME = re.compile(r"\w[\w.-]*")
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    sites: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    reference_base: bool = False,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write `checkpoint` as a bundle at `target`, which must not exist or be empty; returns `target`.
+
+    `dtype` is that of the experts and of a copied base, None for their own; the classifier stays fp32. With
+    `reference_base` the bundle names the base where it lies. Nothing appears at `target` before it is complete.
+    """
+    with staged(target) as folder:
+        base, base_from_expert = "base", "../../base"
+        if reference_base:
+            base = base_from_expert = checkpoint.base_reference
+        if not reference_base:
+            on_progress(f"copying the base from {checkpoint.base_path}")
+            copy_base(checkpoint.base_path, folder / "base", dtype)
+        entries = []
+        for number, expert in enumerate(checkpoint.experts):
+            on_progress(f"writing expert {expert.name}")
+            where = f"experts/{expert_folder(expert.name, number)}"
+            write_expert(folder / where, expert, base_from_expert, dtype)
+            entries.append((expert.name, expert.description, where))
+        on_progress("writing the classifier and hashes")
+        write_bundle(
+            folder,
+            name=checkpoint.name,
+            experts=entries,
+            sites=sites,
+            xlora=checkpoint.xlora,
+            classifier=checkpoint.classifier.layers,
+            gate_profile=checkpoint.gate_profile,
+            draft_head=checkpoint.draft_head,
+            base=base,
+        )
+    return target
+
+
+class staged:
+    """`with staged(target) as folder:` fills a hidden folder beside `target`; it takes its place when all went well."""
+
+    def __init__(self, target: Path) -> None:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise defect(target, "expected a new or an empty folder", "name another folder, or delete this one first")
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}-"))
+        self.folder.chmod(0o755)  # mkdtemp's are their owner's only, which a container's user is not
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder)
+            return
+        if self.target.exists():
+            self.target.rmdir()
+        self.folder.rename(self.target)
+
+
+def expert_folder(name: str, number: int) -> str:
+    """A folder's name for an expert: its own where that is a plain word."""
+    return name if SAFE_NAME.fullmatch(name) else f"expert-{number}"
+
+
+def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | None) -> None:
+    """One ordinary PEFT adapter, under PEFT's usual tensor names whatever they were before."""
+    config = {**expert.config, "base_model_name_or_path": base}
+    tensors: dict[str, torch.Tensor] = {}
+    for site, weights in expert.weights.items():
+        pattern = "lora_embedding_{}" if weights.embedding else "lora_{}.weight"
+        for side, tensor in (("A", weights.a), ("B", weights.b)):
+            tensors[f"base_model.model.{site}.{pattern.format(side)}"] = tensor
+    write_adapter(folder, config, tensors, dtype)
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """adapter_config.json and adapter_model.safetensors, readable by everybody (save_file's are not)."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    stored = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    (folder / WEIGHTS_FILE).write_bytes(save(stored, metadata={"format": "pt"}))
+
+
+def copy_base(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """The base's configuration, tokenizer and weights, one weight file at a time."""
+    target.mkdir()
+    base = read_base(BundleRoot(source, allow_outside=True), source, Defects())
+    for pattern in BASE_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    for weights in base.files:
+        copy_weights(weights, target / weights.path.name, dtype)
+    if dtype is not None:
+        config = dict(base.config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (target / INDEX_FILE).exists():
+            index = json.loads((target / INDEX_FILE).read_text(encoding="utf-8"))
+            index["metadata"] = {"total_size": base.parameters * dtype.itemsize}
+            (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(file: TensorFile, target: Path, dtype: torch.dtype | None) -> None:
+    """One safetensors file, byte by byte or with every tensor cast."""
+    if dtype is None:
+        shutil.copyfile(file.path, target)
+        return
+    tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(file).items()}
+    target.write_bytes(save(tensors, metadata={"format": "pt"}))

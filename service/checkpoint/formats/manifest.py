@@ -1,0 +1,166 @@
+"""What a checkpoint consists of, whichever layout it is in (Manifest), and bundle.json as one such layout.
+
+Knows bundle.json's keys and types (DESIGN section 5); follows none of its paths. The other layouts are in
+peft_layout.py and original_layout.py; layouts.py chooses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.checkpoint.defects import Defects, defect, did_you_mean
+from service.checkpoint.formats.writer import FORMAT_VERSION
+from service.checkpoint.weights.classifier import CONFIG_FILE, WEIGHTS_FILE, GateFiles
+from service.checkpoint.weights.files import BundleRoot
+
+FILE_NAME = "bundle.json"
+KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile", "draft_head")
+EXPERT_KEYS = ("name", "path", "description")
+MAX_EXPERTS, MAX_FILES = 1000, 10_000
+HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertEntry:
+    """One expert as bundle.json lists it."""
+
+    name: str
+    path: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Names, places and orders of a checkpoint's parts, checked for types. Paths are as written."""
+
+    layout: str  # bundle, PEFT or original
+    source: Path  # the file that says it
+    name: str
+    base: str | None  # None: the layout's files do not say
+    experts: tuple[ExpertEntry, ...]  # class order; the readable ones
+    expert_count: int  # E, as listed
+    gate: GateFiles
+    sites: tuple[str, ...] | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    gate_profile: dict[str, Any] | None = None
+    draft_head: str | None = None  # its folder
+
+
+def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
+    """Read and check bundle.json; what is wrong with its experts, sites or hashes is reported and left out."""
+    source = root.path / FILE_NAME
+    data = root.json(source, "a bundle is a folder with bundle.json, base/, experts/ and classifier/")
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise defect(source, f"format_version: expected {FORMAT_VERSION}, found {version!r:.80}")
+    for key in data:
+        if key not in KEYS:
+            defects.add(defect(source, f"unknown config key {key!r}", did_you_mean(key, KEYS)))
+    profile = data.get("gate_profile")
+    if profile is not None and not (isinstance(profile, dict) and _is_portable(profile)):
+        expected = "expected an object of text and numbers, or null"
+        defects.add(defect(source, f"gate_profile: {expected}, found {profile!r:.80}"))
+    classifier = _text({"classifier": "classifier", **data}, "classifier", source)
+    return Manifest(
+        layout="bundle",
+        source=source,
+        name=_text(data, "name", source),
+        base=_text(data, "base", source),
+        experts=_experts(data.get("experts"), source, defects),
+        expert_count=len(data["experts"]),
+        gate=GateFiles(classifier, len(data["experts"]), CONFIG_FILE, WEIGHTS_FILE),
+        sites=_sites(data.get("sites"), source, defects),
+        sha256=_hashes(data.get("sha256"), source, defects),
+        gate_profile=profile if isinstance(profile, dict) else None,
+        draft_head=None if data.get("draft_head") is None else _text(data, "draft_head", source),
+    )
+
+
+def _text(data: Mapping[str, Any], key: str, source: Path, where: str = "") -> str:
+    value = data.get(key)
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        found = f"found {value!r:.80}" if key in data else "it is missing"
+        raise defect(source, f"{where}{key}: expected a non-empty string, {found}")
+    return value
+
+
+def _is_portable(value: Any) -> bool:
+    """Whether a JSON value can go to the other processes and out as JSON: no half of a surrogate pair, no integer of
+    more than 64 bits.
+    """
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            pending += [*part, *part.values()]
+        elif isinstance(part, list):
+            pending += part
+        elif (isinstance(part, int) and not -(2**63) <= part < 2**63) or (
+            isinstance(part, str) and HALF_OF_PAIR.search(part)
+        ):
+            return False
+    return True
+
+
+def _experts(entries: Any, source: Path, defects: Defects) -> tuple[ExpertEntry, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise defect(source, f"experts: expected a list of at least one expert, found {entries!r:.80}")
+    experts: dict[str, ExpertEntry] = {}
+    for index, entry in enumerate(entries):
+        with defects.guard():
+            expert = _expert(entry, f"experts[{index}]", source)
+            if expert.name in experts:
+                raise defect(source, f"experts[{index}].name: {expert.name!r} is already taken; names must differ")
+            experts[expert.name] = expert
+    return tuple(experts.values())
+
+
+def _expert(entry: Any, where: str, source: Path) -> ExpertEntry:
+    if not isinstance(entry, dict):
+        raise defect(source, f"{where}: expected an object with name and path, found {entry!r:.80}")
+    for key in entry:
+        if key not in EXPERT_KEYS:
+            raise defect(source, f"{where}: unknown config key {key!r}", did_you_mean(key, EXPERT_KEYS))
+    description = entry.get("description", "")
+    if not isinstance(description, str) or not _is_portable(description):
+        raise defect(source, f"{where}.description: expected a string, found {description!r:.80}")
+    name, path = (_text(entry, key, source, f"{where}.") for key in ("name", "path"))
+    return ExpertEntry(name, path, description)
+
+
+def _sites(sites: Any, source: Path, defects: Defects) -> tuple[str, ...] | None:
+    if sites is None:
+        return None
+    if not isinstance(sites, list) or not sites or not all(isinstance(site, str) for site in sites):
+        defects.add(defect(source, f"sites: expected a list of module names, found {sites!r:.80}"))
+        return None
+    repeated, times = Counter(sites).most_common(1)[0]
+    if times > 1:
+        defects.add(defect(source, f"sites: {repeated!r} is listed {times} times, expected once"))
+    return tuple(dict.fromkeys(sites))
+
+
+def _hashes(hashes: Any, source: Path, defects: Defects) -> dict[str, str]:
+    if hashes is None:
+        return {}
+    if not isinstance(hashes, dict):
+        defects.add(defect(source, f"sha256: expected an object, found {hashes!r:.80}"))
+        return {}
+    if len(hashes) > MAX_FILES:
+        defects.add(defect(source, f"sha256: expected at most {MAX_FILES:,} files, found {len(hashes):,}"))
+        return {}
+    good: dict[str, str] = {}
+    for file, value in hashes.items():
+        if not file.isprintable() or not file.strip():
+            defects.add(defect(source, f"sha256: expected file names, found {file!r:.80}"))
+        elif isinstance(value, str) and SHA256.fullmatch(value.lower()):
+            good[file] = value.lower()
+        else:
+            defects.add(defect(source, f"sha256[{file!r}]: expected 64 hexadecimal digits, found {value!r:.80}"))
+    return good

@@ -1,0 +1,1 @@
+"""What checkpoints hold: experts, classifier, draft head; their tensors, names and hashes."""

@@ -1,0 +1,1 @@
+"""The API process's end of the engine's socket."""

@@ -1,0 +1,32 @@
+"""What the loaded engine says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the loaded engine is; the API's /info and its limits come from here."""
+
+    model: str  # the bundle's name
+    architecture: str  # "LlamaForCausalLM"
+    dtype: str  # "float32"
+    device: str  # "cpu", "cuda:0 (NVIDIA H200)"
+    experts: list[dict[str, str]]  # [{"name", "description"}] in class order
+    sites: list[str]
+    xlora_config: dict[str, object]
+    dummy_row: list[list[float]]  # [S, E] gate of the scaling pass
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int  # tokens, prompt + output
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_blocks_total: int
+    kv_bytes: int
+    weights_sha256: str
+    versions: dict[str, str]
+    tokenizer_path: str  # tokenizer.json of the base
+    gate_profile: dict[str, object] | None = None
+    draft_head: int | None = None  # its width

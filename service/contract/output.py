@@ -1,0 +1,158 @@
+"""What comes out of the engine, one StepOutput per step: numbers, strings and bytes, no torch, no text.
+
+Arrays travel as raw little-endian float32 bytes; their shape is in the field's comment (S sites, E experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from service.contract.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(slots=True)
+class GateRows:
+    """Scalings of `count` consecutive positions, after softmax and top-k: what really weighted the experts."""
+
+    start: int  # position of the first row
+    count: int
+    mean: bytes  # float32 [count, E], mean over sites
+    entropy: bytes  # float32 [count], nats, mean over sites; NaN where a row sums to 0
+    full: bytes | None = None  # float32 [count, S, E], only for return_scalings == "full"
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """One accepted token. Logprobs are natural logs of the raw distribution (before bias, penalties, temperature)."""
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = field(default_factory=list)  # best first
+
+
+@dataclass(slots=True)
+class SequenceUsage:
+    """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it: one
+    live object in the engine's process, a snapshot across the border.
+    """
+
+    forward_passes: int = 0  # steps this sequence had a row in
+    scaling_rows: int = 0
+    real_rows: int = 0
+    draft_hits: int = 0  # tokens drafted by the scaling pass, computed, and kept
+    draft_misses: int = 0  # ... and dropped
+    speculated_tokens: int = 0  # tokens copied from earlier text as a draft, computed, and kept or dropped
+    accepted_tokens: int = 0  # ... and kept
+    cached_tokens: int = 0  # prompt positions not computed because another choice or request had
+    queue_seconds: float = 0.0  # submission to first scheduled step
+    gate_positions: int = 0  # that produced tokens, have a leader, and were summarised; a choice that the engine has
+    # ended has all of them here, one that the caller ends (a stop string) perhaps not the latest
+    gate_entropy_sum: float = 0.0  # over those, nats
+    gate_share_sum: list[float] = field(default_factory=list)  # [E], over those, of the site mean of p
+
+    def add_gate(self, positions: int, entropy_sum: float, share_sum: list[float]) -> None:
+        """More positions, with the sums over them."""
+        self.gate_positions += positions
+        self.gate_entropy_sum += entropy_sum
+        self.gate_share_sum = _added(self.gate_share_sum, share_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one sequence cannot go on."""
+
+    message: str
+    param: str | None = None  # the field of the request that is to blame; None: it is our fault
+
+    @classmethod
+    def of(cls, error: Exception, what: str) -> Failure:
+        """What an exception comes to, raised while `what` happened."""
+        if isinstance(error, InvalidRequestError):
+            return cls(error.message, error.param)
+        return cls(f"{what} ({type(error).__name__})")
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step brought one choice: tokens (none during prefill, several where drafts were right), gate rows,
+    perhaps the end.
+    """
+
+    request_id: str
+    index: int  # which of the n choices
+    tokens: list[TokenOutput] = field(default_factory=list)
+    gate: GateRows | None = None
+    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # choice 0 only: the prompt's next tokens, in
+    # order of position from 1 on, complete with the choice's first token
+    finish_reason: FinishReason | None = None
+    usage: SequenceUsage | None = None
+    error: str | None = None  # with finish_reason "error"
+    error_param: str | None = None  # the field of the request that is to blame; None: it is our fault
+
+
+@dataclass(slots=True)
+class GateStats:
+    """What the gate did over positions whose real row ran and was kept, each once (the metrics' input).
+
+    A step may leave its positions to a later one; the step that ends a choice has reported all of that choice's.
+    """
+
+    prompt_entropy: bytes = b""  # float32 [positions], nats; NaN where a row sums to 0
+    generated_entropy: bytes = b""  # float32 [positions]
+    weight: list[float] = field(default_factory=list)  # [E], sum over positions of the site mean of p = |g| / sum |g|
+    top1: list[int] = field(default_factory=list)  # [E], positions whose largest site-mean p is this expert's
+
+    def add(self, other: GateStats) -> None:
+        """More positions."""
+        self.prompt_entropy += other.prompt_entropy
+        self.generated_entropy += other.generated_entropy
+        self.weight = _added(self.weight, other.weight)
+        self.top1 = _added(self.top1, other.top1)
+
+
+@dataclass(slots=True)
+class LoggedRows:
+    """What the classifier said of consecutive positions of one choice: after softmax, before top-k and steering."""
+
+    request_id: str
+    index: int
+    start: int  # position of the first row
+    count: int
+    rows: bytes  # float32 [count, S, E]; S is 1 where all sites share a row
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One step of the engine, for metrics. Without rows it is only the load, as an abort has left it."""
+
+    step_seconds: float = 0.0
+    scaling_rows: int = 0
+    real_rows: int = 0
+    draft_hits: int = 0
+    draft_misses: int = 0
+    speculated_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    gate: GateStats = field(default_factory=GateStats)
+    logged: list[LoggedRows] = field(default_factory=list)  # while the scalings log is on
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """Everything one Engine.step() brought, in one message."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    stats: StepStats = field(default_factory=StepStats)
+
+
+def _added(one: list[_Number], other: list[_Number]) -> list[_Number]:
+    """Element by element; an empty one is nothing."""
+    return [a + b for a, b in zip(one, other, strict=True)] if one and other else one or other

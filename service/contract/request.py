@@ -1,0 +1,95 @@
+"""What goes into the engine: requests, as numbers and strings, so that they cross a process border without pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from service.contract.steering import Steering
+
+ReturnScalings = Literal["none", "mean", "full"]
+_GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """What a generated text must be, from its first token to its last: exactly one of the two."""
+
+    json_schema: str | None = None  # JSON that fits this schema
+    regex: str | None = None  # a match of this expression
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
+
+    Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
+    forbids gets -inf), temperature, top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows
+    none.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output, as in CTRL and transformers
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int = 0  # 0 .. 2**63 - 1; the API draws one where the caller gave none
+    logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
+    prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
+    n: int = 1
+    form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best token is taken."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether what is in the text already changes the logits, or the caller does."""
+        penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return self.repetition_penalty != 1.0 or penalised or bool(self.logit_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt. With `sampling` None it is a scaling pass alone (POST /scalings): gate rows, no tokens.
+
+    With `score_from` nothing is generated either: the log-probabilities of the prompt's tokens from that one on are
+    wanted (at least one, and never the first), as if they had been generated. `sampling` then has max_tokens 0 and
+    says with how many alternatives (prompt_logprobs).
+    """
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams | None
+    return_scalings: ReturnScalings = "none"
+    scalings_start: int | None = None  # first position whose row is returned; None = len(prompt) - 1
+    cache_salt: str = ""  # only requests of the same salt find each other's KV blocks
+    freeze_after: int | None = None  # from generated token n + 1 on, the gate row that produced token n is used
+    steering: Steering | None = None
+    score_from: int | None = None  # position of the first token to be scored; freezing counts from it
+
+    @property
+    def num_choices(self) -> int:
+        """How many the engine will speak of; a scaling pass alone counts as one."""
+        return 1 if self.sampling is None else self.sampling.n
+
+    @property
+    def gate_key(self) -> tuple[object, ...]:
+        """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
+
+        Freezing is not part of it, because frozen positions are never cached.
+        """
+        return () if self.steering is None else (self.steering,)
+
+    @property
+    def has_fixed_gate(self) -> bool:
+        """Whether every position has the same gate row, known beforehand: then there is no scaling stream."""
+        return self.steering is not None and self.steering.weights is not None

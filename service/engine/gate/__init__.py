@@ -1,0 +1,1 @@
+"""Stored gate rows: which a request is admitted under, which are written, reported and logged."""

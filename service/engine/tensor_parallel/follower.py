@@ -1,0 +1,133 @@
+"""A rank of a tensor-parallel group other than rank 0: loads its shards, then runs the forwards it is told of.
+
+    python -m service.engine.tensor_parallel.follower FD RANK
+
+FD is one end of a socket pair whose other end rank 0 holds (group.py). A follower samples nothing and knows no request:
+it keeps its shard of the keys and values, and the gate rows. Those of ordinary requests it computes itself: what is not
+split is computed by every rank from the same bits, because a sum over ranks has the same bits on all of them. Those of
+steered requests it is sent. When rank 0 ends, the socket closes, and a thread ends this process wherever it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from service.contract.errors import XLoraError
+from service.contract.options import EngineOptions
+from service.engine.loader import (
+    allocate_cache,
+    free_device_bytes,
+    keep_freed_memory,
+    load_checkpoint_and_model,
+    plan_blocks,
+    resolve_batched_tokens,
+    resolve_max_model_len,
+)
+from service.engine.tensor_parallel.group import join_collectives
+from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch, unpack_gate_rows
+from service.model.kv_cache import KVCache
+from service.model.loading.parallel_plan import Ranks
+from service.model.xlora_model import XLoraModel
+
+logger = logging.getLogger(__name__)
+
+
+class Follower:
+    """One rank, on one connection."""
+
+    def __init__(self, rank: int, connection: Connection) -> None:
+        self._rank = rank
+        self._connection = connection
+        self._ranks: Ranks | None = None
+        self._options: EngineOptions | None = None
+        self._model: XLoraModel | None = None
+        self._cache: KVCache | None = None
+
+    def run(self) -> None:
+        """Does what it is told until the connection ends (EOFError), or it fails."""
+        self._send({"hello": self._rank})
+        while True:
+            frame = self._connection.recv_bytes()
+            message = unpack(frame)
+            if message is None:
+                self._step(frame)
+            elif "join" in message:
+                self._join(**message["join"])
+            elif "load" in message:
+                self._load(EngineOptions(**message["load"]))
+            else:
+                self._allocate(message["allocate"])
+
+    def _join(self, size: int, port: int) -> None:
+        self._ranks = Ranks(self._rank, size)
+        join_collectives(self._ranks, port)
+
+    def _load(self, options: EngineOptions) -> None:
+        self._options, self._model, self._cache = options, None, None  # what was there makes room first
+        self._model, _ = load_checkpoint_and_model(options, ranks=self._ranks)
+        keep_freed_memory()
+        length = resolve_max_model_len(options.max_model_len, self._model)
+        layout = self._model.kv_layout(options.block_size)
+        blocks = plan_blocks(layout, length, options, free_device_bytes(self._model.device))
+        self._send({"blocks": blocks})
+
+    def _allocate(self, blocks: int) -> None:
+        assert self._model is not None
+        assert self._options is not None
+        max_rows = resolve_batched_tokens(self._options, self._model.device)
+        self._cache = allocate_cache(self._model, blocks, self._options.block_size, max_rows)
+
+    @torch.inference_mode()
+    def _step(self, frame: bytes) -> None:
+        assert self._model is not None
+        assert self._cache is not None
+        batch = unpack_batch(frame, self._model.device)
+        if batch is not None:
+            self._model.forward(batch, self._cache)
+            return
+        gate_rows = self._cache.gate_rows
+        gate_rows.index_copy_(0, *unpack_gate_rows(frame, gate_rows.shape[1:], self._model.device))
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._connection.send_bytes(pack(message))
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the process."""
+    for name in (signal.SIGINT, signal.SIGTERM):  # those are for rank 0's parent, which drains first
+        signal.signal(name, signal.SIG_IGN)
+    rank = int(argv[2])
+    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s rank {rank}: %(message)s")
+    connection = Connection(int(argv[1]))
+    threading.Thread(target=_end_with, args=[connection.fileno()], daemon=True).start()
+    try:
+        Follower(rank, connection).run()
+    except (EOFError, ConnectionError):
+        return 0
+    except XLoraError as error:
+        connection.send_bytes(pack({"failed": str(error)}))
+    except Exception as error:
+        logger.exception("rank %d failed", rank)
+        connection.send_bytes(pack({"failed": f"{type(error).__name__}: {error}"}))
+    return 1
+
+
+def _end_with(connection: int) -> None:
+    """Ends this process, which may wait in a collective, when the other end of the socket is closed."""
+    hang_up = select.poll()
+    hang_up.register(connection, 0)  # nothing but the end
+    hang_up.poll()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

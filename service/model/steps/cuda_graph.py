@@ -1,0 +1,165 @@
+"""The decode step captured in CUDA graphs: one launch in place of some two thousand.
+
+    batch  ->  static input buffers, filled up with idle rows  ->  replay  ->  the first rows of the static outputs
+
+A graph has fixed shapes, so there is one per bucket of rows and of context. A row needs no neighbours: a segment of
+several rows (drafts to verify, the rest of a prompt) is run as that many rows with the same block table, which is exact
+because every row's key is written before any row attends. Larger batches are left to the eager model.
+Buckets, padding and buffers are the same on every device; what it means to capture is a parameter.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from service.model.batch import Batch
+from service.model.kv_cache import KVCache
+from service.model.steps.decode_step import DecodeStep
+from service.model.steps.step import ForwardOutput
+from service.model.xlora_model import XLoraModel
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_CONTEXT = 512  # tokens
+_CONTEXT_GROWTH = 4  # the kernels read what a row needs, so a wide table costs next to nothing
+
+Replay = Callable[[], tuple[Tensor, Tensor]]  # over static inputs: logits [T, V], gate logits [T, S, E]
+Capture = Callable[[Replay], Replay]
+
+
+class GraphCapture:
+    """Captures steps in CUDA graphs, all of them in one memory pool.
+
+    A replay may overwrite what another graph computed: outputs are good until the next one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Replay) -> Replay:
+        """Runs the step twice (libraries allocate and kernels compile on first use), then captures it."""
+        with torch.cuda.device(self._device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    step()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = step()
+
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+class CapturedSteps:
+    """XLoraModel.forward of one model over one KV cache, by captured steps where they fit.
+
+    Where capturing fails, the reason is logged once and every batch is run eagerly.
+    """
+
+    def __init__(
+        self,
+        model: XLoraModel,
+        kv_cache: KVCache,
+        capture: Capture,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        step: DecodeStep | None = None,
+    ) -> None:
+        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `step` is what is captured of `model`,
+        None for all of it.
+        """
+        self._model, self._kv_cache = model, kv_cache
+        self._step, self._capture = step or DecodeStep(model), capture
+        size = kv_cache.block_size
+        self.row_buckets = buckets(1, 2, max_rows)
+        self.width_buckets = buckets(-(-_SMALLEST_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
+        scratch = kv_cache.scratch_slot
+        # token, position, KV slot, gate slot, new gate slot, is scaling: a row whose outcome nobody reads
+        idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch, 0], device=model.device)
+        self._idle = idle[:, None]
+        self._rows = self._idle.repeat(1, max_rows)  # int64 [6, rows]
+        # Where no table is written, any block will do: positions hide it.
+        self._tables = torch.full(
+            (max_rows, self.width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=model.device
+        )
+        self._captured: dict[tuple[int, int], Replay] = {}
+        self._failed = False
+
+    @property
+    def captured(self) -> list[tuple[int, int]]:
+        """The buckets (rows, blocks) captured so far."""
+        return sorted(self._captured)
+
+    def warm_up(self) -> None:
+        """Captures every number of rows for short contexts, so that no early request waits for it."""
+        for rows in reversed(self.row_buckets):  # the largest first: the others fit into its memory
+            self._step_for(rows, self.width_buckets[0])
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """Runs T rows once. What it returns is good until the next forward."""
+        assert kv_cache is self._kv_cache, "graphs are captured over one KV cache"
+        count = batch.rows.shape[1]
+        if count <= self.row_buckets[-1]:
+            width = max(group.block_table.shape[1] for group in batch.groups)
+            rows = _bucket(self.row_buckets, count)
+            step = self._step_for(rows, _bucket(self.width_buckets, width))
+            if step is not None:
+                self._fill(batch, count, rows)
+                logits, gate_logits = step()
+                return ForwardOutput(logits.index_select(0, batch.logit_rows), gate_logits[: batch.num_scaling_rows])
+        return self._model.forward(batch, kv_cache)
+
+    def _fill(self, batch: Batch, count: int, rows: int) -> None:
+        """Writes the batch into the static buffers: `count` rows and idle ones up to `rows`."""
+        self._rows[:, :count].copy_(batch.rows)
+        if count < rows:
+            self._rows[:, count:rows] = self._idle
+        for group in batch.groups:
+            width = group.block_table.shape[1]
+            own = self._tables[group.start : group.start + group.segments * group.queries, :width]
+            own.view(group.segments, group.queries, width).copy_(group.block_table[:, None])
+
+    @torch.inference_mode()
+    def _step_for(self, rows: int, width: int) -> Replay | None:
+        """The step of a bucket, captured on idle rows where there is none yet; None where that has failed."""
+        if (rows, width) not in self._captured and not self._failed:
+            self._rows[:] = self._idle
+            inputs, tables, cache = self._rows[:, :rows], self._tables[:rows, :width], self._kv_cache
+
+            def step() -> tuple[Tensor, Tensor]:
+                return self._step(inputs, tables, cache.keys, cache.values, cache.gate_rows)
+
+            try:
+                self._captured[rows, width] = self._capture(step)
+            except RuntimeError:
+                logger.exception("the step cannot be captured in a CUDA graph, serving eagerly")
+                self._failed = True
+        return self._captured.get((rows, width))
+
+
+def buckets(smallest: int, growth: int, largest: int) -> list[int]:
+    """smallest, smallest * growth, ... up to `largest`, which is always one of them."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= growth
+    return [*sizes, largest]
+
+
+def _bucket(sizes: list[int], needed: int) -> int:
+    """The smallest size that is enough."""
+    return sizes[bisect.bisect_left(sizes, needed)]

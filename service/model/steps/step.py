@@ -1,0 +1,29 @@
+"""What runs a batch: one interface for the model itself and for what computes the same in another way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from service.model.batch import Batch
+from service.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """What one forward brought."""
+
+    logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
+    gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax (S = 1 without layerwise scalings)
+
+
+class Step(Protocol):
+    """XLoraModel (operators of torch), CapturedSteps (CUDA graphs), NativeStep (C++), Leader (every rank at once)."""
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
+
+        Real rows must have their scalings stored by an earlier forward.
+        """

@@ -1,0 +1,1 @@
+"""Metrics, and the drift of the gate against its profile."""

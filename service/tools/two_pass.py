@@ -1,0 +1,132 @@
+"""The plain computation: the whole text, twice, without caches, stacks or attention of ours. Slow, and obviously right.
+
+    scaling pass   transformers' own forward, every expert added in a loop with the dummy row
+    real pass      the same with the scalings
+
+Knows transformers' modules and the checkpoint; shares no code with what serves requests but the classifier's formula.
+`xlora-serve check --verify` compares with it, `xlora-serve distill` learns from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from service.checkpoint import Checkpoint, Expert
+from service.model.classifier import Classifier
+from service.model.loading.family import read_config
+from service.model.xlora_model import resolve_sites
+
+
+class TwoPassModel:
+    """The checkpoint in transformers' own modules on one device, with a hook on every adapted module."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        causal_lm: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.base_path,
+            config=read_config(checkpoint.base_path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        self.causal_lm = causal_lm.to(device).eval().requires_grad_(False)
+        self.sites = resolve_sites(checkpoint, self.causal_lm)
+        self.gate: Tensor | None = None  # [T, S, E] of the pass under way
+        experts = len(checkpoint.experts)
+        self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, len(self.sites), device)
+        for number, site in enumerate(self.sites):
+            self.causal_lm.get_submodule(site).register_forward_hook(self._hook(number, site))
+
+    def forward(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits [T, V] and scalings [T, S, E] of the text, T tokens."""
+        scalings = self.scalings(self.scaling_pass(tokens))
+        return self.real_pass(tokens, scalings), scalings
+
+    @torch.inference_mode()
+    def scaling_pass(self, tokens: Sequence[int]) -> Tensor:
+        """The last hidden state [T, H], after the final norm."""
+        self.gate = self._dummy_rows(len(tokens))
+        ids = self._ids(tokens)
+        hidden: Tensor = self.causal_lm(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        return hidden[0]
+
+    @torch.inference_mode()
+    def scalings(self, hidden: Tensor) -> Tensor:
+        """hidden [T, H] of the scaling pass -> [T, S, E]."""
+        rows: Tensor = self.classifier(hidden)
+        return rows.expand(len(hidden), len(self.sites), -1)
+
+    @torch.inference_mode()
+    def real_pass(self, tokens: Sequence[int], scalings: Tensor) -> Tensor:
+        """Logits [T, V]."""
+        self.gate = scalings
+        logits: Tensor = self.causal_lm(input_ids=self._ids(tokens), use_cache=False).logits
+        return logits[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> logits [n, V], as the scaling pass has them; gradients go through it."""
+        self.gate = self._dummy_rows(len(hidden))
+        prefix = self.causal_lm.base_model_prefix
+        decoder = getattr(self.causal_lm, prefix)
+        setattr(self.causal_lm, prefix, _Given(hidden.to(self.causal_lm.dtype)[None]))
+        try:
+            logits: Tensor = self.causal_lm(input_ids=self._ids([0] * len(hidden)), use_cache=False).logits
+        finally:
+            setattr(self.causal_lm, prefix, decoder)
+        return logits[0].float()
+
+    def _ids(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self.causal_lm.device)
+
+    def _dummy_rows(self, count: int) -> Tensor:
+        return self.classifier.dummy_row().to(self.causal_lm.device)[None].expand(count, len(self.sites), -1)
+
+    def _hook(self, number: int, site: str) -> Any:
+        """Adds global_scaling_weight * sum_e g[e] * scale_e * B_e A_e x to the module's output."""
+        experts = [(e, expert) for e, expert in enumerate(self.checkpoint.experts) if site in expert.weights]
+
+        def add_experts(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            assert self.gate is not None
+            for e, expert in experts:
+                weight = self.gate[:, number, e, None].to(output.dtype) * self.checkpoint.xlora.global_scaling_weight
+                output = output + weight * _update(expert, site, module, inputs[0], output.dtype)
+            return output
+
+        return add_experts
+
+
+class _Output(BaseModelOutputWithPast):
+    """What a decoder returns; what only some families' decoders have is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """Stands where the decoder is, and has computed already."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden  # [1, n, H]
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(last_hidden_state=self.hidden)
+
+
+def _update(expert: Expert, site: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale * B A x of one expert, [1, T, out]."""
+    weights = expert.weights[site]
+    a, b = weights.a.to(x.device, dtype), weights.b.to(x.device, dtype)
+    if weights.embedding:
+        ranks, scale = F.embedding(x, a.T), getattr(module, "embed_scale", None)
+        return F.linear(ranks, b) * weights.scale * (1.0 if scale is None else scale)
+    return F.linear(F.linear(x, a), b) * weights.scale

@@ -1,0 +1,106 @@
+"""Incremental detokenisation against decoding everything at once, and stop strings against str.find."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Tokenizer
+
+from service.api.generation.detokenizer import Detokenizer, StopStrings, special_token_ids
+from tests.support.fake_engine import build_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer()
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, (), special_token_ids(tokenizer))
+    return [*(detokenizer.push(id) for id in ids), detokenizer.flush()]
+
+
+TEXTS = [
+    "plain",
+    "naïve 🙂 zebra",
+    "🙂🙂🙂" * 20,
+    "日本語" * 30,
+    "a\u0301e\u200d👩\u200d👩\u200d👧",
+    "\ufffd is a character \ufffd",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_character_is_ever_split(tokenizer: Tokenizer, text: str) -> None:
+    given = pieces(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(given) == text
+    position = 0
+    for piece in given:  # every piece is whole characters of the text
+        assert text.startswith(piece, position)
+        position += len(piece)
+
+
+def test_any_bytes_decode_as_they_do_at_once(tokenizer: Tokenizer) -> None:
+    generator = random.Random(0)
+    good = tokenizer.encode("é🙂日x ").ids
+    for length in [1, 2, 3, 17, 40, 200] * 20:
+        ids = [generator.choice(good) if generator.random() < 0.6 else generator.randrange(258) for _ in range(length)]
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_endless_invalid_bytes_are_given_out_and_cost_no_more_than_others(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    invalid = tokenizer.encode("é").ids[1]  # a continuation byte alone
+    text = "".join(detokenizer.push(invalid) for _ in range(500))
+    assert len(text) >= 497
+    assert len(detokenizer._window) <= 17
+    assert text + detokenizer.flush() == "\ufffd" * 500
+
+
+def test_an_unfinished_character_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ab🙂").ids[:-1]
+    assert pieces(tokenizer, ids) == ["a", "b", "", "", "", "\ufffd"]
+
+
+def test_special_tokens_have_no_text_even_within_a_character(tokenizer: Tokenizer) -> None:
+    first, second = tokenizer.encode("é").ids
+    assert "".join(pieces(tokenizer, [first, tokenizer.token_to_id("<|end|>"), second])) == "é"
+
+
+def test_the_prompt_is_context_and_not_output(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, tokenizer.encode("a long prompt").ids)
+    assert "".join(detokenizer.push(id) for id in tokenizer.encode(" and more").ids) == " and more"
+
+
+@pytest.mark.parametrize("stops", [["ab"], ["aab", "ba"], ["aaa"], ["abab", "b"], ["c", "abc"]])
+def test_stop_strings_cut_where_find_says(stops: list[str]) -> None:
+    generator = random.Random(1)
+    for _ in range(300):
+        text = "".join(generator.choice("abc") for _ in range(generator.randrange(12)))
+        ends = {end for stop in stops for end in range(len(text) + 1) if text[:end].endswith(stop)}
+        end = min(ends, default=None)
+        longest = max((len(stop) for stop in stops if end is not None and text[:end].endswith(stop)), default=0)
+        expected = text if end is None else text[: end - longest]
+        matcher, given, position = StopStrings(stops), "", 0
+        while position < len(text) and not matcher.found:
+            size = generator.randrange(1, 4)
+            given += matcher.push(text[position : position + size])
+            assert expected.startswith(given), "text was given out that a stop string may claim"
+            position += size
+        assert given + matcher.flush() == expected
+        assert matcher.found == (end is not None)
+
+
+def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else() -> None:
+    matcher = StopStrings(["END"])
+    assert [matcher.push(text) for text in ["a E", "N", "x", "EN", "E", "ND", "more"]] == [
+        "a ",
+        "",
+        "ENx",
+        "",
+        "EN",
+        "",
+        "",
+    ]
+    assert matcher.found

@@ -1,0 +1,281 @@
+"""EngineClient and worker.py across a real process border, with a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from service.client.engine_client import EngineClient
+from service.contract import wire
+from service.contract.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
+from service.contract.options import EngineOptions
+from service.contract.output import StepStats
+from service.contract.request import Request, SamplingParams
+from service.engine.worker import _linger
+from tests.api.processes.test_bounded_process import descriptors
+from tests.support.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
+from tests.support.waiting import PATIENCE_SECONDS
+
+FAST, SLOW = "tests.support.fake_engine:load_engine", "tests.support.fake_engine:load_slow_engine"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path)
+
+
+def request(id: str, max_tokens: int = 8, prompt: list[int] | None = None, n: int = 1) -> Request:
+    return Request(id, prompt or [40, 41, 42], SamplingParams(max_tokens=max_tokens, n=n))
+
+
+def with_engine(
+    bundle: Path,
+    test: Callable[[EngineClient], Coroutine[None, None, None]],
+    loader: str = FAST,
+    timeout_seconds: float = 60.0,
+) -> list[str]:
+    progress: list[str] = []
+
+    async def run() -> None:
+        client = EngineClient(loader, timeout_seconds=timeout_seconds)
+        try:
+            await client.start(EngineOptions(str(bundle)), progress.append)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await test(client)
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+    return progress
+
+
+async def collect(client: EngineClient, wanted: Request) -> list[int]:
+    async with client.submit(wanted) as outputs:
+        return [token.id async for output in outputs for token in output.tokens]
+
+
+def test_tokens_arrive_in_order_for_many_requests_at_once(bundle: Path) -> None:
+    reply = build_tokenizer().encode("The answer is 42").ids
+    steps: list[StepStats] = []
+
+    async def test(client: EngineClient) -> None:
+        client.on_step = steps.append
+        answers = await asyncio.gather(*(collect(client, request(str(i), 1 + i % 12)) for i in range(60)))
+        assert [answer == reply[: 1 + i % 12] for i, answer in enumerate(answers)] == [True] * 60
+        assert not client._streams  # nothing is kept of an ended request
+
+    progress = with_engine(bundle, test)
+    assert progress[-1] == "reading the fake bundle"
+    assert sum(step.real_rows for step in steps) > 0
+
+
+def test_choices_are_interleaved_and_all_end(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        ended = set()
+        async with client.submit(request("n", n=4)) as outputs:
+            async for output in outputs:
+                if output.finish_reason:
+                    ended.add(output.index)
+        assert ended == {0, 1, 2, 3}
+
+    with_engine(bundle, test)
+
+
+def test_leaving_early_aborts_and_costs_no_further_step(bundle: Path) -> None:
+    load: list[StepStats] = []
+
+    async def test(client: EngineClient) -> None:
+        client.on_step = load.append
+        async with client.submit(request("gone", max_tokens=10_000)) as outputs:
+            await anext(outputs)
+        await collect(client, request("next", 1))
+        assert load[-1].requests_running == 0
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_aborting_one_choice_leaves_the_others(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        seen: dict[int, int] = {0: 0, 1: 0}
+        async with client.submit(request("half", max_tokens=20, n=2)) as outputs:
+            async for output in outputs:
+                seen[output.index] += len(output.tokens)
+                if seen[0] == 3 and output.index == 0:
+                    client.abort("half", 0)
+        assert seen == {0: 3, 1: 20}
+
+    with_engine(bundle, test)
+
+
+def test_a_refusal_is_the_exception_it_was(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        with pytest.raises(InvalidRequestError) as caught:
+            await collect(client, request("never", prompt=[UNFIT]))
+        assert (caught.value.code, caught.value.param, caught.value.hint) == (
+            "context_length_exceeded",
+            "prompt",
+            "cut it",
+        )
+        assert len(await collect(client, request("next"))) == 8
+
+    with_engine(bundle, test)
+
+
+@pytest.mark.parametrize("how", ["step raises", "killed"])
+def test_when_the_engine_dies_everybody_hears_of_it(bundle: Path, how: str) -> None:
+    async def test(client: EngineClient) -> None:
+        waiting = asyncio.create_task(collect(client, request("waiting", max_tokens=100_000)))
+        await asyncio.sleep(0.05)
+        if how == "killed":
+            assert client._process is not None
+            os.kill(client._process.pid, signal.SIGKILL)
+        else:
+            with pytest.raises(InternalError, match="poisoned"):
+                await collect(client, request("bad", prompt=[POISON]))
+        with pytest.raises(InternalError):
+            await waiting
+        assert not client.alive
+        with pytest.raises(UnavailableError):
+            await collect(client, request("late"))
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_several_requests_are_one_stream(bundle: Path) -> None:
+    reply = build_tokenizer().encode("The answer is 42").ids
+
+    async def test(client: EngineClient) -> None:
+        tokens: dict[tuple[str, int], list[int]] = {}
+        async with client.submit(request("a", 3, n=2), request("b", 5)) as outputs:
+            async for output in outputs:
+                choice = tokens.setdefault((output.request_id, output.index), [])
+                choice += [token.id for token in output.tokens]
+        assert tokens == {("a", 0): reply[:3], ("a", 1): reply[1:4], ("b", 0): reply[:5]}
+
+    with_engine(bundle, test)
+
+
+def test_one_refusal_drops_all_requests_of_a_call(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        load: list[StepStats] = []
+        client.on_step = load.append
+        with pytest.raises(InvalidRequestError, match="never fit"):
+            async with client.submit(request("long", 10_000), request("bad", prompt=[UNFIT])):
+                raise AssertionError("accepted")
+        assert not client._streams
+        await collect(client, request("next"))
+        assert load[-1].requests_running == 0
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_at_the_deadline_the_reader_hears_and_the_engine_forgets(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        load: list[StepStats] = []
+        client.on_step = load.append
+        now, seen = asyncio.get_running_loop().time(), []
+
+        async def read() -> None:
+            async with client.submit(request("slow", 100_000), deadline=now + 0.2) as outputs:
+                async for output in outputs:
+                    seen.append(output)
+
+        with pytest.raises(TimedOutError):
+            await read()
+        assert 5 < len(seen) < 10_000, "500 s of steps"
+        await collect(client, request("next", 1))
+        assert load[-1].requests_running == 0
+
+    with_engine(bundle, test, SLOW)
+
+
+def test_an_engine_that_hangs_is_lost_and_ended(bundle: Path) -> None:
+    """A step that never returns must not leave callers waiting for ever, nor the process with the model in memory."""
+    lost: list[str] = []
+
+    async def test(client: EngineClient) -> None:
+        client.on_lost = lost.append
+        await asyncio.sleep(1.2)
+        assert client.alive  # an idle engine answers
+        with pytest.raises(InternalError, match=r"no sign of life for 0\.5 s"):
+            await collect(client, request("hang", prompt=[HANGING]))
+        assert not client.alive
+        assert lost == ["the engine has given no sign of life for 0.5 s"]
+        assert client._process is not None
+        assert await asyncio.to_thread(client._process.wait, 5) == -signal.SIGKILL
+
+    with_engine(bundle, test, timeout_seconds=0.5)
+
+
+def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        raise AssertionError("it should not have started")
+
+    with pytest.raises(StartupError, match=r"tokenizer\.json is missing") as caught:
+        with_engine(tmp_path / "absent", test)
+    assert caught.value.hint == "write_bundle() makes it"
+    with pytest.raises(StartupError, match="No module named"):
+        with_engine(tmp_path, test, "tests.no_such_module:load")
+    with pytest.raises(StartupError, match="SIGKILL, perhaps for want of memory"):
+        with_engine(tmp_path, test, "tests.support.fake_engine:load_killed_engine")
+
+
+def test_closing_while_loading_does_not_hang(bundle: Path) -> None:
+    async def run() -> None:
+        client = EngineClient("time:sleep")  # never mind what it does: it is not an engine
+        starting = asyncio.create_task(client.start(EngineOptions(str(bundle)), lambda _: None))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await client.close()
+        with pytest.raises(StartupError):
+            await starting
+
+    asyncio.run(run())
+
+
+def test_frames_survive_any_cutting() -> None:
+    encoder, reader = wire.FrameEncoder(), wire.FrameReader()
+    messages = [wire.Abort("a" * size, size) for size in (0, 1, 300, 70_000)]
+    data = b"".join(encoder.encode(message) for message in messages)
+    for size in (1, 3, 7, 4096, len(data)):
+        frames = [frame for start in range(0, len(data), size) for frame in reader.feed(data[start : start + size])]
+        assert [wire.msgspec.msgpack.decode(frame, type=wire.ToEngine) for frame in frames] == messages
+
+
+def test_an_unknown_kind_of_refusal_is_our_fault() -> None:
+    assert isinstance(wire.Rejected("id", "NoSuchError", "what").to_error(), InternalError)
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, service.client.engine_client; sys.exit(any(name in sys.modules for name in sys.argv[1:]))"
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code, "torch", "service.engine.loader"]) == 0
+
+
+def test_every_field_of_a_request_crosses() -> None:
+    """A field that one side does not know would be lost without a word."""
+    sent = Request("id", [1, 2], SamplingParams(seed=2**63 - 1), "full", 1, cache_salt="salt", freeze_after=3)
+    [frame] = wire.FrameReader().feed(wire.FrameEncoder().encode(wire.Submit(sent)))
+    assert msgspec.msgpack.Decoder(wire.ToEngine).decode(frame) == wire.Submit(sent)
+
+
+def test_the_last_message_of_a_worker_with_many_descriptors() -> None:
+    """It waits for its reader where `select.select` would raise: its socket's number is over 1,023."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, descriptors(2000), ThreadPoolExecutor(1) as thread:
+        high = fcntl.fcntl(theirs, fcntl.F_DUPFD, 1100)
+        with socket.socket(fileno=high) as connection:
+            connection.sendall(b"the last")
+            lingering = thread.submit(_linger, connection)
+            assert ours.recv(100) == b"the last"
+            ours.close()
+            assert lingering.result(30) is None

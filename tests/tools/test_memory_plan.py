@@ -1,0 +1,113 @@
+"""The plan of `check --plan` against the engine that it speaks of: same bytes, same blocks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.checkpoint import load_checkpoint
+from service.contract.errors import SettingsError, StartupError
+from service.contract.options import EngineOptions
+from service.engine import loader
+from service.tools.memory_plan import describe_plan, plan_memory, weight_bytes
+from tests.support.bundles import make_bundle
+
+DEMO = Path(__file__).parents[2] / "model_store/demo"
+MIB = 1 << 20
+
+
+def plan_of(options: EngineOptions, gpu_bytes: int | None = None) -> Any:
+    checkpoint = load_checkpoint(options.model, verify_hashes=False)
+    return plan_memory(checkpoint, options, gpu_bytes)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head that is the embedding, biases, and experts that differ in rank and site."""
+    base = {"tie_word_embeddings": True, "attention_bias": True}
+    return make_bundle(
+        tmp_path_factory.mktemp("plan") / "tied", base_config=base, xlora={"xlora_depth": 3}, draft_head=4
+    )
+
+
+@pytest.fixture(scope="module")
+def partly_narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stored in bfloat16, with experts at some sites whose scales are no powers of two."""
+    return make_bundle(tmp_path_factory.mktemp("plan") / "narrow", dtype=torch.bfloat16)
+
+
+def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) -> None:
+    cases = itertools.product((DEMO, tied, partly_narrow), (None, "int8", "int4"), ("float32", "bfloat16"))
+    for (model, quantization, dtype), length in zip(cases, itertools.cycle((None, 100, 333)), strict=False):
+        options = EngineOptions(
+            *(str(model), "cpu", dtype, length, 3),
+            max_num_batched_tokens=length,
+            quantization=quantization,
+            threads=1,
+        )
+        plan, engine = plan_of(options), loader.load_engine(options)
+        runner = engine._runner
+        assert plan.weights == weight_bytes(runner.model), options
+        assert plan.pool_bytes == runner.kv_cache.bytes, options
+        assert plan.num_blocks == engine.info.kv_blocks_total, options
+        assert plan.max_model_len == engine.info.max_model_len
+        assert engine.info.max_num_batched_tokens == (length or 256)
+        assert (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size * plan.num_blocks == engine.info.kv_bytes
+
+
+def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
+    """The oracle of the count itself: storages by address, so that nothing shared is counted twice."""
+    model = loader.load_engine(EngineOptions(str(tied), "cpu", threads=1))._runner.model
+    assert model.draft_head is not None
+    modules = model.causal_lm, model.classifier, model.draft_head
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    assert weight_bytes(model).total == sum(storages.values())
+
+
+def test_rows_of_a_step_follow_the_device_and_the_seats() -> None:
+    """Who decodes has two rows: with as many rows as seats the last ones would never have theirs."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cpu) == 256
+    assert loader.resolve_batched_tokens(EngineOptions("any"), cuda) == 1024
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200), cpu) == 800
+    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200, max_num_batched_tokens=7), cpu) == 7
+
+
+def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:
+    """No GPU is needed: 85 % of what the weights leave, in whole blocks, never more than the requests can use."""
+    options = EngineOptions(str(tied), max_num_seqs=100_000, max_num_batched_tokens=1024)
+    plan = plan_of(options, 16 * MIB)
+    block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * 16
+    assert plan.num_blocks == int((16 * MIB - plan.weights.total) * 0.85) // block_bytes
+    assert plan.reserve_bytes == 16 * MIB - plan.weights.total - plan.pool_bytes > 0
+    assert plan_of(EngineOptions(str(tied), max_num_seqs=2), 1 << 34).full_requests == 2
+
+
+def test_what_does_not_fit_is_said_with_its_numbers(tied: Path) -> None:
+    with pytest.raises(StartupError, match=r"the weights need .* and the GPU has 100\.00 KiB"):
+        plan_of(EngineOptions(str(tied)), 100 << 10)
+    with pytest.raises(StartupError, match="one request of 1024 tokens needs"):
+        plan_of(EngineOptions(str(tied)), plan_of(EngineOptions(str(tied))).weights.total + 1000)
+    with pytest.raises(StartupError, match=r"--kv-memory leaves .* for activations"):
+        plan_of(
+            EngineOptions(str(tied), kv_memory_bytes=16 * MIB, max_num_seqs=100_000, max_num_batched_tokens=9), 16 * MIB
+        )
+    with pytest.raises(SettingsError, match="--max-model-len 1025 is over"):
+        plan_of(EngineOptions(str(tied), max_model_len=1025))
+
+
+def test_no_weight_of_the_base_is_read(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(tied, verify_hashes=False)
+    (checkpoint.base_path / "model.safetensors").rename(checkpoint.base_path / "away")
+    try:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+        text = describe_plan(plan_memory(checkpoint, EngineOptions(str(tied)), 80 << 30))
+    finally:
+        (checkpoint.base_path / "away").rename(checkpoint.base_path / "model.safetensors")
+    assert "80.00 GiB" in text
+    assert "requests of 1,024 tokens at once (--max-num-seqs 64)" in text
