@@ -161,9 +161,9 @@ class Engines:
         size = 3200 // settings["block_size"] if blocks is None else blocks
         settings["kv_memory_bytes"] = size * self.model.kv_layout(settings["block_size"]).block_bytes
         shares = self._native is not None and settings.get("native_kernels", True) and "native_cache" not in settings
-        chosen = EngineOptions(
-            model=str(self.tiny.path), **{**settings, **({"native_kernels": False} if shares else {})}
-        )
+        if shares:
+            settings["native_kernels"] = False
+        chosen = EngineOptions(model=str(self.tiny.path), **settings)
         engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append, wait_for_native=wait)
         if shares:  # a model is made native once: its weights may be kept in bfloat16 then
             engine._runner.step = self._native
