@@ -69,7 +69,7 @@ def server(
     *flags: str,
     module: str = "service",
     command: str = "serve",
-    ready_seconds: float = 90.0,
+    ready_seconds: float = 300.0,  # the first on a machine compiles native kernels
     root: Path = ROOT,
     env: Mapping[str, str] = _NOTHING,
     **popen: Any,
