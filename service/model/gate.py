@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class Gate(nn.Module):
+class Gate:
     """Spreads scalings [n, S, E] over the ranks of the stacked experts, once per forward for all sites.
 
     `ranks[s][e]` is the rank of expert e at site s, 0 where it does not target the site.
@@ -21,7 +21,6 @@ class Gate(nn.Module):
     """
 
     def __init__(self, ranks: list[list[int]], *, layerwise: bool, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
         self.global_scaling_weight = 1.0
         self.first_row = 0  # rows before it have an all-zero gate: no expert acts on them
         self.dtype = dtype  # of the arithmetic
@@ -31,8 +30,7 @@ class Gate(nn.Module):
                 index += [(site if layerwise else 0) * len(site_ranks) + expert] * rank
         self._sizes = [sum(site_ranks) for site_ranks in ranks]  # R of each site
         self._offsets = [0, *accumulate(self._sizes)]  # of each site in all ranks
-        self.rank_index: Tensor  # int64 [sum of all ranks], into a flattened [S, E] row
-        self.register_buffer("rank_index", torch.tensor(index, device=device), persistent=False)
+        self.rank_index = torch.tensor(index, device=device)  # int64 [sum of all ranks], into a flattened [S, E] row
         self._spread: Tensor | None = None  # [n, sum of all ranks]
         self._by_site: Sequence[Tensor] = ()  # its parts [n, R]
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
@@ -53,12 +51,11 @@ class Gate(nn.Module):
 
     def open(self, spread: Tensor, first_row: int) -> None:
         """The same with scalings that are spread already [n, sum of all ranks]."""
-        # nn.Module looks at every attribute that is set: several microseconds of a step
-        self.__dict__.update(first_row=first_row, active=True, _spread=spread, _by_site=())
+        self.first_row, self.active, self._spread, self._by_site = first_row, True, spread, ()
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""
-        self.__dict__.update(active=False, _spread=None, _by_site=(), logit_rows=None)
+        self.active, self._spread, self._by_site, self.logit_rows = False, None, (), None
 
     def at(self, site: int) -> Tensor:
         """Returns [n, R]: the scaling of every rank of the site's stack, for rows first_row .. first_row + n."""

@@ -12,11 +12,9 @@ from service.model.gate import Gate
 class AdaptedModule(nn.Module):
     """A module of the base with the experts of one site."""
 
-    gate: Gate
-
     def __init__(self, gate: Gate, site: int) -> None:
         super().__init__()
-        self.__dict__["gate"] = gate  # the model's: an ordinary attribute would make it a submodule of each
+        self.gate = gate
         self.site = site
 
 
