@@ -186,7 +186,8 @@ public:
             for (int64_t d = 0; d < head_dim; d++)
                 floats_[own * head_dim + d] = query[row * query_stride + at + d] * (how.scaling * kLog2E);
         });
-        const int64_t from = begin(last), to = std::max(from, span_.position + 1);
+        // What fits one look is near, so there each row looks alone, and its sums are of one piece.
+        const int64_t from = begin(last), to = last < kTokens ? from : std::max(from, span_.position + 1);
         for (int64_t row = 0; row < span_.rows; row++) look(begin(span_.position + row), std::min(from, span_.position + row + 1), row, 1);
         look(from, to, 0, span_.rows);
         for (int64_t row = 0; row < span_.rows; row++) look(to, span_.position + row + 1, row, 1);

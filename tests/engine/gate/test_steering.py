@@ -128,7 +128,7 @@ def assert_follows(ours: Choice, prompt: list[int], forward: Forward) -> None:
     found = torch.tensor([token.logprob for token in ours.token_outputs])
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
     if ours.fulls:
-        np.testing.assert_allclose(ours.full, scalings, atol=2e-5, rtol=0)
+        np.testing.assert_allclose(ours.full, scalings, atol=1e-5, rtol=0)
 
 
 def greedy_with_logprobs(name: str, prompt: list[int], max_tokens: int, **request: Any) -> Request:
