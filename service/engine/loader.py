@@ -6,7 +6,6 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from service.contract.errors import SettingsError, StartupError, XLoraError
 from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
+from service.engine.gate.report import GateReporter
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
 from service.engine.tensor_parallel.group import Group, Leader, check_options
@@ -155,9 +155,10 @@ def build_engine(
     if group is not None:
         num_blocks = group.agree_on_blocks(num_blocks)
     max_rows = resolve_batched_tokens(options, model.device)
-    runner = ModelRunner(model, allocate_cache(model, num_blocks, options.block_size, max_rows))
+    kv_cache = allocate_cache(model, num_blocks, options.block_size)
+    runner = ModelRunner(model, kv_cache)
     if group is not None:
-        runner.step = runner.leader = Leader(model, group)
+        runner.step = Leader(model, group)
     elif model.device.type == "cuda" and options.cuda_graphs:
         runner.step = capture_steps(runner, options.max_num_seqs, max_model_len)
     scheduler = Scheduler(
@@ -175,13 +176,13 @@ def build_engine(
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
     if uses_native(options, model.device, model.dtype):
         cache = Path(options.native_cache).expanduser()
-        native.build(model, partial(setattr, runner, "step"), on_progress, cache=cache, wait=wait_for_native)
-    return Engine(runner, scheduler, info, grammars)
+        native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
+    return Engine(runner, GateReporter(kv_cache, model.classifier, len(model.sites)), scheduler, info, grammars)
 
 
-def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int, max_rows: int) -> KVCache:
-    """The pool, with gate rows to spare for every row of a step."""
-    return KVCache.allocate(model.kv_layout(block_size), num_blocks, model.dummy_row, spare_rows=max_rows)
+def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int) -> KVCache:
+    """The pool of a model."""
+    return KVCache.allocate(model.kv_layout(block_size), num_blocks, model.dummy_row)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:

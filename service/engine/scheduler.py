@@ -30,7 +30,7 @@ _NONE = range(0)
 
 
 @dataclass(slots=True)
-class Scheduled:
+class ScheduledSequence:
     """One sequence's share of a step: positions start .. start + count of either stream."""
 
     sequence: Sequence
@@ -42,6 +42,11 @@ class Scheduled:
     predict_start: int  # the logits of the scaling rows before positions predict_start ...
     predict_count: int  # ... to predict_start + predict_count - 1 predict those
     scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
+    # Where its rows are, once the batch is built: in the flat batch, and in the logits (`samples`, then
+    # `predict_count`, then `scores`).
+    scaling_row: int = 0
+    real_row: int = 0
+    logit_row: int = 0
 
     @property
     def scaling_end(self) -> int:
@@ -58,12 +63,17 @@ class Scheduled:
         """Rows of the flat batch."""
         return self.scaling_count + self.real_count
 
+    @property
+    def logit_count(self) -> int:
+        """Rows of the logits."""
+        return self.samples + self.predict_count + len(self.scores)
+
 
 @dataclass(slots=True)
 class Plan:
     """One step."""
 
-    scheduled: list[Scheduled] = field(default_factory=list)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
     preemptions: int = 0
 
 
@@ -216,7 +226,7 @@ class Scheduler:
         if count and self._missing(sequence, end, end) <= self.blocks.free:
             sequence.copy_ahead(count)
 
-    def _share(self, sequence: Sequence, budget: int) -> Scheduled:
+    def _share(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
         known, hypothesis = len(sequence.tokens), sequence.hypothesis_len
         scaling_start, real_start = sequence.scaling.computed, sequence.real.computed
@@ -227,7 +237,7 @@ class Scheduler:
         if scoring:
             real_count = min(real_count, max(0, sequence.scored - real_start) + self._scorable)
         scaling_count = min(min(hypothesis, sequence.gate_end) - scaling_start, budget - real_count)
-        share = Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
+        share = ScheduledSequence(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
         if sequence.generates:
             share.samples = max(0, share.real_end - (known - 1))
             if scoring:
@@ -235,7 +245,7 @@ class Scheduler:
             self._ask_predictions(share, known, hypothesis)
         return share
 
-    def _ask_predictions(self, share: Scheduled, known: int, hypothesis: int) -> None:
+    def _ask_predictions(self, share: ScheduledSequence, known: int, hypothesis: int) -> None:
         """The scaling pass predicts the hypothesis's next token, and checks the copied ones, where either pays."""
         if not self.lookahead or share.scaling_end < known:
             return
@@ -259,7 +269,7 @@ class Scheduler:
         """How many of `end` positions the scaling stream needs blocks for."""
         return 0 if sequence.scaling_ended else min(end, sequence.gate_end)
 
-    def _make_room(self, share: Scheduled, plan: Plan) -> bool:
+    def _make_room(self, share: ScheduledSequence, plan: Plan) -> bool:
         """Gives both streams the blocks their rows need, preempting if need be."""
         sequence = share.sequence
         while (missing := self._missing(sequence, share.scaling_end, share.real_end)) > self.blocks.free:

@@ -20,7 +20,6 @@ from service.engine.loader import (
     allocate_cache,
     expect_bfloat16,
     plan_blocks,
-    resolve_batched_tokens,
     resolve_dtype,
     resolve_max_model_len,
 )
@@ -94,7 +93,6 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
     weights = weight_bytes(model, halved)
     layout = model.kv_layout(options.block_size)
-    max_rows = resolve_batched_tokens(options, device)
     free_bytes = None if gpu_bytes is None else _free_after(weights.total, gpu_bytes)
     num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
     plan = MemoryPlan(
@@ -111,7 +109,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         gate_row_bytes=layout.gate_row_bytes,
         num_blocks=num_blocks,
         blocks_per_request=layout.blocks_for(max_model_len),
-        pool_bytes=allocate_cache(model, num_blocks, options.block_size, max_rows).bytes,
+        pool_bytes=allocate_cache(model, num_blocks, options.block_size).bytes,
         loading_bytes=weight_bytes(model).total,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:

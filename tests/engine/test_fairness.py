@@ -22,9 +22,7 @@ def steps_to_first_token(engine: Engine, name: str, limit: int = 200) -> int:
 
 def rows_by_request(runner: FakeRunner, since: int) -> list[Counter[str]]:
     """Of each step."""
-    return [
-        Counter({share.sequence.request.id: share.rows for share in plan.scheduled}) for plan in runner.plans[since:]
-    ]
+    return [Counter({share.sequence.request.id: share.rows for share in plan}) for plan in runner.steps[since:]]
 
 
 @pytest.mark.parametrize("joins_late", [True, False])
@@ -36,7 +34,7 @@ def test_a_long_prompt_does_not_stall_short_ones(joins_late: bool) -> None:
         for _ in range(3):
             engine.step()
     engine.add(request("short", 20, 4))
-    before = len(runner.plans)
+    before = len(runner.steps)
     assert steps_to_first_token(engine, "short") == 2
     for rows in rows_by_request(runner, before):
         assert (rows["short"], rows["long"]) == (20 + rows["short"] % 20, 64 - rows["short"])
@@ -53,7 +51,7 @@ def test_several_long_prompts_advance_evenly() -> None:
     engine.step()
     assert all(sum(rows.values()) >= 59 for rows in rows_by_request(runner, 0))
     finish(engine)
-    assert len(runner.plans) <= 2 * 607 / 59 + 2
+    assert len(runner.steps) <= 2 * 607 / 59 + 2
 
 
 def test_a_crowd_does_not_stall_the_long_prompt() -> None:

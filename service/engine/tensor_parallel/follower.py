@@ -3,9 +3,9 @@
     python -m service.engine.tensor_parallel.follower FD RANK
 
 FD is one end of a socket pair whose other end rank 0 holds (group.py). A follower samples nothing and knows no request:
-it keeps its shard of the keys and values, and the gate rows. Those of ordinary requests it computes itself: what is not
-split is computed by every rank from the same bits, because a sum over ranks has the same bits on all of them. Those of
-steered requests it is sent. When rank 0 ends, the socket closes, and a thread ends this process wherever it is.
+it keeps its shard of the keys and values, and all gate rows: what is not split is computed by every rank from the same
+bits, because a sum over ranks has the same bits on all of them. When rank 0 ends, the socket closes, and a thread ends
+this process wherever it is.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.loader import (
@@ -29,11 +27,10 @@ from service.engine.loader import (
     keep_freed_memory,
     load_checkpoint_and_model,
     plan_blocks,
-    resolve_batched_tokens,
     resolve_max_model_len,
 )
 from service.engine.tensor_parallel.group import join_collectives
-from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch, unpack_gate_rows
+from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
 from service.model.xlora_model import XLoraModel
@@ -83,19 +80,12 @@ class Follower:
     def _allocate(self, blocks: int) -> None:
         assert self._model is not None
         assert self._options is not None
-        max_rows = resolve_batched_tokens(self._options, self._model.device)
-        self._cache = allocate_cache(self._model, blocks, self._options.block_size, max_rows)
+        self._cache = allocate_cache(self._model, blocks, self._options.block_size)
 
-    @torch.inference_mode()
     def _step(self, frame: bytes) -> None:
         assert self._model is not None
         assert self._cache is not None
-        batch = unpack_batch(frame, self._model.device)
-        if batch is not None:
-            self._model.forward(batch, self._cache)
-            return
-        gate_rows = self._cache.gate_rows
-        gate_rows.index_copy_(0, *unpack_gate_rows(frame, gate_rows.shape[1:], self._model.device))
+        self._model.forward(unpack_batch(frame, self._cache.gate_rows.shape[1:], self._model.device), self._cache)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._connection.send_bytes(pack(message))

@@ -11,7 +11,7 @@ in a collective operation, which would time out. The collectives' own connection
                        <-      load: the engine's options
     blocks they have room for ->
                        <-      allocate: the least of all
-                       <-      forward, gate rows, forward, ...
+                       <-      forward, forward, ...
 
 A group is as good as its last rank: when one ends, in whatever way, the others are ended and `on_lost` hears why. That
 comes from a thread, because the main thread may wait in a collective that will never end.
@@ -37,11 +37,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from service.contract.errors import EngineLostError, SettingsError
 from service.contract.options import EngineOptions
-from service.engine.tensor_parallel.rank_messages import pack, pack_batch, pack_gate_rows, unpack
+from service.engine.tensor_parallel.rank_messages import pack, pack_batch, unpack
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
@@ -157,7 +156,7 @@ class Group:
 
 
 class Leader:
-    """XLoraModel.forward on every rank at once, and what else changes all ranks' gate rows."""
+    """XLoraModel.forward on every rank at once."""
 
     def __init__(self, model: XLoraModel, group: Group) -> None:
         self._model, self._group = model, group
@@ -169,10 +168,6 @@ class Leader:
             return self._model.forward(batch, kv_cache)
         except Exception as error:
             raise self._group.failure(error) from error
-
-    def store_gate_rows(self, slots: list[int], rows: Tensor) -> None:
-        """Stores gate rows [n, S, E] on the other ranks."""
-        self._group.send(pack_gate_rows(slots, rows))
 
 
 class _Follower:
