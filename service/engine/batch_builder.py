@@ -76,7 +76,7 @@ class BatchBuilder:
         write_to: list[int] = []
         for s in segments:
             sequence = s.scheduled.sequence
-            ids += sequence.hypothesis(s.start, s.start + s.count)
+            ids += sequence.token_ids(s.start, s.start + s.count)
             positions += range(s.start, s.start + s.count)
             kv_slots += stream_slots(s.stream, s.start, s.count, size)
             if not s.is_scaling:

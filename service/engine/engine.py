@@ -334,7 +334,7 @@ def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
 def _count(scheduled: ScheduledSequence, stats: StepStats) -> None:
     """Adds one sequence's step to its usage and to the step's statistics."""
     sequence, usage = scheduled.sequence, scheduled.sequence.usage
-    lookahead, copying = sequence.lookahead, sequence.copying
+    lookahead, copying = sequence.lookahead, sequence.prompt_lookup
     before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
     usage.forward_passes += 1
     usage.scaling_rows += scheduled.scaling_count

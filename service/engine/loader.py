@@ -38,7 +38,7 @@ _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requ
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
-_MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
+_MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -169,7 +169,7 @@ def build_engine(
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
         row_cost=_ROW_COST[model.device.type],
-        max_scored_rows=max(1, _MOST_SCORED_LOGITS // model.config.get_text_config().vocab_size),
+        max_scored_rows=max(1, _MAX_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
@@ -253,7 +253,7 @@ def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
 
 def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
     """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
-    decoding needs when every seat is taken.
+    decoding needs when every slot is taken.
     """
     return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
 

@@ -173,9 +173,9 @@ def test_on_a_machine_with_gpus_each_rank_needs_one(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_rank_says_before_it_ends_is_passed_on(tmp_path: Path) -> None:
     group = Group(2)
-    [follower] = group._followers
+    [rank] = group._others
     try:
-        group.receive(follower)  # it has started
+        group.receive(rank)  # it has started
         group.load(EngineOptions(str(tmp_path / "nowhere"), tensor_parallel=2))
         with pytest.raises(EngineLostError, match=r"rank 1 of 2 failed: .*nowhere"):
             group.agree_on_blocks(1)
@@ -188,8 +188,8 @@ def test_a_killed_rank_ends_the_group_and_is_named(pair: Pair) -> None:
     engine = pair.engine(DEMO)
     engine.add(greedy("a", words(1, 20, 1000), 50))
     engine.step()
-    [follower] = pair.group._followers
-    os.kill(follower.process.pid, signal.SIGKILL)
+    [rank] = pair.group._others
+    os.kill(rank.process.pid, signal.SIGKILL)
     reason = "rank 1 of 2 was ended by SIGKILL, perhaps for want of memory"
     with pytest.raises(EngineLostError, match=reason):
         run(engine, [])

@@ -1,8 +1,8 @@
 """A rank of a tensor-parallel group other than rank 0: loads its shards, then runs the forwards it is told of.
 
-    python -m service.engine.tensor_parallel.follower FD RANK
+    python -m service.engine.tensor_parallel.rank_worker FD RANK
 
-FD is one end of a socket pair whose other end rank 0 holds (group.py). A follower samples nothing and knows no request:
+FD is one end of a socket pair whose other end rank 0 holds (group.py). It samples nothing and knows no request:
 it keeps its shard of the keys and values, and all gate rows: what is not split is computed by every rank from the same
 bits, because a sum over ranks has the same bits on all of them. When rank 0 ends, the socket closes, and a thread ends
 this process wherever it is.
@@ -38,7 +38,7 @@ from service.model.xlora_model import XLoraModel
 logger = logging.getLogger(__name__)
 
 
-class Follower:
+class RankWorker:
     """One rank, on one connection."""
 
     def __init__(self, rank: int, connection: Connection) -> None:
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     connection = Connection(int(argv[1]))
     threading.Thread(target=_end_with, args=[connection.fileno()], daemon=True).start()
     try:
-        Follower(rank, connection).run()
+        RankWorker(rank, connection).run()
     except (EOFError, ConnectionError):
         return 0
     except XLoraError as error:
