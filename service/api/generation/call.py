@@ -27,7 +27,6 @@ from service.api.off_loop import off_loop
 from service.api.schemas.fields import MAX_CHOICES, SamplingFields, XLoraFields
 from service.api.schemas.steering import as_used, steering_of
 from service.api.state import Service
-from service.contract.checks import with_checked_steering
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams, TextForm
@@ -271,7 +270,7 @@ def _check_rows_start(xlora: XLoraFields, prompts: Sequence[list[int]]) -> None:
 
 def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields, info: EngineInfo) -> Request:
     """The engine's view of one prompt."""
-    request = Request(
+    return Request(
         id=id,
         prompt_token_ids=prompt,
         sampling=sampling,
@@ -281,4 +280,3 @@ def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraF
         freeze_after=xlora.gate.freeze_after if xlora.gate is not None else None,
         steering=steering_of(xlora, info),
     )
-    return with_checked_steering(request, info)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
@@ -15,6 +15,7 @@ from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.detokenizer import Detokenizer, special_token_ids
 from service.api.off_loop import off_loop
 from service.api.schemas.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.contract.checks import check_context, check_token_ids
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import SamplingParams, TextForm
@@ -77,19 +78,9 @@ class TextCodec:
             return None
         return self._encode(text, add_special_tokens)
 
-    def check_known(self, ids: Collection[int], param: str) -> None:
-        """Raises InvalidRequestError for token ids that the vocabulary has not."""
-        if ids and not 0 <= min(ids) <= max(ids) < self._info.vocab_size:
-            unknown = next(id for id in ids if not 0 <= id < self._info.vocab_size)
-            raise InvalidRequestError(
-                f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {self._info.vocab_size - 1}",
-                param=param,
-                code="unknown_token",
-            )
-
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises InvalidRequestError for ids outside the vocabulary."""
-        self.check_known(ids, "token_ids")
+        check_token_ids(ids, "token_ids", self._info)
         [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return str(text)
 
@@ -123,8 +114,8 @@ class TextCodec:
     ) -> SamplingParams:
         """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
-        self.check_known(bias, "logit_bias")
-        self.check_known(body.stop_token_ids or (), "stop_token_ids")
+        check_token_ids(bias, "logit_bias", self._info)
+        check_token_ids(body.stop_token_ids or (), "stop_token_ids", self._info)
         given = body.model_dump(
             exclude_none=True,
             include={
@@ -144,25 +135,10 @@ class TextCodec:
         )
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
-        room = self._info.max_model_len - prompt_tokens
-        if room < 1:
-            raise InvalidRequestError(
-                f"the prompt's {prompt_tokens} tokens leave no room in the context of {self._info.max_model_len}",
-                param="prompt",
-                code="context_length_exceeded",
-                hint="shorten the prompt",
-            )
-        if wanted is None:
-            return min(DEFAULT_MAX_TOKENS, room)
-        if wanted > room:
-            raise InvalidRequestError(
-                f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} is over the "
-                f"context of {self._info.max_model_len} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-                hint=f"lower max_tokens to {room} or shorten the prompt",
-            )
-        return wanted
+        room = max(1, self._info.max_model_len - prompt_tokens)
+        max_tokens = min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
+        check_context(prompt_tokens, max_tokens, self._info)
+        return max_tokens
 
     def _all_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         found: list[list[int]] = []
@@ -190,7 +166,7 @@ class TextCodec:
             raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
         if len(ids) > self._info.max_model_len:
             raise self._too_long(str(len(ids)), param)
-        self.check_known(ids, param)
+        check_token_ids(ids, param, self._info)
         return ids
 
     def _too_long(self, tokens: str, param: str) -> InvalidRequestError:

@@ -33,7 +33,7 @@ from service.api.schemas.bodies import CompareBody, CompareSetting
 from service.api.schemas.examples import COMPARE_ANSWER, COMPARE_BODIES
 from service.api.schemas.steering import as_used, steering_of
 from service.api.state import Service, new_id, service_of
-from service.contract.checks import with_checked_steering
+from service.contract.checks import check_token_ids, checked_steering
 from service.contract.errors import InvalidRequestError, TimedOutError
 from service.contract.request import Request, TextForm
 from service.contract.steering import Steering
@@ -212,16 +212,15 @@ class Comparison:
         return document
 
     def _request(self, number: int, setting: CompareSetting) -> Request:
-        request = Request(
+        return Request(
             id=f"{self._id}-{number}" if number else self._id,
             prompt_token_ids=self._prompt,
             sampling=self._sampling,
             return_scalings=self._body.return_scalings or "none",
             cache_salt=self._body.cache_salt or "",
             freeze_after=setting.gate.freeze_after if setting.gate is not None else None,
-            steering=steering_of(setting, self._service.info),
+            steering=checked_steering(steering_of(setting, self._service.info), self._service.info),
         )
-        return with_checked_steering(request, self._service.info)
 
     def _check_given(self, setting: CompareSetting) -> None:
         ids, most = setting.token_ids or [], self._service.info.max_model_len
@@ -231,7 +230,7 @@ class Comparison:
                 param="token_ids",
                 code="context_length_exceeded",
             )
-        self._service.codec.check_known(ids, "token_ids")
+        check_token_ids(ids, "token_ids", self._service.info)
 
     def _check_sizes(self, written: int) -> None:
         info, settings = self._service.info, len(self._outputs)

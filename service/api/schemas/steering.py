@@ -1,6 +1,6 @@
 """Between the names of the wire's `experts` and `gate` and the numbers of the engine's Steering.
 
-What a model cannot follow is refused by rules that the engine shares (contract/checks.py).
+What a model cannot follow is refused by contract/checks.py.
 """
 
 from __future__ import annotations
