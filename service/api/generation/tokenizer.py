@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import secrets
 from collections.abc import Sequence
+from dataclasses import fields
 
 from tokenizers import Tokenizer
 
@@ -26,9 +27,13 @@ MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds
 _CHARACTERS_PER_TOKEN = 4  # a guess, by which it is decided whether a text is long
 _PIECE_CHARACTERS = 1 << 14  # of a long text that is counted: a token takes some hundred bytes until it is an id
 _EDGE_TOKENS = 128  # that cutting a text can add, at each cut
+# The parameters that a body has by the same names, and that need no conversion.
+_AS_GIVEN = {field.name for field in fields(SamplingParams)} - {
+    *("max_tokens", "logit_bias", "stop_token_ids", "seed", "logprobs", "prompt_logprobs", "form")
+}
 
 
-class TextCodec:
+class ModelTokenizer:
     """One model's tokenizer."""
 
     def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
@@ -47,7 +52,7 @@ class TextCodec:
 
     async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
-        assert self._chats is not None, "this codec is for prompts"
+        assert self._chats is not None, "this tokenizer is for prompts"
         return await self.encode(await self._chats.render(messages), False, "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
@@ -84,7 +89,7 @@ class TextCodec:
         [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return str(text)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; together they are the text."""
         detokenizer = self.detokenizer()
         texts = [detokenizer.push(id) for id in ids]
@@ -116,13 +121,6 @@ class TextCodec:
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
         check_token_ids(bias, "logit_bias", self._info)
         check_token_ids(body.stop_token_ids or (), "stop_token_ids", self._info)
-        given = body.model_dump(
-            exclude_none=True,
-            include={
-                *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-                *("frequency_penalty", "ignore_eos", "n"),
-            },
-        )
         return SamplingParams(
             max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
             logit_bias=bias,
@@ -131,7 +129,7 @@ class TextCodec:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             form=form,
-            **given,
+            **body.model_dump(exclude_none=True, include=_AS_GIVEN),
         )
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from service.api.schemas.answers import Steered
 from service.api.schemas.fields import Experts, Gate, LayerWeight, SteeringFields
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
@@ -31,17 +32,18 @@ def steering_of(xlora: SteeringFields, info: EngineInfo) -> Steering:
     )
 
 
-def as_used(xlora: SteeringFields) -> dict[str, Any]:
+def as_used(xlora: SteeringFields) -> Steered:
     """`experts` and `gate` for the answer, as a caller would write them; each only where it says something."""
-    given = {}
+    used: Steered = {}
     if xlora.experts is not None:
         experts = xlora.experts.model_dump(exclude_none=True, exclude={"weights"})
         if xlora.experts.weights is not None:
             experts["weights"] = {name: _as_written(weights) for name, weights in xlora.experts.weights.items()}
-        given["experts"] = experts
-    if xlora.gate is not None:
-        given["gate"] = xlora.gate.model_dump(exclude_none=True)
-    return {name: value for name, value in given.items() if value}
+        if experts:
+            used["experts"] = experts
+    if xlora.gate is not None and (gate := xlora.gate.model_dump(exclude_none=True)):
+        used["gate"] = gate
+    return used
 
 
 def _as_written(weights: list[LayerWeight]) -> float | list[dict[str, Any]]:
