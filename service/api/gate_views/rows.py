@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.api.schemas.answers import FirstNames, Scalings, ScalingsDelta, ScalingsRows
+from service.api.schemas.answers import Scalings, ScalingsDelta
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError
 from service.contract.output import GateRows
@@ -66,16 +66,18 @@ class RowFormat:
 
     def document(self, rows: Rows | None, start: int) -> Scalings:
         """The `scalings` object of a whole answer; `start` is for when there are no rows."""
-        numbers: ScalingsRows = {"start": start, "mean": [], "entropy": []} if rows is None else self._rows(rows)
+        numbers: ScalingsDelta = {"start": start, "mean": [], "entropy": []} if rows is None else self._rows(rows)
         return {"experts": self._experts, "sites": self._sites, **numbers}
 
     def delta(self, rows: Rows, first: bool) -> ScalingsDelta:
         """The `scalings` object of an event; a choice's first names experts and sites."""
-        names: FirstNames = {"experts": self._experts, "sites": self._sites} if first else {}
-        return {**names, **self._rows(rows)}
+        numbers = self._rows(rows)
+        if first:
+            numbers["experts"], numbers["sites"] = self._experts, self._sites
+        return numbers
 
-    def _rows(self, rows: Rows) -> ScalingsRows:
-        numbers: ScalingsRows = {
+    def _rows(self, rows: Rows) -> ScalingsDelta:
+        numbers: ScalingsDelta = {
             "start": rows.start,
             "mean": np.ascontiguousarray(rows.mean),
             "entropy": rows.entropy,

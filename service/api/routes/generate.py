@@ -60,9 +60,14 @@ class GenerateWriter:
 
     def event(self, delta: Delta) -> bytes:
         """The same fields as an entry of `outputs`, with what this token added to each."""
+        token = delta.token
         written: answers.GenerateDelta = {
             "id": self._run.id,
-            **self._text(delta.index, [delta]),
+            "index": delta.index,
+            "text": delta.text,
+            "token_ids": [] if token is None else [token.id],
+            "tokens": [] if token is None else [self._token(token, delta.token_text)],
+            "finish_reason": delta.finish_reason,
             **self._run.scalings_delta(delta),
         }
         return event(written)
@@ -76,9 +81,6 @@ class GenerateWriter:
         return {"id": self._run.id, "model": self._run.info.model, "seed": self._run.seed, **self._run.steering}
 
     def _output(self, index: int, deltas: list[Delta]) -> answers.Output:
-        return {**self._text(index, deltas), **self._run.scalings(index, deltas)}
-
-    def _text(self, index: int, deltas: list[Delta]) -> answers.OutputText:
         tokens = [(delta.token, delta.token_text) for delta in deltas if delta.token is not None]
         return {
             "index": index,
@@ -86,6 +88,7 @@ class GenerateWriter:
             "token_ids": [token.id for token, _ in tokens],
             "tokens": [self._token(token, text) for token, text in tokens],
             "finish_reason": deltas[-1].finish_reason,
+            **self._run.scalings(index, deltas),
         }
 
     def _token(self, token: TokenOutput, text: str) -> answers.Token:

@@ -123,6 +123,8 @@ class _Frame:
             "model": body.model or run.info.model,
             "system_fingerprint": f"fp_{run.info.weights_sha256[:12]}",
         }
+        usage: answers.ChunkUsage = {"usage": None} if self.usage_last else {}
+        self._silent: answers.OpenAIChunk = {**self._head, "xlora": self._as_used, **usage}
 
     def whole(self) -> answers.OpenAIAnswer:
         """Of a whole answer, and of the chunk without choices, for who asked for the usage."""
@@ -132,10 +134,9 @@ class _Frame:
     def chunk(self, delta: Delta) -> answers.OpenAIChunk:
         """Of the chunk that brings a delta."""
         self._told_tokens += delta.token is not None
-        usage: answers.ChunkUsage = {"usage": None} if self.usage_last else {}
         if self._usage_always:
-            usage["usage"] = self._usage(self._told_tokens)
-        return {**self._head, "xlora": self._as_used, **usage}
+            return {**self._head, "xlora": self._as_used, "usage": self._usage(self._told_tokens)}
+        return self._silent
 
     def _usage(self, completion: int) -> answers.OpenAIUsage:
         prompt = self._generation.prompt_tokens

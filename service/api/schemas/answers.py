@@ -65,15 +65,11 @@ class Scalings(ScalingsRows):
     sites: list[str]
 
 
-class FirstNames(TypedDict):
-    """What a choice's first event names."""
+class ScalingsDelta(ScalingsRows):
+    """More rows of the gate, in an event."""
 
     experts: NotRequired[Annotated[list[str], Field(description="In a choice's first event.")]]
     sites: NotRequired[Annotated[list[str], Field(description="In a choice's first event.")]]
-
-
-class ScalingsDelta(ScalingsRows, FirstNames):
-    """More rows of the gate, in an event."""
 
 
 class WithScalings(TypedDict):
