@@ -30,7 +30,7 @@ from service.api.schemas.bodies import CompareBody, CompareSetting
 from service.api.schemas.examples import COMPARE_ANSWER, COMPARE_BODIES
 from service.api.schemas.steering import as_used, steering_of
 from service.api.state import Service, service_of
-from service.contract.checks import check_token_ids, checked_steering
+from service.contract.checks import check_token_ids
 from service.contract.errors import InvalidRequestError, TimedOutError
 from service.contract.request import Request, TextForm
 from service.contract.steering import Steering
@@ -201,7 +201,7 @@ class Comparison:
             return_scalings=self._body.return_scalings or "none",
             cache_salt=self._body.cache_salt or "",
             freeze_after=setting.gate.freeze_after if setting.gate is not None else None,
-            steering=checked_steering(steering_of(setting, self._service.info), self._service.info),
+            steering=steering_of(setting, self._service.info),
         )
 
     def _check_given(self, setting: CompareSetting) -> None:
