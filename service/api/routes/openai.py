@@ -163,19 +163,19 @@ class CompletionWriter:
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.CompletionAnswer:
         """The answer as one document."""
         choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
-        return {"object": "text_completion", "choices": choices, **self._frame.whole()}
+        return {**self._frame.whole(), "object": "text_completion", "choices": choices}
 
     def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first has the echo."""
         choice: answers.CompletionDelta = {**self._text(delta.index, [delta]), **_delta_xlora(self._run, delta)}
-        chunk: answers.CompletionChunk = {"object": "text_completion", "choices": [choice], **self._frame.chunk(delta)}
+        chunk: answers.CompletionChunk = {**self._frame.chunk(delta), "object": "text_completion", "choices": [choice]}
         return event(chunk)
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""
         if not self._frame.usage_last:
             return b""
-        chunk: answers.CompletionChunk = {"object": "text_completion", "choices": [], **self._frame.whole()}
+        chunk: answers.CompletionChunk = {**self._frame.whole(), "object": "text_completion", "choices": []}
         return event(chunk)
 
     def _choice(self, index: int, deltas: list[Delta]) -> answers.CompletionChoice:
@@ -242,7 +242,7 @@ class ChatWriter:
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
         """The answer as one document."""
         choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
-        return {"object": "chat.completion", "choices": choices, **self._frame.whole()}
+        return {**self._frame.whole(), "object": "chat.completion", "choices": choices}
 
     def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first names the role."""
@@ -257,14 +257,14 @@ class ChatWriter:
             "finish_reason": delta.finish_reason,
             **_delta_xlora(self._run, delta),
         }
-        chunk: answers.ChatChunk = {"object": "chat.completion.chunk", "choices": [choice], **self._frame.chunk(delta)}
+        chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
         return event(chunk)
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""
         if not self._frame.usage_last:
             return b""
-        chunk: answers.ChatChunk = {"object": "chat.completion.chunk", "choices": [], **self._frame.whole()}
+        chunk: answers.ChatChunk = {**self._frame.whole(), "object": "chat.completion.chunk", "choices": []}
         return event(chunk)
 
     def _choice(self, index: int, deltas: list[Delta]) -> answers.ChatChoice:
