@@ -1,11 +1,11 @@
 """The engine's process: reads requests from a socket, steps the engine, writes what each step brought.
 
-    python -m service.engine.worker FD [MODULE:FUNCTION]
+    python -m service.engine.worker FD MODULE:FUNCTION
 
-FD is one end of a socket pair whose other end `client.py` holds. MODULE:FUNCTION names what loads the engine; it is
-imported only after the parent has been told that loading began, because importing torch takes seconds. When the parent
-dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a whole
-group of processes, are the parent's business: it drains, then closes the socket.
+FD is one end of a socket pair whose other end the parent holds (client/). MODULE:FUNCTION names what loads the engine;
+it is imported only after the parent has been told that loading began, because importing torch takes seconds. When the
+parent dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a
+whole group of processes, are the parent's business: it drains, then closes the socket.
 
 This file knows messages and the engine's surface, and neither torch nor asyncio.
 """
@@ -34,8 +34,6 @@ from service.contract.options import EngineOptions
 from service.contract.output import Failure, SequenceOutput, StepOutput
 from service.contract.request import Request
 from service.contract.steering import GateSettings
-
-DEFAULT_LOADER = "service.engine.loader:load_engine"
 
 _RECV_BYTES = 1 << 20
 _SOCKET_BUFFER_BYTES = 4 << 20
@@ -196,25 +194,19 @@ class Worker:
         return 1
 
 
-def import_loader(name: str, on_progress: Callable[[str], None]) -> LoadEngine:
-    """The function that MODULE:FUNCTION names."""
-    module, _, function = name.partition(":")
-    on_progress("importing the model's libraries")
-    loader: LoadEngine = getattr(importlib.import_module(module), function)
-    return loader
-
-
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
-    loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
+    module, _, function = argv[2].partition(":")
 
     def load(
         options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]
     ) -> EngineSurface:
-        return import_loader(loader, on_progress)(options, on_progress, on_lost)
+        on_progress("importing the model's libraries")
+        loader: LoadEngine = getattr(importlib.import_module(module), function)
+        return loader(options, on_progress, on_lost)
 
     with socket.socket(fileno=int(argv[1])) as connection:
         status = Worker(connection, load).run()

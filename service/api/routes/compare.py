@@ -21,7 +21,6 @@ from service.api.gate_views.rows import RowFormat, join
 from service.api.generation.call import Call
 from service.api.generation.choice import Delta, Generation
 from service.api.generation.scoring import log_probabilities, score_request
-from service.api.generation.tokenizer import draw_seed
 from service.api.middleware.json_body import JsonRoute
 from service.api.openapi import GENERATION_ERRORS, documented
 from service.api.routes.scalings import MAX_WEIGHTS
@@ -89,8 +88,7 @@ class Comparison:
     def __init__(self, call: Call, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
         self._call, self._body, self._prompt = call, body, prompt
         self._service = service = call.service
-        seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
-        self._sampling = service.tokenizer.sampling(seeded, len(prompt), logprobs=0, form=form)
+        self._sampling = service.tokenizer.sampling(body, len(prompt), logprobs=0, form=form)
         self._format = RowFormat(service.info, body.scalings_dtype)
         self._outputs: list[Output] = []
         requests = []
