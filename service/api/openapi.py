@@ -41,13 +41,14 @@ def answered(
     answer: Mapping[str, object], events: Sequence[Mapping[str, object]], kinds: Sequence[type]
 ) -> dict[int | str, dict[str, Any]]:
     """The entry of a good answer, with examples. The schema of a stream is that of one event, of which there are these
-    kinds; one that follows the first may be an error.
+    kinds; one that follows the first may be an error, and the last is [DONE].
     """
-    data = {
+    written = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [_reference(kind) for kind in (*kinds, ErrorAnswer)]},
     }
+    data = {"anyOf": [written, {"const": "[DONE]"}]}
     one = {"type": "object", "required": ["data"], "properties": {"data": data}}
     example = b"".join([*map(event, events), DONE]).decode()
     stream = {"schema": one, "example": example}
