@@ -20,7 +20,7 @@ from service.model.steps.step import ForwardOutput
 from service.model.xlora_model import XLoraModel
 from service.native.step import NativeStep
 
-BASE_REQUEST: dict[str, Any] = {"steering": Steering(only=())}
+BASE_REQUEST: dict[str, Any] = {"steering": Steering(weights=())}
 """Fields of a request without a scaling stream; its real rows still visit the experts unless `use_plain_base`."""
 _FIRST_TOKEN = 16  # the ones before it may be special
 

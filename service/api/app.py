@@ -11,12 +11,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
-from service.api import errors
+from service.api import errors, openapi
 from service.api.middleware.early_refusal import EarlyRefusal
 from service.api.middleware.error_boundary import ErrorBoundary
 from service.api.middleware.record import Recorder, SpanWriter
 from service.api.middleware.route_match import RouteMatch
-from service.api.middleware.security import OPEN_ROUTES, BodyLimit, Guard, Keys
+from service.api.middleware.security import BodyLimit, Guard, Keys
 from service.api.routes import admin, compare, generate, openai, ops, scalings, web
 from service.api.state import Service, run_startup
 from service.client.engine_client import Client
@@ -80,7 +80,7 @@ def create_app(
         Middleware(EarlyRefusal, service=service, routes=_GENERATING),
         Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
     ]
-    _finish_schema(app, bool(api_keys))
+    openapi.finish(app, bool(api_keys))
     return app
 
 
@@ -99,21 +99,3 @@ def _cors(settings: Settings) -> list[Middleware]:
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     ]
-
-
-def _finish_schema(app: FastAPI, needs_key: bool) -> None:
-    """FastAPI documents 422 for bad bodies, and ours are 400; and it does not know of the keys."""
-    schema = app.openapi()
-    for path, operations in schema["paths"].items():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-            if needs_key and path not in OPEN_ROUTES:
-                reference = {"$ref": "#/components/schemas/ErrorAnswer"}
-                content = {"application/json": {"schema": reference}}
-                operation["responses"]["401"] = {"description": "No valid key", "content": content}
-                operation["security"] = [{"key": []}]
-    components = schema.setdefault("components", {})
-    for name in ("HTTPValidationError", "ValidationError"):
-        components.get("schemas", {}).pop(name, None)
-    if needs_key:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

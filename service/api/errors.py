@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from service.api.schemas.answers import ErrorAnswer
+from service.api.schemas.answers import ErrorAnswer, ErrorDetail
 from service.api.schemas.bodies import (
     CompareBody,
     DetokenizeBody,
@@ -53,28 +53,6 @@ _METHODS_OF_FILES = "GET, HEAD"  # those of the inspector's, whose refusal names
 _SHORT = reprlib.Repr()  # three levels deep, and a few items of each
 
 
-def answered(answer: dict[str, Any], events: str) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entry of a good answer, with examples. The schema of a stream is that of one event."""
-    one = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-    stream = {"schema": one, "example": events}
-    return {200: {"content": {"application/json": {"example": answer}, "text/event-stream": stream}}}
-
-
-_REASONS = {
-    400: "The request can never succeed as it is",
-    401: "No key, or not one of ours",
-    404: "No such model",
-    408: "The body did not arrive in time",
-    413: "The body is too large",
-    429: "The queue is full; Retry-After says when to come again",
-    500: "Our fault",
-    503: "Loading, draining, or the engine has died: nothing was begun",
-    504: "The deadline passed before the first token",
-}
-BODY_ERRORS = (400, 408, 413, 503)
-GENERATION_ERRORS = (*BODY_ERRORS, 429, 500, 504)
-
-
 def install(app: FastAPI) -> None:
     """Registers the handlers."""
     app.add_exception_handler(RequestError, _on_request_error)
@@ -83,8 +61,8 @@ def install(app: FastAPI) -> None:
 
 
 def error_body(error: RequestError) -> bytes:
-    """The JSON of DESIGN §6."""
-    detail: dict[str, object] = {
+    """The JSON of an error."""
+    detail: ErrorDetail = {
         "message": error.message,
         "type": error.type,
         "param": error.param,
@@ -92,10 +70,11 @@ def error_body(error: RequestError) -> bytes:
     }
     if error.hint is not None:
         detail["hint"] = error.hint
+    answer: ErrorAnswer = {"error": detail}
     try:
-        return orjson.dumps({"error": detail})
+        return orjson.dumps(answer)
     except TypeError:  # a lone surrogate in a name the caller sent
-        return json.dumps({"error": detail}).encode()
+        return json.dumps(answer).encode()
 
 
 def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
@@ -104,11 +83,6 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     return Response(error_body(error), status_code=error.status, media_type="application/json", headers=headers)
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of the errors a route can answer with."""
-    return {status: {"model": ErrorAnswer, "description": _REASONS[status]} for status in statuses}
 
 
 def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:

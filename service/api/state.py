@@ -14,7 +14,7 @@ from fastapi import Request as HttpRequest
 from service.api.gate_views.scalings_log import ScalingsLog
 from service.api.generation.admission import Admission
 from service.api.generation.chat_renderer import ChatRenderer
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
 from service.api.structured_output.grammar_spec import TextForms
 from service.client.engine_client import Client
 from service.contract.checks import stored_settings
@@ -46,7 +46,7 @@ class Service:
         self.refusing = False  # what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
-        self._codec: TextCodec | None = None
+        self._tokenizer: ModelTokenizer | None = None
         self._gate: GateSettings | None = None
         self._scalings_log: ScalingsLog | None = None
         self._forms: TextForms | None = None
@@ -59,7 +59,7 @@ class Service:
             return "engine dead"
         if self.draining:
             return "draining"
-        return "loading" if self._codec is None else "ok"
+        return "loading" if self._tokenizer is None else "ok"
 
     @property
     def ready(self) -> bool:
@@ -72,15 +72,15 @@ class Service:
             raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
         if self.refusing:
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
-        if self._codec is None:
+        if self._tokenizer is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
 
     @property
-    def codec(self) -> TextCodec:
+    def tokenizer(self) -> ModelTokenizer:
         """The tokenizer; raises UnavailableError as check_serving does."""
         self.check_serving()
-        assert self._codec is not None
-        return self._codec
+        assert self._tokenizer is not None
+        return self._tokenizer
 
     @property
     def forms(self) -> TextForms:
@@ -120,11 +120,11 @@ class Service:
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
         self._chats = ChatRenderer(Path(self.info.tokenizer_path).parent, self.settings.max_body_bytes)
         self._chats.start()
-        codec = TextCodec(self.info, self._chats)
+        tokenizer = ModelTokenizer(self.info, self._chats)
         self.metrics.describe_engine(self.info)
         await self._warm_up()
         self.client.on_step = self._on_step
-        self._codec = codec
+        self._tokenizer = tokenizer
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)

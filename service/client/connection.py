@@ -20,7 +20,6 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         on_step: Callable[[StepOutput], None],
-        on_verdict: Callable[[wire.Accepted | wire.Rejected], None],
         on_end: Callable[[wire.Failed | None], str],
         on_progress: Callable[[str], None],
     ) -> None:
@@ -30,7 +29,6 @@ class Connection(asyncio.Protocol):
         self.asked_at = self.heard_at  # when a sign of life was asked for last
         self._time = loop.time
         self._on_step = on_step
-        self._on_verdict = on_verdict
         self._on_end = on_end
         self._on_progress = on_progress
         self._transport: asyncio.Transport | None = None
@@ -69,8 +67,6 @@ class Connection(asyncio.Protocol):
         match message:
             case wire.Step(output):
                 self._on_step(output)
-            case wire.Accepted() | wire.Rejected():
-                self._on_verdict(message)
             case wire.Progress(text):
                 self._on_progress(text)
             case wire.Ready(info):

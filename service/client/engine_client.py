@@ -21,6 +21,7 @@ from typing import Protocol
 from service.client.connection import Connection
 from service.client.output_stream import OutputStream
 from service.contract import wire
+from service.contract.checks import checked_request
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, TimedOutError, UnavailableError
 from service.contract.options import EngineOptions
@@ -63,7 +64,9 @@ class Client(Protocol):
         """Loads the engine; raises StartupError."""
 
     def submit(self, *requests: Request, deadline: float | None = None) -> AbstractAsyncContextManager[OutputStream]:
-        """Queues requests for the length of an `async with` block; raises the RequestError that refuses one."""
+        """Queues requests for the length of an `async with` block. Raises InvalidRequestError, as checked_request
+        does, before the engine hears of any.
+        """
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices."""
@@ -118,7 +121,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-        connection = Connection(self._on_step, self._on_verdict, self._on_end, on_progress)
+        connection = Connection(self._on_step, self._on_end, on_progress)
         await loop.create_connection(lambda: connection, sock=ours)
         self._connection = connection
         connection.send(wire.Start(options))
@@ -129,24 +132,24 @@ class EngineClient:
     async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
         """Queues requests and yields what the engine says about them. Leaving the block early aborts them.
 
-        Raises the RequestError with which the engine refuses one (then all are dropped), UnavailableError when there
-        is no engine, InternalError when it goes away after it has been asked, and TimedOutError at the deadline (in
-        the time of the event loop).
+        Raises InvalidRequestError, as checked_request does, before the engine hears of any, and UnavailableError when
+        there is no engine. The stream raises InternalError when the engine goes away after it has been asked, and
+        TimedOutError at the deadline (in the time of the event loop).
         """
         if self._dead is not None:
             raise EngineDiedError(f"the engine is gone: {self._dead}")
         connection = self._connection
         if connection is None or self._info is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
-        stream = OutputStream(requests)
-        for request in requests:
+        checked = [checked_request(request, self._info) for request in requests]
+        stream = OutputStream(checked)
+        for request in checked:
             self._streams[request.id] = stream
             connection.send(wire.Submit(request))
         timer = None
         if deadline is not None:
             timer = asyncio.get_running_loop().call_at(deadline, stream.fail, TimedOutError("the time is up"))
         try:
-            await stream.accepted
             yield stream
         finally:
             if timer is not None:
@@ -209,16 +212,6 @@ class EngineClient:
                 stream.deliver(one)
         if self.on_step is not None:
             self.on_step(output.stats)
-
-    def _on_verdict(self, verdict: wire.Accepted | wire.Rejected) -> None:
-        stream = self._streams.get(verdict.request_id)
-        if stream is None:
-            return
-        if isinstance(verdict, wire.Rejected):
-            stream.drop(verdict.request_id)  # there is nothing to abort
-            stream.fail(verdict.to_error())
-        else:
-            stream.accept(verdict.request_id)
 
     def _on_end(self, failure: wire.Failed | None) -> str:
         """The socket has closed: says why, to whoever waits for the engine."""

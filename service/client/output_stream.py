@@ -20,17 +20,9 @@ class OutputStream(AsyncIterator[SequenceOutput]):
     def __init__(self, requests: Sequence[Request]) -> None:
         self._loop = asyncio.get_running_loop()
         self.open_choices = {(one.id, index) for one in requests for index in range(one.num_choices)}
-        self.accepted: asyncio.Future[None] = self._loop.create_future()
-        self._unanswered = {one.id for one in requests}
         self._news: deque[SequenceOutput] = deque()
         self._error: XLoraError | None = None  # comes after the news
         self._reader: asyncio.Future[None] | None = None  # waits for news
-
-    def accept(self, request_id: str) -> None:
-        """The engine has queued one of the requests."""
-        self._unanswered.discard(request_id)
-        if not self._unanswered and not self.accepted.done():
-            self.accepted.set_result(None)
 
     def deliver(self, output: SequenceOutput) -> None:
         """One more output, unless its choice was aborted meanwhile."""
@@ -44,8 +36,6 @@ class OutputStream(AsyncIterator[SequenceOutput]):
 
     def fail(self, error: XLoraError) -> None:
         """Nothing more will come, and this is why. Who has heard the end of every choice is not told."""
-        if not self.accepted.done():
-            self.accepted.set_exception(error)
         if self.open_choices and self._error is None:
             self._error = error
         self._wake()

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from service.api.errors import explain
 from service.api.gate_views.rows import RowFormat
-from service.api.generation.choice import Generation, Piece
+from service.api.generation.choice import Delta, Generation
 from service.api.schemas.bodies import GenerateBody
 from service.api.state import new_id
 from service.commands.local import local_engine, read_prompt
@@ -38,22 +38,22 @@ def read_body(arguments: argparse.Namespace) -> GenerateBody:
 
 
 async def _run(arguments: argparse.Namespace, body: GenerateBody) -> None:
-    async with local_engine(arguments) as (client, codec):
-        ids = await codec.prompt_ids(body.prompt)
+    async with local_engine(arguments) as (client, tokenizer):
+        ids = await tokenizer.prompt_ids(body.prompt)
         scalings: ReturnScalings = "mean" if arguments.scalings else "none"
-        request = Request(new_id("cli"), ids, codec.sampling(body, len(ids)), scalings)
-        generation = Generation(client, codec, [request], body.stop or [], RowFormat(client.info))
+        request = Request(new_id("cli"), ids, tokenizer.sampling(body, len(ids)), scalings)
+        generation = Generation(client, tokenizer, [request], body.stop or [], RowFormat(client.info))
         console = Console(highlight=False, soft_wrap=True)
         styles = expert_styles(len(client.info.experts))
-        async for pieces in generation.pieces():
-            for piece in pieces:
-                console.print(Text(piece.text, style=_style(piece, styles)), end="")
+        async for deltas in generation.deltas():
+            for delta in deltas:
+                console.print(Text(delta.text, style=_style(delta, styles)), end="")
         console.print()
         if arguments.scalings:
             console.print(legend([expert["name"] for expert in client.info.experts], styles))
 
 
-def _style(piece: Piece, styles: list[str]) -> str:
-    if piece.rows is None or not len(piece.rows.mean):
+def _style(delta: Delta, styles: list[str]) -> str:
+    if delta.rows is None or not len(delta.rows.mean):
         return ""
-    return styles[int(piece.rows.mean[-1].argmax())]
+    return styles[int(delta.rows.mean[-1].argmax())]

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from rich.console import Console
 
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
 from service.api.state import engine_options
 from service.cli import given_settings
 from service.client.engine_client import Client, EngineClient
@@ -18,7 +18,7 @@ from service.settings import load_settings
 
 
 @asynccontextmanager
-async def local_engine(arguments: argparse.Namespace) -> AsyncIterator[tuple[Client, TextCodec]]:
+async def local_engine(arguments: argparse.Namespace) -> AsyncIterator[tuple[Client, ModelTokenizer]]:
     """Loads the bundle in an engine process, with progress on stderr, and ends it afterwards."""
     settings = load_settings(given_settings(arguments))
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
@@ -26,7 +26,7 @@ async def local_engine(arguments: argparse.Namespace) -> AsyncIterator[tuple[Cli
     try:
         with Console(stderr=True).status(f"loading {settings.model}") as status:
             await client.start(engine_options(settings), lambda text: status.update(text))
-        yield client, TextCodec(client.info)
+        yield client, ModelTokenizer(client.info)
     finally:
         await client.close()
 

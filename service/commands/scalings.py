@@ -30,11 +30,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> tuple[list[str], list[str], Rows]:
-    async with local_engine(arguments) as (client, codec):
-        ids = await codec.prompt_ids(read_prompt(arguments))
+    async with local_engine(arguments) as (client, tokenizer):
+        ids = await tokenizer.prompt_ids(read_prompt(arguments))
         request = Request(new_id("cli"), ids, None, "mean", 0)
         ((rows, _),) = await scaling_rows(client, [request], RowFormat(client.info))
-        return codec.pieces(ids), [expert["name"] for expert in client.info.experts], rows
+        return tokenizer.texts(ids), [expert["name"] for expert in client.info.experts], rows
 
 
 def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows) -> None:

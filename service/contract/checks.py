@@ -1,5 +1,6 @@
-"""What must hold of a request's steering and of the operator's gate settings on this model, and steering in one
-canonical form. The API and the engine both call these: what the API has let through the engine need not explain.
+"""What must hold of a request and of the operator's gate settings on this model, and steering in one canonical form.
+
+Requests are checked where they leave the API's process, by `checked_request`: the engine takes what it is sent.
 
 Canonical: `exclude` has become part of `only`, which is sorted; who leaves no expert has weights=() (a fixed gate of
 zeros); what changes nothing is None. So equal gates have equal cache keys, and a gate is fixed if it has weights.
@@ -7,7 +8,7 @@ zeros); what changes nothing is None. So equal gates have equal cache keys, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,62 @@ from service.contract.steering import GateSettings, GateWeight, Steering
 _LARGEST_WEIGHT = 100.0  # beyond it half precision overflows sooner than anyone learns anything
 
 
-def with_checked_steering(request: Request, info: EngineInfo) -> Request:
-    """The request with its steering in canonical form. Raises InvalidRequestError where it cannot be followed."""
-    steering = request.steering
+def checked_request(request: Request, info: EngineInfo) -> Request:
+    """The request with its steering in canonical form.
+
+    Raises InvalidRequestError when it can never be served: empty, longer than the model's context or than the whole KV
+    pool, token ids that the model does not have, steering that it cannot follow.
+    """
+    request = replace(request, steering=checked_steering(request.steering, info))
+    if request.sampling is None and request.has_fixed_gate:
+        raise InvalidRequestError("a fixed gate has no scaling pass that one could look at", param="experts")
+    check_token_ids(request.prompt_token_ids, "prompt", info)
+    if request.sampling is not None:
+        check_token_ids(request.sampling.logit_bias, "logit_bias", info)
+    _check_scores(request)
+    _check_lengths(request)
+    check_context(len(request.prompt_token_ids), _output_tokens(request), info)
+    _check_pool(request, info)
+    return request
+
+
+def check_token_ids(ids: Collection[int], param: str, info: EngineInfo) -> None:
+    """Raises InvalidRequestError for ids that the model does not have. On a GPU one of them would end the process, and
+    a negative one would be another's.
+    """
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        unknown = next(id for id in ids if not 0 <= id < info.vocab_size)
+        raise InvalidRequestError(
+            f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {info.vocab_size - 1}",
+            param=param,
+            code="unknown_token",
+        )
+
+
+def check_context(prompt_tokens: int, max_tokens: int, info: EngineInfo) -> None:
+    """Raises InvalidRequestError where prompt and output are longer than the model's context."""
+    room = info.max_model_len - prompt_tokens
+    if room < min(1, max_tokens):
+        raise InvalidRequestError(
+            f"the prompt's {prompt_tokens} tokens leave no room in the context of {info.max_model_len}",
+            param="prompt",
+            code="context_length_exceeded",
+            hint="shorten the prompt",
+        )
+    if max_tokens > room:
+        raise InvalidRequestError(
+            f"prompt ({prompt_tokens} tokens) + max_tokens ({max_tokens}) = {prompt_tokens + max_tokens} is over the "
+            f"context of {info.max_model_len} tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+            hint=f"lower max_tokens to {room} or shorten the prompt",
+        )
+
+
+def checked_steering(steering: Steering | None, info: EngineInfo) -> Steering | None:
+    """Steering in canonical form; equal gates are equal. Raises InvalidRequestError where it cannot be followed."""
     if steering is None:
-        return request
+        return None
     if steering.weights is not None:
         if steering != Steering(weights=steering.weights):
             raise InvalidRequestError(
@@ -34,9 +86,7 @@ def with_checked_steering(request: Request, info: EngineInfo) -> Request:
     else:
         _check_gate(steering, info)
         steering = _canonical(steering, len(info.experts))
-    if request.sampling is None and steering.weights is not None:
-        raise InvalidRequestError("a fixed gate has no scaling pass that one could look at", param="experts")
-    return replace(request, steering=None if steering == Steering() else steering)
+    return None if steering == Steering() else steering
 
 
 def stored_settings(xlora_config: Mapping[str, Any]) -> GateSettings:
@@ -73,6 +123,51 @@ def check_settings(settings: GateSettings, info: EngineInfo) -> None:
 def layer_of(site: str) -> int | None:
     """The layer of a site, by its name: "model.layers.3.self_attn.q_proj" is of layer 3; None outside all layers."""
     return next((int(part) for part in site.split(".") if part.isdigit()), None)
+
+
+def _output_tokens(request: Request) -> int:
+    return 0 if request.sampling is None else request.sampling.max_tokens
+
+
+def _check_scores(request: Request) -> None:
+    if request.score_from is None:
+        return
+    sampling, last = request.sampling, len(request.prompt_token_ids) - 1
+    if not 1 <= request.score_from <= last:
+        raise InvalidRequestError(
+            f"score_from is {request.score_from}; tokens 1 to {last} can be scored", param="score_from"
+        )
+    if sampling is None or sampling.max_tokens or sampling.n > 1 or sampling.prompt_logprobs is None:
+        raise InvalidRequestError("scores need prompt_logprobs, max_tokens 0 and n 1", param="score_from")
+    if request.return_scalings != "none":
+        raise InvalidRequestError("scores come without scalings", param="return_scalings")
+
+
+def _check_lengths(request: Request) -> None:
+    """What must be there at least."""
+    output = _output_tokens(request)
+    if not request.prompt_token_ids:
+        raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
+    if request.sampling is not None and output < 1 and request.score_from is None:
+        raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
+    if request.freeze_after is not None and (request.freeze_after < 1 or request.sampling is None):
+        raise InvalidRequestError(
+            f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",
+            param="gate.freeze_after",
+        )
+
+
+def _check_pool(request: Request, info: EngineInfo) -> None:
+    """Each stream needs the blocks of the whole text; a fixed gate has no scaling stream, a scaling pass no other."""
+    streams = 1 if request.sampling is None or request.has_fixed_gate else 2
+    total = len(request.prompt_token_ids) + _output_tokens(request)
+    needed = streams * -(-total // info.block_size)
+    if needed > info.kv_blocks_total:
+        raise InvalidRequestError(
+            f"the request needs {needed} KV blocks, and the server has {info.kv_blocks_total} in all",
+            code="context_length_exceeded",
+            hint="shorten the prompt, lower max_tokens, or start the server with a larger --kv-memory",
+        )
 
 
 def _canonical(steering: Steering, experts: int) -> Steering:

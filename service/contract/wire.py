@@ -11,14 +11,6 @@ from collections.abc import Iterator
 import msgspec
 
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import (
-    InternalError,
-    InvalidRequestError,
-    NotFoundError,
-    OverloadedError,
-    RequestError,
-    UnavailableError,
-)
 from service.contract.options import EngineOptions
 from service.contract.output import StepOutput
 from service.contract.request import Request
@@ -34,7 +26,7 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Queue a request. Answered by Accepted or Rejected before any of its outputs."""
+    """Queue a request. Checked by the sender."""
 
     request: Request
 
@@ -85,33 +77,6 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     hint: str | None = None
 
 
-class Accepted(msgspec.Struct, tag=True, frozen=True):
-    """The engine has queued the request."""
-
-    request_id: str
-
-
-class Rejected(msgspec.Struct, tag=True, frozen=True):
-    """Engine.add refused the request; `to_error` gives the exception back."""
-
-    request_id: str
-    kind: str  # name of the RequestError subclass
-    message: str
-    param: str | None = None
-    hint: str | None = None
-    code: str | None = None
-
-    @classmethod
-    def of(cls, request_id: str, error: RequestError) -> Rejected:
-        """The message that stands for an exception."""
-        return cls(request_id, type(error).__name__, error.message, error.param, error.hint, error.code)
-
-    def to_error(self) -> RequestError:
-        """The exception that was raised on the other side."""
-        kind = _ERROR_KINDS.get(self.kind, InternalError)
-        return kind(self.message, param=self.param, hint=self.hint, code=self.code)
-
-
 class Step(msgspec.Struct, tag=True, frozen=True):
     """What one step brought, for all requests together."""
 
@@ -119,12 +84,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Start | Submit | Abort | SetGate | LogScalings | Ping
-FromEngine = Pong | Progress | Ready | Failed | Accepted | Rejected | Step
-
-_ERROR_KINDS: dict[str, type[RequestError]] = {
-    kind.__name__: kind
-    for kind in (InvalidRequestError, NotFoundError, OverloadedError, InternalError, UnavailableError)
-}
+FromEngine = Pong | Progress | Ready | Failed | Step
 
 
 class FrameEncoder:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from service.contract.checks import stored_settings, with_checked_steering
+from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.output import Failure, FinishReason, SequenceOutput, StepOutput, StepStats, TokenOutput
@@ -58,27 +58,21 @@ class Engine:
         return self._scheduler.blocks
 
     def add(self, request: Request) -> None:
-        """Queues a request.
-
-        Raises InvalidRequestError when it can never be served: empty, an id that is in use, longer than the model's
-        context or than the whole KV pool, steering that this model cannot follow, token ids that it does not have.
-        """
-        request = with_checked_steering(request, self.info)
+        """Queues a request that `checked_request` has let through. Raises ValueError for an id that is in use."""
+        if request.id in self._sequences:
+            raise ValueError(f"request id {request.id!r} is in use")
         if self._top_k is not None:
             request = with_top_k(request, self._top_k)
-        self._check_ids(request)
-        self._check_scores(request)
-        self._check_fits(request)
-        if request.id in self._sequences:
-            raise InvalidRequestError(f"request id {request.id!r} is in use", param="id")
+        form = None if request.sampling is None else request.sampling.form
+        compiling = None if form is None else self._grammars.find(form)
         now = time.monotonic()
         self._sequences[request.id] = [
             Sequence.of(request, index, now, self._gate) for index in range(request.num_choices)
         ]
-        if request.sampling is not None and request.sampling.form is not None:
-            self._compiling[request.id] = self._grammars.find(request.sampling.form)
-        else:
+        if compiling is None:
             self._queue(request.id)
+        else:
+            self._compiling[request.id] = compiling
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
@@ -131,58 +125,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
         self._scheduler.check_integrity()
-
-    def _check_ids(self, request: Request) -> None:
-        """An id out of range would be another's error: on a GPU it ends the process."""
-        bias = () if request.sampling is None else request.sampling.logit_bias
-        for param, ids in (("prompt", request.prompt_token_ids), ("logit_bias", bias)):
-            if ids and not 0 <= min(ids) <= max(ids) < self.info.vocab_size:
-                raise InvalidRequestError(
-                    f"token ids {min(ids)} to {max(ids)} are not all between 0 and {self.info.vocab_size - 1}",
-                    param=param,
-                )
-
-    def _check_scores(self, request: Request) -> None:
-        if request.score_from is None:
-            return
-        sampling, last = request.sampling, len(request.prompt_token_ids) - 1
-        if not 1 <= request.score_from <= last:
-            raise InvalidRequestError(
-                f"score_from is {request.score_from}; tokens 1 to {last} can be scored", param="score_from"
-            )
-        if sampling is None or sampling.max_tokens or sampling.n > 1 or sampling.prompt_logprobs is None:
-            raise InvalidRequestError("scores need prompt_logprobs, max_tokens 0 and n 1", param="score_from")
-        if request.return_scalings != "none":
-            raise InvalidRequestError("scores come without scalings", param="return_scalings")
-
-    def _check_fits(self, request: Request) -> None:
-        output = 0 if request.sampling is None else request.sampling.max_tokens
-        total = len(request.prompt_token_ids) + output
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
-        if request.sampling is not None and output < 1 and request.score_from is None:
-            raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
-        if total > self.info.max_model_len:
-            raise InvalidRequestError(
-                f"prompt ({len(request.prompt_token_ids)} tokens) + max_tokens ({output}) = {total} is over the "
-                f"context of {self.info.max_model_len} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-                hint="shorten the prompt or lower max_tokens",
-            )
-        if request.freeze_after is not None and (request.freeze_after < 1 or request.sampling is None):
-            raise InvalidRequestError(
-                f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",
-                param="gate.freeze_after",
-            )
-        streams = 1 if request.sampling is None or request.has_fixed_gate else 2
-        needed = streams * self.blocks.blocks_for(total)
-        if needed > self.blocks.num_blocks:
-            raise InvalidRequestError(
-                f"the request needs {needed} KV blocks, and the server has {self.blocks.num_blocks} in all",
-                code="context_length_exceeded",
-                hint="shorten the prompt, lower max_tokens, or start the server with a larger --kv-memory",
-            )
 
     def _queue(self, request_id: str, grammar: Grammar | None = None) -> None:
         for sequence in self._sequences[request_id]:

@@ -1,11 +1,11 @@
 """The engine's process: reads requests from a socket, steps the engine, writes what each step brought.
 
-    python -m service.engine.worker FD [MODULE:FUNCTION]
+    python -m service.engine.worker FD MODULE:FUNCTION
 
-FD is one end of a socket pair whose other end `client.py` holds. MODULE:FUNCTION names what loads the engine; it is
-imported only after the parent has been told that loading began, because importing torch takes seconds. When the parent
-dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a whole
-group of processes, are the parent's business: it drains, then closes the socket.
+FD is one end of a socket pair whose other end the parent holds (client/). MODULE:FUNCTION names what loads the engine;
+it is imported only after the parent has been told that loading began, because importing torch takes seconds. When the
+parent dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a
+whole group of processes, are the parent's business: it drains, then closes the socket.
 
 This file knows messages and the engine's surface, and neither torch nor asyncio.
 """
@@ -29,13 +29,11 @@ import msgspec
 
 from service.contract import wire
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import InternalError, RequestError, XLoraError
+from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
-from service.contract.output import StepOutput
+from service.contract.output import Failure, SequenceOutput, StepOutput
 from service.contract.request import Request
 from service.contract.steering import GateSettings
-
-DEFAULT_LOADER = "service.engine.loader:load_engine"
 
 _RECV_BYTES = 1 << 20
 _SOCKET_BUFFER_BYTES = 4 << 20
@@ -49,7 +47,7 @@ class EngineSurface(Protocol):
     info: EngineInfo
 
     def add(self, request: Request) -> None:
-        """Queues a request, or raises RequestError."""
+        """Queues a request that checked_request has let through. What it raises ends this request alone."""
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Frees everything a request, or one of its choices, holds."""
@@ -128,35 +126,44 @@ class Worker:
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
             messages = self._receive(wait=not engine.has_work())
-            for message in messages:
-                self._apply(engine, message)
+            failed = [output for message in messages for output in self._apply(engine, message)]
             if engine.has_work():
-                self._send(wire.Step(engine.step()))
+                output = engine.step()
             elif any(not isinstance(message, wire.Ping) for message in messages):
-                self._send(wire.Step(engine.report()))
+                output = engine.report()
+            else:
+                continue
+            output.outputs[:0] = failed
+            self._send(wire.Step(output))
 
-    def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> None:
+    def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> list[SequenceOutput]:
+        """Does what a message says; returns the ends of the choices that this ended."""
         match message:
             case wire.Abort(request_id, index):
                 engine.abort(request_id, index)
             case wire.Submit(request):
-                self._send(self._submit(engine, request))
+                return self._submit(engine, request)
             case wire.SetGate(settings):
                 engine.set_gate(settings)
             case wire.LogScalings(enabled):
                 engine.log_scalings(enabled)
             case wire.Ping():
                 self._send(wire.Pong())
+        return []
 
-    def _submit(self, engine: EngineSurface, request: Request) -> wire.Accepted | wire.Rejected:
+    def _submit(self, engine: EngineSurface, request: Request) -> list[SequenceOutput]:
         try:
             engine.add(request)
-        except RequestError as error:
-            return wire.Rejected.of(request.id, error)
-        except Exception:
+        except Exception as error:
             logger.exception("request %s could not be queued", request.id)
-            return wire.Rejected.of(request.id, InternalError("the engine could not take this request"))
-        return wire.Accepted(request.id)
+            failure = Failure.of(error, "the engine could not take this request")
+            return [
+                SequenceOutput(
+                    request.id, index, finish_reason="error", error=failure.message, error_param=failure.param
+                )
+                for index in range(request.num_choices)
+            ]
+        return []
 
     def _receive(self, wait: bool) -> list[wire.ToEngine]:
         """Every whole message that has arrived; with `wait`, at least one."""
@@ -187,25 +194,19 @@ class Worker:
         return 1
 
 
-def import_loader(name: str, on_progress: Callable[[str], None]) -> LoadEngine:
-    """The function that MODULE:FUNCTION names."""
-    module, _, function = name.partition(":")
-    on_progress("importing the model's libraries")
-    loader: LoadEngine = getattr(importlib.import_module(module), function)
-    return loader
-
-
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
-    loader = argv[2] if len(argv) > 2 else DEFAULT_LOADER
+    module, _, function = argv[2].partition(":")
 
     def load(
         options: EngineOptions, on_progress: Callable[[str], None], on_lost: Callable[[str], None]
     ) -> EngineSurface:
-        return import_loader(loader, on_progress)(options, on_progress, on_lost)
+        on_progress("importing the model's libraries")
+        loader: LoadEngine = getattr(importlib.import_module(module), function)
+        return loader(options, on_progress, on_lost)
 
     with socket.socket(fileno=int(argv[1])) as connection:
         status = Worker(connection, load).run()

@@ -9,7 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient, serving
-from tests.support.fake_engine import POISON, UNFIT, FakeEngine, fake_info, write_bundle
+from tests.support.fake_engine import POISON, UNTAKEN, FakeEngine, fake_info, write_bundle
 
 JSON = {"Content-Type": "application/json"}
 
@@ -49,7 +49,6 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         ('{"prompt": [999]}', "prompt"),
         ('{"prompt": [-1]}', "prompt"),
         ('{"prompt": [' + "9" * 400 + "]}", "prompt"),
-        ('{"prompt": [3]}', "prompt"),
         ('{"prompt": "\\ud800"}', None),
         ('{"prompt": "a", "\\ud800": 1}', None),
         ('{"prompt": "a", "max_tokens": true}', "max_tokens"),
@@ -136,8 +135,11 @@ def test_an_unknown_field_gets_a_suggestion_before_anything_else(http: TestClien
     )
 
 
-def test_a_refusal_of_the_engine_keeps_its_hint(http: TestClient) -> None:
-    assert error_of(http.post("/generate", json={"prompt": [UNFIT], "stream": True}))["hint"] == "cut it"
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_cannot_take_is_a_500(http: TestClient, stream: bool) -> None:
+    error = error_of(http.post("/generate", json={"prompt": [UNTAKEN], "stream": stream}), 500)
+    assert error["message"] == "the engine could not take this request (KeyError)"
+    assert http.post("/generate", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_the_content_type_is_explained(http: TestClient) -> None:

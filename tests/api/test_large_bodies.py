@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from benchmarks.large_bodies import METHODS, Kind, kinds
-from service.api.generation.tokenizer import MAX_CALL_TOKENS, MAX_TOKENIZED, TextCodec
+from service.api.generation.tokenizer import MAX_CALL_TOKENS, MAX_TOKENIZED, ModelTokenizer
 from service.api.middleware.json_body import MAX_COMMAS, MAX_PARTS, count
 from service.api.off_loop import SHORT_TOKENS, off_loop
 from service.contract.errors import InvalidRequestError
@@ -254,40 +254,40 @@ def test_a_refused_body_is_given_back_at_once(roomy: TestClient) -> None:
         gc.enable()
 
 
-def codec_of(path: Path, **info: Any) -> tuple[TextCodec, Tokenizer]:
-    """A codec, and the tokenizer that is its oracle."""
+def tokenizer_of(path: Path, **info: Any) -> tuple[ModelTokenizer, Tokenizer]:
+    """A tokenizer, and the tokenizer that is its oracle."""
     made = replace(fake_info(write_bundle(path)), **info)
-    return TextCodec(made), Tokenizer.from_file(made.tokenizer_path)
+    return ModelTokenizer(made), Tokenizer.from_file(made.tokenizer_path)
 
 
 def test_long_texts_have_the_tokenizers_ids(tmp_path: Path) -> None:
     """In pieces they are only counted."""
-    codec, oracle = codec_of(tmp_path, max_model_len=1 << 18)
+    tokenizer, oracle = tokenizer_of(tmp_path, max_model_len=1 << 18)
     for text in ("naïve 🙂 " * 5000, "a" * 40_000, "a"):
-        assert asyncio.run(codec.prompt_ids(text)) == oracle.encode(text).ids
-        assert codec.tokenize(text, False, 1 << 18) == oracle.encode(text, add_special_tokens=False).ids
+        assert asyncio.run(tokenizer.prompt_ids(text)) == oracle.encode(text).ids
+        assert tokenizer.tokenize(text, False, 1 << 18) == oracle.encode(text, add_special_tokens=False).ids
 
 
 def test_a_text_far_over_the_context_is_not_tokenized_to_its_end(tmp_path: Path) -> None:
-    codec, _ = codec_of(tmp_path)
+    tokenizer, _ = tokenizer_of(tmp_path)
     with pytest.raises(InvalidRequestError, match="more than 96 tokens, and the context holds 96") as refused:
-        asyncio.run(codec.prompt_ids("🙂" * 500_000))
+        asyncio.run(tokenizer.prompt_ids("🙂" * 500_000))
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(InvalidRequestError, match="has 97 tokens"):
-        asyncio.run(codec.prompt_ids("a" * 97))
+        asyncio.run(tokenizer.prompt_ids("a" * 97))
     with pytest.raises(InvalidRequestError, match="more than 96") as refused:
-        asyncio.run(codec.encode("a" * 100_000, False, "messages"))
+        asyncio.run(tokenizer.encode("a" * 100_000, False, "messages"))
     assert refused.value.param == "messages"
 
 
 def test_the_prompts_of_one_call_are_bounded_together(tmp_path: Path) -> None:
-    codec, _ = codec_of(tmp_path, max_model_len=4096)
+    tokenizer, _ = tokenizer_of(tmp_path, max_model_len=4096)
     with pytest.raises(
         InvalidRequestError, match=f"the first 129 prompts have {129 * 4096} tokens; at most"
     ) as refused:
-        asyncio.run(codec.all_prompt_ids([[1] * 4096] * 200))
+        asyncio.run(tokenizer.all_prompt_ids([[1] * 4096] * 200))
     assert (refused.value.code, MAX_CALL_TOKENS) == ("too_large", 128 * 4096)
-    assert len(asyncio.run(codec.all_prompt_ids([[1] * 4096] * 128))) == 128
+    assert len(asyncio.run(tokenizer.all_prompt_ids([[1] * 4096] * 128))) == 128
 
 
 def test_tokenize_and_detokenize_are_bounded(roomy: TestClient) -> None:
@@ -313,10 +313,10 @@ def test_long_work_leaves_the_loop() -> None:
 
 def test_the_loop_goes_on_while_a_long_text_is_tokenized(tmp_path: Path) -> None:
     """The interpreter's lock is given up: otherwise the loop would turn once before the work, and once after it."""
-    codec, _ = codec_of(tmp_path, max_model_len=1 << 21)
+    tokenizer, _ = tokenizer_of(tmp_path, max_model_len=1 << 21)
 
     async def turns() -> int:
-        work, count = asyncio.create_task(codec.prompt_ids("Once upon a time " * 60_000)), 0
+        work, count = asyncio.create_task(tokenizer.prompt_ids("Once upon a time " * 60_000)), 0
         while not work.done():
             await asyncio.sleep(0.001)
             count += 1

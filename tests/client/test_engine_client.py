@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,9 +22,10 @@ from service.contract.errors import InternalError, InvalidRequestError, StartupE
 from service.contract.options import EngineOptions
 from service.contract.output import StepStats
 from service.contract.request import Request, SamplingParams
+from service.contract.steering import Steering
 from service.engine.worker import _linger
 from tests.api.processes.test_bounded_process import descriptors
-from tests.support.fake_engine import HANGING, POISON, UNFIT, build_tokenizer, write_bundle
+from tests.support.fake_engine import HANGING, POISON, UNTAKEN, build_tokenizer, write_bundle
 from tests.support.waiting import PATIENCE_SECONDS
 
 FAST, SLOW = "tests.support.fake_engine:load_engine", "tests.support.fake_engine:load_slow_engine"
@@ -117,18 +119,54 @@ def test_aborting_one_choice_leaves_the_others(bundle: Path) -> None:
     with_engine(bundle, test)
 
 
-def test_a_refusal_is_the_exception_it_was(bundle: Path) -> None:
+def test_what_cannot_be_served_never_leaves(bundle: Path) -> None:
+    """Nobody behind the client looks at ids, lengths or steering again. One of a call refuses all of it."""
+    bad = [
+        *(request("id", prompt=[40, id]) for id in (-1, 259, 2**70)),
+        request("long", max_tokens=94),
+        replace(request("bias"), sampling=SamplingParams(logit_bias={-1: 1.0})),
+        replace(request("steered"), steering=Steering(only=(3,))),
+    ]
+
     async def test(client: EngineClient) -> None:
-        with pytest.raises(InvalidRequestError) as caught:
-            await collect(client, request("never", prompt=[UNFIT]))
-        assert (caught.value.code, caught.value.param, caught.value.hint) == (
-            "context_length_exceeded",
-            "prompt",
-            "cut it",
-        )
-        assert len(await collect(client, request("next"))) == 8
+        sent: list[object] = []
+        assert client._connection is not None
+        client._connection.send = sent.append  # type: ignore[method-assign]
+        for one in bad:
+            with pytest.raises(InvalidRequestError):
+                async with client.submit(request("good"), one):
+                    raise AssertionError("submitted")
+        assert (sent, client._streams) == ([], {})
 
     with_engine(bundle, test)
+
+
+def test_requests_leave_in_canonical_form(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        sent: list[object] = []
+        assert client._connection is not None
+        client._connection.send = sent.append  # type: ignore[method-assign]
+        wanted = replace(request("a"), steering=Steering(exclude=(1,)))
+        async with client.submit(wanted):
+            pass
+        assert sent == [wire.Submit(replace(wanted, steering=Steering(only=(0, 2)))), wire.Abort("a")]
+
+    with_engine(bundle, test)
+
+
+def test_what_the_engine_cannot_take_ends_alone(bundle: Path) -> None:
+    """Every choice of it hears why; the process and the others go on."""
+
+    async def test(client: EngineClient) -> None:
+        other = asyncio.create_task(collect(client, request("other", max_tokens=60)))
+        async with client.submit(request("bad", prompt=[UNTAKEN], n=2)) as outputs:
+            ends = [(one.index, one.finish_reason, one.error) async for one in outputs]
+        assert ends == [(i, "error", "the engine could not take this request (KeyError)") for i in (0, 1)]
+        assert len(await other) == 60
+        assert len(await collect(client, request("next"))) == 8
+        assert client.alive
+
+    with_engine(bundle, test, SLOW)
 
 
 @pytest.mark.parametrize("how", ["step raises", "killed"])
@@ -163,20 +201,6 @@ def test_several_requests_are_one_stream(bundle: Path) -> None:
         assert tokens == {("a", 0): reply[:3], ("a", 1): reply[1:4], ("b", 0): reply[:5]}
 
     with_engine(bundle, test)
-
-
-def test_one_refusal_drops_all_requests_of_a_call(bundle: Path) -> None:
-    async def test(client: EngineClient) -> None:
-        load: list[StepStats] = []
-        client.on_step = load.append
-        with pytest.raises(InvalidRequestError, match="never fit"):
-            async with client.submit(request("long", 10_000), request("bad", prompt=[UNFIT])):
-                raise AssertionError("accepted")
-        assert not client._streams
-        await collect(client, request("next"))
-        assert load[-1].requests_running == 0
-
-    with_engine(bundle, test, SLOW)
 
 
 def test_at_the_deadline_the_reader_hears_and_the_engine_forgets(bundle: Path) -> None:
@@ -250,10 +274,6 @@ def test_frames_survive_any_cutting() -> None:
     for size in (1, 3, 7, 4096, len(data)):
         frames = [frame for start in range(0, len(data), size) for frame in reader.feed(data[start : start + size])]
         assert [wire.msgspec.msgpack.decode(frame, type=wire.ToEngine) for frame in frames] == messages
-
-
-def test_an_unknown_kind_of_refusal_is_our_fault() -> None:
-    assert isinstance(wire.Rejected("id", "NoSuchError", "what").to_error(), InternalError)
 
 
 def test_the_client_needs_no_torch() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams
 from tests.engine.test_sampler import chi_square
 from tests.support.driver import Choice, Engines, Run, greedy, run, sampled, words
@@ -293,30 +292,12 @@ def test_an_aborted_request_stops_costing(engines: Engines) -> None:
 # -- admission -------------------------------------------------------------------------------------------------------
 
 
-def test_too_long_for_the_context(engines: Engines) -> None:
-    """prompt + max_tokens up to the context is fine, one more is refused with the numbers, and leaves nothing
-    behind.
-    """
-    engine = engines.build(max_model_len=32)
-    assert len(run(engine, [greedy("fits", words(1, 20), 12)])["fits"].tokens) == 12
-    with pytest.raises(InvalidRequestError, match=r"20 .*13.* 33 .*32") as caught:
-        engine.add(greedy("too long", words(1, 20), 13))
-    assert caught.value.status == 400
-    assert caught.value.code == "context_length_exceeded"
-    assert caught.value.hint
-    assert not engine.has_work()
-
-
-def test_too_long_for_the_pool(engines: Engines) -> None:
-    """What can never fit is refused at once; what fits an empty pool to the last block is served."""
+def test_the_context_and_the_pool_to_the_last_token(engines: Engines) -> None:
+    """What checked_request lets through at most is served."""
     engine = engines.build(max_model_len=32, blocks=16)
     assert len(run(engine, [greedy("fits", words(1, 20), 12)])["fits"].tokens) == 12
     engine = engines.build(max_model_len=32, blocks=16)
     object.__setattr__(engine.info, "max_model_len", 1000)  # the loader would not start with a pool below the context
-    with pytest.raises(InvalidRequestError, match=r"18 .*16") as caught:
-        engine.add(greedy("too large", words(1, 20), 13))
-    assert caught.value.code == "context_length_exceeded"
-    assert not engine.has_work()
     assert run(engine, [Request("look", words(1, 64), None, "mean", 0)])["look"].rows == 64
 
 

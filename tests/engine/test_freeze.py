@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams
 from tests.engine.gate.test_gate_rows import assert_observed_once
 from tests.engine.test_engine import same
@@ -129,13 +128,3 @@ def test_frozen_positions_are_not_cached(engines: Engines) -> None:
     assert free.usage.cached_tokens == len(PROMPT) + 3
     # Now the scaling stream's blocks of the whole text are there; had the frozen real ones been, they would be found.
     same(run(engine, [longer])["b"], free)
-
-
-@pytest.mark.parametrize(("after", "sampling"), [(0, SamplingParams()), (-1, SamplingParams()), (2, None)])
-def test_refused(engines: Engines, after: int, sampling: SamplingParams | None) -> None:
-    """No token 0 exists to freeze after, and a scaling pass alone generates none."""
-    engine = engines.build()
-    with pytest.raises(InvalidRequestError, match="freeze_after") as caught:
-        engine.add(Request("a", PROMPT, sampling, freeze_after=after))
-    assert caught.value.param == "gate.freeze_after"
-    assert not engine.has_work()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from tests.engine.gate.test_steering import BY_LAYER, GATES, steered, weights
@@ -84,17 +82,3 @@ def test_scores_are_not_in_the_metrics(engines: Engines) -> None:
     """The metrics describe what was served; a look at one expert alone would distort them."""
     result = run(engines.build(), [score("a", TEXT, 1), score("b", TEXT, 1, steering=GATES["only one"])])
     assert not any(step.stats.gate.prompt_entropy or step.stats.gate.generated_entropy for step in result.steps)
-
-
-@pytest.mark.parametrize(("wrong", "param"), [
-    ({"score_from": 0}, "score_from"),
-    ({"score_from": 45}, "score_from"),
-    ({"sampling": replace(SCORING, max_tokens=1)}, "score_from"),
-    ({"sampling": replace(SCORING, prompt_logprobs=None)}, "score_from"),
-    ({"sampling": None}, "score_from"),
-    ({"return_scalings": "mean"}, "return_scalings"),
-])  # fmt: skip
-def test_refused(engines: Engines, wrong: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidRequestError) as error:
-        engines.build().add(replace(score("a", TEXT, 1), **wrong))
-    assert error.value.param == param

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
 from service.checkpoint.report import examine
 from service.contract import wire
 from service.contract.errors import StartupError
@@ -36,7 +36,7 @@ def serve(bundle: Path) -> str | None:
         engine = load_engine(EngineOptions(str(bundle), native_kernels=False, max_num_seqs=2))
         wire.FrameEncoder().encode(wire.Ready(engine.info))
         Metrics(CollectorRegistry()).describe_engine(engine.info)
-        TextCodec(engine.info)
+        ModelTokenizer(engine.info)
     except StartupError as error:
         return str(error)
     engine.add(Request("warmup", [0], SamplingParams(max_tokens=1, ignore_eos=True, logprobs=0)))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.contract.checks import checked_request
 from service.contract.options import EngineOptions
 from service.contract.output import FinishReason, SequenceUsage, StepOutput, TokenOutput
 from service.contract.request import Request, SamplingParams
@@ -97,11 +98,11 @@ def run(
     joins, aborts = dict(joins or {}), dict(aborts or {})
     result = Run()
     for request in requests:
-        engine.add(request)
+        engine.add(checked_request(request, engine.info))
     step = 0
     while engine.has_work() or any(number >= step for number in (*joins, *aborts)):
         for request in joins.get(step, ()):
-            engine.add(request)
+            engine.add(checked_request(request, engine.info))
         for target in aborts.get(step, ()):
             engine.abort(*target)
         if engine.has_work():

@@ -12,14 +12,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import CheckpointError, InvalidRequestError
+from service.contract.errors import CheckpointError
 from service.contract.options import EngineOptions
 from service.contract.output import (
     FinishReason,
@@ -41,7 +41,7 @@ SITES = ["layers.0.q_proj", "layers.1.q_proj"]
 MAX_MODEL_LEN = 96
 CHUNK = 8  # prompt positions per step
 POISON = 2  # a prompt with this token id makes step() raise
-UNFIT = 3  # a prompt with this token id is refused by add()
+UNTAKEN = 3  # add() raises for a prompt with this token id
 FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone
 HANGING = 5  # a prompt with this token id makes step() never return
 Progress = Callable[[str], None]
@@ -109,8 +109,8 @@ class FakeEngine:
         self._reply: list[int] = Tokenizer.from_file(info.tokenizer_path).encode(REPLY).ids
 
     def add(self, request: Request) -> None:
-        if UNFIT in request.prompt_token_ids:
-            raise InvalidRequestError("it can never fit", param="prompt", code="context_length_exceeded", hint="cut it")
+        if UNTAKEN in request.prompt_token_ids:
+            raise KeyError("no place")
         self.requests.append(request)
         n = 1 if request.sampling is None else request.sampling.n
         self.choices += [_Choice(request, index) for index in range(n)]
@@ -258,7 +258,7 @@ def fake_info(directory: Path) -> EngineInfo:
         max_num_seqs=64,
         max_num_batched_tokens=1024,
         block_size=16,
-        kv_blocks_total=4,
+        kv_blocks_total=12,
         kv_bytes=4096,
         weights_sha256="0" * 64,
         versions={"service": "test"},
@@ -273,8 +273,9 @@ def load_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress
 
 
 def load_slow_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
-    """The same at 5 ms a step."""
-    return FakeEngine(fake_info(Path(options.model)), step_seconds=0.005)
+    """The same at 5 ms a step, for answers that nobody sees the end of."""
+    info = replace(fake_info(Path(options.model)), max_model_len=1 << 20, kv_blocks_total=1 << 17)
+    return FakeEngine(info, step_seconds=0.005)
 
 
 def load_killed_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from service.api.generation.scoring import score_request
+from service.api.schemas.answers import Likelihood, Perplexity
 from service.contract.errors import InvalidRequestError
 from service.contract.request import Request
 from service.contract.steering import GateWeight, Steering
@@ -55,14 +55,13 @@ class Columns:
                 hint="send less text, or choose fewer experts with select.experts",
             )
 
-    def document(self, likelihoods: Likelihoods) -> dict[str, Any]:
+    def document(self, likelihoods: Likelihoods) -> Perplexity:
         """The `perplexity` object of an answer."""
-        judged = [
-            {"perplexity": likelihoods.perplexity(number), "logprobs": logprobs}
+        xlora, base, *experts = (
+            Likelihood(perplexity=likelihoods.perplexity(number), logprobs=logprobs)
             for number, logprobs in enumerate(likelihoods.columns)
-        ]
-        own = len(_MODELS)
-        return dict(zip(_MODELS, judged, strict=False)) | {"experts": dict(zip(self.names, judged[own:], strict=True))}
+        )
+        return {"xlora": xlora, "base": base, "experts": dict(zip(self.names, experts, strict=True))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import binascii
 import functools
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from service.api.schemas.answers import Scalings, ScalingsDelta
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError
 from service.contract.output import GateRows
@@ -47,8 +47,8 @@ class RowFormat:
         self,
         info: EngineInfo,
         dtype: str | None = None,
-        sites: Sequence[str] | None = None,
-        experts: Sequence[str] | None = None,
+        sites: list[str] | None = None,
+        experts: list[str] | None = None,
     ) -> None:
         """`sites` and `experts` name what the documented rows have, where that is not everything."""
         self._experts = [expert["name"] for expert in info.experts] if experts is None else experts
@@ -64,15 +64,27 @@ class RowFormat:
         mean = np.frombuffer(gate.mean, "<f4").reshape(gate.count, experts)
         return Rows(gate.start, mean, np.frombuffer(gate.entropy, "<f4"), full)
 
-    def document(self, rows: Rows | None, start: int, names: bool = True) -> dict[str, Any]:
-        """The `scalings` object of DESIGN §6, for orjson with numpy; `start` is for when there are no rows."""
-        document: dict[str, Any] = {"experts": self._experts, "sites": self._sites} if names else {}
-        if rows is None:
-            return document | {"start": start, "mean": [], "entropy": []}
-        document |= {"start": rows.start, "mean": np.ascontiguousarray(rows.mean), "entropy": rows.entropy}
+    def document(self, rows: Rows | None, start: int) -> Scalings:
+        """The `scalings` object of a whole answer; `start` is for when there are no rows."""
+        numbers: ScalingsDelta = {"start": start, "mean": [], "entropy": []} if rows is None else self._rows(rows)
+        return {"experts": self._experts, "sites": self._sites, **numbers}
+
+    def delta(self, rows: Rows, first: bool) -> ScalingsDelta:
+        """The `scalings` object of an event; a choice's first names experts and sites."""
+        numbers = self._rows(rows)
+        if first:
+            numbers["experts"], numbers["sites"] = self._experts, self._sites
+        return numbers
+
+    def _rows(self, rows: Rows) -> ScalingsDelta:
+        numbers: ScalingsDelta = {
+            "start": rows.start,
+            "mean": np.ascontiguousarray(rows.mean),
+            "entropy": rows.entropy,
+        }
         if rows.full is not None:
-            document["full"] = encode_npy(rows.full.astype(self._dtype, copy=False))
-        return document
+            numbers["full"] = encode_npy(rows.full.astype(self._dtype, copy=False))
+        return numbers
 
 
 class RowBuffer:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.api.gate_views.rows import FloatArray
+from service.api.schemas.answers import LogRows, LogState
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.output import LoggedRows
@@ -30,7 +31,7 @@ _OWNER = np.dtype([("request", "S64"), ("choice", "<i4"), ("position", "<i4")])
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoggedRun:
     """Consecutive positions of one choice."""
 
     request: str
@@ -145,7 +146,7 @@ class ScalingsLog:
         """What is in it now, to look at in another thread."""
         return Snapshot(self._ring, self._ring.written, self._experts, self._sites)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> LogState:
         """Switch and bounds, and how full it is."""
         return {
             "enabled": self.enabled,
@@ -190,7 +191,7 @@ class Snapshot:
         """Whose they are."""
         return self._copy[1]
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[LoggedRun]:
         """In the order of their first rows."""
         if not len(self.rows):
             return
@@ -204,9 +205,9 @@ class Snapshot:
         starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
         for start, end in itertools.pairwise(starts):
             owner = owners[start]
-            yield Run(owner["request"].decode(), int(owner["choice"]), int(owner["position"]), rows[start:end])
+            yield LoggedRun(owner["request"].decode(), int(owner["choice"]), int(owner["position"]), rows[start:end])
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> LogRows:
         """How long the runs are, and what they say in a few numbers."""
         lengths: dict[int, int] = {}
         for run in self.runs():
@@ -224,7 +225,7 @@ class Snapshot:
         """Runs by their length, as PEFT's get_bucketed_scalings_log: for each length L the arrays scalings_L
         [runs, L, S, E], order_L (the place in the log), start_L, request_L and choice_L; and experts, sites.
         """
-        buckets: dict[int, list[tuple[int, Run]]] = {}
+        buckets: dict[int, list[tuple[int, LoggedRun]]] = {}
         for place, run in enumerate(self.runs()):
             buckets.setdefault(len(run.rows), []).append((place, run))
         arrays: dict[str, Any] = {"experts": np.array(self.experts), "sites": np.array(self.sites)}

@@ -18,7 +18,7 @@ _SMOOTHING = 0.1  # weight of the newest choice in the mean
 _LONGEST_RETRY_SECONDS = 60
 
 
-class Ticket:
+class Permit:
     """What one caller's requests hold until they end."""
 
     def __init__(self, admission: Admission, requests: Sequence[Request], now: float) -> None:
@@ -73,22 +73,22 @@ class Admission:
         return max(0, self.choices - self._seats)
 
     @contextmanager
-    def admit(self, requests: Sequence[Request], now: float, *, continued: bool = False) -> Iterator[Ticket]:
+    def admit(self, requests: Sequence[Request], now: float, *, continued: bool = False) -> Iterator[Permit]:
         """Holds a place for the length of the block. Raises OverloadedError when there is none.
 
         What is over a bound by itself is admitted when nothing else waits: it would never be otherwise. So is what
         continues a call that has been admitted before.
         """
-        ticket = Ticket(self, requests, now)
+        permit = Permit(self, requests, now)
         if not continued:
-            self.check(ticket.choices, ticket.tokens)
-        self.choices += ticket.choices
-        self.queued_tokens += ticket.tokens
+            self.check(permit.choices, permit.tokens)
+        self.choices += permit.choices
+        self.queued_tokens += permit.tokens
         self.running += 1
         try:
-            yield ticket
+            yield permit
         finally:
-            ticket.close()
+            permit.close()
             self.running -= 1
 
     def check(self, choices: int = 1, tokens: int = 1) -> None:

@@ -1,6 +1,6 @@
 """One choice of one request: what the engine says about it becomes text, tokens and scalings.
 
-This file knows no HTTP and no JSON; streams, whole answers and the command line are made of its `Piece`s.
+This file knows no HTTP and no JSON; streams, whole answers and the command line are made of its `Delta`s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
 from service.api.generation.detokenizer import StopStrings
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
+from service.api.schemas.answers import Cost, Usage
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, InvalidRequestError, TimedOutError
@@ -19,7 +20,7 @@ from service.contract.request import Request
 
 
 @dataclass(slots=True)
-class Piece:
+class Delta:
     """What one token, or the end without a token, brought a choice."""
 
     index: int
@@ -34,7 +35,13 @@ class Choice:
     """The state of one choice; `index` counts over all choices of all prompts."""
 
     def __init__(
-        self, index: int, request: Request, codec: TextCodec, stops: list[str], ends: Collection[int], format: RowFormat
+        self,
+        index: int,
+        request: Request,
+        tokenizer: ModelTokenizer,
+        stops: list[str],
+        ends: Collection[int],
+        format: RowFormat,
     ) -> None:
         self.index = index
         self.request = request
@@ -42,18 +49,18 @@ class Choice:
         self.usage = SequenceUsage()
         self.finish_reason: str | None = None  # "stop" also when a stop string ended it: the engine does not know
         self._ends = ends
-        self._detokenizer = codec.detokenizer(request.prompt_token_ids)
-        self._codec = codec
+        self._detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
+        self._tokenizer = tokenizer
         self._stops = StopStrings(stops)
         self._rows = RowBuffer(format)
 
     @property
     def ended(self) -> bool:
-        """Whether its last piece has been made."""
+        """Whether its last delta has been made."""
         return self.finish_reason is not None
 
-    def accept(self, output: SequenceOutput) -> Iterator[Piece]:
-        """One piece per token up to the end, and one without a token when the end came alone."""
+    def accept(self, output: SequenceOutput) -> Iterator[Delta]:
+        """One delta per token up to the end, and one without a token when the end came alone."""
         if output.gate is not None:
             self._rows.add(output.gate)
         if output.usage is not None:
@@ -64,22 +71,22 @@ class Choice:
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
         for position, token in enumerate(output.tokens):
-            yield self._piece(token, output.finish_reason if position == last else None)
+            yield self._delta(token, output.finish_reason if position == last else None)
             if self.ended:
                 return  # by a stop string, perhaps: tokens after it do not count
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
 
-    def end(self, reason: str) -> Piece:
+    def end(self, reason: str) -> Delta:
         """The end without a token, with the text held back so far."""
         self.finish_reason = reason
         text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-        return Piece(self.index, text, finish_reason=reason)
+        return Delta(self.index, text, finish_reason=reason)
 
-    def _piece(self, token: TokenOutput, reason: str | None) -> Piece:
+    def _delta(self, token: TokenOutput, reason: str | None) -> Delta:
         self.tokens += 1
         if reason == "stop" and token.id in self._ends:  # its text is not part of the text
-            visible, own = self._detokenizer.flush(), self._codec.token_text(token.id)
+            visible, own = self._detokenizer.flush(), self._tokenizer.token_text(token.id)
         else:
             visible, own = self._detokenizer.push(token.id), ""
             if reason is not None:
@@ -91,17 +98,22 @@ class Choice:
             text += self._stops.flush()
         self.finish_reason = reason
         rows = self._rows.take(len(self.request.prompt_token_ids) - 2 + self.tokens)
-        return Piece(self.index, text, token, visible + own, rows, reason)
+        return Delta(self.index, text, token, visible + own, rows, reason)
 
 
 class Generation:
-    """Some prompts, each with its choices, from submission to the last piece; leaving `pieces` early aborts them all.
+    """Some prompts, each with its choices, from submission to the last delta; leaving `deltas` early aborts them all.
 
     The choices of prompt i have the indices i * n to i * n + n - 1.
     """
 
     def __init__(
-        self, client: Client, codec: TextCodec, requests: Sequence[Request], stops: list[str], format: RowFormat
+        self,
+        client: Client,
+        tokenizer: ModelTokenizer,
+        requests: Sequence[Request],
+        stops: list[str],
+        format: RowFormat,
     ) -> None:
         self.requests = requests
         self.choices: list[Choice] = []
@@ -112,10 +124,10 @@ class Generation:
             self._first[request.id] = len(self.choices)
             ends = ends_of(client.info, request)
             for _ in range(request.sampling.n if request.sampling else 0):
-                self.choices.append(Choice(len(self.choices), request, codec, stops, ends, format))
+                self.choices.append(Choice(len(self.choices), request, tokenizer, stops, ends, format))
 
-    async def pieces(self, deadline: float | None = None) -> AsyncGenerator[list[Piece], None]:
-        """Every piece as it comes; those that came together are one list, in order. At the deadline (in the time of the
+    async def deltas(self, deadline: float | None = None) -> AsyncGenerator[list[Delta], None]:
+        """Every delta as it comes; those that came together are one list, in order. At the deadline (in the time of the
         event loop) all choices end.
 
         Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
@@ -123,29 +135,29 @@ class Generation:
         try:
             async with self._client.submit(*self.requests, deadline=deadline) as outputs:
                 async for output in outputs:
-                    pieces: list[Piece] = []
+                    deltas: list[Delta] = []
                     try:
                         for one in (output, *outputs.ready()):
-                            pieces += self._accept(one)
+                            deltas += self._accept(one)
                     finally:
-                        if pieces:
-                            yield pieces
+                        if deltas:
+                            yield deltas
         except TimedOutError:
             if not any(choice.tokens for choice in self.choices):
                 raise
             yield [choice.end("timeout") for choice in self.choices if not choice.ended]
 
-    def _accept(self, output: SequenceOutput) -> Iterator[Piece]:
+    def _accept(self, output: SequenceOutput) -> Iterator[Delta]:
         """What one output brought; ends the choice in the engine where it has ended by its text."""
         choice = self.choices[self._first[output.request_id] + output.index]
         if choice.ended:
             return  # it came together with the one that brought the end
         if output.prompt_logprobs:
             self.prompt_logprobs[output.request_id] += output.prompt_logprobs
-        for piece in choice.accept(output):
-            if piece.finish_reason is not None and output.finish_reason is None:
+        for delta in choice.accept(output):
+            if delta.finish_reason is not None and output.finish_reason is None:
                 self._client.abort(output.request_id, output.index)
-            yield piece
+            yield delta
 
     @property
     def prompt_tokens(self) -> int:
@@ -166,7 +178,16 @@ class Generation:
             least[choice.request.id] = min(cached, least.get(choice.request.id, cached))
         return sum(least.values())
 
-    def cost(self) -> dict[str, object]:
+    def usage(self) -> Usage:
+        """What the call has cost so far."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "cached_tokens": self.cached_tokens,
+            **self.cost(),
+        }
+
+    def cost(self) -> Cost:
         """What the engine did for these choices."""
         usages = [choice.usage for choice in self.choices]
         return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from service.api.generation.admission import Ticket
+from service.api.generation.admission import Permit
 from service.client.engine_client import Client
 from service.contract.errors import InternalError
 from service.contract.request import Request, SamplingParams
@@ -36,9 +36,9 @@ def score_request(
 
 
 async def log_probabilities(
-    client: Client, requests: Sequence[Request], ticket: Ticket, deadline: float | None = None
+    client: Client, requests: Sequence[Request], permit: Permit, deadline: float | None = None
 ) -> dict[str, list[float]]:
-    """Natural logs, by request id, one per scored token. `ticket` gives up each one's place when it ends.
+    """Natural logs, by request id, one per scored token. `permit` gives up each one's place when it ends.
 
     Raises TimedOutError at the deadline.
     """
@@ -52,7 +52,7 @@ async def log_probabilities(
             found[output.request_id] += [token.logprob or 0.0 for token in output.prompt_logprobs]
             if output.finish_reason is not None:
                 waited = 0.0 if output.usage is None else output.usage.queue_seconds
-                ticket.done(output.request_id, asyncio.get_running_loop().time(), waited)
+                permit.done(output.request_id, asyncio.get_running_loop().time(), waited)
     for request in requests:
         if len(found[request.id]) != len(request.prompt_token_ids) - (request.score_from or 0):
             raise InternalError("the engine did not score every token")

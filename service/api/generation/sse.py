@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -54,7 +54,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def event(data: dict[str, Any]) -> bytes:
+def event(data: Mapping[str, object]) -> bytes:
     """One event; numpy arrays become lists, NaN becomes null."""
     return encoded_event(orjson.dumps(data, option=orjson.OPT_SERIALIZE_NUMPY))
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 
 from tokenizers import Tokenizer
 
@@ -15,6 +16,7 @@ from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.detokenizer import Detokenizer, special_token_ids
 from service.api.off_loop import off_loop
 from service.api.schemas.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.contract.checks import check_context, check_token_ids
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import SamplingParams, TextForm
@@ -25,9 +27,13 @@ MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds
 _CHARACTERS_PER_TOKEN = 4  # a guess, by which it is decided whether a text is long
 _PIECE_CHARACTERS = 1 << 14  # of a long text that is counted: a token takes some hundred bytes until it is an id
 _EDGE_TOKENS = 128  # that cutting a text can add, at each cut
+# The parameters that a body has by the same names, and that need no conversion.
+_AS_GIVEN = {field.name for field in fields(SamplingParams)} - {
+    *("max_tokens", "logit_bias", "stop_token_ids", "seed", "logprobs", "prompt_logprobs", "form")
+}
 
 
-class TextCodec:
+class ModelTokenizer:
     """One model's tokenizer."""
 
     def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
@@ -46,7 +52,7 @@ class TextCodec:
 
     async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
-        assert self._chats is not None, "this codec is for prompts"
+        assert self._chats is not None, "this tokenizer is for prompts"
         return await self.encode(await self._chats.render(messages), False, "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
@@ -77,23 +83,13 @@ class TextCodec:
             return None
         return self._encode(text, add_special_tokens)
 
-    def check_known(self, ids: Collection[int], param: str) -> None:
-        """Raises InvalidRequestError for token ids that the vocabulary has not."""
-        if ids and not 0 <= min(ids) <= max(ids) < self._info.vocab_size:
-            unknown = next(id for id in ids if not 0 <= id < self._info.vocab_size)
-            raise InvalidRequestError(
-                f"`{param}` has the token id {str(unknown)[:20]}; ids go from 0 to {self._info.vocab_size - 1}",
-                param=param,
-                code="unknown_token",
-            )
-
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids. Raises InvalidRequestError for ids outside the vocabulary."""
-        self.check_known(ids, "token_ids")
+        check_token_ids(ids, "token_ids", self._info)
         [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return str(text)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
+    def texts(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text; together they are the text."""
         detokenizer = self.detokenizer()
         texts = [detokenizer.push(id) for id in ids]
@@ -123,15 +119,8 @@ class TextCodec:
     ) -> SamplingParams:
         """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
-        self.check_known(bias, "logit_bias")
-        self.check_known(body.stop_token_ids or (), "stop_token_ids")
-        given = body.model_dump(
-            exclude_none=True,
-            include={
-                *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-                *("frequency_penalty", "ignore_eos", "n"),
-            },
-        )
+        check_token_ids(bias, "logit_bias", self._info)
+        check_token_ids(body.stop_token_ids or (), "stop_token_ids", self._info)
         return SamplingParams(
             max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
             logit_bias=bias,
@@ -140,29 +129,14 @@ class TextCodec:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             form=form,
-            **given,
+            **body.model_dump(exclude_none=True, include=_AS_GIVEN),
         )
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
-        room = self._info.max_model_len - prompt_tokens
-        if room < 1:
-            raise InvalidRequestError(
-                f"the prompt's {prompt_tokens} tokens leave no room in the context of {self._info.max_model_len}",
-                param="prompt",
-                code="context_length_exceeded",
-                hint="shorten the prompt",
-            )
-        if wanted is None:
-            return min(DEFAULT_MAX_TOKENS, room)
-        if wanted > room:
-            raise InvalidRequestError(
-                f"prompt ({prompt_tokens} tokens) + max_tokens ({wanted}) = {prompt_tokens + wanted} is over the "
-                f"context of {self._info.max_model_len} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-                hint=f"lower max_tokens to {room} or shorten the prompt",
-            )
-        return wanted
+        room = max(1, self._info.max_model_len - prompt_tokens)
+        max_tokens = min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
+        check_context(prompt_tokens, max_tokens, self._info)
+        return max_tokens
 
     def _all_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         found: list[list[int]] = []
@@ -190,7 +164,7 @@ class TextCodec:
             raise InvalidRequestError(f"`{param}` is empty", param=param, hint="give at least one token")
         if len(ids) > self._info.max_model_len:
             raise self._too_long(str(len(ids)), param)
-        self.check_known(ids, param)
+        check_token_ids(ids, param, self._info)
         return ids
 
     def _too_long(self, tokens: str, param: str) -> InvalidRequestError:

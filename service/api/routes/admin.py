@@ -6,15 +6,15 @@ They act within this process's engine, for as long as it lives.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict, replace
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Response
 
-from service.api.errors import BODY_ERRORS, documented
 from service.api.gate_views.scalings_log import DEFAULT_BYTES, DEFAULT_TOKENS
 from service.api.middleware.json_body import JsonRoute
-from service.api.schemas.answers import GateState, LogState, LogSummary
+from service.api.openapi import BODY_ERRORS, documented
+from service.api.schemas.answers import GateState, GateValues, LogRows, LogState, LogSummary
 from service.api.schemas.bodies import GateBody, LogBody
 from service.api.schemas.examples import GATE_BODIES, LOG_BODIES
 from service.api.state import Service, service_of
@@ -26,13 +26,21 @@ router = APIRouter(tags=["operation"], route_class=JsonRoute)
 ServiceDependency = Annotated[Service, Depends(service_of)]
 
 
-def gate_state(service: Service) -> dict[str, Any]:
+def gate_state(service: Service) -> GateState:
     """The settings that requests are admitted under, and the checkpoint's."""
-    return {**asdict(service.gate), "checkpoint": asdict(stored_settings(service.info.xlora_config))}
+    return {**_values(service.gate), "checkpoint": _values(stored_settings(service.info.xlora_config))}
+
+
+def _values(settings: GateSettings) -> GateValues:
+    return {
+        "scaling_pass_value": settings.scaling_pass_value,
+        "top_k_lora": settings.top_k_lora,
+        "global_scaling_weight": settings.global_scaling_weight,
+    }
 
 
 @router.get("/gate", summary="The gate's settings", response_model=GateState, responses=documented(503))
-async def get_gate(service: ServiceDependency) -> dict[str, Any]:
+async def get_gate(service: ServiceDependency) -> GateState:
     """What holds for requests that arrive now, and what the checkpoint says."""
     return gate_state(service)
 
@@ -42,7 +50,7 @@ async def get_gate(service: ServiceDependency) -> dict[str, Any]:
 )
 async def change_gate(
     body: Annotated[GateBody, Body(openapi_examples=GATE_BODIES)], service: ServiceDependency
-) -> dict[str, Any]:
+) -> GateState:
     """PEFT's set_scaling_pass_value, set_topk_lora and set_global_scaling_weight, for requests that arrive afterwards;
     those that run keep theirs. A request's own `gate.top_k` goes before.
     """
@@ -50,12 +58,12 @@ async def change_gate(
 
 
 @router.delete("/gate", summary="The checkpoint's gate again", response_model=GateState, responses=documented(503))
-async def reset_gate(service: ServiceDependency) -> dict[str, Any]:
+async def reset_gate(service: ServiceDependency) -> GateState:
     """For requests that arrive afterwards."""
     return _set_gate(service, stored_settings(service.info.xlora_config))
 
 
-def _set_gate(service: Service, settings: GateSettings) -> dict[str, Any]:
+def _set_gate(service: Service, settings: GateSettings) -> GateState:
     service.check_serving()
     check_settings(settings, service.info)
     service.client.set_gate(settings)
@@ -64,11 +72,12 @@ def _set_gate(service: Service, settings: GateSettings) -> dict[str, Any]:
 
 
 @router.get("/scalings/log", summary="The scalings log", response_model=LogSummary, responses=documented(503))
-async def get_log(service: ServiceDependency) -> dict[str, Any]:
+async def get_log(service: ServiceDependency) -> LogSummary:
     """Switch, bounds, and what the rows say in a few numbers. Rows are the classifier's: before top-k and steering."""
     log = service.scalings_log
     state, snapshot = log.state(), log.snapshot()
-    return state | await asyncio.to_thread(snapshot.summary)
+    rows: LogRows = await asyncio.to_thread(snapshot.summary)
+    return {**state, **rows}
 
 
 @router.get(
@@ -93,7 +102,7 @@ async def get_rows(service: ServiceDependency) -> Response:
 )
 async def switch_log(
     body: Annotated[LogBody, Body(openapi_examples=LOG_BODIES)], service: ServiceDependency
-) -> dict[str, Any]:
+) -> LogState:
     """On: rows of positions computed from now on, the newest that fit both bounds. Off: the rows stay."""
     service.check_serving()
     log = service.scalings_log
@@ -106,7 +115,7 @@ async def switch_log(
 
 
 @router.delete("/scalings/log", summary="Clear the scalings log", response_model=LogState, responses=documented(503))
-async def clear_log(service: ServiceDependency) -> dict[str, Any]:
+async def clear_log(service: ServiceDependency) -> LogState:
     """Forgets the rows; the log stays on if it is."""
     service.scalings_log.clear()
     return service.scalings_log.state()

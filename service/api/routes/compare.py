@@ -11,29 +11,25 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api.errors import GENERATION_ERRORS, documented
 from service.api.gate_views.rows import RowFormat, join
-from service.api.generation.call import CLIENT_CLOSED_REQUEST, Observer
-from service.api.generation.choice import Generation, Piece
-from service.api.generation.deadlines import deadline_of
+from service.api.generation.call import Call
+from service.api.generation.choice import Delta, Generation
 from service.api.generation.scoring import log_probabilities, score_request
-from service.api.generation.sse import ClientGoneError, until_disconnect
-from service.api.generation.tokenizer import draw_seed
 from service.api.middleware.json_body import JsonRoute
-from service.api.middleware.record import RequestRecord, record_of
+from service.api.openapi import GENERATION_ERRORS, documented
 from service.api.routes.scalings import MAX_WEIGHTS
-from service.api.schemas.answers import CompareAnswer
+from service.api.schemas.answers import CompareAnswer, CompareOutput, LogLikelihood, WithScalings
 from service.api.schemas.bodies import CompareBody, CompareSetting
 from service.api.schemas.examples import COMPARE_ANSWER, COMPARE_BODIES
 from service.api.schemas.steering import as_used, steering_of
-from service.api.state import Service, new_id, service_of
-from service.contract.checks import with_checked_steering
+from service.api.state import Service, service_of
+from service.contract.checks import check_token_ids
 from service.contract.errors import InvalidRequestError, TimedOutError
 from service.contract.request import Request, TextForm
 from service.contract.steering import Steering
@@ -58,22 +54,15 @@ async def compare(
     service: Annotated[Service, Depends(service_of)],
 ) -> Response:
     """Row i of `log_likelihood` is what setting i makes of the outputs: how likely they are under its gate."""
-    record = record_of(http_request.scope)
-    deadline = deadline_of(record, body, service.settings.request_timeout)
-    try:
-        content = await until_disconnect(http_request.receive, answer(body, service, record, deadline), deadline)
-    except ClientGoneError:
-        record.outcome = "cancelled"
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(content, media_type="application/json")
+    call = Call(http_request, service, "cmp", body)
+    return await call.answer(answer(body, call))
 
 
-async def answer(body: CompareBody, service: Service, record: RequestRecord, deadline: float) -> bytes:
+async def answer(body: CompareBody, call: Call) -> bytes:
     """The whole answer. Raises InvalidRequestError before anything is computed."""
-    prompt = await service.codec.prompt_ids(body.prompt)
-    form = await service.forms.of(body.response_format)
-    comparison = Comparison(service, body, prompt, form)
-    document = await comparison.run(record, deadline)
+    prompt = await call.service.tokenizer.prompt_ids(body.prompt)
+    form = await call.service.forms.of(body.response_format)
+    document = await Comparison(call, body, prompt, form).run()
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -85,7 +74,7 @@ class Output:
     gate: _GateKey
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] | None = None  # under its own gate; None until they are known
-    pieces: list[Piece] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
 
     @property
     def key(self) -> _ScoreKey:
@@ -94,13 +83,12 @@ class Output:
 
 
 class Comparison:
-    """One call, checked."""
+    """The settings of one call, checked, and what they make of each other."""
 
-    def __init__(self, service: Service, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
-        self._service, self._body, self._prompt = service, body, prompt
-        self._id = new_id("cmp")
-        seeded = body.model_copy(update={"seed": draw_seed() if body.seed is None else body.seed})
-        self._sampling = service.codec.sampling(seeded, len(prompt), logprobs=0, form=form)
+    def __init__(self, call: Call, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
+        self._call, self._body, self._prompt = call, body, prompt
+        self._service = service = call.service
+        self._sampling = service.tokenizer.sampling(body, len(prompt), logprobs=0, form=form)
         self._format = RowFormat(service.info, body.scalings_dtype)
         self._outputs: list[Output] = []
         requests = []
@@ -114,61 +102,46 @@ class Comparison:
         self._check_sizes(len(requests))
         self._written = [output for output in self._outputs if output.setting.token_ids is None]
         stops = body.stop or []
-        self._generation = Generation(service.client, service.codec, requests, stops, self._format)
+        self._generation = Generation(service.client, service.tokenizer, requests, stops, self._format)
 
-    async def run(self, record: RequestRecord, deadline: float) -> dict[str, Any]:
+    async def run(self) -> CompareAnswer:
         """Generates, scores, and tells."""
-        record.model, record.response_id, record.sampling = self._service.info.model, self._id, self._sampling
+        self._call.begin(self._sampling)
         if self._written:
-            await self._generate(record, deadline)
-        scores = await self._judge(deadline)
+            await self._generate()
+        scores = await self._judge()
         for output in self._outputs:
             output.logprobs = scores.get(output.key)
         return {
-            "id": self._id,
+            "id": self._call.id,
             "model": self._service.info.model,
             "seed": self._sampling.seed,
             "outputs": await asyncio.to_thread(self._documents),
             "log_likelihood": self._matrix(scores),
-            "usage": {
-                "prompt_tokens": self._generation.prompt_tokens,
-                "completion_tokens": self._generation.completion_tokens,
-                "cached_tokens": self._generation.cached_tokens,
-                "scored_tokens": sum(map(len, scores.values())),
-                **self._generation.cost(),
-            },
+            "usage": {**self._generation.usage(), "scored_tokens": sum(map(len, scores.values()))},
         }
 
-    async def _generate(self, record: RequestRecord, deadline: float) -> None:
-        service, generation = self._service, self._generation
-        with service.admission.admit(generation.requests, asyncio.get_running_loop().time()) as ticket:
-            observer = Observer(service, generation, ticket, record)
-            try:
-                async with aclosing(generation.pieces(deadline)) as stream:
-                    async for pieces in stream:
-                        observer.observe(pieces)
-                        for piece in pieces:
-                            self._written[piece.index].pieces.append(piece)
-                observer.finish()
-            finally:
-                observer.close()
+    async def _generate(self) -> None:
+        async with aclosing(self._call.deltas(self._generation)) as stream:
+            async for together in stream:
+                for delta in together:
+                    self._written[delta.index].deltas.append(delta)
         for output in self._written:
-            tokens = [piece.token for piece in output.pieces if piece.token is not None]
+            tokens = [delta.token for delta in output.deltas if delta.token is not None]
             output.ids = [token.id for token in tokens]
             output.logprobs = [token.logprob or 0.0 for token in tokens]
 
-    async def _judge(self, deadline: float) -> dict[_ScoreKey, list[float]]:
+    async def _judge(self) -> dict[_ScoreKey, list[float]]:
         """Log-probabilities of every output under every gate, each computed once; what the time was too short for is
         left out.
         """
         known = {one.key: one.logprobs for one in self._outputs if one.logprobs is not None}
         wanted = {(judge.gate, tuple(text.ids)) for judge in self._outputs for text in self._outputs if text.ids}
         keys = sorted(wanted - known.keys(), key=repr)
-        requests = [self._score(f"{self._id}-score-{number}", key) for number, key in enumerate(keys)]
+        requests = [self._score(f"{self._call.id}-score-{number}", key) for number, key in enumerate(keys)]
         try:
-            now = asyncio.get_running_loop().time()
-            with self._service.admission.admit(requests, now, continued=bool(self._written)) as ticket:
-                found = await log_probabilities(self._service.client, requests, ticket, deadline)
+            with self._call.admit(requests, continued=bool(self._written)) as permit:
+                found = await log_probabilities(self._service.client, requests, permit, self._call.deadline)
         except TimedOutError:
             if not self._written:
                 raise
@@ -181,39 +154,46 @@ class Comparison:
         tokens = [*self._prompt, *ids]
         return score_request(id, tokens, len(self._prompt), steering, freeze_after=freeze_after, cache_salt=salt)
 
-    def _matrix(self, scores: dict[_ScoreKey, list[float]]) -> dict[str, Any]:
+    def _matrix(self, scores: dict[_ScoreKey, list[float]]) -> LogLikelihood:
         rows = [[scores.get((judge.gate, tuple(text.ids))) for text in self._outputs] for judge in self._outputs]
         sums = [[math.fsum(cell) if cell else None for cell in row] for row in rows]
         means = [[math.fsum(cell) / len(cell) if cell else None for cell in row] for row in rows]
         return {"sum": sums, "per_token": means}
 
-    def _documents(self) -> list[dict[str, Any]]:
+    def _documents(self) -> list[CompareOutput]:
         return [self._document(index, output) for index, output in enumerate(self._outputs)]
 
-    def _document(self, index: int, output: Output) -> dict[str, Any]:
-        codec = self._service.codec
-        document: dict[str, Any] = {"index": index, "label": output.setting.label, **as_used(output.setting)}
+    def _document(self, index: int, output: Output) -> CompareOutput:
         if output.setting.token_ids is None:
-            texts = [piece.token_text for piece in output.pieces if piece.token is not None]
-            document["text"] = "".join(piece.text for piece in output.pieces)
-            document["finish_reason"] = output.pieces[-1].finish_reason
+            texts = [delta.token_text for delta in output.deltas if delta.token is not None]
+            text, finish_reason = "".join(delta.text for delta in output.deltas), output.deltas[-1].finish_reason
         else:
-            texts = codec.pieces(output.ids)
-            document |= {"text": "".join(texts), "finish_reason": None}
+            texts = self._service.tokenizer.texts(output.ids)
+            text, finish_reason = "".join(texts), None
         logprobs: Sequence[float | None] = output.logprobs or [None] * len(texts)
-        document["token_ids"] = output.ids
-        document["tokens"] = [
-            {"id": id, "text": text, "logprob": logprob}
-            for id, text, logprob in zip(output.ids, texts, logprobs, strict=True)
-        ]
-        if self._body.return_scalings in ("mean", "full") and output.setting.token_ids is None:
-            rows = join([piece.rows for piece in output.pieces if piece.rows is not None])
-            document["scalings"] = self._format.document(rows, len(self._prompt) - 1)
-        return document
+        return {
+            "index": index,
+            "label": output.setting.label,
+            **as_used(output.setting),
+            "text": text,
+            "finish_reason": finish_reason,
+            "token_ids": output.ids,
+            "tokens": [
+                {"id": id, "text": token_text, "logprob": logprob}
+                for id, token_text, logprob in zip(output.ids, texts, logprobs, strict=True)
+            ],
+            **self._scalings(output),
+        }
+
+    def _scalings(self, output: Output) -> WithScalings:
+        if self._body.return_scalings not in ("mean", "full") or output.setting.token_ids is not None:
+            return {}
+        rows = join([delta.rows for delta in output.deltas if delta.rows is not None])
+        return {"scalings": self._format.document(rows, len(self._prompt) - 1)}
 
     def _request(self, number: int, setting: CompareSetting) -> Request:
-        request = Request(
-            id=f"{self._id}-{number}" if number else self._id,
+        return Request(
+            id=f"{self._call.id}-{number}" if number else self._call.id,
             prompt_token_ids=self._prompt,
             sampling=self._sampling,
             return_scalings=self._body.return_scalings or "none",
@@ -221,7 +201,6 @@ class Comparison:
             freeze_after=setting.gate.freeze_after if setting.gate is not None else None,
             steering=steering_of(setting, self._service.info),
         )
-        return with_checked_steering(request, self._service.info)
 
     def _check_given(self, setting: CompareSetting) -> None:
         ids, most = setting.token_ids or [], self._service.info.max_model_len
@@ -231,7 +210,7 @@ class Comparison:
                 param="token_ids",
                 code="context_length_exceeded",
             )
-        self._service.codec.check_known(ids, "token_ids")
+        check_token_ids(ids, "token_ids", self._service.info)
 
     def _check_sizes(self, written: int) -> None:
         info, settings = self._service.info, len(self._outputs)

@@ -1,46 +1,32 @@
 """OpenAI's routes: /v1/completions, /v1/chat/completions and /v1/models, over the same calls as POST /generate.
 
 What is ours travels as `xlora`: in the body; in the answer and each chunk (`seed`, `experts` and `gate` where the
-request is steered, by its `model` or its `xlora`, and what the engine did); and in
-each choice (`scalings`, when asked for).
+request is steered, by its `model` or its `xlora`, and what the engine did); and in each choice (`scalings`, when asked
+for).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 
 from service.api import models
-from service.api.errors import GENERATION_ERRORS, answered, documented
-from service.api.generation.call import RowEvents, Run, respond, scalings_of
-from service.api.generation.choice import Piece
-from service.api.generation.deadlines import before, deadline_of
+from service.api.generation.call import Call
+from service.api.generation.choice import Delta
+from service.api.generation.deadlines import before
+from service.api.generation.run import Run, respond
 from service.api.generation.sse import event
 from service.api.middleware.json_body import JsonRoute
-from service.api.middleware.record import record_of
-from service.api.schemas.examples import (
-    CHAT_ANSWER,
-    CHAT_BODIES,
-    CHAT_EVENTS,
-    COMPLETION_ANSWER,
-    COMPLETION_BODIES,
-    COMPLETION_EVENTS,
-)
-from service.api.schemas.openai import (
-    ChatAnswer,
-    ChatBody,
-    CompletionAnswer,
-    CompletionBody,
-    Model,
-    ModelList,
-    OpenAIFields,
-)
-from service.api.state import Service, new_id, service_of
+from service.api.openapi import GENERATION_ERRORS, answered, documented
+from service.api.schemas import examples
+from service.api.schemas import openai_answers as answers
+from service.api.schemas.openai import ChatBody, CompletionBody, OpenAIFields
+from service.api.state import Service, service_of
 from service.contract.output import TokenOutput
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
@@ -51,126 +37,115 @@ ServiceDependency = Annotated[Service, Depends(service_of)]
 @router.post(
     "/completions",
     summary="OpenAI's text completion",
-    response_model=CompletionAnswer,
-    responses=answered(COMPLETION_ANSWER, COMPLETION_EVENTS) | documented(404, *GENERATION_ERRORS),
+    response_model=answers.CompletionAnswer,
+    responses=answered(examples.COMPLETION_ANSWER, examples.COMPLETION_EVENTS, [answers.CompletionChunk])
+    | documented(404, *GENERATION_ERRORS),
 )
 async def completions(
     http_request: HttpRequest,
-    body: Annotated[CompletionBody, Body(openapi_examples=COMPLETION_BODIES)],
+    body: Annotated[CompletionBody, Body(openapi_examples=examples.COMPLETION_BODIES)],
     service: ServiceDependency,
 ) -> Response:
     """Several prompts at once; the choices of prompt i have the indices i * n to i * n + n - 1."""
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
-    deadline = deadline_of(record_of(http_request.scope), body, service.settings.request_timeout)
-    async with before(deadline):
-        prompts = await service.codec.all_prompt_ids(body.prompt)
+    call = Call(http_request, service, "cmpl", body)
+    async with before(call.deadline):
+        prompts = await service.tokenizer.all_prompt_ids(body.prompt)
         form = await service.forms.of(body.response_format)
     run = Run(
-        service,
-        new_id("cmpl"),
+        call,
         prompts,
         body,
         xlora,
-        deadline=deadline,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         form=form,
     )
-    return await respond(http_request, run, CompletionWriter(run, body), body.stream)
+    return await respond(run, CompletionWriter(run, body), body.stream)
 
 
 @router.post(
     "/chat/completions",
     summary="OpenAI's chat completion",
-    response_model=ChatAnswer,
-    responses=answered(CHAT_ANSWER, CHAT_EVENTS) | documented(404, *GENERATION_ERRORS),
+    response_model=answers.ChatAnswer,
+    responses=answered(examples.CHAT_ANSWER, examples.CHAT_EVENTS, [answers.ChatChunk])
+    | documented(404, *GENERATION_ERRORS),
 )
 async def chat_completions(
     http_request: HttpRequest,
-    body: Annotated[ChatBody, Body(openapi_examples=CHAT_BODIES)],
+    body: Annotated[ChatBody, Body(openapi_examples=examples.CHAT_BODIES)],
     service: ServiceDependency,
 ) -> Response:
     """The messages become a prompt by the model's own chat template."""
     xlora = models.steered(models.resolve(body.model, service.info), body.extension)
-    deadline = deadline_of(record_of(http_request.scope), body, service.settings.request_timeout)
-    async with before(deadline):
-        prompt = await service.codec.chat_ids([message.to_template() for message in body.messages])
+    call = Call(http_request, service, "chatcmpl", body)
+    async with before(call.deadline):
+        prompt = await service.tokenizer.chat_ids([message.to_template() for message in body.messages])
         form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    run = Run(service, new_id("chatcmpl"), [prompt], body, xlora, deadline=deadline, logprobs=logprobs, form=form)
-    return await respond(http_request, run, ChatWriter(run, body), body.stream)
+    run = Run(call, [prompt], body, xlora, logprobs=logprobs, form=form)
+    return await respond(run, ChatWriter(run, body), body.stream)
 
 
-@router.get("/models", summary="The names a request may use", response_model=ModelList, responses=documented(503))
+@router.get(
+    "/models", summary="The names a request may use", response_model=answers.ModelList, responses=documented(503)
+)
 async def list_models(service: ServiceDependency) -> Response:
     """One entry per name."""
     names = models.available(service.info)
-    return JSONResponse({"object": "list", "data": [_model(name, service) for name in names]})
+    content: answers.ModelList = {"object": "list", "data": [_model(name, service) for name in names]}
+    return JSONResponse(content)
 
 
-@router.get("/models/{name:path}", summary="One name", response_model=Model, responses=documented(404, 503))
+@router.get("/models/{name:path}", summary="One name", response_model=answers.Model, responses=documented(404, 503))
 async def get_model(name: str, service: ServiceDependency) -> Response:
     """The entry of GET /v1/models."""
     return JSONResponse(_model(models.resolve(name, service.info), service))
 
 
-def _model(virtual: models.Virtual, service: Service) -> dict[str, Any]:
+def _model(virtual: models.Virtual, service: Service) -> answers.Model:
     return {"id": virtual.id, "object": "model", "created": service.loaded_at, "owned_by": "xlora-service"}
 
 
 class _Frame:
     """What chunks and documents of both routes have around their choices."""
 
-    def __init__(self, run: Run, body: OpenAIFields, object: str) -> None:
+    def __init__(self, run: Run, body: OpenAIFields) -> None:
         options = body.stream_options
-        self._usage_last = bool(options and options.include_usage)
+        self.usage_last = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
-        self._run = run
+        self._generation = run.generation
         self._told_tokens = 0  # that chunks have brought so far
-        self._wishes = {"seed": run.seed, **run.steering}
-        self._head = {
+        self._as_used: answers.AsUsed = {"seed": run.seed, **run.steering}
+        self._head: answers.OpenAIHead = {
             "id": run.id,
-            "object": object,
             "created": int(time.time()),
             "model": body.model or run.info.model,
             "system_fingerprint": f"fp_{run.info.weights_sha256[:12]}",
         }
+        usage: answers.ChunkUsage = {"usage": None} if self.usage_last else {}
+        self._silent: answers.OpenAIChunk = {**self._head, "xlora": self._as_used, **usage}
 
-    def document(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A whole answer."""
-        return self._head | {"choices": choices, "usage": self._whole_usage(), "xlora": self._xlora()}
+    def whole(self) -> answers.OpenAIAnswer:
+        """Of a whole answer, and of the chunk without choices, for who asked for the usage."""
+        usage = self._usage(self._generation.completion_tokens)
+        return {**self._head, "usage": usage, "xlora": {**self._as_used, **self._generation.cost()}}
 
-    def event(self, piece: Piece, choice: dict[str, Any]) -> bytes:
-        """One chunk: `choice` is what it says of the piece."""
-        self._told_tokens += piece.token is not None
-        chunk = self._head | {"choices": [choice], "xlora": self._wishes}
+    def chunk(self, delta: Delta) -> answers.OpenAIChunk:
+        """Of the chunk that brings a delta."""
+        self._told_tokens += delta.token is not None
         if self._usage_always:
-            chunk["usage"] = self._usage(self._told_tokens)
-        elif self._usage_last:
-            chunk["usage"] = None
-        return event(chunk)
+            return {**self._head, "xlora": self._as_used, "usage": self._usage(self._told_tokens)}
+        return self._silent
 
-    def last_event(self) -> bytes:
-        """The chunk without choices, for who asked for the usage."""
-        if not self._usage_last:
-            return b""
-        return event(self._head | {"choices": [], "usage": self._whole_usage(), "xlora": self._xlora()})
-
-    def _whole_usage(self) -> dict[str, Any]:
-        return self._usage(self._run.generation.completion_tokens)
-
-    def _usage(self, completion: int) -> dict[str, Any]:
-        generation = self._run.generation
-        prompt = generation.prompt_tokens
+    def _usage(self, completion: int) -> answers.OpenAIUsage:
+        prompt = self._generation.prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self._generation.cached_tokens},
         }
-
-    def _xlora(self) -> dict[str, Any]:
-        return self._wishes | self._run.generation.cost()
 
 
 class CompletionWriter:
@@ -181,57 +156,59 @@ class CompletionWriter:
         self._echo = bool(body.echo)
         self.echoed_tokens = run.generation.prompt_tokens * (body.n or 1) if self._echo else 0
         self._logprobs = body.logprobs is not None
-        self._frame = _Frame(run, body, "text_completion")
-        self._rows = RowEvents(run)
+        self._frame = _Frame(run, body)
         self._offsets: dict[int, int] = {}  # characters of each choice's tokens so far
         self._begun: set[int] = set()
 
-    def document(self, pieces: Mapping[int, list[Piece]]) -> dict[str, Any]:
+    def document(self, deltas: Mapping[int, list[Delta]]) -> answers.CompletionAnswer:
         """The answer as one document."""
-        return self._frame.document([self._choice(c.index, pieces[c.index]) for c in self._run.generation.choices])
+        choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
+        return {**self._frame.whole(), "object": "text_completion", "choices": choices}
 
-    def event(self, piece: Piece) -> bytes:
+    def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first has the echo."""
-        choice = self._part(piece.index, [piece])
-        scalings = self._rows.of(piece)
-        return self._frame.event(piece, choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
+        choice: answers.CompletionDelta = {**self._text(delta.index, [delta]), **_delta_xlora(self._run, delta)}
+        chunk: answers.CompletionChunk = {**self._frame.chunk(delta), "object": "text_completion", "choices": [choice]}
+        return event(chunk)
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""
-        return self._frame.last_event()
+        if not self._frame.usage_last:
+            return b""
+        chunk: answers.CompletionChunk = {**self._frame.whole(), "object": "text_completion", "choices": []}
+        return event(chunk)
 
-    def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        choice = self._part(index, pieces)
-        if self._run.wants_rows:
-            choice["xlora"] = {"scalings": scalings_of(self._run, index, pieces)}
-        return choice
+    def _choice(self, index: int, deltas: list[Delta]) -> answers.CompletionChoice:
+        return {**self._text(index, deltas), **_choice_xlora(self._run, index, deltas)}
 
-    def _part(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
+    def _text(self, index: int, deltas: list[Delta]) -> answers.CompletionText:
+        text = "".join(delta.text for delta in deltas)
         tokens: list[tuple[str, TokenOutput | None]] = [
-            (piece.token_text, piece.token) for piece in pieces if piece.token is not None
+            (delta.token_text, delta.token) for delta in deltas if delta.token is not None
         ]
         if self._echo and index not in self._begun:
             prompt = list(self._prompt(index))
-            text = "".join(piece for piece, _ in prompt) + text
+            text = "".join(token_text for token_text, _ in prompt) + text
             tokens = [*prompt, *tokens]
         self._begun.add(index)
         return {
             "index": index,
             "text": text,
             "logprobs": self._logprob_lists(index, tokens) if self._logprobs else None,
-            "finish_reason": pieces[-1].finish_reason,
+            "finish_reason": deltas[-1].finish_reason,
         }
 
     def _prompt(self, index: int) -> Iterator[tuple[str, TokenOutput | None]]:
         """The prompt's tokens; the first has no logprob, and none has when nobody asked."""
         request = self._run.generation.choices[index].request
         outputs: list[TokenOutput] = self._run.generation.prompt_logprobs[request.id]
-        texts = self._run.codec.pieces(request.prompt_token_ids)
+        texts = self._run.tokenizer.texts(request.prompt_token_ids)
         for position, text in enumerate(texts):
             yield text, outputs[position - 1] if 0 < position <= len(outputs) else None
 
-    def _logprob_lists(self, index: int, tokens: Sequence[tuple[str, TokenOutput | None]]) -> dict[str, Any]:
+    def _logprob_lists(
+        self, index: int, tokens: Sequence[tuple[str, TokenOutput | None]]
+    ) -> answers.CompletionLogprobs:
         offsets = []
         for text, _ in tokens:
             offsets.append(self._offsets.get(index, 0))
@@ -247,7 +224,7 @@ class CompletionWriter:
         """By text; of several tokens with one text the likeliest stays. The token itself is always among them."""
         found: dict[str, float] = {}
         for id, logprob in [*token.top_logprobs, (token.id, token.logprob or 0.0)]:
-            found.setdefault(self._run.codec.token_text(id), logprob)
+            found.setdefault(self._run.tokenizer.token_text(id), logprob)
         return found
 
 
@@ -259,54 +236,69 @@ class ChatWriter:
     def __init__(self, run: Run, body: ChatBody) -> None:
         self._run = run
         self._logprobs = bool(body.logprobs)
-        self._frame = _Frame(run, body, "chat.completion.chunk" if body.stream else "chat.completion")
-        self._rows = RowEvents(run)
+        self._frame = _Frame(run, body)
         self._begun: set[int] = set()
 
-    def document(self, pieces: Mapping[int, list[Piece]]) -> dict[str, Any]:
+    def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
         """The answer as one document."""
-        return self._frame.document([self._choice(c.index, pieces[c.index]) for c in self._run.generation.choices])
+        choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
+        return {**self._frame.whole(), "object": "chat.completion", "choices": choices}
 
-    def event(self, piece: Piece) -> bytes:
+    def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first names the role."""
-        role = {} if piece.index in self._begun else {"role": "assistant"}
-        self._begun.add(piece.index)
-        choice: dict[str, Any] = {
-            "index": piece.index,
-            "delta": role | {"content": piece.text},
-            "logprobs": self._token_logprobs([piece]),
-            "finish_reason": piece.finish_reason,
+        message: answers.ChatMessageDelta = {"content": delta.text}
+        if delta.index not in self._begun:
+            message["role"] = "assistant"
+        self._begun.add(delta.index)
+        choice: answers.ChatDelta = {
+            "index": delta.index,
+            "delta": message,
+            "logprobs": self._token_logprobs([delta]),
+            "finish_reason": delta.finish_reason,
+            **_delta_xlora(self._run, delta),
         }
-        scalings = self._rows.of(piece)
-        return self._frame.event(piece, choice if scalings is None else choice | {"xlora": {"scalings": scalings}})
+        chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
+        return event(chunk)
 
     def last_event(self) -> bytes:
         """The usage, for who asked for it."""
-        return self._frame.last_event()
+        if not self._frame.usage_last:
+            return b""
+        chunk: answers.ChatChunk = {**self._frame.whole(), "object": "chat.completion.chunk", "choices": []}
+        return event(chunk)
 
-    def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        choice: dict[str, Any] = {
+    def _choice(self, index: int, deltas: list[Delta]) -> answers.ChatChoice:
+        return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._token_logprobs(pieces),
-            "finish_reason": pieces[-1].finish_reason,
+            "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
+            "logprobs": self._token_logprobs(deltas),
+            "finish_reason": deltas[-1].finish_reason,
+            **_choice_xlora(self._run, index, deltas),
         }
-        if self._run.wants_rows:
-            choice["xlora"] = {"scalings": scalings_of(self._run, index, pieces)}
-        return choice
 
-    def _token_logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _token_logprobs(self, deltas: Sequence[Delta]) -> answers.ChatLogprobs | None:
         if not self._logprobs:
             return None
-        tokens = [piece.token for piece in pieces if piece.token is not None]
-        content = [
-            self._entry(token.id, token.logprob or 0.0)
-            | {"top_logprobs": [self._entry(id, logprob) for id, logprob in token.top_logprobs]}
-            for token in tokens
+        content: list[answers.ChatToken] = [
+            {
+                **self._entry(token.id, token.logprob or 0.0),
+                "top_logprobs": [self._entry(id, logprob) for id, logprob in token.top_logprobs],
+            }
+            for token in (delta.token for delta in deltas)
+            if token is not None
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, id: int, logprob: float) -> dict[str, Any]:
-        text = self._run.codec.token_text(id)
+    def _entry(self, id: int, logprob: float) -> answers.ChatAlternative:
+        text = self._run.tokenizer.token_text(id)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.ChoiceXLora:
+    ours = run.scalings(index, deltas)
+    return {"xlora": ours} if ours else {}
+
+
+def _delta_xlora(run: Run, delta: Delta) -> answers.DeltaXLora:
+    ours = run.scalings_delta(delta)
+    return {"xlora": ours} if ours else {}

@@ -12,10 +12,10 @@ import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import JSONResponse
 
-from service.api.errors import BODY_ERRORS, documented
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
 from service.api.middleware.json_body import JsonRoute
 from service.api.off_loop import off_loop
+from service.api.openapi import BODY_ERRORS, documented
 from service.api.routes.admin import gate_state
 from service.api.schemas.answers import DetokenizeAnswer, Health, Info, Status, TokenizeAnswer
 from service.api.schemas.bodies import DetokenizeBody, TokenizeBody
@@ -48,7 +48,7 @@ async def readyz(service: ServiceDependency) -> Response:
 @router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
 async def health(service: ServiceDependency) -> Response:
     """Always 200; `status` is ok, loading, draining or engine dead."""
-    content = {
+    content: Health = {
         "status": service.state,
         "model": service.info.model if service.ready else None,
         "uptime_seconds": round(time.monotonic() - service.started_at, 3),
@@ -74,7 +74,7 @@ async def metrics(service: ServiceDependency) -> Response:
 async def info(service: ServiceDependency) -> Response:
     """Model, versions, the gate's configuration, experts, sites, limits and a hash over all weights."""
     engine = service.info
-    content = {
+    content: Info = {
         "model": engine.model,
         "architecture": engine.architecture,
         "dtype": engine.dtype,
@@ -115,14 +115,14 @@ async def tokenize(
     body: Annotated[TokenizeBody, Body(openapi_examples=TOKENIZE_BODIES)], service: ServiceDependency
 ) -> Response:
     """As /generate sees a prompt."""
-    codec, max_model_len = service.codec, service.info.max_model_len
+    tokenizer, max_model_len = service.tokenizer, service.info.max_model_len
 
     def answer() -> bytes:
-        ids = codec.tokenize(body.text, body.add_special_tokens is not False, codec.max_tokenized)
-        if ids is None or len(ids) > codec.max_tokenized:
-            raise _too_many(codec, "text", f"more than {codec.max_tokenized}" if ids is None else str(len(ids)))
-        texts = codec.pieces(ids)
-        content = {
+        ids = tokenizer.tokenize(body.text, body.add_special_tokens is not False, tokenizer.max_tokenized)
+        if ids is None or len(ids) > tokenizer.max_tokenized:
+            raise _too_many(tokenizer, "text", f"more than {tokenizer.max_tokenized}" if ids is None else str(len(ids)))
+        texts = tokenizer.texts(ids)
+        content: TokenizeAnswer = {
             "token_ids": ids,
             "tokens": [{"id": id, "text": text} for id, text in zip(ids, texts, strict=True)],
             "count": len(ids),
@@ -144,19 +144,20 @@ async def detokenize(
     body: Annotated[DetokenizeBody, Body(openapi_examples=DETOKENIZE_BODIES)], service: ServiceDependency
 ) -> Response:
     """The inverse of /tokenize."""
-    codec, ids = service.codec, body.token_ids
-    if len(ids) > codec.max_tokenized:
-        raise _too_many(codec, "token_ids", str(len(ids)))
+    tokenizer, ids = service.tokenizer, body.token_ids
+    if len(ids) > tokenizer.max_tokenized:
+        raise _too_many(tokenizer, "token_ids", str(len(ids)))
 
     def answer() -> bytes:
-        return orjson.dumps({"text": codec.decode(ids, body.skip_special_tokens is not False)})
+        content: DetokenizeAnswer = {"text": tokenizer.decode(ids, body.skip_special_tokens is not False)}
+        return orjson.dumps(content)
 
     return _json(await off_loop(answer, tokens=len(ids)))
 
 
-def _too_many(codec: TextCodec, param: str, tokens: str) -> InvalidRequestError:
+def _too_many(tokenizer: ModelTokenizer, param: str, tokens: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"`{param}` has {tokens} tokens; at most {codec.max_tokenized} are allowed in one call",
+        f"`{param}` has {tokens} tokens; at most {tokenizer.max_tokenized} are allowed in one call",
         param=param,
         code="too_large",
         hint="send it in parts",
@@ -168,4 +169,5 @@ def _json(content: bytes) -> Response:
 
 
 def _status(status: str, code: int) -> Response:
-    return JSONResponse({"status": status}, status_code=code)
+    content: Status = {"status": status}
+    return JSONResponse(content, status_code=code)

@@ -1,6 +1,6 @@
 """POST /scalings: the scaling pass alone over texts, to look at the gate without generating.
 
-What is looked at, and in what grouping, is gate_view.py.
+What is looked at, and in what grouping, is gate_views/view.py.
 """
 
 from __future__ import annotations
@@ -11,32 +11,37 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import numpy as np
 import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api.errors import GENERATION_ERRORS, documented
 from service.api.gate_views.perplexity import Columns, Likelihoods
 from service.api.gate_views.rows import FloatArray, RowFormat, Rows, join, npy
 from service.api.gate_views.view import View, divergence, over_sites, shares, summarise
-from service.api.generation.call import CLIENT_CLOSED_REQUEST
-from service.api.generation.deadlines import deadline_of
+from service.api.generation.call import Call
 from service.api.generation.scoring import log_probabilities
-from service.api.generation.sse import ClientGoneError, until_disconnect
 from service.api.middleware.json_body import JsonRoute
-from service.api.middleware.record import RequestRecord, record_of
-from service.api.schemas.answers import ScalingsAnswer, ScalingsBatchAnswer
+from service.api.openapi import GENERATION_ERRORS, documented
+from service.api.schemas.answers import (
+    OneText,
+    ScalingsAnswer,
+    ScalingsBatchAnswer,
+    ScalingsFrame,
+    ScalingsGroups,
+)
 from service.api.schemas.bodies import ScalingsBody
 from service.api.schemas.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
-from service.api.state import Service, new_id, service_of
+from service.api.state import Service, service_of
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, InvalidRequestError
 from service.contract.output import SequenceUsage
-from service.contract.request import Request
+from service.contract.request import Request, ReturnScalings
+
+_T = TypeVar("_T")
 
 MAX_WEIGHTS = 1 << 26  # float32 numbers that the rows of one call may have
 
@@ -66,14 +71,8 @@ async def scalings(
     service: Annotated[Service, Depends(service_of)],
 ) -> Response:
     """Row i is what the gate makes of the text up to token i: the weights with which token i + 1 would be predicted."""
-    record = record_of(http_request.scope)
-    deadline = deadline_of(record, None, service.settings.request_timeout)
-    try:
-        content = await until_disconnect(http_request.receive, answer(body, service, record, deadline), deadline)
-    except ClientGoneError:
-        record.outcome = "cancelled"
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(content, media_type=_MEDIA_TYPES[body.format or "json"])
+    call = Call(http_request, service, "scal")
+    return await call.answer(answer(body, call), _MEDIA_TYPES[body.format or "json"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class Text:
     """One text and the rows of its selected positions, over the selected sites, of all experts."""
 
     ids: list[int]  # of the selected positions
-    pieces: list[str]
+    token_texts: list[str]
     rows: Rows
     likelihoods: Likelihoods | None  # where asked for
 
@@ -96,18 +95,20 @@ class Table:
     top1: list[list[float]]  # [rows, E]; of groups only
 
 
-async def answer(body: ScalingsBody, service: Service, record: RequestRecord, deadline: float) -> bytes:
+async def answer(body: ScalingsBody, call: Call) -> bytes:
     """The whole answer in the asked format. Raises InvalidRequestError before anything is computed."""
-    prompts = await service.codec.all_prompt_ids(body.texts)
+    service = call.service
+    prompts = await service.tokenizer.all_prompt_ids(body.texts)
     view = View.of(body, service.info)
     positions = [view.positions(len(ids)) for ids in prompts]
     _check_sizes(view, positions, service.info)
     columns = Columns(view.experts, view.expert_names)
     if body.perplexity:
         columns.check_size(positions)
-    id, kind = new_id("scal"), "full" if view.needs_sites else "mean"
+    id = call.id
+    kind: ReturnScalings = "full" if view.needs_sites else "mean"
     requests = [
-        Request(f"{id}-{number}" if number else id, ids[: span.stop], None, kind, span.start)  # type: ignore[arg-type]
+        Request(f"{id}-{number}" if number else id, ids[: span.stop], None, kind, span.start)
         for number, (ids, span) in enumerate(zip(prompts, positions, strict=True))
     ]
     scores = [
@@ -115,19 +116,24 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord, de
         for request, span in zip(requests, positions, strict=True)
     ]
     tokens = sum(len(request.prompt_token_ids) for request in requests)
-    record.model, record.response_id, record.prompt_tokens = service.info.model, id, tokens
+    call.begin(None)
+    call.record.prompt_tokens = tokens
     format = RowFormat(service.info)
     all_scores = [one for own in scores for one in own]
-    with service.admission.admit([*requests, *all_scores], asyncio.get_running_loop().time()) as ticket:
-        found = await scaling_rows(service.client, requests, format, deadline)
-        logprobs = await log_probabilities(service.client, all_scores, ticket, deadline)
+    with call.admit([*requests, *all_scores]) as permit:
+        found = await scaling_rows(service.client, requests, format, call.deadline)
+        logprobs = await log_probabilities(service.client, all_scores, permit, call.deadline)
     usages = [usage for _, usage in found]
-    record.queue_seconds = min(usage.queue_seconds for usage in usages)
+    call.record.queue_seconds = min(usage.queue_seconds for usage in usages)
     service.metrics.prompt_tokens.inc(tokens)
-    usage = {
-        "prompt_tokens": tokens,
-        "forward_passes": sum(usage.forward_passes for usage in usages),
-        "scaling_rows": sum(usage.scaling_rows for usage in usages),
+    frame: ScalingsFrame = {
+        "id": id,
+        "model": service.info.model,
+        "usage": {
+            "prompt_tokens": tokens,
+            "forward_passes": sum(usage.forward_passes for usage in usages),
+            "scaling_rows": sum(usage.scaling_rows for usage in usages),
+        },
     }
 
     def rendered() -> bytes:
@@ -136,9 +142,9 @@ async def answer(body: ScalingsBody, service: Service, record: RequestRecord, de
             ids = request.prompt_token_ids
             start = request.scalings_start or 0
             likelihoods = Likelihoods.of(columns, len(ids) - start, [logprobs[one.id] for one in judged])
-            pieces = service.codec.pieces(ids)[start:]
-            texts.append(Text(ids[start:], pieces, view.seen(rows), likelihoods if body.perplexity else None))
-        return Renderer(body, view, service.info).render(texts, {"id": id, "model": service.info.model}, usage)
+            token_texts = service.tokenizer.texts(ids)[start:]
+            texts.append(Text(ids[start:], token_texts, view.seen(rows), likelihoods if body.perplexity else None))
+        return Renderer(body, view, service.info).render(texts, frame)
 
     return await asyncio.to_thread(rendered)
 
@@ -177,58 +183,59 @@ class Renderer:
         self._columns = Columns(view.experts, view.expert_names)
         self._format = RowFormat(info, body.scalings_dtype, view.site_names, view.expert_names)
 
-    def render(self, texts: Sequence[Text], head: dict[str, Any], usage: dict[str, int]) -> bytes:
-        """`head` and `usage` are of the JSON document."""
+    def render(self, texts: Sequence[Text], frame: ScalingsFrame) -> bytes:
+        """`frame` is of the JSON document."""
         match self._body.format:
             case None | "json":
-                document = head | self._document(texts) | {"usage": usage}
+                document = self._batch(texts, frame) if self._body.is_batch else self._single(texts[0], frame)
                 return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
             case "npy":
                 return self._npy(texts[0])
             case "csv":
                 return self._csv(texts)
 
-    def _document(self, texts: Sequence[Text]) -> dict[str, Any]:
-        if not self._body.is_batch:
-            return self._one(texts[0])
+    def _single(self, text: Text, frame: ScalingsFrame) -> ScalingsAnswer:
+        return {**frame, **self._one(text)}
+
+    def _batch(self, texts: Sequence[Text], frame: ScalingsFrame) -> ScalingsBatchAnswer:
         found = [shares(text.rows) for text in texts]
         return {
+            **frame,
             "texts": [
-                self._one(text) | {"shares": self._by_expert([_finite(share) for share in one])}
+                {**self._one(text), "shares": self._by_expert([_finite(share) for share in one])}
                 for text, one in zip(texts, found, strict=True)
             ],
             "divergence": [[_finite(divergence(p, q)) for q in found] for p in found],
         }
 
-    def _one(self, text: Text) -> dict[str, Any]:
+    def _one(self, text: Text) -> OneText:
         summary = summarise(text.rows)
-        return {
-            "tokens": [{"id": id, "text": piece} for id, piece in zip(text.ids, text.pieces, strict=True)],
-            **self._rows(text),
+        document: OneText = {
+            "tokens": [{"id": id, "text": one} for id, one in zip(text.ids, text.token_texts, strict=True)],
             "totals": self._by_expert(summary.mean.tolist()),
             "top1": self._by_expert(summary.top1.tolist()),
             "entropy": _finite(summary.entropy),
-            **({} if text.likelihoods is None else {"perplexity": self._columns.document(text.likelihoods)}),
         }
+        if self._view.granularity == "token":
+            document["scalings"] = self._format.document(self._view.columns(text.rows), text.rows.start)
+        else:
+            document["groups"] = self._groups(text)
+        if text.likelihoods is not None:
+            document["perplexity"] = self._columns.document(text.likelihoods)
+        return document
 
-    def _rows(self, text: Text) -> dict[str, Any]:
-        """`scalings` or `groups`."""
-        view = self._view
-        if view.granularity == "token":
-            return {"scalings": self._format.document(view.columns(text.rows), text.rows.start)}
+    def _groups(self, text: Text) -> ScalingsGroups:
         table = self._table(text)
         return {
-            "groups": {
-                "granularity": view.granularity,
-                "experts": view.expert_names,
-                "names": table.names,
-                "mean": table.mean,
-                "entropy": table.entropy,
-                "top1": table.top1,
-            }
+            "granularity": self._view.granularity,
+            "experts": self._view.expert_names,
+            "names": table.names,
+            "mean": table.mean,
+            "entropy": table.entropy,
+            "top1": table.top1,
         }
 
-    def _by_expert(self, values: Sequence[float | None]) -> dict[str, float | None]:
+    def _by_expert(self, values: Sequence[_T]) -> dict[str, _T]:
         """Values of all experts -> those of the selected, by name."""
         return {name: values[index] for name, index in zip(self._view.expert_names, self._view.experts, strict=True)}
 
@@ -236,7 +243,7 @@ class Renderer:
         view, rows = self._view, text.rows
         if view.granularity == "token":
             mean = np.ascontiguousarray(rows.mean[:, view.experts])
-            return Table(text.pieces, mean, [_finite(value) for value in rows.entropy.tolist()], [])
+            return Table(text.token_texts, mean, [_finite(value) for value in rows.entropy.tolist()], [])
         groups = view.groups()
         found = [summarise(over_sites(rows, sites)) for sites in groups.values()]
         return Table(

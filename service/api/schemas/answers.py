@@ -1,65 +1,106 @@
-"""What answers look like in the OpenAPI document. The hot paths write JSON from plain dictionaries instead."""
+"""What our own routes answer. Each answer is described here, once: mypy holds what writers make to these types, orjson
+encodes just that, and the OpenAPI document shows the same types.
+
+A field that may be absent is NotRequired; one that may be null says so. OpenAI's answers are in openai_answers.py.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-from pydantic import BaseModel, Field
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, PlainValidator, WithJsonSchema
+from typing_extensions import TypedDict
+
+_NUMBER = {"type": "number"}
+_NUMBER_OR_NULL = {"anyOf": [_NUMBER, {"type": "null"}]}
+_AS_WRITTEN = PlainValidator(lambda value: value)  # an answer is not checked at run time
+# Arrays, which orjson writes as lists, and NaN in them as null.
+Matrix = Annotated[
+    npt.NDArray[np.float32] | list[list[float]],
+    _AS_WRITTEN,
+    WithJsonSchema({"type": "array", "items": {"type": "array", "items": _NUMBER}}),
+]
+Nats = Annotated[
+    npt.NDArray[np.float32] | list[float | None],
+    _AS_WRITTEN,
+    WithJsonSchema({"type": "array", "items": _NUMBER_OR_NULL}),
+]
 
 
-class TokenText(BaseModel):
+class TokenText(TypedDict):
     """A token and the text it adds; "" while a character is unfinished."""
 
     id: int
     text: str
 
 
-class Alternative(BaseModel):
+class Alternative(TokenText):
     """One of the most likely tokens of a position, alone."""
 
-    id: int
-    text: str
     logprob: float
 
 
 class Token(TokenText):
     """A generated token."""
 
-    logprob: float | None = None
-    top_logprobs: list[Alternative] | None = None
+    logprob: NotRequired[Annotated[float, Field(description="Where asked for.")]]
+    top_logprobs: NotRequired[Annotated[list[Alternative], Field(description="Where asked for.")]]
 
 
-class Scalings(BaseModel):
+class ScalingsRows(TypedDict):
+    """Rows of the gate. Row i is of position start + i, and position p produced the token at position p + 1."""
+
+    start: int
+    mean: Annotated[Matrix, Field(description="[E] per position: mean over the sites, after softmax and top-k.")]
+    entropy: Annotated[Nats, Field(description="Nats per position, mean over the sites; null for an all-zero row.")]
+    full: NotRequired[Annotated[str, Field(description="base64 of a .npy array [positions, sites, experts].")]]
+
+
+class Scalings(ScalingsRows):
     """Rows of the gate. Row i is of position start + i, and position p produced the token at position p + 1."""
 
     experts: list[str]
     sites: list[str]
-    start: int
-    mean: list[list[float]] = Field(description="[E] per position: mean over the sites, after softmax and top-k.")
-    entropy: list[float | None] = Field(description="Nats per position, mean over the sites; null for an all-zero row.")
-    full: str | None = Field(None, description="base64 of a .npy array [positions, sites, experts].")
 
 
-class Lookahead(BaseModel):
+class ScalingsDelta(ScalingsRows):
+    """More rows of the gate, in an event."""
+
+    experts: NotRequired[Annotated[list[str], Field(description="In a choice's first event.")]]
+    sites: NotRequired[Annotated[list[str], Field(description="In a choice's first event.")]]
+
+
+class WithScalings(TypedDict):
+    """The gate's rows of a choice."""
+
+    scalings: NotRequired[Annotated[Scalings, Field(description="Where asked for.")]]
+
+
+class WithScalingsDelta(TypedDict):
+    """The gate's rows that an event adds to a choice."""
+
+    scalings: NotRequired[Annotated[ScalingsDelta, Field(description="Where asked for.")]]
+
+
+class Lookahead(TypedDict):
     """Drafted scaling rows that were kept, and dropped."""
 
     hits: int
     misses: int
 
 
-class Speculation(BaseModel):
+class Speculation(TypedDict):
     """Tokens drafted from earlier text, and how many of them were right."""
 
     tokens: int
     accepted: int
 
 
-class Usage(BaseModel):
-    """What the request cost."""
+class Cost(TypedDict):
+    """What the engine did."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
     forward_passes: int
     scaling_rows: int
     real_rows: int
@@ -67,44 +108,80 @@ class Usage(BaseModel):
     speculation: Speculation
 
 
-class Output(BaseModel):
-    """One choice."""
+class Usage(Cost):
+    """What the request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Steered(TypedDict):
+    """How the request is steered, where it is."""
+
+    experts: NotRequired[Annotated[dict[str, Any], Field(description="As in the request, where it is steered.")]]
+    gate: NotRequired[Annotated[dict[str, Any], Field(description="As in the request, where it changes the gate.")]]
+
+
+class OutputText(TypedDict):
+    """A choice, or what an event adds to it."""
 
     index: int
     text: str
     token_ids: list[int]
     tokens: list[Token]
     finish_reason: str | None
-    scalings: Scalings | None = None
 
 
-class GenerateAnswer(BaseModel):
-    """The answer of POST /generate without stream."""
+class Output(OutputText, WithScalings):
+    """One choice."""
+
+
+class GenerateHead(Steered):
+    """What an answer of POST /generate says of the whole call."""
 
     id: str
     model: str
     seed: int
-    experts: dict[str, Any] | None = Field(None, description="As in the request, where it is steered.")
-    gate: dict[str, Any] | None = Field(None, description="As in the request, where it changes the gate.")
+
+
+class GenerateAnswer(GenerateHead):
+    """The answer of POST /generate without stream."""
+
     outputs: list[Output]
     usage: Usage
 
 
-class CompareOutput(BaseModel):
+class GenerateDelta(OutputText, WithScalingsDelta):
+    """An event of POST /generate: what one token added to a choice, or its end."""
+
+    id: str
+
+
+class GenerateEnd(GenerateHead):
+    """The last event of POST /generate before [DONE]."""
+
+    usage: Usage
+
+
+class ComparedToken(TokenText):
+    """A token of an output that is compared."""
+
+    logprob: float | None
+
+
+class CompareOutput(Steered, WithScalings):
     """What one setting wrote, or was given."""
 
     index: int
     label: str | None
-    experts: dict[str, Any] | None = Field(None, description="As in the request.")
-    gate: dict[str, Any] | None = Field(None, description="As in the request.")
     text: str
     token_ids: list[int]
-    tokens: list[Token] = Field(description="With log-probabilities under the output's own setting.")
-    finish_reason: str | None = Field(description="null for an output that was given.")
-    scalings: Scalings | None = None
+    tokens: Annotated[list[ComparedToken], Field(description="With log-probabilities under the output's own setting.")]
+    finish_reason: Annotated[str | None, Field(description="null for an output that was given.")]
 
 
-class LogLikelihood(BaseModel):
+class LogLikelihood(TypedDict):
     """[settings, outputs], nats: row i judges column j. null where there are no tokens, or no time was left."""
 
     sum: list[list[float | None]]
@@ -117,7 +194,7 @@ class CompareUsage(Usage):
     scored_tokens: int
 
 
-class CompareAnswer(BaseModel):
+class CompareAnswer(TypedDict):
     """The answer of POST /compare."""
 
     id: str
@@ -128,11 +205,11 @@ class CompareAnswer(BaseModel):
     usage: CompareUsage
 
 
-class GateValues(BaseModel):
+class GateValues(TypedDict):
     """By PEFT's names."""
 
-    scaling_pass_value: float | None = Field(description="null is 1 / number of experts.")
-    top_k_lora: int | None = Field(description="null is all.")
+    scaling_pass_value: Annotated[float | None, Field(description="null is 1 / number of experts.")]
+    top_k_lora: Annotated[int | None, Field(description="null is all.")]
     global_scaling_weight: float
 
 
@@ -142,7 +219,7 @@ class GateState(GateValues):
     checkpoint: GateValues
 
 
-class LogState(BaseModel):
+class LogState(TypedDict):
     """The scalings log: switch, bounds, and how full it is."""
 
     enabled: bool
@@ -150,91 +227,112 @@ class LogState(BaseModel):
     max_bytes: int
     tokens: int
     bytes: int
-    dropped_tokens: int = Field(description="Pushed out by newer ones since the log was cleared.")
+    dropped_tokens: Annotated[int, Field(description="Pushed out by newer ones since the log was cleared.")]
 
 
-class LogSummary(LogState):
+class LogRows(TypedDict):
+    """What the rows of the scalings log say: the classifier's, before top-k and steering."""
+
+    sequences: Annotated[int, Field(description="Runs of consecutive positions of one choice.")]
+    lengths: Annotated[dict[str, int], Field(description="How many runs there are of each length.")]
+    totals: Annotated[dict[str, float] | None, Field(description="Mean weight of each expert.")]
+    top1: Annotated[dict[str, float] | None, Field(description="Share of the positions at which it leads.")]
+
+
+class LogSummary(LogState, LogRows):
     """And what its rows say: the classifier's, before top-k and steering."""
 
-    sequences: int = Field(description="Runs of consecutive positions of one choice.")
-    lengths: dict[str, int] = Field(description="How many runs there are of each length.")
-    totals: dict[str, float] | None = Field(description="Mean weight of each expert.")
-    top1: dict[str, float] | None = Field(description="Share of the positions at which it leads.")
 
-
-class Likelihood(BaseModel):
+class Likelihood(TypedDict):
     """How likely the selected tokens are under one model."""
 
-    perplexity: float | None = Field(description="exp of the mean negative logprob.")
-    logprobs: list[float | None] = Field(description="Of each token, nats; null for the text's first.")
+    perplexity: Annotated[float | None, Field(description="exp of the mean negative logprob.")]
+    logprobs: Annotated[list[float | None], Field(description="Of each token, nats; null for the text's first.")]
 
 
-class Perplexity(BaseModel):
+class Perplexity(TypedDict):
     """Whether the gate chose well: where an expert alone or the base has the larger logprob, it did not."""
 
     xlora: Likelihood
     base: Likelihood
-    experts: dict[str, Likelihood] = Field(description="Each selected expert alone, with weight 1.")
+    experts: Annotated[dict[str, Likelihood], Field(description="Each selected expert alone, with weight 1.")]
 
 
-class ScalingsGroups(BaseModel):
+class ScalingsGroups(TypedDict):
     """The gate by site, layer or module type: means over the selected positions and the group's selected sites."""
 
     granularity: str
     experts: list[str]
-    names: list[str] = Field(
-        description="A layer is named by its prefix (model.layers.0); a site outside any layer by itself."
-    )
-    mean: list[list[float]] = Field(description="[E] per group.")
-    entropy: list[float | None] = Field(description="Nats per group; null where every row is all-zero.")
-    top1: list[list[float]] = Field(description="[E] per group: share of the positions at which the expert leads.")
+    names: Annotated[
+        list[str],
+        Field(description="A layer is named by its prefix (model.layers.0); a site outside any layer by itself."),
+    ]
+    mean: Annotated[Matrix, Field(description="[E] per group.")]
+    entropy: Annotated[list[float | None], Field(description="Nats per group; null where every row is all-zero.")]
+    top1: Annotated[
+        list[list[float]], Field(description="[E] per group: share of the positions at which the expert leads.")
+    ]
 
 
-class GateSummary(BaseModel):
-    """One text in a few numbers, over the selected positions and sites."""
+class OneText(TypedDict):
+    """What the gate makes of one text, with a summary over the selected positions and sites."""
 
-    totals: dict[str, float] = Field(description="Mean weight of each expert over the text.")
-    top1: dict[str, float] = Field(description="Share of the positions at which the expert leads.")
-    entropy: float | None = Field(description="Nats, mean over the positions; null where every row is all-zero.")
-    perplexity: Perplexity | None = Field(None, description="Where asked for.")
+    tokens: list[TokenText]
+    scalings: NotRequired[Annotated[Scalings, Field(description="With granularity token.")]]
+    groups: NotRequired[Annotated[ScalingsGroups, Field(description="With any other granularity.")]]
+    totals: Annotated[dict[str, float], Field(description="Mean weight of each expert over the text.")]
+    top1: Annotated[dict[str, float], Field(description="Share of the positions at which the expert leads.")]
+    entropy: Annotated[
+        float | None, Field(description="Nats, mean over the positions; null where every row is all-zero.")
+    ]
+    perplexity: NotRequired[Annotated[Perplexity, Field(description="Where asked for.")]]
 
 
-class TextScalings(GateSummary):
+class TextScalings(OneText):
     """One text of several."""
 
-    tokens: list[TokenText]
-    scalings: Scalings | None = Field(None, description="With granularity token.")
-    groups: ScalingsGroups | None = Field(None, description="With any other granularity.")
-    shares: dict[str, float | None] = Field(
-        description="Mean over the positions of |w| / sum |w|, w a position's mean weights; divergence is of these."
-    )
+    shares: Annotated[
+        dict[str, float | None],
+        Field(
+            description="Mean over the positions of |w| / sum |w|, w a position's mean weights; divergence is of these."
+        ),
+    ]
 
 
-class ScalingsAnswer(GateSummary):
+class ScalingsUsage(TypedDict):
+    """What the scaling passes cost, over all texts."""
+
+    prompt_tokens: int
+    forward_passes: int
+    scaling_rows: int
+
+
+class ScalingsFrame(TypedDict):
+    """What every answer of POST /scalings has around its texts."""
+
+    id: str
+    model: str
+    usage: ScalingsUsage
+
+
+class ScalingsAnswer(ScalingsFrame, OneText):
     """The answer of POST /scalings to one text."""
 
-    id: str
-    model: str
-    tokens: list[TokenText]
-    scalings: Scalings | None = Field(None, description="With granularity token.")
-    groups: ScalingsGroups | None = Field(None, description="With any other granularity.")
-    usage: dict[str, int]
 
-
-class ScalingsBatchAnswer(BaseModel):
+class ScalingsBatchAnswer(ScalingsFrame):
     """The answer of POST /scalings to a list of texts, in its order."""
 
-    id: str
-    model: str
     texts: list[TextScalings]
-    divergence: list[list[float | None]] = Field(
-        description="[texts, texts]: Jensen-Shannon divergence of two texts' shares over all experts, in nats: 0 where "
-        "they are equal, ln 2 where no expert acts in both; null where every row of one text is all-zero."
-    )
-    usage: dict[str, int] = Field(description="Sums over the texts.")
+    divergence: Annotated[
+        list[list[float | None]],
+        Field(
+            description="[texts, texts]: Jensen-Shannon divergence of two texts' shares over all experts, in nats: 0 "
+            "where they are equal, ln 2 where no expert acts in both; null where every row of one text is all-zero."
+        ),
+    ]
 
 
-class TokenizeAnswer(BaseModel):
+class TokenizeAnswer(TypedDict):
     """The answer of POST /tokenize."""
 
     token_ids: list[int]
@@ -243,13 +341,13 @@ class TokenizeAnswer(BaseModel):
     max_model_len: int
 
 
-class DetokenizeAnswer(BaseModel):
+class DetokenizeAnswer(TypedDict):
     """The answer of POST /detokenize."""
 
     text: str
 
 
-class Status(BaseModel):
+class Status(TypedDict):
     """The answer of the probes."""
 
     status: str
@@ -264,7 +362,7 @@ class Health(Status):
     requests_waiting: int
 
 
-class Info(BaseModel):
+class Info(TypedDict):
     """The answer of GET /info."""
 
     model: str
@@ -277,25 +375,27 @@ class Info(BaseModel):
     sites: list[str]
     n_layers: int
     xlora_config: dict[str, Any]
-    dummy_row: list[list[float]] = Field(description="The checkpoint's gate of the scaling pass.")
-    gate: GateState = Field(description="As GET /gate.")
+    dummy_row: Annotated[list[list[float]], Field(description="The checkpoint's gate of the scaling pass.")]
+    gate: Annotated[GateState, Field(description="As GET /gate.")]
     limits: dict[str, int]
     weights_sha256: str
     gate_profile: dict[str, Any] | None
-    draft_head: int | None = Field(description="The width of the bundle's draft head; null where it has none.")
+    draft_head: Annotated[
+        int | None, Field(description="The width of the bundle's draft head; null where it has none.")
+    ]
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(TypedDict):
     """What went wrong, in OpenAI's shape, with a hint where there is one."""
 
     message: str
     type: str
     param: str | None
     code: str
-    hint: str | None = None
+    hint: NotRequired[str]
 
 
-class ErrorAnswer(BaseModel):
+class ErrorAnswer(TypedDict):
     """The body of every error."""
 
     error: ErrorDetail

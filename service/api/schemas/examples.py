@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from service.api.schemas import answers, openai_answers
+
 _SITES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"]
-_SCALINGS = {
+_SCALINGS: answers.Scalings = {
     "experts": ["math", "code"],
     "sites": _SITES,
     "start": 5,
     "mean": [[0.93, 0.07], [0.95, 0.05]],
     "entropy": [0.21, 0.17],
 }
-_USAGE = {
-    "prompt_tokens": 6,
-    "completion_tokens": 2,
-    "cached_tokens": 0,
+_COST: answers.Cost = {
     "forward_passes": 3,
     "scaling_rows": 8,
     "real_rows": 7,
     "lookahead": {"hits": 1, "misses": 0},
     "speculation": {"tokens": 0, "accepted": 0},
 }
-_HEAD = {"id": "gen-5f0c6c7e", "model": "demo", "seed": 7}
+_USAGE: answers.Usage = {"prompt_tokens": 6, "completion_tokens": 2, "cached_tokens": 0, **_COST}
+_HEAD: answers.GenerateHead = {"id": "gen-5f0c6c7e", "model": "demo", "seed": 7}
 
 GENERATE_BODIES: Any = {
     "greedy": {"summary": "Greedy", "value": {"prompt": "12 + 30 =", "max_tokens": 8, "temperature": 0}},
@@ -48,7 +48,7 @@ GENERATE_BODIES: Any = {
         "value": {"prompt": "def add(a, b):", "max_tokens": 32, "stop": "\n", "stream": True},
     },
 }
-GENERATE_ANSWER: dict[str, Any] = {
+GENERATE_ANSWER: answers.GenerateAnswer = {
     **_HEAD,
     "outputs": [
         {
@@ -62,13 +62,16 @@ GENERATE_ANSWER: dict[str, Any] = {
     ],
     "usage": _USAGE,
 }
-GENERATE_EVENTS = (
-    'data: {"id":"gen-5f0c6c7e","index":0,"text":" 42","token_ids":[87],"tokens":[{"id":87,"text":" 42"}],'
-    '"finish_reason":"length"}\n\n'
-    'data: {"id":"gen-5f0c6c7e","model":"demo","seed":7,"usage":{"prompt_tokens":6,"completion_tokens":1,'
-    '"cached_tokens":0,"forward_passes":2,"scaling_rows":6,"real_rows":6,"lookahead":{"hits":0,"misses":0},'
-    '"speculation":{"tokens":0,"accepted":0}}}\n\n'
-    "data: [DONE]\n\n"
+GENERATE_EVENTS: tuple[answers.GenerateDelta, answers.GenerateEnd] = (
+    {
+        "id": "gen-5f0c6c7e",
+        "index": 0,
+        "text": " 42",
+        "token_ids": [87],
+        "tokens": [{"id": 87, "text": " 42"}],
+        "finish_reason": "length",
+    },
+    {**_HEAD, "usage": {**_USAGE, "completion_tokens": 1}},
 )
 COMPARE_BODIES: Any = {
     "experts": {
@@ -92,7 +95,7 @@ COMPARE_BODIES: Any = {
         },
     },
 }
-COMPARE_ANSWER: dict[str, Any] = {
+COMPARE_ANSWER: answers.CompareAnswer = {
     "id": "cmp-5f0c6c7e",
     "model": "demo",
     "seed": 7,
@@ -151,7 +154,7 @@ SCALINGS_BODIES: Any = {
     "divergence": {"summary": "How differently two texts are read", "value": {"prompt": ["12 + 30", "def add("]}},
 }
 SCALINGS_CSV = "text,module_type,math,code,entropy_nats\r\n0,q_proj,0.93,0.07,0.21\r\n"
-SCALINGS_ANSWER: dict[str, Any] = {
+SCALINGS_ANSWER: answers.ScalingsAnswer = {
     "id": "scal-0a1b2c3d",
     "model": "demo",
     "tokens": [{"id": 21, "text": "12"}, {"id": 300, "text": " +"}],
@@ -164,15 +167,19 @@ SCALINGS_ANSWER: dict[str, Any] = {
 TOKENIZE_BODIES: Any = {"text": {"summary": "A text", "value": {"text": "12 + 30 ="}}}
 DETOKENIZE_BODIES: Any = {"ids": {"summary": "Two tokens", "value": {"token_ids": [21, 300]}}}
 
-_OPENAI_HEAD = {"created": 1795474800, "model": "demo", "system_fingerprint": "fp_0a1b2c3d4e5f"}
-_OPENAI_TAIL = {
+_AS_USED: openai_answers.AsUsed = {"seed": 7}
+_OPENAI_WHOLE: openai_answers.OpenAIAnswer = {
+    "id": "cmpl-5f0c6c7e",
+    "created": 1795474800,
+    "model": "demo",
+    "system_fingerprint": "fp_0a1b2c3d4e5f",
     "usage": {
         "prompt_tokens": 6,
         "completion_tokens": 2,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 0},
     },
-    "xlora": {"seed": 7, "forward_passes": 3},
+    "xlora": {**_AS_USED, **_COST},
 }
 COMPLETION_BODIES: Any = {
     "text": {"summary": "A text", "value": {"prompt": "12 + 30 =", "max_tokens": 8, "temperature": 0}},
@@ -181,17 +188,21 @@ COMPLETION_BODIES: Any = {
         "value": {"prompt": ["12 + 30 =", "def add("], "max_tokens": 8, "xlora": {"return_scalings": "mean"}},
     },
 }
-COMPLETION_ANSWER: dict[str, Any] = {
-    "id": "cmpl-5f0c6c7e",
+COMPLETION_ANSWER: openai_answers.CompletionAnswer = {
+    **_OPENAI_WHOLE,
     "object": "text_completion",
-    **_OPENAI_HEAD,
     "choices": [{"index": 0, "text": " 42", "logprobs": None, "finish_reason": "length"}],
-    **_OPENAI_TAIL,
 }
-COMPLETION_EVENTS = (
-    'data: {"id":"cmpl-5f0c6c7e","object":"text_completion","created":1795474800,"model":"demo",'
-    '"system_fingerprint":"fp_0a1b2c3d4e5f","choices":[{"index":0,"text":" 42","logprobs":null,'
-    '"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
+COMPLETION_EVENTS: tuple[openai_answers.CompletionChunk] = (
+    {
+        "id": "cmpl-5f0c6c7e",
+        "object": "text_completion",
+        "created": 1795474800,
+        "model": "demo",
+        "system_fingerprint": "fp_0a1b2c3d4e5f",
+        "choices": [{"index": 0, "text": " 42", "logprobs": None, "finish_reason": "length"}],
+        "xlora": _AS_USED,
+    },
 )
 CHAT_BODIES: Any = {
     "json": {
@@ -227,10 +238,10 @@ CHAT_BODIES: Any = {
         },
     },
 }
-CHAT_ANSWER: dict[str, Any] = {
+CHAT_ANSWER: openai_answers.ChatAnswer = {
+    **_OPENAI_WHOLE,
     "id": "chatcmpl-5f0c6c7e",
     "object": "chat.completion",
-    **_OPENAI_HEAD,
     "choices": [
         {
             "index": 0,
@@ -239,10 +250,22 @@ CHAT_ANSWER: dict[str, Any] = {
             "finish_reason": "length",
         }
     ],
-    **_OPENAI_TAIL,
 }
-CHAT_EVENTS = (
-    'data: {"id":"chatcmpl-5f0c6c7e","object":"chat.completion.chunk","created":1795474800,"model":"demo",'
-    '"system_fingerprint":"fp_0a1b2c3d4e5f","choices":[{"index":0,"delta":{"role":"assistant","content":"Ones"},'
-    '"logprobs":null,"finish_reason":"length"}],"xlora":{"seed":7}}\n\ndata: [DONE]\n\n'
+CHAT_EVENTS: tuple[openai_answers.ChatChunk] = (
+    {
+        "id": "chatcmpl-5f0c6c7e",
+        "object": "chat.completion.chunk",
+        "created": 1795474800,
+        "model": "demo",
+        "system_fingerprint": "fp_0a1b2c3d4e5f",
+        "choices": [
+            {
+                "index": 0,
+                "delta": {"role": "assistant", "content": "Ones"},
+                "logprobs": None,
+                "finish_reason": "length",
+            }
+        ],
+        "xlora": _AS_USED,
+    },
 )

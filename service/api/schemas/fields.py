@@ -1,8 +1,8 @@
 """The fields that request bodies are made of: how a text is sampled, what it must be, who acts on it.
 
 Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
-file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in text.py. The routes'
-bodies are in protocol.py and openai_protocol.py.
+file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in contract/checks.py.
+The routes' bodies are in bodies.py and openai.py.
 
 A body is checked on the event loop: sizes come before items, and the first mistake of a list ends it.
 """

@@ -1,4 +1,4 @@
-"""The bodies and answers of OpenAI's routes: the shared sampling schema, and `xlora` for what is ours.
+"""The bodies of OpenAI's routes: the shared sampling schema, and `xlora` for what is ours.
 
 What OpenAI has and this server has not is refused by name (UNSUPPORTED), unless it is null. A few fields that common
 tools always send change nothing here; each says so in its description.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from service.api.schemas.fields import (
     MAX_LOGPROBS,
@@ -177,111 +177,3 @@ class ChatBody(OpenAIFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
         return self
-
-
-class Model(BaseModel):
-    """One name that requests may use."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    """The answer of GET /v1/models."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class OpenAIUsage(BaseModel):
-    """OpenAI's usage."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: dict[str, int]
-
-
-class OpenAIAnswer(BaseModel):
-    """What both whole answers have."""
-
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    usage: OpenAIUsage
-    xlora: dict[str, Any] = Field(description="The seed, `experts` and `gate` as used, and what the engine did.")
-
-
-class CompletionLogprobs(BaseModel):
-    """Per token; the first of an echoed prompt has none."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One choice of one prompt."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-    xlora: dict[str, Any] | None = Field(None, description="`scalings`, when asked for.")
-
-
-class CompletionAnswer(OpenAIAnswer):
-    """The answer of POST /v1/completions without stream."""
-
-    object: Literal["text_completion"]
-    choices: list[CompletionChoice]
-
-
-class ChatAlternative(BaseModel):
-    """A token of OpenAI's chat logprobs."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class ChatToken(ChatAlternative):
-    """A generated token, and others that were likely in its place."""
-
-    top_logprobs: list[ChatAlternative]
-
-
-class ChatLogprobs(BaseModel):
-    """Per token."""
-
-    content: list[ChatToken]
-    refusal: None
-
-
-class ChatMessage(BaseModel):
-    """What the model says."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    """One choice."""
-
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    xlora: dict[str, Any] | None = Field(None, description="`scalings`, when asked for.")
-
-
-class ChatAnswer(OpenAIAnswer):
-    """The answer of POST /v1/chat/completions without stream."""
-
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]

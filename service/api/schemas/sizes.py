@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 
 _T = TypeVar("_T")
 
-MAX_SCHEMA_VALUES = 1 << 15  # a schema that has more is over forms.MAX_SCHEMA_BYTES as well
+MAX_SCHEMA_VALUES = 1 << 15  # a schema that has more is over grammar_spec.MAX_SCHEMA_BYTES as well
 
 
 def is_list_of(value: object, kind: type[_T]) -> TypeGuard[list[_T]]:
@@ -38,7 +38,7 @@ def at_most(members: int) -> BeforeValidator:
 
 
 def check_schema_size(value: object) -> object:
-    """A schema that is worth writing out, as forms.py does to see its bytes. Raises ValueError for one that is not."""
+    """A schema that is worth writing out, as grammar_spec.py does to see its bytes. Raises ValueError for another."""
     values, pending = 0, [value]
     while pending:
         one = pending.pop()

@@ -68,18 +68,31 @@ def send(address: tuple[str, int], body: bytes, path: str = "/generate") -> sock
     return connection
 
 
-@pytest.mark.parametrize("stream", [False, True])
+LONG = {"prompt": "a", "max_tokens": 90}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", LONG),
+        ("/generate", LONG | {"stream": True}),
+        ("/v1/completions", LONG),
+        ("/compare", LONG | {"settings": [{}]}),
+        ("/scalings", {"prompt": [80] * 90}),
+    ],
+)
 def test_a_client_that_goes_away_costs_no_further_step(
-    address: tuple[str, int], client: ThreadClient, stream: bool
+    address: tuple[str, int], client: ThreadClient, path: str, body: dict[str, object]
 ) -> None:
-    connection = send(address, json.dumps({"prompt": "a", "max_tokens": 90, "stream": stream}).encode())
+    client.engine.step_seconds = 0.03
+    connection = send(address, json.dumps(body).encode(), path)
     assert wait_for(lambda: client.engine.choices)
-    if stream:
+    if "stream" in body:
         connection.recv(1000)
     connection.close()
     assert wait_for(lambda: not client.engine.choices)
     assert len(client.engine.aborted) == 1, "it was generated to its end"
-    outcome = 'xlora_requests_total{endpoint="/generate",outcome="cancelled"} 1.0'
+    outcome = f'xlora_requests_total{{endpoint="{path}",outcome="cancelled"}} 1.0'
     url = f"http://{address[0]}:{address[1]}/metrics"
     assert wait_for(lambda: outcome in httpx.get(url).text)
 

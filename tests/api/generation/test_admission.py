@@ -38,12 +38,12 @@ def refused(book: Admission, *requests: Request) -> OverloadedError:
 def test_those_beyond_the_seats_wait_and_are_bounded() -> None:
     """A place is free again when a choice has ended, not with a first token."""
     book = admission(seats=2, waiting=3)
-    with book.admit([request("a", n=2)], 0.0) as ticket, book.admit([request("b", n=3)], 0.0):
+    with book.admit([request("a", n=2)], 0.0) as permit, book.admit([request("b", n=3)], 0.0):
         assert (book.choices, book.waiting, book.running) == (5, 3, 2)
         assert refused(book, request("c")).message == "the server is full: 4 choices would be waiting, and 3 may"
-        ticket.started("a")
+        permit.started("a")
         refused(book, request("c"))
-        ticket.ended(1.0, 0.0)
+        permit.ended(1.0, 0.0)
         with book.admit([request("c")], 0.0):
             assert book.waiting == 3
     assert (book.choices, book.waiting, book.queued_tokens, book.running) == (0, 0, 0, 0)
@@ -52,21 +52,21 @@ def test_those_beyond_the_seats_wait_and_are_bounded() -> None:
 def test_a_burst_at_an_idle_server_fills_seats_and_queue() -> None:
     """By default half as many wait as run."""
     book = admission(seats=64, waiting=Settings(max_num_seqs=64).most_waiting)
-    tickets = [book.admit([request(str(number))], 0.0) for number in range(96)]
-    for ticket in tickets:
-        ticket.__enter__()
+    permits = [book.admit([request(str(number))], 0.0) for number in range(96)]
+    for permit in permits:
+        permit.__enter__()
     refused(book, request("late"))
-    for ticket in tickets:
-        ticket.__exit__(None, None, None)
+    for permit in permits:
+        permit.__exit__(None, None, None)
     assert (book.choices, book.waiting, book.running) == (0, 0, 0)
 
 
 def test_tokens_are_queued_until_the_first_token() -> None:
     book = admission(tokens=50)
-    with book.admit([request("big", tokens=80)], 0.0) as ticket:
+    with book.admit([request("big", tokens=80)], 0.0) as permit:
         assert "81 prompt tokens would be waiting, and 50 may" in refused(book, request("small", tokens=1)).message
-        ticket.started("big")
-        ticket.started("big")
+        permit.started("big")
+        permit.started("big")
         with book.admit([request("small", tokens=1)], 0.0):
             assert book.queued_tokens == 1
 
@@ -81,9 +81,9 @@ def test_what_is_over_a_bound_alone_is_not_refused_for_ever() -> None:
 def test_the_time_to_come_again_is_that_of_the_queue() -> None:
     """Two seats, 7 s a choice after its wait: one is free every 3.5 s, and three wait already."""
     book = admission(seats=2, waiting=3)
-    with book.admit([request("warm", n=50)], 0.0) as ticket:
+    with book.admit([request("warm", n=50)], 0.0) as permit:
         for _ in range(50):
-            ticket.ended(9.0, queue_seconds=2.0)
+            permit.ended(9.0, queue_seconds=2.0)
     assert book.expected_wait_seconds == 0
     with book.admit([request("a", n=5)], 0.0):
         assert book.expected_wait_seconds == pytest.approx(14.0)
@@ -92,9 +92,9 @@ def test_the_time_to_come_again_is_that_of_the_queue() -> None:
 
 def test_the_time_to_come_again_is_bounded() -> None:
     book = admission(seats=1, waiting=1)
-    with book.admit([request("a", n=9)], 0.0) as ticket:
+    with book.admit([request("a", n=9)], 0.0) as permit:
         assert refused(book, request("c")).retry_after_seconds == 1  # nothing is known yet
-        ticket.ended(1000.0, 0.0)
+        permit.ended(1000.0, 0.0)
         assert refused(book, request("c")).retry_after_seconds == 60
 
 

@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.api.generation.deadlines import deadline_of
-from service.api.generation.tokenizer import TextCodec
+from service.api.generation.tokenizer import ModelTokenizer
 from service.api.middleware.record import RequestRecord
 from service.api.routes.scalings import Renderer
 from service.api.schemas.bodies import GenerateBody
@@ -81,9 +81,9 @@ def test_a_form_that_compiles_too_long(http: TestClient, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("path", CALLS)
 def test_a_prompt_that_is_read_too_long(http: TestClient, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    monkeypatch.setattr(TextCodec, "prompt_ids", for_ever)
-    monkeypatch.setattr(TextCodec, "all_prompt_ids", for_ever)
-    monkeypatch.setattr(TextCodec, "chat_ids", for_ever)
+    monkeypatch.setattr(ModelTokenizer, "prompt_ids", for_ever)
+    monkeypatch.setattr(ModelTokenizer, "all_prompt_ids", for_ever)
+    monkeypatch.setattr(ModelTokenizer, "chat_ids", for_ever)
     times_out(http, path, CALLS[path])
 
 

@@ -65,6 +65,21 @@ def test_one_line_per_request(http: TestClient, caplog: pytest.LogCaptureFixture
     assert (bad["status"], bad["outcome"], bad["completion_tokens"]) == (400, "invalid", None)
 
 
+def test_what_can_never_be_served_takes_no_place(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused before it is admitted, which gives it a name."""
+    caplog.set_level(logging.INFO)
+    steered = {"gate": {"top_k": 9}}
+    for path, more in (
+        ("/generate", steered),
+        ("/v1/completions", {"xlora": steered}),
+        ("/compare", {"settings": [{}, steered]}),
+    ):
+        assert http.post(path, json=BODY | more).status_code == 400
+    assert http.post("/scalings", json={"prompt": SECRET, "select": {"start": 90}}).status_code == 400
+    names = [(line.get("response_id"), line.get("model"), line.get("prompt_tokens")) for line in lines(caplog)]
+    assert names == [(None, None, None)] * 4
+
+
 def test_no_prompt_is_in_the_log(http: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for body in (BODY, BODY | {"stream": True}, BODY | {"seed": SECRET}, BODY | {SECRET: 1}):

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient
 from tests.api.test_errors import error_of
-from tests.support.fake_engine import EXPERTS, FAULTY, REPLY, UNFIT, build_tokenizer, gate_row
+from tests.support.fake_engine import EXPERTS, FAULTY, REPLY, UNTAKEN, build_tokenizer, gate_row
 
 PROMPT = list(range(40, 60))
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -103,8 +103,8 @@ def test_prompts_in_a_batch(http: TestClient) -> None:
     assert {c["index"] for part in streamed for c in part["choices"]} == {0, 1}
 
 
-def test_one_bad_prompt_of_a_batch_refuses_it_and_frees_the_rest(http: TestClient, client: ThreadClient) -> None:
-    error_of(http.post("/v1/completions", json={"prompt": [PROMPT, [UNFIT]], "max_tokens": 5}))
+def test_one_prompt_that_fails_ends_its_batch_and_frees_the_rest(http: TestClient, client: ThreadClient) -> None:
+    error_of(http.post("/v1/completions", json={"prompt": [PROMPT, [UNTAKEN]], "max_tokens": 5}), 500)
     post(http, "/v1/completions", max_tokens=1)
     assert not client.engine.choices
     assert http.get("/health").json()["requests_running"] == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from service.contract import wire
-from service.contract.checks import layer_of, with_checked_steering
+from service.contract.checks import checked_request, layer_of
 from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import GateWeight, Steering
@@ -172,7 +172,7 @@ def test_equals_peft_on_other_checkpoints(tiny: Tiny, checkpoint: str) -> None:
         made = greedy_with_logprobs(name, PROMPT[:12], 8, steering=steering, **ALL)
         if refused_by(steering, variant):
             with pytest.raises(InvalidRequestError):
-                engine.add(made)
+                checked_request(made, engine.info)
             continue
         ours = run(engine, [made])[name]
         with steered(variant, steering) as forward:
@@ -365,7 +365,7 @@ def test_a_fixed_gate_has_no_scaling_stream(engines: Engines) -> None:
     long = greedy("long", words(3, 40), 8, steering=Steering(only=()))
     small = engines.build(blocks=24, max_model_len=48)
     for number in range(3):
-        small.add(replace(long, id=str(number)))
+        small.add(replace(checked_request(long, small.info), id=str(number)))
     small.step()
     assert len(small._scheduler.running) == 2, "24 blocks hold two real streams"
     for number in range(3):
@@ -377,56 +377,8 @@ def test_a_fixed_gate_copies_drafts(engines: Engines) -> None:
     engine = engines.build(adaptive=False)
     prompt = [5, 6, 7, 8] * 6
     made = [greedy(str(i), prompt, 60, steering=steering) for i, steering in enumerate(GATES.values())]
-    result = run(engine, [one for one in made if with_checked_steering(one, engine.info).has_fixed_gate])
+    result = run(engine, [one for one in made if checked_request(one, engine.info).has_fixed_gate])
     assert sum(choice.usage.accepted_tokens for choice in result.choices.values() if choice.usage) > 20
-
-
-# -- refused ---------------------------------------------------------------------------------------------------------
-
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize(
-    ("steering", "param", "match"),
-    [
-        (Steering(only=(0, 3)), "experts.only", "expert 3 is not one of the 3"),
-        (Steering(only=(-1,)), "experts.only", "expert -1"),
-        (Steering(exclude=(3,)), "experts.exclude", "expert 3"),
-        (Steering(weights=(GateWeight(3, 1.0),)), "experts.weights", "expert 3"),
-        (Steering(weights=(GateWeight(-1, 1.0),)), "experts.weights", "expert -1"),
-        *((Steering(weights=(GateWeight(0, bad),)), "experts.weights", "not between") for bad in (NAN, INF, -101.0)),
-        *(
-            (Steering(weights=(GateWeight(0, 1.0, layers),)), "experts.weights", "within 0 to 1")
-            for layers in ((0, 2), (1, 0), (-1, 0))
-        ),
-        (Steering(weights=(), only=(1,)), "experts.weights", "go with no other"),
-        (Steering(weights=(), exclude=(1,)), "experts.weights", "go with no other"),
-        (Steering(weights=(), temperature=2.0), "experts.weights", "go with no other"),
-        (Steering(weights=(), top_k=1), "experts.weights", "go with no other"),
-        *((Steering(temperature=bad), "gate.temperature", "finite number over 0") for bad in (0.0, -1.0, NAN, INF)),
-        *((Steering(top_k=bad), "gate.top_k", "not 1 to 3") for bad in (0, 4)),
-    ],
-)
-def test_refused(engines: Engines, steering: Steering, param: str, match: str) -> None:
-    engine = engines.build()
-    with pytest.raises(InvalidRequestError, match=match) as caught:
-        engine.add(greedy("a", PROMPT, 4, steering=steering))
-    assert caught.value.param == param
-    assert not engine.has_work()
-
-
-def test_refused_by_the_checkpoint(tiny: Tiny, engines: Engines) -> None:
-    """What this gate cannot do is not silently ignored."""
-    raw = Engines(tiny.variant(enable_softmax=False)).build()
-    with pytest.raises(InvalidRequestError, match="no softmax") as caught:
-        raw.add(greedy("a", PROMPT, 4, steering=Steering(temperature=2.0)))
-    assert caught.value.param == "gate.temperature"
-    one_row = Engines(tiny.variant(layerwise_scalings=False)).build()
-    with pytest.raises(InvalidRequestError, match="one row for all layers"):
-        one_row.add(greedy("a", PROMPT, 4, steering=BY_LAYER))
-    for steering in (Steering(only=()), BY_LAYER):
-        with pytest.raises(InvalidRequestError, match="no scaling pass"):
-            engines.build().add(Request("a", PROMPT, None, steering=steering))
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -1,0 +1,202 @@
+"""What OpenAI's routes answer, as whole answers and as chunks; answers.py says how such types are used.
+
+What is ours is in `xlora`: of the answer and of each choice.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from service.api.schemas.answers import Cost, Steered, WithScalings, WithScalingsDelta
+
+
+class Model(TypedDict):
+    """One name that requests may use."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """The answer of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class PromptDetails(TypedDict):
+    """Of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class OpenAIUsage(TypedDict):
+    """OpenAI's usage."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class AsUsed(Steered):
+    """The seed, and `experts` and `gate` as used."""
+
+    seed: int
+
+
+class XLoraAnswer(AsUsed, Cost):
+    """The seed, `experts` and `gate` as used, and what the engine did."""
+
+
+class OpenAIHead(TypedDict):
+    """What answers and chunks of both routes begin with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class OpenAIAnswer(OpenAIHead):
+    """What both whole answers have."""
+
+    usage: OpenAIUsage
+    xlora: XLoraAnswer
+
+
+class ChunkUsage(TypedDict):
+    """The usage in a chunk."""
+
+    usage: NotRequired[Annotated[OpenAIUsage | None, Field(description="Where asked for; null before the last.")]]
+
+
+class OpenAIChunk(OpenAIHead, ChunkUsage):
+    """What the chunks of both routes have."""
+
+    xlora: Annotated[AsUsed | XLoraAnswer, Field(description="What the engine did: in a last chunk with the usage.")]
+
+
+class ChoiceXLora(TypedDict):
+    """What is ours of a choice."""
+
+    xlora: NotRequired[Annotated[WithScalings, Field(description="Where asked for.")]]
+
+
+class DeltaXLora(TypedDict):
+    """What is ours of what a chunk adds to a choice."""
+
+    xlora: NotRequired[Annotated[WithScalingsDelta, Field(description="Where asked for.")]]
+
+
+class CompletionLogprobs(TypedDict):
+    """Per token; the first of an echoed prompt has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionText(TypedDict):
+    """A choice of one prompt, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class CompletionChoice(CompletionText, ChoiceXLora):
+    """One choice of one prompt."""
+
+
+class CompletionAnswer(OpenAIAnswer):
+    """The answer of POST /v1/completions without stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class CompletionDelta(CompletionText, DeltaXLora):
+    """What one chunk adds to a choice."""
+
+
+class CompletionChunk(OpenAIChunk):
+    """An event of POST /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: Annotated[list[CompletionDelta], Field(description="None in a last chunk with the usage.")]
+
+
+class ChatAlternative(TypedDict):
+    """A token of OpenAI's chat logprobs."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatToken(ChatAlternative):
+    """A generated token, and others that were likely in its place."""
+
+    top_logprobs: list[ChatAlternative]
+
+
+class ChatLogprobs(TypedDict):
+    """Per token."""
+
+    content: list[ChatToken]
+    refusal: None
+
+
+class ChatMessage(TypedDict):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ChoiceXLora):
+    """One choice."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatAnswer(OpenAIAnswer):
+    """The answer of POST /v1/chat/completions without stream."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class ChatMessageDelta(TypedDict):
+    """What one chunk adds to the message; the first names the role."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: str
+
+
+class ChatDelta(DeltaXLora):
+    """What one chunk adds to a choice."""
+
+    index: int
+    delta: ChatMessageDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatChunk(OpenAIChunk):
+    """An event of POST /v1/chat/completions."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: Annotated[list[ChatDelta], Field(description="None in a last chunk with the usage.")]
