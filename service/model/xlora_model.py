@@ -22,6 +22,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
 from service.contract.errors import CheckpointError
+from service.model.adapted import AdaptedModule
 from service.model.attention.paged import ATTENTION
 from service.model.batch import Batch
 from service.model.classifier import Classifier
@@ -35,7 +36,7 @@ from service.model.loading.parallel_plan import Ranks
 from service.model.loading.quantised import Quantization, quantise
 from service.model.loading.rope import settle_longrope
 from service.model.steps.step import ForwardOutput
-from service.model.targets import adapt, refusal
+from service.model.targets import refusal
 
 
 class _HiddenStateTap(nn.Module):
@@ -101,9 +102,8 @@ class XLoraModel:
         gate.global_scaling_weight = checkpoint.xlora.global_scaling_weight
         head = causal_lm.get_output_embeddings()  # type: ignore[no-untyped-call]
         for number, (site, part, stack) in enumerate(zip(self.sites, parts, stacks, strict=True)):
-            is_head = causal_lm.get_submodule(site) is head
-            adapted = adapt(causal_lm.get_submodule(part.path), stack, gate, number, is_head=is_head)
-            causal_lm.set_submodule(part.path, adapted)
+            base, is_head = causal_lm.get_submodule(part.path), causal_lm.get_submodule(site) is head
+            causal_lm.set_submodule(part.path, AdaptedModule(base, stack, gate, number, is_head=is_head))
         return gate
 
     def kv_layout(self, block_size: int) -> KVLayout:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from service.model.adapted import AdaptedModule
 from service.model.attention.paged import ATTENTION
-from service.model.linear import XLoraLinear
-from service.model.targets import XLoraHead, is_plain_linear
+from service.model.targets import is_plain_linear
 from service.model.xlora_model import XLoraModel
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -34,7 +34,7 @@ _OPTIONAL = {"q_norm", "k_norm", "act_fn"}
 _PROBE = "xlora_native_probe"
 _NO_TENSOR = torch.empty(0)
 
-Linear = XLoraLinear | XLoraHead | nn.Linear
+Linear = AdaptedModule | nn.Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Layer:
     inner_norm: Norm  # before the MLP
     query_norm: Norm | None
     key_norm: Norm | None
-    linears: Sequence[XLoraLinear | nn.Linear]  # LAYER_LINEARS
+    linears: Sequence[Linear]  # LAYER_LINEARS
     head_dim: int
 
     def formula(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Layer:
         tensors: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
         for linear in self.linears:
             tensors += [linear.weight, linear.bias]
-            tensors += [linear.lora_a, linear.lora_b_t] if isinstance(linear, XLoraLinear) else [None, None]
+            tensors += [linear.lora_a, linear.lora_b_t] if isinstance(linear, AdaptedModule) else [None, None]
         return [_NO_TENSOR if tensor is None else tensor for tensor in tensors]
 
 
@@ -223,7 +223,7 @@ def _layer(layer: nn.Module) -> Layer | None:
     found = {name: norm for name, norm in norms.items() if norm is not None}
     if len(found) < len(norms) or len({norm.eps for norm in found.values()}) > 1:
         return None
-    if not all(_is_linear(linear) and not isinstance(linear, XLoraHead) for linear in linears):
+    if not all(_is_linear(linear) and not getattr(linear, "is_head", False) for linear in linears):
         return None
     head_dim = getattr(parts["self_attn"], "head_dim", None)
     if not isinstance(head_dim, int):
@@ -234,9 +234,10 @@ def _layer(layer: nn.Module) -> Layer | None:
 
 def _is_linear(module: object) -> bool:
     """A linear, adapted or not, whose tensors are float32 without gaps."""
-    is_known = isinstance(module, XLoraLinear | XLoraHead) or (
-        isinstance(module, nn.Linear) and is_plain_linear(module)
-    )
+    if isinstance(module, AdaptedModule):
+        is_known = module.base is None
+    else:
+        is_known = isinstance(module, nn.Linear) and is_plain_linear(module)
     if not is_known or not isinstance(module, nn.Module):
         return False
     tensors = (*module.parameters(), *module.buffers())

@@ -28,7 +28,7 @@ from service.model.loading.quantised import QuantisedLinear
 from service.model.xlora_model import XLoraModel, outline_model
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
-_EXPERT_BUFFERS = ("lora_a", "lora_a_t", "lora_b_t")
+_EXPERT_BUFFERS = ("lora_a", "lora_b_t")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.checkpoint import Expert, LoraWeights
 from service.contract.errors import CheckpointError
-from service.model.linear import XLoraLinear
+from service.model.adapted import AdaptedModule
 from service.model.loading.rope import refuse_length_dependent_rope, settle_longrope
 from service.model.xlora_model import XLoraModel, load_causal_lm, load_model, resolve_sites
 from tests.support.driver import words
@@ -137,7 +137,7 @@ def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
     before = {site: base.get_submodule(site).weight.clone() for site in tiny.oracle.sites}
     model = type(tiny.as_stored().model())(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
     swapped = {
-        name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, XLoraLinear)
+        name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, AdaptedModule)
     }
     assert set(swapped) == set(tiny.oracle.sites)
     assert all(torch.equal(module.weight, before[site]) for site, module in swapped.items())
