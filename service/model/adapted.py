@@ -43,22 +43,17 @@ class AdaptedModule(nn.Module):
         y: Tensor = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
         gate = self.gate
         if gate.active:
-            first_row = 0 if self.is_head else gate.first_row
+            first_row, weights = (0, self.weights_of_rows()) if self.is_head else (gate.first_row, gate.at(self.site))
             if self.looks_up:
                 ranks = F.embedding(x.view(-1)[first_row:], self.lora_a)
             else:
                 ranks = F.linear(x.view(-1, x.shape[-1])[first_row:], self.lora_a)
-            ranks.mul_(self.weights_of_rows())
-            y.view(-1, y.shape[-1])[first_row:].addmm_(ranks, self.lora_b_t)
+            y.view(-1, y.shape[-1])[first_row:].addmm_(ranks.mul_(weights), self.lora_b_t)
         return y
 
     def weights_of_rows(self) -> Tensor:
-        """[n, R]: the gate of the rows it is open for; of a head [L, R] of the rows `gate.logit_rows`, 0 in those that
-        it is not open for.
-        """
+        """Of a head: [L, R] of the rows `gate.logit_rows`, 0 in those that the gate is not open for."""
         gate = self.gate
-        if not self.is_head:
-            return gate.at(self.site)
         assert gate.logit_rows is not None
         number = gate.logit_rows - gate.first_row  # of each row among those the gate is open for
         return gate.at(self.site)[number.clamp(min=0)].masked_fill_((number < 0)[:, None], 0.0)
