@@ -49,7 +49,7 @@ samples.append(anonymous())
 print(json.dumps({{"seconds": seconds, "peak_anonymous_bytes": max(samples) - samples[0]}}))
 """
 OURS = SIDE.format(
-    imports="from service.checkpoint import load_checkpoint\nfrom service.model.xlora_model import load_model",
+    imports="from service.checkpoint import load_checkpoint\nfrom service.model.loading.passes import load_model",
     load="model = load_model(load_checkpoint(path), device=torch.device(device), dtype=dtype)",
 )
 PEFT = SIDE.format(

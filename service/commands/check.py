@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     gpu_bytes = _gpu_bytes(arguments)
     overrides = Overrides.parse(settings.base, settings.expert, settings.ordering, settings.gate_relu)
     checkpoint, problems = examine(
-        arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_check_base
+        arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_inspect_base
     )
     for problem in problems:
         print_error(problem)
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     return _verify(checkpoint, arguments.directory, settings) if arguments.verify else 0
 
 
-def _check_base(base: BaseModel) -> None:
-    _skeleton().check_base(base)
+def _inspect_base(base: BaseModel) -> Any:
+    return _skeleton().inspect_base(base)
 
 
 def _skeleton() -> ModuleType:

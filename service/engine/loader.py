@@ -28,9 +28,10 @@ from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
 from service.model.kv_cache import KVCache, KVLayout
 from service.model.loading.parallel_plan import Ranks
-from service.model.loading.skeleton import check_base, check_divisible
+from service.model.loading.passes import load_model
+from service.model.loading.skeleton import check_divisible, inspect_base
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.xlora_model import XLoraModel
 
 _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -106,7 +107,7 @@ def read_checkpoint(
         overrides=overrides,
         allow_outside=options.allow_outside,
         verify_hashes=verify_hashes,
-        inspect_base=check_base,
+        inspect_base=inspect_base,
         on_progress=on_progress,
     )
 

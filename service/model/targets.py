@@ -1,4 +1,5 @@
-"""What experts may adapt: Linear, transformers' Conv1D (GPT-2) and Embedding. Everything else is refused by name.
+"""What experts may adapt, and which modules they do: Linear, transformers' Conv1D (GPT-2) and Embedding. Everything
+else is refused by name.
 
 Knows the module types. A subclass that computes something of its own is another type: adapting it as its parent would
 be silently wrong.
@@ -9,7 +10,27 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from service.checkpoint import LoraWeights
+from service.checkpoint import Checkpoint, LoraWeights
+from service.contract.errors import CheckpointError
+
+
+def resolve_sites(checkpoint: Checkpoint, causal_lm: nn.Module) -> list[str]:
+    """The adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
+
+    Raises CheckpointError for a target that experts cannot adapt in this decoder.
+    """
+    modules = dict(causal_lm.named_modules())
+    for expert in checkpoint.experts:
+        for site, weights in expert.weights.items():
+            if reason := refusal(modules.get(site), weights):
+                raise CheckpointError(
+                    f"{expert.folder}: the expert {expert.name!r} targets {site}, which is {reason} in the base",
+                    hint="supported: Linear, Conv1D and Embedding of the base that the expert was trained on",
+                )
+    targets = {site for expert in checkpoint.experts for site in expert.weights}
+    if checkpoint.sites is not None:
+        return list(checkpoint.sites)
+    return [name for name in modules if name in targets]
 
 
 def refusal(module: nn.Module | None, weights: LoraWeights) -> str | None:

@@ -24,8 +24,9 @@ from service.engine.loader import (
     resolve_dtype,
     resolve_max_model_len,
 )
+from service.model.loading.passes import outline_model
 from service.model.loading.quantised import QuantisedLinear
-from service.model.xlora_model import XLoraModel, outline_model
+from service.model.xlora_model import XLoraModel
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
 _EXPERT_BUFFERS = ("lora_a", "lora_b_t")

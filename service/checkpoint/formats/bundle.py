@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 NO_OVERRIDES = Overrides()
-InspectBase = Callable[[BaseModel], None]
+InspectBase = Callable[[BaseModel], Any]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Checkpoint:
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
     eos_token_ids: tuple[int, ...] = ()
+    skeleton: Any = None  # what inspect_base returned for the base
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
     @property
@@ -95,9 +96,9 @@ def load_checkpoint(
 
     `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
     is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
-    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py);
-    it is called before any weights are read. `on_progress` receives one line per weight file, and lines while files
-    are downloaded.
+    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is
+    called before any weights are read, and what it returns is kept as the checkpoint's `skeleton`. `on_progress`
+    receives one line per weight file, and lines while files are downloaded.
     """
     checkpoint, defects = None, Defects()
     with defects.guard():
@@ -149,6 +150,7 @@ def read_checkpoint(
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
     hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
     base: BaseModel | None = None
+    skeleton: Any = None
     base_reference, errors_before = "", len(defects.errors)
     with defects.guard():
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
@@ -156,7 +158,7 @@ def read_checkpoint(
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
         if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
-            inspect_base(base)
+            skeleton = inspect_base(base)
     known_base = base if base is not None and base.complete else None
     gate: OpenGate | None = None
     with defects.guard():
@@ -194,6 +196,7 @@ def read_checkpoint(
         layout=manifest.layout,
         base_reference=base_reference,
         eos_token_ids=base.eos_token_ids,
+        skeleton=skeleton,
     )
 
 
