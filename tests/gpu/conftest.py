@@ -15,8 +15,8 @@ from service.checkpoint import Checkpoint, load_checkpoint
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
+from service.model.loading.passes import BASE_PASSES, Loading, run
 from service.model.xlora_model import XLoraModel
-from tests.support.tiny import load_base
 from tests.support.torch_fixtures import seeded  # noqa: F401
 
 Build = Callable[..., Engine]
@@ -42,7 +42,7 @@ def build(checkpoint: Checkpoint) -> Build:
 
     @cache
     def base(dtype: torch.dtype) -> Any:
-        return load_base(checkpoint, dtype)
+        return run(Loading(checkpoint, torch.device("cpu"), dtype), BASE_PASSES).causal_lm
 
     @cache
     def model(device: torch.device, dtype: torch.dtype) -> XLoraModel:

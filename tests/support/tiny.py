@@ -20,7 +20,7 @@ from transformers.utils import logging
 from service.checkpoint import Checkpoint, ClassifierWeights, load_checkpoint
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
-from service.model.loading.passes import BASE_PASSES, Loading
+from service.model.loading.passes import BASE_PASSES, Loading, run
 from service.model.xlora_model import XLoraModel
 from tests.support.bundles import make_bundle, make_classifier
 from tests.support.oracle import PeftOracle
@@ -32,10 +32,7 @@ BLOCK_SIZE = 4  # small, so that every test crosses block borders
 
 def load_base(checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int | None = None) -> Any:
     """The base as the model gets it, on a CPU."""
-    loading = Loading(checkpoint, CPU, dtype, max_model_len=max_model_len)
-    for each in BASE_PASSES:
-        each(loading)
-    return loading.causal_lm
+    return run(Loading(checkpoint, CPU, dtype, max_model_len=max_model_len), BASE_PASSES).causal_lm
 
 
 @dataclass(frozen=True)

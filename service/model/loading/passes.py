@@ -151,7 +151,9 @@ def load_model(
     afterwards: stacks are copies. Raises CheckpointError as the passes do.
     """
     loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, on_progress)
-    return run(loading, MODEL_PASSES)
+    run(loading, MODEL_PASSES)
+    assert loading.model is not None
+    return loading.model
 
 
 def outline_model(
@@ -160,12 +162,13 @@ def outline_model(
     """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
     Raises CheckpointError as load_model does for what the weights' values do not decide.
     """
-    return run(Loading(checkpoint, torch.device("meta"), dtype, quantization), OUTLINE_PASSES)
-
-
-def run(loading: Loading, passes: Passes) -> XLoraModel:
-    """Runs passes of which the last makes the model."""
-    for each in passes:
-        each(loading)
+    loading = run(Loading(checkpoint, torch.device("meta"), dtype, quantization), OUTLINE_PASSES)
     assert loading.model is not None
     return loading.model
+
+
+def run(loading: Loading, passes: Passes) -> Loading:
+    """Runs the passes one after the other."""
+    for each in passes:
+        each(loading)
+    return loading
