@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import ROOT, emit, print_row
 from service.checkpoint import XLoraConfig, write_bundle
-from service.checkpoint.formats.convert import write_adapter
+from service.checkpoint.formats.writer import write_adapter
 from tests.support.bundles import make_tokenizer
 
 HIDDEN, EXPERTS, TARGETS = 1024, ("math", "code", "bio", "tales"), ("q_proj", "v_proj")

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.formats.convert import convert
+from service.checkpoint.formats.writer import convert
 from service.cli import given_settings
 from service.model.loading.skeleton import inspect_base, traversal_sites
 from service.settings import load_settings

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from service.checkpoint import Checkpoint
-from service.checkpoint.base_config import stored_dtype
+from service.checkpoint.base import stored_dtype
 from service.contract.errors import SettingsError, StartupError
 from service.contract.options import EngineOptions
 from service.model.kv_cache import KVCache, KVLayout

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint
-from service.checkpoint.base_config import stored_dtype
+from service.checkpoint.base import stored_dtype
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native.decoder import Decoder, Linear

@@ -18,19 +18,15 @@ from service.checkpoint.base import BaseModel, read_base
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
 from service.checkpoint.formats.layouts import read_manifest
-from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest
-from service.checkpoint.formats.ordering import read_ordering
-from service.checkpoint.hub import is_hub_id, same_repository
-from service.checkpoint.sources import Locator, Overrides, locate_model
+from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest, read_ordering
+from service.checkpoint.sources import Locator, Overrides, is_hub_id, locate_model, same_repository
 from service.checkpoint.weights import lora
-from service.checkpoint.weights.classifier import ClassifierWeights, read_classifier
+from service.checkpoint.weights.classifier import ClassifierWeights, OpenGate, open_gate, read_classifier
 from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.gate import OpenGate, open_gate
-from service.checkpoint.weights.hashes import WeightFile, WeightHasher
 from service.checkpoint.weights.lora import LoraWeights
-from service.checkpoint.weights.tensors import read_header
+from service.checkpoint.weights.tensors import WeightFile, WeightHasher, read_header
 
 __all__ = [
     "Checkpoint",
@@ -148,7 +144,7 @@ def read_checkpoint(
         raise defect(manifest.source, f"expected at most {MAX_EXPERTS:,} experts, found {manifest.expert_count:,}")
     locator = Locator(root, overrides, progress)
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
-    hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
+    hasher = WeightHasher(root, manifest.sha256, manifest.source, defects, verify_hashes, progress)
     base: BaseModel | None = None
     skeleton: Any = None
     base_reference, errors_before = "", len(defects.errors)
