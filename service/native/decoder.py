@@ -160,7 +160,7 @@ def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
     finally:
         model.gate.clear()
     in_order = [call.layer for call in found.calls] == list(range(len(decoder.layers)))
-    alike = len({call.scaling for call in found.calls}) == 1 and not any("softcap" in c.arguments for c in found.calls)
+    alike = len({call.scaling for call in found.calls}) == 1 and all(call.softcap is None for call in found.calls)
     if not in_order or not alike or not torch.equal(ours, found.logits):
         return None
     scaling = found.calls[0].scaling

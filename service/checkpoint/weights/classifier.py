@@ -25,7 +25,7 @@ from service.checkpoint.formats.manifest import GateFiles, Manifest
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.tensors import TensorFile, WeightHasher, read_header, read_tensors
 
-MAX_LISTED = 6  # names of missing layers in one message
+MAX_LISTED = 6  # names of layers in one message
 INNER_NAME = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 PEFT_PREFIX = "base_model.internal_xlora_classifier.layers"
 PEFT_NAME = re.compile(re.escape(PEFT_PREFIX) + r"\.(\d{1,9})\.(weight|bias)")

@@ -23,7 +23,7 @@ from service.model.loading.rope import refuse_broken_rope, refuse_length_depende
 MIN_CONTEXT, MAX_CONTEXT = 2, 1 << 30  # tokens: a prompt and an answer; what memory could ever hold
 CANARY = "kv_cache"  # stands for all that travels to the attention as keyword arguments
 TOKENS = 2
-POSITIVE = ("scaling", "sliding_window", "softcap")  # arguments of the attention
+POSITIVE = {"scaling": "scaling", "sliding_window": "window", "softcap": "softcap"}  # as transformers calls them: as we
 SUPPORTED = "supported: decoders with ordinary causal attention in every layer, as Llama, Qwen, Gemma and Mistral"
 # The masks that we make; other types are other masks, or no attention at all.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -75,11 +75,10 @@ def refuse_unsupported(skeleton: Any, base: Path) -> None:
 
 
 def _check_calls(found: Probe, config: PretrainedConfig, base: Path) -> None:
-    arguments = [(name, value) for call in found.calls for name, value in call.arguments.items()]
-    if unknown := {name for name, _ in arguments} - HARMLESS - KNOWN - {CANARY}:
+    if unknown := {name for call in found.calls for name in call.arguments} - HARMLESS - KNOWN - {CANARY}:
         _refuse(base, f"its attention uses {', '.join(sorted(unknown))}")
-    numbers = [(name, value) for name, value in arguments if name in POSITIVE]
-    if meaningless := {f"{name} {value!r:.40}" for name, value in numbers if not 0 < value < math.inf}:
+    numbers = [(name, getattr(call, field)) for call in found.calls for name, field in POSITIVE.items()]
+    if meaningless := {f"{name} {n!r:.40}" for name, n in numbers if n is not None and not 0 < n < math.inf}:
         _refuse(base, f"its attention uses {', '.join(sorted(meaningless))}")
     if not found.decoder_called:
         _refuse(base, "its head does not read the last hidden state of the whole decoder")

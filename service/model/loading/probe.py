@@ -19,21 +19,14 @@ MASK = "a mask of its own"
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """How a layer called attention."""
+    """How a layer called attention; None: not given."""
 
     layer: int | None
     shape: tuple[int, int, int]  # KV heads, their keys' dimension, their values'
-    arguments: dict[str, Any]  # those that are given, and MASK
-
-    @property
-    def scaling(self) -> float | None:
-        """None: by the dimension of the keys."""
-        return self.arguments.get("scaling")
-
-    @property
-    def window(self) -> int | None:
-        """In tokens."""
-        return self.arguments.get("sliding_window")
+    scaling: float | None
+    window: int | None  # in tokens
+    softcap: float | None
+    arguments: frozenset[str]  # names of all that was given, and MASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +47,10 @@ def probe(causal_lm: Any, ids: Tensor, positions: Tensor, **arguments: Any) -> P
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, None]:
-        own = {name: argument for name, argument in (*given.items(), (MASK, mask)) if argument is not None}
-        calls.append(
-            AttentionCall(getattr(module, "layer_idx", None), (key.shape[1], key.shape[3], value.shape[3]), own)
-        )
+        names = {name for name, argument in (*given.items(), (MASK, mask)) if argument is not None}
+        layer, shape = getattr(module, "layer_idx", None), (key.shape[1], key.shape[3], value.shape[3])
+        numbers = given.get("scaling"), given.get("sliding_window"), given.get("softcap")
+        calls.append(AttentionCall(layer, shape, *numbers, frozenset(names)))
         if query.is_meta:
             return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3]), None
         return mixed(query, key, value), None
