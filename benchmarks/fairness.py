@@ -34,7 +34,7 @@ from tests.support.server_process import server
 _SHORT_TOKENS, _SHORT_OUTPUT = 16, 4
 _CHOICE_TOKENS = 64
 _SHORT_ALONE = 20  # in each round
-_MOST_PAUSE_SECONDS = 0.02
+_MAX_PAUSE_SECONDS = 0.02
 
 
 class Short:
@@ -51,7 +51,7 @@ class Short:
         """(when it was asked for, seconds to its first token), as long as `more` of so many is wanted."""
         found: list[tuple[float, float]] = []
         while more(len(found)):
-            await asyncio.sleep(self._rng.uniform(0.0, _MOST_PAUSE_SECONDS))
+            await asyncio.sleep(self._rng.uniform(0.0, _MAX_PAUSE_SECONDS))
             body = {"prompt": next(self._prompts), "max_tokens": _SHORT_OUTPUT, "temperature": 0, "ignore_eos": True}
             answer = await stream_generate(self._port, body)
             found.append((answer.started, answer.first_token_seconds))

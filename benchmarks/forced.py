@@ -8,14 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.model_runner import ModelRunner, RunResult
-from service.engine.scheduler import Plan
+from service.engine.model_runner import ModelRunner, SequenceResult
+from service.engine.scheduler import ScheduledSequence
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
+from service.model.steps.step import ForwardOutput
 from service.model.xlora_model import XLoraModel
 from service.native.step import NativeStep
 
@@ -29,42 +30,39 @@ class PlainBase(XLoraModel):
 
     def __init__(self, model: XLoraModel) -> None:
         self.__dict__.update(model.__dict__)
-        self.classifier = _NoGate(model.classifier.stored_sites, model.classifier.num_experts)  # type: ignore[assignment]
         self.scaling_pass_has_experts = False
         self.draft_head = None
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """Runs every row without experts."""
+        self.gate.clear()
+        logits, _ = self.run_decoder(batch, kv_cache)
+        return ForwardOutput(logits, *_no_scalings(batch, kv_cache))
 
     def first_gated_row(self, batch: Batch) -> int:
         """Experts act on no row."""
         return batch.rows.shape[1]
 
-    def store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Nothing is stored: nobody reads it."""
-        return self.classifier.logits(hidden[: batch.num_scaling_rows])
+
+class PlainNative(NativeStep):
+    """The same in C++."""
+
+    def _write_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
+        return _no_scalings(batch, kv_cache)
 
 
-class _NoGate(nn.Module):
-    """A classifier that finds no expert worth anything, at no cost."""
-
-    is_plain = False  # of a kind that native steps leave to it
-
-    def __init__(self, stored_sites: int, num_experts: int) -> None:
-        super().__init__()
-        self.stored_sites, self.num_experts = stored_sites, num_experts
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> zeros [n, S, E]"""
-        return torch.zeros(hidden.shape[0], self.stored_sites, self.num_experts, device=hidden.device)
-
-    def scalings(self, logits: Tensor) -> Tensor:
-        """[n, S, E] as they are."""
-        return logits
+def _no_scalings(batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Gate logits and scalings of a classifier that did not run; nothing is stored, for nobody reads it."""
+    zeros = kv_cache.gate_rows.new_zeros(batch.num_scaling_rows, *kv_cache.gate_rows.shape[1:])
+    return zeros, zeros
 
 
 def use_plain_base(engine: Engine) -> None:
     """Makes `engine` run the plain base."""
     runner = engine._runner
     runner.model = plain = PlainBase(runner.model)
-    runner.step = NativeStep(plain, runner.step._decoder) if isinstance(runner.step, NativeStep) else plain
+    runner.step = PlainNative(plain, runner.step._decoder) if isinstance(runner.step, NativeStep) else plain
 
 
 class ScriptedRunner(ModelRunner):
@@ -75,14 +73,15 @@ class ScriptedRunner(ModelRunner):
         self._miss = 0 if drafts_agree else 1
         self._tokens = self.model.config.get_text_config().vocab_size - _FIRST_TOKEN - 1
 
-    def run(self, plan: Plan) -> RunResult:
+    def run(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> list[SequenceResult]:
         """The step as ever, with other tokens and predictions."""
-        result = super().run(plan)
-        for share, tokens, predictions in zip(plan.scheduled, result.tokens, result.predictions, strict=True):
-            for position, token in enumerate(tokens, share.real_end - share.samples + 1):
+        results = super().run(scheduled, keep_gate_logits=keep_gate_logits)
+        for one, result in zip(scheduled, results, strict=True):
+            for position, token in enumerate(result.tokens, one.real_end - one.samples + 1):
                 token.id = self._token(position)
-            predictions[:] = [self._token(share.predict_start + i) + self._miss for i in range(len(predictions))]
-        return result
+            predicted = range(one.predict_start, one.predict_start + one.predict_count)
+            result.predictions = [self._token(position) + self._miss for position in predicted]
+        return results
 
     def _token(self, position: int) -> int:
         return _FIRST_TOKEN + position * 7919 % self._tokens

@@ -33,11 +33,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import emit, print_row
+from benchmarks.forced import PlainBase
 from benchmarks.synthetic import (
     LLAMA_8B,
     TINY,
     ForcedTokens,
-    PlainBase,
     RealRowsOnly,
     Shape,
     build,
@@ -94,7 +94,7 @@ class Bench:
         self.base_engine = build_engine(self.model, self.checkpoint, doubled)
         self.plain = PlainBase(self.model)
         base_cache = self.base_engine._runner.kv_cache
-        self.base_captured = captured_steps(self.plain, base_cache, rows, self.context, self.plain.step())
+        self.base_captured = captured_steps(self.plain, base_cache, rows, self.context)
 
     def xlora(self, agreement: float, *, graphs: bool = True) -> Engine:
         """The engine with drafts forced to agree that often."""

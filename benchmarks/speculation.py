@@ -22,7 +22,7 @@ from benchmarks.common import DEMO, Bar, EngineRun, emit, make_engine, print_row
 from service.engine.engine import Engine
 
 _COPIED = ("math", "code")
-_MOST_TOKENS = 96
+_MAX_TOKENS = 96
 
 
 def prompts(model: Path, domain: str, *, repeated: bool) -> list[list[int]]:
@@ -41,7 +41,7 @@ def compare(engines: dict[bool, Engine], text: str, inputs: list[list[int]], rep
     runs: dict[bool, list[EngineRun]] = {}
     for _ in range(repeats):
         for drafting, engine in engines.items():
-            runs[drafting] = [run_engine(engine, [prompt], _MOST_TOKENS, ignore_eos=False) for prompt in inputs]
+            runs[drafting] = [run_engine(engine, [prompt], _MAX_TOKENS, ignore_eos=False) for prompt in inputs]
             seconds[drafting].append(sum(run.seconds for run in runs[drafting]))
     tokens = {drafting: sum(len(run.tokens["0"]) for run in own) for drafting, own in runs.items()}
     steps = {drafting: sum(run.steps for run in own) for drafting, own in runs.items()}

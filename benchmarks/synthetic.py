@@ -19,7 +19,6 @@ from service.model.attention.paged import ATTENTION
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
-from service.model.steps.decode_step import DecodeStep
 from service.model.steps.step import ForwardOutput
 from service.model.xlora_model import XLoraModel
 
@@ -110,10 +109,11 @@ def weight_bytes(model: XLoraModel, *, with_experts: bool) -> int:
     return sum(weight.numel() * weight.element_size() for weight in read)
 
 
-def captured_steps(model: Any, cache: KVCache, rows: int, context: int, step: DecodeStep | None = None) -> Any:
+def captured_steps(eager: Any, cache: KVCache, rows: int, context: int) -> CapturedSteps:
     """CUDA graphs; on a CPU the same buffers and buckets around plain calls."""
-    capture = GraphCapture(model.device) if model.device.type == "cuda" else lambda step: step
-    return CapturedSteps(model, cache, capture, max_rows=rows, max_model_len=context, step=step)
+    device = cache.gate_rows.device
+    capture = GraphCapture(device) if device.type == "cuda" else lambda step: step
+    return CapturedSteps(eager, cache, capture, max_rows=rows, max_model_len=context)
 
 
 class ForcedTokens:
@@ -139,37 +139,6 @@ class ForcedTokens:
         return output
 
 
-class PlainBase:
-    """The base alone behind XLoraModel's interface: experts, gate and classifier are off."""
-
-    def __init__(self, model: XLoraModel) -> None:
-        self._model, self.device = model, model.device
-        self._scalings = torch.zeros(1, model.classifier.stored_sites, model.classifier.num_experts, device=self.device)
-
-    @torch.inference_mode()
-    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs every row without experts."""
-        self._model.gate.clear()
-        logits, _ = self._model.run_decoder(batch, kv_cache, batch.logit_rows)
-        return ForwardOutput(logits, self._scalings.expand(batch.num_scaling_rows, -1, -1))
-
-    def step(self) -> DecodeStep:
-        """Of it, to be captured."""
-        return _PlainStep(self._model)
-
-
-class _PlainStep(DecodeStep):
-    def __call__(
-        self, rows: Tensor, block_table: Tensor, keys: list[Tensor], values: list[Tensor], gate_rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        model = self._model
-        model.gate.clear()
-        width = block_table.shape[1] * keys[0].shape[1]
-        group = AttentionGroup(0, rows.shape[1], 1, rows[1][:, None], block_table, width, needs_mask=True)
-        logits, _ = model.run_decoder(Batch(rows, 0, rows[0], [group]), KVCache(keys, values, gate_rows), 0)
-        return logits, gate_rows[:1].expand(rows.shape[1], -1, -1)
-
-
 class RealRowsOnly:
     """A step that drops the scaling rows of its batches before `inner` runs them.
 
@@ -187,10 +156,10 @@ class RealRowsOnly:
         scalings = kv_cache.gate_rows.new_zeros(dropped, *kv_cache.gate_rows.shape[1:])
         groups = [rest for group in batch.groups if (rest := _without_first(group, dropped)) is not None]
         if not groups:
-            return ForwardOutput(scalings.new_zeros(len(batch.logit_rows), self._vocabulary), scalings)
+            return ForwardOutput(scalings.new_zeros(len(batch.logit_rows), self._vocabulary), scalings, scalings)
         logit_rows = (batch.logit_rows - dropped).clamp_min(0)
         output = self._inner.forward(Batch(batch.rows[:, dropped:], 0, logit_rows, groups), kv_cache)
-        return ForwardOutput(output.logits, scalings)
+        return ForwardOutput(output.logits, scalings, scalings)
 
 
 def _without_first(group: AttentionGroup, dropped: int) -> AttentionGroup | None:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _JSON: JsonCompileOptions = {"whitespace_pattern": " ?"}
 _CACHED = 64  # grammars kept, the last used ones
 # Of the lexer and the parser, at each step: a mask takes some 10 ms at worst.
-_MOST_STATES = 20_000
-_MOST_FUEL = 200_000
-_MOST_ITEMS = 20_000
-_MOST_SYMBOLS = 100_000
+_MAX_STATES = 20_000
+_MAX_FUEL = 200_000
+_MAX_ITEMS = 20_000
+_MAX_SYMBOLS = 100_000
 
 
 def refusal(message: str, hint: str | None = None) -> InvalidRequestError:
@@ -118,10 +118,10 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            step_lexer_fuel=_MOST_FUEL,
-            step_max_items=_MOST_ITEMS,
-            max_lexer_states=_MOST_STATES,
-            max_grammar_size=_MOST_SYMBOLS,
+            step_lexer_fuel=_MAX_FUEL,
+            step_max_items=_MAX_ITEMS,
+            max_lexer_states=_MAX_STATES,
+            max_grammar_size=_MAX_SYMBOLS,
             verbose_errors=False,
         )
         try:

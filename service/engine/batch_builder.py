@@ -3,99 +3,93 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from service.engine.block_manager import BlockTable, table_of
-from service.engine.gate import admitted_gate
-from service.engine.scheduler import Scheduled
-from service.engine.sequence import Sequence, Stream
+from service.engine.gate import batch_gate
+from service.engine.scheduler import ScheduledSequence
+from service.engine.sequence import Stream
+from service.engine.slots import gate_slots, stream_slots
 from service.model.batch import LINES, AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 
-_MOST_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
+_MAX_SHARED_QUERIES = 16  # longer segments have an attention call each: their keys are not padded
 
 
 @dataclass(slots=True)
 class Segment:
     """`count` consecutive positions of one stream of one scheduled sequence: rows of the flat batch from `row` on."""
 
-    share: Scheduled
+    scheduled: ScheduledSequence
     stream: Stream
     start: int
     count: int
     is_scaling: bool
-    row: int = 0
+    row: int
 
 
 class BatchBuilder:
-    """Knows the KV cache that the rows read and write."""
+    """Knows the KV cache that the rows read and write, and the sites of the gate."""
 
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
-        self._cache, self._device = cache, device
+    def __init__(self, cache: KVCache, sites: Sequence[str]) -> None:
+        self._cache, self._sites = cache, sites
+        self._device = cache.gate_rows.device
         self._block_size = cache.block_size
 
-    def build(self, segments: list[Segment], logit_rows: list[int]) -> Batch:
-        """Every index of the batch in one tensor, and views of it."""
-        cache = self._cache
-        scaling_rows = sum(s.count for s in segments if s.is_scaling)
+    def build(self, scheduled: list[ScheduledSequence]) -> Batch:
+        """Every index of the batch in one tensor, and views of it; tells each sequence where its rows are."""
+        segments = _ordered_segments(scheduled)
+        logit_rows = _logit_rows(scheduled)
+        scaling_rows = sum(one.scaling_count for one in scheduled)
         row_count = segments[-1].row + segments[-1].count
         grouped = _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
-        ids: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        gate_slots: list[int] = []
-        new_gate_slots: list[int] = []
-        is_scaling = [1] * scaling_rows + [0] * (row_count - scaling_rows)
-        for s in segments:
-            ids += s.share.sequence.hypothesis(s.start, s.start + s.count)
-            positions += range(s.start, s.start + s.count)
-            kv_slots += self.slots(s.stream, s.start, s.count)
-            if s.is_scaling:
-                gate_slots += [admitted_gate.dummy_slot(cache, s.share.sequence)] * s.count
-                new_gate_slots += self.new_gate_slots(s)
-            else:
-                gate_slots += self.gate_slots(s.share.sequence, s.start, s.count)
-                new_gate_slots += [cache.scratch_slot] * s.count
-        lines = [ids, positions, kv_slots, gate_slots, new_gate_slots, is_scaling]
-        values = array("q", chain(*lines, logit_rows))
+        values = array("q", chain(*self._lines(segments, scaling_rows, row_count), logit_rows))
         for table in tables:
             values += table
-        sizes = [LINES * row_count, len(logit_rows), *map(len, tables)]
         packed = to_device(values, self._device)
-        rows, logit_index, *views = packed.split_with_sizes(sizes)
-        gated = any(s.is_scaling and s.share.sequence.gate.dummy_row is not None for s in segments)
-        batch = Batch(rows.view(LINES, row_count), scaling_rows, logit_index, [], scaling_rows_are_gated=gated)
+        rows, logit_index, *views = packed.split_with_sizes([LINES * row_count, len(logit_rows), *map(len, tables)])
+        batch = Batch(
+            rows.view(LINES, row_count),
+            scaling_rows,
+            logit_index,
+            [],
+            any(one.scaling_count and one.sequence.gate.dummy_row is not None for one in scheduled),
+            batch_gate.given_rows(scheduled, self._cache, self._sites),
+            batch_gate.parameters(scheduled, row_count, self._cache.gate_rows.shape[2], self._device),
+        )
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
 
-    def new_gate_slots(self, segment: Segment) -> list[int]:
-        """Where the new scalings of a segment of the scaling stream go."""
-        sequence = segment.share.sequence
-        if not sequence.generates:
-            return [self._cache.scratch_slot] * segment.count
-        return self.slots(sequence.real, segment.start, segment.count)
-
-    def gate_slots(self, sequence: Sequence, start: int, count: int) -> list[int]:
-        """Slots of the gate rows that serve positions start .. start + count."""
-        end = start + count
-        if end <= sequence.gate_end:
-            return self.slots(sequence.real, start, count)
-        frozen = max(start, sequence.gate_end)
-        [slot] = self.slots(sequence.real, max(0, sequence.gate_end - 1), 1)
-        return [*self.slots(sequence.real, start, frozen - start), *[slot] * (end - frozen)]
-
-    def slots(self, stream: Stream, start: int, count: int) -> list[int]:
-        """Slots of positions start .. start + count of a stream."""
-        size, blocks = self._block_size, stream.blocks
-        if count == 1:
-            return [blocks[start // size] * size + start % size]
-        return [blocks[position // size] * size + position % size for position in range(start, start + count)]
+    def _lines(self, segments: list[Segment], scaling_rows: int, row_count: int) -> list[list[int]]:
+        """The lines of Batch.rows."""
+        cache, size = self._cache, self._block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        kv_slots: list[int] = []
+        read_from: list[int] = []
+        write_to: list[int] = []
+        for s in segments:
+            sequence = s.scheduled.sequence
+            ids += sequence.token_ids(s.start, s.start + s.count)
+            positions += range(s.start, s.start + s.count)
+            kv_slots += stream_slots(s.stream, s.start, s.count, size)
+            if not s.is_scaling:
+                read_from += gate_slots(sequence, s.start, s.count, size)
+                write_to += [cache.scratch_slot] * s.count
+                continue
+            read_from += [batch_gate.dummy_slot(cache, sequence)] * s.count
+            if sequence.generates:
+                write_to += stream_slots(sequence.real, s.start, s.count, size)
+            else:
+                write_to += [cache.scratch_slot] * s.count
+        is_scaling = [1] * scaling_rows + [0] * (row_count - scaling_rows)
+        return [ids, positions, kv_slots, read_from, write_to, is_scaling]
 
     def _block_table(self, group: list[Segment]) -> BlockTable:
         """The block tables of a group's streams, one after another, as wide as the widest needs."""
@@ -107,28 +101,38 @@ class BatchBuilder:
         return table
 
 
-def ordered_segments(shares: list[Scheduled]) -> list[Segment]:
+def _ordered_segments(scheduled: list[ScheduledSequence]) -> list[Segment]:
     """Scaling rows first, then real rows; single rows meet in the middle, where they form one attention group."""
-    scaling = [s for s in shares if s.scaling_count]
-    real = [s for s in shares if s.real_count]
-    scaling.sort(key=lambda share: -share.scaling_count)
-    real.sort(key=lambda share: share.real_count)
     segments: list[Segment] = []
     row = 0
-    for share in scaling:
-        segments.append(Segment(share, share.sequence.scaling, share.scaling_start, share.scaling_count, True, row))
-        row += share.scaling_count
-    for share in real:
-        segments.append(Segment(share, share.sequence.real, share.real_start, share.real_count, False, row))
-        row += share.real_count
+    for one in sorted((s for s in scheduled if s.scaling_count), key=lambda s: -s.scaling_count):
+        one.scaling_row = row
+        segments.append(Segment(one, one.sequence.scaling, one.scaling_start, one.scaling_count, True, row))
+        row += one.scaling_count
+    for one in sorted((s for s in scheduled if s.real_count), key=lambda s: s.real_count):
+        one.real_row = row
+        segments.append(Segment(one, one.sequence.real, one.real_start, one.real_count, False, row))
+        row += one.real_count
     return segments
+
+
+def _logit_rows(scheduled: list[ScheduledSequence]) -> list[int]:
+    """The rows of the flat batch whose logits are wanted, sequence by sequence."""
+    rows: list[int] = []
+    for one in scheduled:
+        one.logit_row = len(rows)
+        real, scaling = one.real_row - one.real_start, one.scaling_row - one.scaling_start
+        rows += range(real + one.real_end - one.samples, real + one.real_end)
+        rows += range(scaling + one.predict_start - 1, scaling + one.predict_start - 1 + one.predict_count)
+        rows += range(real + one.scores.start, real + one.scores.stop) if one.scores else ()
+    return rows
 
 
 def _attention_groups(segments: list[Segment]) -> list[list[Segment]]:
     """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
     groups: list[list[Segment]] = []
     for segment in segments:
-        if groups and segment.count == groups[-1][0].count <= _MOST_SHARED_QUERIES:
+        if groups and segment.count == groups[-1][0].count <= _MAX_SHARED_QUERIES:
             groups[-1].append(segment)
         else:
             groups.append([segment])

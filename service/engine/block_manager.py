@@ -22,7 +22,7 @@ def table_of(blocks: Iterable[int] = ()) -> BlockTable:
 class BlockManager:
     """Hands out block numbers 0 .. num_blocks - 1 and counts how many streams hold each.
 
-    A full block may be published under a key that names its contents (block_keys.py): it is then never written again,
+    A full block may be cached under a key that names its contents (block_keys.py): it is then never written again,
     other streams may share it, and when its last holder releases it it stays findable until its room is needed, the
     longest unused first. Any other block goes back to the free list.
     """
@@ -31,15 +31,15 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers, recently used, first
-        self._idle: OrderedDict[int, None] = OrderedDict()  # published blocks nobody holds, longest unused first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached blocks nobody holds, longest unused first
         self._holders = [0] * num_blocks
-        self._keys: dict[int, bytes] = {}  # of published blocks
-        self._published: dict[bytes, int] = {}  # the same, by key
+        self._keys: dict[int, bytes] = {}  # of cached blocks
+        self._cached: dict[bytes, int] = {}  # the same, by key
 
     @property
     def free(self) -> int:
         """Blocks nobody holds, whether they contain something or not."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + len(self._evictable)
 
     @property
     def used(self) -> int:
@@ -61,39 +61,39 @@ class BlockManager:
             self._holders[block] = 1
             table.append(block)
 
-    def publish(self, block: int, key: bytes) -> None:
+    def cache(self, block: int, key: bytes) -> None:
         """Makes a held, full block findable under `key`, unless another block with these contents is already."""
-        if key not in self._published:
-            self._published[key] = block
+        if key not in self._cached:
+            self._cached[key] = block
             self._keys[block] = key
 
     def forget(self, *tables: BlockTable) -> None:
-        """Makes held blocks unfindable; those who hold them keep them. Unpublished ones are fine."""
+        """Makes held blocks unfindable; those who hold them keep them. Uncached ones are fine."""
         for block in chain(*tables):
             key = self._keys.pop(block, None)
             if key is not None:
-                del self._published[key]
+                del self._cached[key]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The published blocks of the longest run of `keys`, from the first on."""
+        """The cached blocks of the longest run of `keys`, from the first on."""
         found: list[int] = []
         for key in keys:
-            block = self._published.get(key)
+            block = self._cached.get(key)
             if block is None:
                 break
             found.append(block)
         return found
 
-    def idle(self, blocks: Iterable[int]) -> int:
-        """How many of these published blocks nobody holds: sharing them makes `free` smaller."""
+    def evictable(self, blocks: Iterable[int]) -> int:
+        """How many of these cached blocks nobody holds: sharing them makes `free` smaller."""
         return sum(self._holders[block] == 0 for block in blocks)
 
     def share(self, blocks: Iterable[int]) -> BlockTable:
-        """Adds a holder to each of `blocks`, which must be published. Returns them as a new table."""
+        """Adds a holder to each of `blocks`, which must be cached. Returns them as a new table."""
         table = table_of(blocks)
         for block in table:
             self._holders[block] += 1
-            self._idle.pop(block, None)
+            self._evictable.pop(block, None)
         return table
 
     def release(self, *tables: BlockTable) -> None:
@@ -113,24 +113,24 @@ class BlockManager:
         if self._holders[block]:
             return
         if block in self._keys:
-            self._idle[block] = None
+            self._evictable[block] = None
         else:
             self._free.append(block)
 
     def _evict(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        del self._published[self._keys.pop(block)]
+        block, _ = self._evictable.popitem(last=False)
+        del self._cached[self._keys.pop(block)]
         return block
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless holders, free list and published blocks are what `tables` (all there are) say."""
+        """Raises RuntimeError unless holders, free list and cached blocks are what `tables` (all there are) say."""
         held = Counter(block for table in tables for block in table)
         if [held[block] for block in range(self.num_blocks)] != self._holders:
             raise RuntimeError("block holders do not match the block tables")
-        unheld = sorted([*self._free, *self._idle])
+        unheld = sorted([*self._free, *self._evictable])
         if unheld != [block for block in range(self.num_blocks) if not held[block]]:
             raise RuntimeError("the free list does not match the block tables")
-        if {block: key for key, block in self._published.items()} != self._keys:
-            raise RuntimeError("the published blocks do not match their keys")
-        if not self._idle.keys() <= self._keys.keys() or self._keys.keys() & set(self._free):
-            raise RuntimeError("a block is idle without a key, or free with one")
+        if {block: key for key, block in self._cached.items()} != self._keys:
+            raise RuntimeError("the cached blocks do not match their keys")
+        if not self._evictable.keys() <= self._keys.keys() or self._keys.keys() & set(self._free):
+            raise RuntimeError("a block is evictable without a key, or free with one")

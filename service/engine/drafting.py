@@ -39,7 +39,7 @@ class Drafter:
         self.rate += _WEIGHT * (right - self.rate)
 
     def length(self, likelihood: float, needed: float, most: int) -> int:
-        """How many more drafts pay, at most `most`, after a hypothesis that is right with probability `likelihood`.
+        """How many more drafts pay, at most `most`, after drafts that are right with probability `likelihood`.
 
         `needed` is the break-even probability. A drafter that has not paid for a while is let try with one draft.
         """

@@ -14,9 +14,10 @@ from service.contract.output import Failure, FinishReason, SequenceOutput, StepO
 from service.contract.request import Request
 from service.contract.steering import GateSettings
 from service.engine.block_manager import BlockManager
+from service.engine.gate.report import GateReporter
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_ratio, with_top_k
-from service.engine.model_runner import ModelRunner, OutOfMemory, RunResult
-from service.engine.scheduler import Plan, Scheduled, Scheduler
+from service.engine.model_runner import ModelRunner, OutOfMemory, SequenceResult
+from service.engine.scheduler import Plan, ScheduledSequence, Scheduler
 from service.engine.sequence import Sequence
 from service.grammar import Grammar, Grammars
 
@@ -35,12 +36,14 @@ class Engine:
     def __init__(
         self,
         runner: ModelRunner,
+        reporter: GateReporter,
         scheduler: Scheduler,
         info: EngineInfo,
         grammars: Grammars,
     ) -> None:
         self.info = info
         self._runner = runner
+        self._reporter = reporter
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)
         self._gate = CHECKPOINT_GATE  # of requests to come
@@ -81,7 +84,7 @@ class Engine:
         """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
-                self._runner.observe_rest(sequence)
+                self._reporter.drop(sequence)
                 self._drop(sequence)
 
     def set_gate(self, settings: GateSettings) -> None:
@@ -95,9 +98,9 @@ class Engine:
 
     def log_scalings(self, enabled: bool) -> None:
         """Whether steps report what the classifier says, for the scalings log."""
-        if enabled == self._runner.logs_scalings:
+        if enabled == self._reporter.logs_scalings:
             return
-        self._runner.logs_scalings = enabled
+        self._reporter.logs_scalings = enabled
         for sequence in (one for choices in self._sequences.values() for one in choices):
             sequence.unlogged.clear()  # what was computed meanwhile is not in it
 
@@ -113,15 +116,16 @@ class Engine:
             return StepOutput(refused, self._with_load(StepStats()))
         plan = self._scheduler.schedule()
         try:
-            result = self._runner.run(plan)
+            results = self._runner.run(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
         except OutOfMemory as error:
             logger.error("out of memory: %s", error)
-            result = None
-        return self._shed(plan, started) if result is None else self._postprocess(plan, result, started)
+            return self._shed(plan, started)
+        return self._postprocess(plan, results, started)
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        stats = StepStats(gate=self._runner.take_statistics(), logged=self._runner.logged([], everything=True))
+        stats = StepStats()
+        self._reporter.flush(stats)
         return StepOutput(stats=self._with_load(stats))
 
     def check_integrity(self) -> None:
@@ -214,17 +218,16 @@ class Engine:
             del self._sequences[request_id]
             self._compiling.pop(request_id, None)
 
-    def _postprocess(self, plan: Plan, result: RunResult, started: float) -> StepOutput:
+    def _postprocess(self, plan: Plan, results: list[SequenceResult], started: float) -> StepOutput:
         """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
         stats = StepStats(preemptions=plan.preemptions)
-        outputs = [self._advance(number, share, result, stats) for number, share in enumerate(plan.scheduled)]
-        pairs = zip(plan.scheduled, outputs, strict=True)
-        ended = [share.sequence for share, output in pairs if output.finish_reason is not None]
-        rows, stats.gate = self._runner.report(plan, result, ended)
-        stats.logged = self._runner.logged([share.sequence for share in plan.scheduled], everything=bool(ended))
+        outputs = [self._advance(result, stats) for result in results]
+        sequences = [one.sequence for one in plan.scheduled]
+        ended = [s for s, output in zip(sequences, outputs, strict=True) if output.finish_reason is not None]
+        rows = self._reporter.report(results, ended, stats)
         news: list[SequenceOutput] = []
-        for share, output, gate in zip(plan.scheduled, outputs, rows, strict=True):
-            sequence, output.gate = share.sequence, gate
+        for sequence, output, gate in zip(sequences, outputs, rows, strict=True):
+            output.gate = gate
             if output.finish_reason != "error":
                 self._scheduler.commit(sequence)
             if output.tokens or gate is not None or output.prompt_logprobs or output.finish_reason is not None:
@@ -239,12 +242,13 @@ class Engine:
         sake. They run the same rows again.
         """
         self._runner.free_memory()
-        _, number = max((share.rows, number) for number, share in enumerate(plan.scheduled))
+        _, number = max((one.rows, number) for number, one in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
+        self._reporter.drop(sequence)
         self._drop(sequence)
         output = _failed(sequence, Failure("the server is out of memory"))
         stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
-        stats.logged = self._runner.logged([], everything=True)
+        self._reporter.flush(stats)
         return StepOutput([output], self._with_load(stats))
 
     def _with_load(self, stats: StepStats) -> StepStats:
@@ -253,45 +257,44 @@ class Engine:
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
         return stats
 
-    def _advance(self, number: int, share: Scheduled, result: RunResult, stats: StepStats) -> SequenceOutput:
+    def _advance(self, result: SequenceResult, stats: StepStats) -> SequenceOutput:
         """One sequence after its rows have run: what is new of it, but for its gate rows. What it raises ends it."""
-        sequence, error = share.sequence, result.errors[number]
+        scheduled, error = result.scheduled, result.error
+        sequence = scheduled.sequence
         output = SequenceOutput(sequence.request.id, sequence.index, usage=sequence.usage)
         try:
-            if error is None and not result.finite[number]:
-                if sequence.retry_without_drafts(share.scaling_end, share.real_end):
-                    _count(share, stats)
+            if error is None and not result.finite:
+                if sequence.retry_without_drafts(scheduled.scaling_end, scheduled.real_end):
+                    _count(scheduled, stats)
                     return output
                 self._scheduler.forget(sequence)
                 error = _NOT_FINITE
             if error is None:
-                sampled, predictions = result.tokens[number], result.predictions[number]
-                output.tokens, output.finish_reason = self._accept(share, sampled, predictions, stats)
-                output.prompt_logprobs = result.prompt_logprobs[number]
+                output.tokens, output.finish_reason = self._accept(result, stats)
+                output.prompt_logprobs = result.prompt_logprobs
         except Exception as raised:
-            if not isinstance(raised, InvalidRequestError):  # as of a form of text, which is the caller's
+            if not isinstance(raised, InvalidRequestError):  # as of a grammar, which is the caller's
                 logger.exception("request %s failed", sequence.request.id)
             error = Failure.of(raised, "the engine failed on this request")
         return output if error is None else _failed(sequence, error)
 
-    def _accept(
-        self, share: Scheduled, sampled: list[TokenOutput], predictions: list[int], stats: StepStats
-    ) -> tuple[list[TokenOutput], FinishReason | None]:
+    def _accept(self, result: SequenceResult, stats: StepStats) -> tuple[list[TokenOutput], FinishReason | None]:
         """Streams, drafts, usage. Returns the tokens accepted, and the end."""
-        sequence = share.sequence
+        scheduled = result.scheduled
+        sequence = scheduled.sequence
         if not sequence.started:
             sequence.started = True
             sequence.usage.queue_seconds = time.monotonic() - sequence.arrival_time
-        sequence.scaling.computed = share.scaling_end
-        sequence.real.computed = share.real_end
-        if share.scores:
-            sequence.scored = share.scores.stop
-        accepted, reason = self._verify(sequence, sampled)
+        sequence.scaling.computed = scheduled.scaling_end
+        sequence.real.computed = scheduled.real_end
+        if scheduled.scores:
+            sequence.scored = scheduled.scores.stop
+        accepted, reason = self._verify(sequence, result.tokens)
         if reason is not None:
             sequence.give_up_drafts()
-        elif predictions and sequence.scaling.computed == share.scaling_end:  # made after right tokens
-            sequence.predict(share.predict_start, predictions)
-        _count(share, stats)
+        elif result.predictions and sequence.scaling.computed == scheduled.scaling_end:  # made after right tokens
+            sequence.predict(scheduled.predict_start, result.predictions)
+        _count(scheduled, stats)
         return accepted, reason
 
     def _verify(self, sequence: Sequence, sampled: list[TokenOutput]) -> tuple[list[TokenOutput], FinishReason | None]:
@@ -328,18 +331,18 @@ def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
     )
 
 
-def _count(share: Scheduled, stats: StepStats) -> None:
+def _count(scheduled: ScheduledSequence, stats: StepStats) -> None:
     """Adds one sequence's step to its usage and to the step's statistics."""
-    sequence, usage = share.sequence, share.sequence.usage
-    lookahead, copying = sequence.lookahead, sequence.copying
+    sequence, usage = scheduled.sequence, scheduled.sequence.usage
+    lookahead, copying = sequence.lookahead, sequence.prompt_lookup
     before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
     usage.forward_passes += 1
-    usage.scaling_rows += share.scaling_count
-    usage.real_rows += share.real_count
+    usage.scaling_rows += scheduled.scaling_count
+    usage.real_rows += scheduled.real_count
     usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
     usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
-    stats.scaling_rows += share.scaling_count
-    stats.real_rows += share.real_count
+    stats.scaling_rows += scheduled.scaling_count
+    stats.real_rows += scheduled.real_count
     stats.draft_hits += usage.draft_hits - before[0]
     stats.draft_misses += usage.draft_misses - before[1]
     stats.speculated_tokens += usage.speculated_tokens - before[2]

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
+from service.engine.gate.report import GateReporter
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sizing import (
@@ -42,7 +42,7 @@ from service.model.xlora_model import XLoraModel
 
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
-_MOST_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
+_MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 
 
 def load_engine(
@@ -154,9 +154,10 @@ def build_engine(
     sizes = divide_memory(model, options, model.device, free_device_bytes(model.device))
     if group is not None:
         sizes = replace(sizes, num_blocks=group.agree_on_blocks(sizes.num_blocks))
-    runner = ModelRunner(model, allocate_cache(model, sizes))
+    kv_cache = allocate_cache(model, sizes)
+    runner = ModelRunner(model, kv_cache)
     if group is not None:
-        runner.step = runner.leader = Leader(model, group)
+        runner.step = Leader(model, group)
     elif model.device.type == "cuda" and options.cuda_graphs:
         runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
     scheduler = Scheduler(
@@ -167,15 +168,15 @@ def build_engine(
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
         row_cost=_ROW_COST[model.device.type],
-        max_scored_rows=max(1, _MOST_SCORED_LOGITS // model.config.get_text_config().vocab_size),
+        max_scored_rows=max(1, _MAX_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
     info = _engine_info(model, checkpoint, options, sizes)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
     if uses_native(options, model.device, model.dtype):
         cache = Path(options.native_cache).expanduser()
-        native.build(model, partial(setattr, runner, "step"), on_progress, cache=cache, wait=wait_for_native)
-    return Engine(runner, scheduler, info, grammars)
+        native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
+    return Engine(runner, GateReporter(kv_cache, model.classifier, len(model.sites)), scheduler, info, grammars)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:

@@ -28,6 +28,7 @@ class SampleRow:
 
     sequence: Sequence
     pending: SequenceOf[int] = ()
+    drafted: bool = False  # its token becomes a draft, whose logprobs nobody sees
 
     @property
     def output_position(self) -> int:
@@ -60,7 +61,7 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
 
 def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:
     """Wraps sampled tokens with the logprobs their requests ask for."""
-    alternatives = [row.sequence.sampling.logprobs for row in rows]
+    alternatives = [None if row.drafted else row.sequence.sampling.logprobs for row in rows]
     asked = [i for i, count in enumerate(alternatives) if count is not None]
     outputs = [TokenOutput(token) for token in tokens]
     if asked:

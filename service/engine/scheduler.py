@@ -1,8 +1,8 @@
 """What runs in the next step. Pure Python, no torch: it moves numbers between sequences and the block manager.
 
 One rule covers prefill, chunked prefill and decode: in each step a sequence's real stream advances over every
-position whose scalings are known, and its scaling stream advances over the rest of the hypothesis: prompt chunk,
-sampled token, or drafts.
+position whose scalings are known, and its scaling stream advances over the rest of tokens and drafts: prompt
+chunk, sampled token, or draft tokens.
 
     prompt of 3 chunks   scaling  a b c . d e f      d: the drafted next token, in the same step as the real row before
                          real       a b c . d e f    it (lookahead scaling pass); with drafts of several tokens d, e, f
@@ -23,15 +23,15 @@ from service.engine.block_manager import BlockManager
 from service.engine.drafting import break_even
 from service.engine.sequence import Sequence, Stream
 
-_TURNS_PER_CHOICE = 4  # requests that may arrive later and still come before each next choice of one
-_MOST_PASSES = 16  # of smaller ones past one for which there is no room
-_MOST_SEATS = 0.75  # for the choices of one request
+_PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
+_MAX_PASSES = 16  # of smaller ones past one for which there is no room
+_MAX_SLOT_SHARE = 0.75  # for the choices of one request
 _NONE = range(0)
 
 
 @dataclass(slots=True)
-class Scheduled:
-    """One sequence's share of a step: positions start .. start + count of either stream."""
+class ScheduledSequence:
+    """What one sequence runs in a step: positions start .. start + count of either stream."""
 
     sequence: Sequence
     scaling_start: int
@@ -42,6 +42,11 @@ class Scheduled:
     predict_start: int  # the logits of the scaling rows before positions predict_start ...
     predict_count: int  # ... to predict_start + predict_count - 1 predict those
     scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
+    # Where its rows are, once the batch is built: in the flat batch, and in the logits (`samples`, then
+    # `predict_count`, then `scores`).
+    scaling_row: int = 0
+    real_row: int = 0
+    logit_row: int = 0
 
     @property
     def scaling_end(self) -> int:
@@ -58,12 +63,17 @@ class Scheduled:
         """Rows of the flat batch."""
         return self.scaling_count + self.real_count
 
+    @property
+    def logit_count(self) -> int:
+        """Rows of the logits."""
+        return self.samples + self.predict_count + len(self.scores)
+
 
 @dataclass(slots=True)
 class Plan:
     """One step."""
 
-    scheduled: list[Scheduled] = field(default_factory=list)
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
     preemptions: int = 0
 
 
@@ -71,11 +81,11 @@ class Scheduler:
     """Decode before prefill, under a budget of rows per step and of blocks in all.
 
     First come, first served, but no one is served at everyone's expense: prompts share a step's rows evenly (none gets
-    more than it needs), the further choices of a request let later requests pass, and do not take every seat.
+    more than it needs), the further choices of a request let later requests pass, and do not take every slot.
 
     A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
     the latest arrival is preempted: its blocks are released and it is computed again when there is room. What is
-    published of a text (full blocks of accepted positions) is not computed again while it lasts.
+    cached of a text (full blocks of accepted positions) is not computed again while it lasts.
     """
 
     def __init__(
@@ -105,7 +115,7 @@ class Scheduler:
         self._keys = BlockKeys(blocks.block_size)
         self._worth = (0.0, 0.0)  # break-even probabilities of this step for drafts of one and of two rows
         self._scorable = max_scored_rows  # what this step has left of them
-        self._most_choices = max(1, math.ceil(_MOST_SEATS * max_num_seqs))  # of one request at once
+        self._most_choices = max(1, math.ceil(_MAX_SLOT_SHARE * max_num_seqs))  # of one request at once
         self._requests = 0  # that have arrived
 
     def add(self, sequence: Sequence) -> None:
@@ -117,8 +127,8 @@ class Scheduler:
         sequence.scaling.root = self._keys.root("scaling", scope, dummy_row)
         sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
-        sequence.turn = self._requests + _TURNS_PER_CHOICE * sequence.index
-        insort(self.waiting, sequence, key=lambda other: other.turn)
+        sequence.priority = self._requests + _PRIORITY_STEP * sequence.index
+        insort(self.waiting, sequence, key=lambda other: other.priority)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and releases its blocks."""
@@ -129,7 +139,7 @@ class Scheduler:
         self._release(sequence)
 
     def forget(self, sequence: Sequence) -> None:
-        """Lets nobody else find what a sequence has published: it is not worth having."""
+        """Lets nobody else find what a sequence has in the cache: it is not worth having."""
         self.blocks.forget(sequence.scaling.blocks, sequence.real.blocks)
 
     def has_work(self) -> bool:
@@ -158,28 +168,28 @@ class Scheduler:
         return plan
 
     def commit(self, sequence: Sequence) -> None:
-        """Publishes the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
+        """Caches the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
         if not sequence.generates:
             return
         scaling, real = sequence.scaling, sequence.real
-        self._publish(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
-        self._publish(real, sequence.tokens, min(sequence.final, sequence.gate_row_end))
+        self._cache_blocks(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
+        self._cache_blocks(real, sequence.tokens, min(sequence.final, sequence.gate_row_end))
         if sequence.scaling_ended and scaling.blocks:
             self.blocks.release(scaling.blocks)
 
-    def _publish(self, stream: Stream, tokens: list[int], positions: int) -> None:
+    def _cache_blocks(self, stream: Stream, tokens: list[int], positions: int) -> None:
         full = positions // self.blocks.block_size
-        if full > stream.published:
+        if full > stream.cached:
             self._keys.extend(stream.keys, stream.root, tokens, full)
-            for number in range(stream.published, full):
-                self.blocks.publish(stream.blocks[number], stream.keys[number])
-            stream.published = full
+            for number in range(stream.cached, full):
+                self.blocks.cache(stream.blocks[number], stream.keys[number])
+            stream.cached = full
 
     def _even_share(self, prefilling: list[Sequence], budget: int) -> int:
         """The most rows that one prompt may have in this step, with a view to those that can be admitted."""
         if not prefilling and not self.waiting:
             return budget
-        needs = [self._share(sequence, budget).rows for sequence in prefilling]
+        needs = [self._next_rows(sequence, budget).rows for sequence in prefilling]
         found = list(self.running)
         if self.waiting and self._has_room(self.waiting[0]):
             for sequence in islice(self.waiting, self.max_num_seqs - len(self.running)):
@@ -194,59 +204,59 @@ class Scheduler:
         return self._missing(sequence, positions, positions) <= self.blocks.free
 
     def _schedule_running(self, sequence: Sequence, budget: int, plan: Plan) -> int:
-        """Adds the sequence's share to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
+        """Adds the sequence's rows to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
         if budget <= 0 or sequence not in self.running:
             return 0
-        self._copy_ahead(sequence)
-        share = self._share(sequence, budget)
-        if not share.rows or not self._make_room(share, plan):
+        self._look_up_drafts(sequence)
+        one = self._next_rows(sequence, budget)
+        if not one.rows or not self._make_room(one, plan):
             return 0
-        plan.scheduled.append(share)
-        self._scorable -= len(share.scores)
-        return share.rows
+        plan.scheduled.append(one)
+        self._scorable -= len(one.scores)
+        return one.rows
 
-    def _copy_ahead(self, sequence: Sequence) -> None:
-        """Lets the hypothesis grow where the text repeats itself, it pays, and no one has to go for it."""
+    def _look_up_drafts(self, sequence: Sequence) -> None:
+        """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
         most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
         if most <= 0 or not sequence.prefilled:
             return
         needed = self._worth[0 if sequence.scaling_ended else 1]
-        count = sequence.copying.length(sequence.likelihood(0), needed, most)
-        end = sequence.hypothesis_len + count
+        count = sequence.prompt_lookup.length(sequence.likelihood(0), needed, most)
+        end = sequence.len_with_drafts + count
         if count and self._missing(sequence, end, end) <= self.blocks.free:
-            sequence.copy_ahead(count)
+            sequence.look_up_drafts(count)
 
-    def _share(self, sequence: Sequence, budget: int) -> Scheduled:
+    def _next_rows(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
-        known, hypothesis = len(sequence.tokens), sequence.hypothesis_len
+        known, end = len(sequence.tokens), sequence.len_with_drafts
         scaling_start, real_start = sequence.scaling.computed, sequence.real.computed
         # Where the gate is frozen, every position's scalings are known.
-        real_ready = hypothesis if scaling_start >= sequence.gate_end else scaling_start
+        real_ready = end if scaling_start >= sequence.gate_end else scaling_start
         real_count = min(real_ready - real_start, budget) if sequence.generates else 0
         scoring = sequence.scored < sequence.score_end
         if scoring:
             real_count = min(real_count, max(0, sequence.scored - real_start) + self._scorable)
-        scaling_count = min(min(hypothesis, sequence.gate_end) - scaling_start, budget - real_count)
-        share = Scheduled(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
+        scaling_count = min(min(end, sequence.gate_end) - scaling_start, budget - real_count)
+        one = ScheduledSequence(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
         if sequence.generates:
-            share.samples = max(0, share.real_end - (known - 1))
+            one.samples = max(0, one.real_end - (known - 1))
             if scoring:
-                share.scores = range(max(real_start, sequence.scored), min(share.real_end, sequence.score_end))
-            self._ask_predictions(share, known, hypothesis)
-        return share
+                one.scores = range(max(real_start, sequence.scored), min(one.real_end, sequence.score_end))
+            self._ask_predictions(one, known, end)
+        return one
 
-    def _ask_predictions(self, share: Scheduled, known: int, hypothesis: int) -> None:
-        """The scaling pass predicts the hypothesis's next token, and checks the copied ones, where either pays."""
-        if not self.lookahead or share.scaling_end < known:
+    def _ask_predictions(self, one: ScheduledSequence, known: int, drafts_end: int) -> None:
+        """The scaling pass predicts the token after the last draft, and checks looked-up ones, where either pays."""
+        if not self.lookahead or one.scaling_end < known:
             return
-        sequence = share.sequence
-        likelihood = sequence.likelihood(share.samples)  # its row is run once this step's samples have agreed
+        sequence = one.sequence
+        likelihood = sequence.likelihood(one.samples)  # its row is run once this step's samples have agreed
         pays = sequence.lookahead.length(likelihood, self._worth[0], min(1, sequence.room_for_drafts))
-        end = share.scaling_end + 1 if share.scaling_end < hypothesis or pays else share.scaling_end
-        share.predict_start = max(known, share.scaling_start + 1)
-        if sequence.copying.rate > sequence.lookahead.rate:  # its word would not count
-            share.predict_start = max(share.predict_start, hypothesis)
-        share.predict_count = max(0, end - share.predict_start)
+        end = one.scaling_end + 1 if one.scaling_end < drafts_end or pays else one.scaling_end
+        one.predict_start = max(known, one.scaling_start + 1)
+        if sequence.prompt_lookup.rate > sequence.lookahead.rate:  # its word would not count
+            one.predict_start = max(one.predict_start, drafts_end)
+        one.predict_count = max(0, end - one.predict_start)
 
     def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
         """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""
@@ -259,30 +269,30 @@ class Scheduler:
         """How many of `end` positions the scaling stream needs blocks for."""
         return 0 if sequence.scaling_ended else min(end, sequence.gate_end)
 
-    def _make_room(self, share: Scheduled, plan: Plan) -> bool:
+    def _make_room(self, one: ScheduledSequence, plan: Plan) -> bool:
         """Gives both streams the blocks their rows need, preempting if need be."""
-        sequence = share.sequence
-        while (missing := self._missing(sequence, share.scaling_end, share.real_end)) > self.blocks.free:
-            planned = {id(share.sequence) for share in plan.scheduled}
+        sequence = one.sequence
+        while (missing := self._missing(sequence, one.scaling_end, one.real_end)) > self.blocks.free:
+            planned = {id(one.sequence) for one in plan.scheduled}
             victim = next(other for other in reversed(self.running) if id(other) not in planned)
             self._preempt(victim)
             plan.preemptions += 1
             if victim is sequence:
                 return False
         if missing:
-            self.blocks.extend(sequence.scaling.blocks, self._scaling_extent(sequence, share.scaling_end))
+            self.blocks.extend(sequence.scaling.blocks, self._scaling_extent(sequence, one.scaling_end))
             if sequence.generates:
-                self.blocks.extend(sequence.real.blocks, max(share.scaling_end, share.real_end))
+                self.blocks.extend(sequence.real.blocks, max(one.scaling_end, one.real_end))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.turn = -1
+        sequence.priority = -1
         self.waiting.appendleft(sequence)
 
     def _admit(self, budget: int, most: int, plan: Plan) -> None:
-        """Moves sequences from waiting to running while there are rows, seats and blocks, each with `most` rows.
+        """Moves sequences from waiting to running while there are rows, slots and blocks, each with `most` rows.
 
         In order, but for those that must wait for other choices, and one for which there is no room: a few smaller ones
         may pass that, unless it has been running before.
@@ -297,8 +307,8 @@ class Scheduler:
             scaling, real = self._find_prefix(sequence)
             positions = len(sequence.tokens)
             needed = self._missing(sequence, positions, positions) - len(scaling) - len(real)
-            if needed + self.blocks.idle(scaling + real) > self.blocks.free:
-                if large is not None or sequence.started or sequence.passed >= _MOST_PASSES:
+            if needed + self.blocks.evictable(scaling + real) > self.blocks.free:
+                if large is not None or sequence.started or sequence.passed >= _MAX_PASSES:
                     return
                 large = sequence
                 position += 1
@@ -311,8 +321,8 @@ class Scheduler:
             budget -= self._schedule_running(sequence, min(most, budget), plan)
 
     def _must_wait(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether other choices of its request come first: they have their seats, or one is at work on the prompt that
-        they share, and none is done.
+        """Whether other choices of its request come first: they have their slots, or one is at work on the prompt that
+        they one, and none is done.
         """
         if not sequence.generates or sequence.sampling.n == 1:
             return False
@@ -322,7 +332,7 @@ class Scheduler:
         return bool(siblings) and all(sibling.real.computed < sibling.prompt_len for sibling in siblings)
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[int]]:
-        """Published blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
+        """Cached blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
         writes them. A fixed gate has the real stream alone. The last position is computed in any case, for its logits.
         """
         if not sequence.generates:
@@ -342,10 +352,10 @@ class Scheduler:
         return self.blocks.find(stream.keys[:most])
 
     def _adopt(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
-        """Begins both streams with published blocks."""
+        """Begins both streams with cached blocks."""
         for stream, blocks in ((sequence.scaling, scaling), (sequence.real, real)):
             stream.blocks = self.blocks.share(blocks)
-            stream.published = len(blocks)
+            stream.cached = len(blocks)
             stream.computed = len(blocks) * self.blocks.block_size
         if not sequence.started:
             sequence.usage.cached_tokens = sequence.real.computed

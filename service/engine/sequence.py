@@ -1,8 +1,8 @@
-"""One choice of one request in the engine: its tokens, its hypothesis, its two KV streams, how far each has come.
+"""One choice of one request in the engine: its tokens and drafts, its two KV streams, how far each has come.
 
-    hypothesis   tokens (prompt + accepted output), then drafts
+    tokens       prompt + accepted output, then drafts that are not verified yet
     real         rows run over positions whose scalings are known; from the last accepted position on they are sampled
-    scaling      rows run over the rest of the hypothesis
+    scaling      rows run over the rest of tokens and drafts
 
 A draft that turns out wrong is cut off with everything after it: what was computed on it is overwritten later.
 No torch.
@@ -25,7 +25,7 @@ from service.grammar import Cursor
 
 # What is expected of drafts before any has been judged.
 _LOOKAHEAD_RATE = 0.8
-_COPY_RATE = 0.7
+_PROMPT_LOOKUP_RATE = 0.7
 
 
 @dataclass(slots=True)
@@ -36,19 +36,19 @@ class Stream:
     computed: int = 0
     root: bytes = b""  # names the stream before its first block (block_keys.py)
     keys: list[bytes] = field(default_factory=list)  # of its first full blocks; tokens never change, so neither do they
-    published: int = 0  # leading blocks that others can find
+    cached: int = 0  # leading blocks that others can find
 
     def rewind(self) -> None:
         """Forgets what was computed; the blocks have been released."""
-        self.computed = self.published = 0
+        self.computed = self.cached = 0
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A choice. Position p of the hypothesis holds (tokens + drafts)[p].
+    """A choice. Position p holds (tokens + drafts)[p].
 
     Invariants: the scaling stream ends at `gate_end` (a frozen gate needs no more, a fixed one nothing at all),
-    real.computed <= scaling.computed below it, and neither passes the hypothesis. A gate row is stored, in the slots of
+    real.computed <= scaling.computed below it, and neither passes the last draft. A gate row is stored, in the slots of
     the real stream, for every position below scaling.computed, a fixed one for position 0. Positions below `reported`
     have had their gate row sent.
     """
@@ -69,10 +69,10 @@ class Sequence:
     grammar: Cursor | None = None  # after the accepted output; None: any text
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
-    turn: int = 0  # its place in the queue (scheduler.py)
+    priority: int = 0  # its place in the queue (scheduler.py)
     passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
-    copying: Drafter = field(default_factory=lambda: Drafter(_COPY_RATE))  # drafts from earlier text
+    prompt_lookup: Drafter = field(default_factory=lambda: Drafter(_PROMPT_LOOKUP_RATE))  # drafts from earlier text
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
     drafts_end: bool = False  # no more are made: one may have made a row of the text not finite
@@ -124,8 +124,8 @@ class Sequence:
         return len(self.tokens) - self.prompt_len
 
     @property
-    def hypothesis_len(self) -> int:
-        """Positions of the hypothesis that need rows."""
+    def len_with_drafts(self) -> int:
+        """Positions of tokens and drafts that need rows."""
         return len(self.tokens) + len(self.drafts) - self.scores_only
 
     @property
@@ -133,7 +133,7 @@ class Sequence:
         """Drafts that may still be added: the last token of all needs no row, so it is never drafted."""
         if not self.generates or self.drafts_end:
             return 0
-        return self.prompt_len + self.sampling.max_tokens - 1 - self.hypothesis_len
+        return self.prompt_len + self.sampling.max_tokens - 1 - self.len_with_drafts
 
     @property
     def final(self) -> int:
@@ -155,7 +155,7 @@ class Sequence:
         """Whether the stream that goes first has passed the prompt."""
         return (self.real if self.fixed_gate else self.scaling).computed >= self.prompt_len
 
-    def hypothesis(self, start: int, end: int) -> list[int]:
+    def token_ids(self, start: int, end: int) -> list[int]:
         """Token ids of positions start .. end - 1."""
         known = len(self.tokens)
         tokens = self.tokens[start:end]
@@ -173,27 +173,27 @@ class Sequence:
         """The probability, by their drafters' records, that all drafts are right once the first `verified` are."""
         return math.prod(drafter.rate for drafter in self.drafters[verified:])
 
-    # -- the hypothesis grows, is confirmed, is cut off -----------------------------------------------------------
+    # -- drafts are made, verified, dropped -------------------------------------------------------------------------
 
     def draft(self, tokens: list[int], drafter: Drafter) -> None:
-        """Extends the hypothesis."""
+        """Adds draft tokens."""
         self.drafts += tokens
         self.drafters += [drafter] * len(tokens)
         drafter.idle_tokens = 0
 
-    def copy_ahead(self, count: int) -> None:
-        """Extends the hypothesis by up to `count` tokens of what followed the last ones earlier in the text."""
+    def look_up_drafts(self, count: int) -> None:
+        """Adds up to `count` draft tokens: those that followed the last ones earlier in the text."""
         copied = self._ngrams.continuation(self.drafts, count)
         if copied and self.grammar is not None:  # a forbidden token is never sampled
             copied = copied[: max(0, self.grammar.fitting([*self.drafts, *copied]) - len(self.drafts))]
         if copied:
-            self.draft(copied, self.copying)
+            self.draft(copied, self.prompt_lookup)
 
     def predict(self, start: int, tokens: list[int]) -> None:
-        """Takes the scaling pass's predictions for positions start, start + 1, ... of the hypothesis.
+        """Takes the scaling pass's predictions for positions start, start + 1, ...
 
-        The one after its end becomes a draft. Where one contradicts a copied draft, the drafter with the better record
-        wins; a contradiction found here costs no step, the real pass's does.
+        The one after the last draft becomes another. Where one contradicts a draft from prompt lookup, the drafter with
+        the better record wins; a contradiction found here costs no step, the real pass's does.
         """
         for place, token in enumerate(tokens, start - len(self.tokens)):
             if place < len(self.drafts):
@@ -220,11 +220,11 @@ class Sequence:
         if self.grammar is not None:
             self.grammar.accept(token)
         self.lookahead.idle_tokens += 1
-        self.copying.idle_tokens += 1
+        self.prompt_lookup.idle_tokens += 1
         return right
 
     def give_up_drafts(self) -> None:
-        """Cuts the hypothesis off after the accepted tokens."""
+        """Drops every draft."""
         self._cut(0)
 
     def retry_without_drafts(self, scaling_end: int, real_end: int) -> bool:
@@ -242,7 +242,7 @@ class Sequence:
     @property
     def pending_drafts(self) -> int:
         """Drafts that no row has been run on."""
-        return self.hypothesis_len - max(self._computed, len(self.tokens))
+        return self.len_with_drafts - max(self._computed, len(self.tokens))
 
     @property
     def _computed(self) -> int:

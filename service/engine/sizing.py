@@ -50,8 +50,8 @@ def divide_memory(model: XLoraModel, options: EngineOptions, device: torch.devic
 
 
 def allocate_cache(model: XLoraModel, sizes: Sizes) -> KVCache:
-    """The pool, with gate rows to spare for every row of a step."""
-    return KVCache.allocate(sizes.layout, sizes.num_blocks, model.dummy_row, spare_rows=sizes.max_rows)
+    """The pool of a model."""
+    return KVCache.allocate(sizes.layout, sizes.num_blocks, model.dummy_row)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,7 +78,7 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
     """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
-    decoding needs when every seat is taken.
+    decoding needs when every slot is taken.
     """
     return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
 

@@ -66,6 +66,40 @@ class AttentionGroup:
 
 
 @dataclass(slots=True)
+class GateParameters:
+    """How each of T rows wants its gate, where any of them wants it otherwise than the checkpoint has it. The first
+    three are for the scalings that a scaling row brings, `weight` is for those that any row reads.
+    """
+
+    temperature: Tensor  # fp32 [T], of the softmax; 0: the checkpoint's
+    top_k: Tensor  # int64 [T], experts kept at each site; 0: as many as the checkpoint keeps
+    excluded: Tensor  # bool [T, E], experts that are left out before the softmax
+    weight: Tensor  # fp32 [T], factor over the checkpoint's global_scaling_weight
+
+    @classmethod
+    def of_checkpoint(cls, rows: int, experts: int, device: torch.device) -> GateParameters:
+        """Rows that want nothing of their own."""
+        return cls(
+            torch.zeros(rows, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+            torch.zeros(rows, experts, dtype=torch.bool, device=device),
+            torch.ones(rows, device=device),
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The fields in their order."""
+        return self.temperature, self.top_k, self.excluded, self.weight
+
+
+@dataclass(slots=True)
+class GivenGateRows:
+    """Gate rows that no classifier makes (fixed gates, dummy rows of an operator): stored before the rows run."""
+
+    slots: Tensor  # int64 [n]
+    rows: Tensor  # fp32 [n, S, E]
+
+
+@dataclass(slots=True)
 class Batch:
     """T rows. `rows` is one int64 tensor [6, T], so that a step costs one copy to the device; its lines by name below.
 
@@ -79,6 +113,8 @@ class Batch:
     logit_rows: Tensor  # int64 [L], rows whose logits are wanted
     groups: list[AttentionGroup]
     scaling_rows_are_gated: bool = False  # whether a scaling row has another gate row than the model's dummy row
+    given: GivenGateRows | None = None
+    parameters: GateParameters | None = None  # None: every row's gate is the checkpoint's
     input_ids: Tensor = field(init=False)
     positions: Tensor = field(init=False)
     kv_slots: Tensor = field(init=False)  # where each row's key and value are written

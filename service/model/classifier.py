@@ -6,12 +6,11 @@ Source of the formulas: X-LoRA paper (arXiv 2402.07148) section 2, PEFT `XLoraCl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from service.checkpoint import ClassifierWeights, XLoraConfig
+from service.model.batch import GateParameters
 
 
 def keep_top_k(scalings: Tensor, top_k: int | None, *, renormalise: bool) -> Tensor:
@@ -20,12 +19,27 @@ def keep_top_k(scalings: Tensor, top_k: int | None, *, renormalise: bool) -> Ten
     An all-zero row stays zero, never NaN.
     """
     if top_k is not None and top_k < scalings.shape[-1]:
-        keep = torch.zeros_like(scalings).scatter_(-1, scalings.topk(top_k, dim=-1).indices, 1.0)
-        scalings = scalings * keep
-    if renormalise:
-        zero = scalings == 0
-        scalings = scalings.masked_fill(zero, float("-inf")).softmax(-1).masked_fill(zero, 0.0)
-    return scalings
+        scalings = scalings * _largest(scalings, top_k)
+    return _renormalised(scalings) if renormalise else scalings
+
+
+def _largest(scalings: Tensor, top_k: int) -> Tensor:
+    """Bool [..., E]: the `top_k` largest, of equal ones those that torch.topk takes, as in PEFT."""
+    keep = torch.zeros_like(scalings, dtype=torch.bool)
+    return keep.scatter_(-1, scalings.topk(top_k, dim=-1).indices, True)
+
+
+def _first(scalings: Tensor, top_k: Tensor) -> Tensor:
+    """Bool [n, S, E]: the top_k[n] largest, of equal ones the lower experts."""
+    order = scalings.argsort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(scalings.shape[-1], device=scalings.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, rank) < top_k[:, None, None]
+
+
+def _renormalised(scalings: Tensor) -> Tensor:
+    """Softmax over what is not zero."""
+    zero = scalings == 0
+    return scalings.masked_fill(zero, float("-inf")).softmax(-1).masked_fill(zero, 0.0)
 
 
 class Classifier(nn.Module):
@@ -44,6 +58,7 @@ class Classifier(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.is_plain = config.top_k_lora is None and not config.enable_softmax_topk  # a softmax at most
         self.softmax_temperature = config.softmax_temperature if config.enable_softmax else None
+        self._temperature = torch.tensor(config.softmax_temperature, dtype=torch.float32, device=device)
         self.tensors: list[Tensor] = []  # weight and bias of each layer, empty where it has none
         for layer, (_, bias) in zip(layers, weights.layers, strict=True):
             self.tensors += [layer.weight, torch.empty(0) if bias is None else layer.bias]
@@ -61,35 +76,33 @@ class Classifier(nn.Module):
         """hidden [n, H] -> scalings [n, S, E] fp32 after softmax and top-k: what weights the experts."""
         return self.scalings(self.logits(hidden))
 
-    def scalings(
-        self,
-        logits: Tensor,
-        *,
-        excluded: Sequence[int] = (),
-        temperature: float | None = None,
-        top_k: int | None = None,
-    ) -> Tensor:
-        """z [n, S, E] -> g [n, S, E]: temperature softmax, top-k, top-k softmax as the config asks.
+    def scalings(self, logits: Tensor, parameters: GateParameters | None = None) -> Tensor:
+        """z [n, S, E] -> g [n, S, E]: temperature softmax, top-k, top-k softmax as the checkpoint asks, and where there
+        are `parameters`, as the first n rows of those do.
 
-        `excluded` experts (never all) are at -inf before the softmax, at 0 where there is none; `temperature` and
-        `top_k` replace the config's.
+        Excluded experts (never all) are at -inf before the softmax, at 0 where there is none.
         """
-        softmax = self.config.enable_softmax
-        top_k = self.config.top_k_lora if top_k is None else top_k
-        if excluded:
-            index = torch.tensor(excluded, device=logits.device)
-            logits = logits.index_fill(-1, index, float("-inf") if softmax else 0.0)
-        logits = self.before_top_k(logits, temperature)
-        if top_k is None and not self.config.enable_softmax_topk:
-            return logits
-        return keep_top_k(logits, top_k, renormalise=self.config.enable_softmax_topk)
+        config = self.config
+        if parameters is None:
+            scalings = self.before_top_k(logits)
+            return keep_top_k(scalings, config.top_k_lora, renormalise=config.enable_softmax_topk)
+        temperature, top_k, excluded, _ = (tensor[: len(logits)] for tensor in parameters.tensors())
+        scalings = logits.masked_fill(excluded[:, None], float("-inf") if config.enable_softmax else 0.0)
+        if config.enable_softmax:
+            temperature = torch.where(temperature > 0, temperature, self._temperature)
+            scalings = (scalings / temperature[:, None, None]).softmax(-1)
+        as_checkpoint = keep_top_k(scalings, config.top_k_lora, renormalise=False)
+        own_k = (top_k > 0) & (top_k != (config.top_k_lora or 0))
+        kept = torch.where(own_k[:, None, None], scalings * _first(scalings, top_k), as_checkpoint)
+        return _renormalised(kept) if config.enable_softmax_topk else kept
 
-    def before_top_k(self, logits: Tensor, temperature: float | None = None) -> Tensor:
+    def before_top_k(self, logits: Tensor) -> Tensor:
         """z [n, S, E] after the temperature softmax, where the config has one: what PEFT's scalings log holds."""
         if not self.config.enable_softmax:
             return logits
-        temperature = self.config.softmax_temperature if temperature is None else temperature
-        return (logits if temperature == 1.0 else logits / temperature).softmax(-1)
+        if self.config.softmax_temperature != 1.0:
+            logits = logits / self._temperature.to(logits.device)
+        return logits.softmax(-1)
 
     def dummy_row(self) -> Tensor:
         """The gate row [S, E] of the scaling pass, as the checkpoint has it."""

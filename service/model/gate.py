@@ -36,22 +36,21 @@ class Gate:
         self.logit_rows: Tensor | None = None  # int64 [L]: the rows that the head sees
         self.active = False  # whether experts act on any row of this forward
 
-    def set(self, scalings: Tensor, first_row: int) -> None:
-        """Sets the scalings [n, S, E] of rows first_row .. first_row + n; n = 0 switches the experts off."""
+    def set(self, scalings: Tensor, first_row: int) -> Tensor | None:
+        """Sets the scalings [n, S, E] of rows first_row .. first_row + n; n = 0 switches the experts off. Returns them
+        at every rank [n, sum of all ranks].
+        """
         if not scalings.shape[0]:
             self.clear()
-            return
+            return None
         if self.global_scaling_weight != 1.0:
             scalings = scalings * self.global_scaling_weight
-        self.open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
+        return self.open(scalings.to(self.dtype).flatten(1).index_select(1, self.rank_index), first_row)
 
-    def read(self, gate_rows: Tensor, slots: Tensor, first_row: int) -> None:
-        """Sets the scalings that gate_rows [slots, S, E] has in `slots` [T], from `first_row` on."""
-        self.set(gate_rows.index_select(0, slots[first_row:]), first_row)
-
-    def open(self, spread: Tensor, first_row: int) -> None:
+    def open(self, spread: Tensor, first_row: int) -> Tensor:
         """The same with scalings that are spread already [n, sum of all ranks]."""
         self.first_row, self.active, self._spread, self._by_site = first_row, True, spread, ()
+        return spread
 
     def clear(self) -> None:
         """Switches the experts off and forgets what belongs to one forward."""

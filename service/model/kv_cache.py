@@ -1,8 +1,7 @@
 """The memory of the engine: keys, values and gate rows in blocks shared by both streams of all requests.
 
     keys, values   per layer [blocks, block_size, kv_heads, head_dim]
-    gate_rows      [slots + spare + 1, S, E] fp32, indexed by the slots of the *real* stream; the last is the dummy
-                   row, the spare ones are for what a step makes of stored rows for its own use
+    gate_rows      [slots + 1, S, E] fp32, indexed by the slots of the *real* stream; the last is the dummy row
 
 A slot is block * block_size + offset. Which block belongs to whom is the block manager's business, except for one more
 block that nobody is given: its first slot takes what is to be thrown away.
@@ -57,7 +56,7 @@ class KVCache:
     gate_rows: Tensor
 
     @classmethod
-    def allocate(cls, layout: KVLayout, num_blocks: int, dummy_row: Tensor, spare_rows: int = 0) -> KVCache:
+    def allocate(cls, layout: KVLayout, num_blocks: int, dummy_row: Tensor) -> KVCache:
         """`dummy_row` [S, E] is the gate row of the scaling pass; the cache lives on its device."""
         shape = (num_blocks + 1, layout.block_size, layout.kv_heads, layout.head_dim)
         keys, values = (
@@ -65,13 +64,13 @@ class KVCache:
             for _ in range(2)
         )
         slots = shape[0] * shape[1]
-        gate_rows = torch.zeros(slots + spare_rows + 1, layout.gate_sites, layout.experts, device=dummy_row.device)
+        gate_rows = torch.zeros(slots + 1, layout.gate_sites, layout.experts, device=dummy_row.device)
         gate_rows[-1] = dummy_row
         return cls(keys, values, gate_rows)
 
     @property
     def bytes(self) -> int:
-        """What the tensors take, the scratch block, the spare rows and the dummy row included."""
+        """What the tensors take, the scratch block and the dummy row included."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.gate_rows))
 
     @property
@@ -88,11 +87,6 @@ class KVCache:
     def scratch_slot(self) -> int:
         """Takes keys, values and scalings that nobody will read."""
         return self.num_blocks * self.block_size
-
-    @property
-    def first_spare_slot(self) -> int:
-        """From here on, up to the dummy row's, gate rows are the step's own."""
-        return (self.num_blocks + 1) * self.block_size
 
     @property
     def dummy_slot(self) -> int:

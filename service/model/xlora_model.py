@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from service.checkpoint import Checkpoint
+from service.model import gate_rows
 from service.model.adapted import AdaptedModule
 from service.model.batch import Batch
 from service.model.classifier import Classifier
@@ -116,37 +117,29 @@ class XLoraModel:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """The step in operators of torch."""
-        self.gate.read(kv_cache.gate_rows, batch.gate_slots, self.first_gated_row(batch))
-        logits, hidden = self.run_decoder(batch, kv_cache, batch.logit_rows)
-        return ForwardOutput(logits, self.store_scalings(hidden, batch, kv_cache))
+        gate_rows.write_given(batch, kv_cache.gate_rows)
+        first_row = self.first_gated_row(batch)
+        self.gate.set(gate_rows.read(batch, kv_cache.gate_rows, first_row), first_row)
+        logits, hidden = self.run_decoder(batch, kv_cache)
+        return ForwardOutput(logits, *gate_rows.write_scalings(self.classifier, hidden, batch, kv_cache.gate_rows))
 
     def first_gated_row(self, batch: Batch) -> int:
         """The row from which on experts act: the first real row, unless they act in the scaling pass as well."""
         return 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else batch.num_scaling_rows
-
-    def store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """The classifier on the scaling rows of hidden [T, H]: its logits; its scalings go where the batch says."""
-        rows = batch.num_scaling_rows
-        gate_logits = self.classifier.logits(hidden[:rows])
-        if rows:
-            kv_cache.gate_rows.index_copy_(0, batch.new_gate_slots[:rows], self.classifier.scalings(gate_logits))
-        return gate_logits
 
     @property
     def decoder(self) -> nn.Module:
         """The causal LM without its head."""
         return self._tap.decoder
 
-    def run_decoder(self, batch: Batch, kv_cache: KVCache, logit_rows: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The decoder under the gate as it is set: logits [L, V] of `logit_rows` (0: all), last hidden state [T, H]."""
-        rows = batch.rows
-        of_head = torch.arange(rows.shape[1], device=rows.device) if isinstance(logit_rows, int) else logit_rows
-        self.gate.logit_rows = of_head
+    def run_decoder(self, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
+        """The decoder under the gate as it is set: logits [L, V] of the logit rows, last hidden state [T, H]."""
+        self.gate.logit_rows = batch.logit_rows
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
-            logits_to_keep=logit_rows,
+            logits_to_keep=batch.logit_rows,
             batch=batch,
             kv_cache=kv_cache,
             draft_head=self.draft_head,

@@ -32,7 +32,7 @@ _library.define(
 _library.define("spread(Tensor gate_rows, Tensor slots, Tensor rank_index, int first_row, float weight) -> Tensor")
 _library.define(
     "scalings(Tensor hidden, Tensor[] layers, bool relu, float? temperature, Tensor(a!) gate_rows, Tensor slots,"
-    " int rows) -> Tensor"
+    " int rows) -> (Tensor, Tensor)"
 )
 _library.define("drafting(Tensor hidden, Tensor rows, int scaling_rows, Tensor[] tensors) -> Tensor")
 _linear = torch.ops.xlora.linear.default
@@ -105,10 +105,12 @@ def scalings(
     gate_rows: Tensor,  # [slots, S, E]; written
     slots: Tensor,  # int64 [T]
     rows: int,
-) -> Tensor:
-    """Classifier.logits of the first `rows` of `hidden`, [rows, S, E]; writes their scalings into `slots`."""
-    y: Tensor = _scalings(hidden, layers, relu, temperature, gate_rows, slots, rows)
-    return y
+) -> tuple[Tensor, Tensor]:
+    """Classifier.logits of the first `rows` of `hidden` and their scalings, both [rows, S, E]; writes the scalings into
+    `slots`.
+    """
+    found: tuple[Tensor, Tensor] = _scalings(hidden, layers, relu, temperature, gate_rows, slots, rows)
+    return found
 
 
 def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from service.model import gate_rows
 from service.model.adapted import AdaptedModule
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
@@ -33,16 +34,10 @@ class NativeStep:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """XLoraModel.forward."""
-        model, gate, decoder = self._model, self._gate, self._decoder
-        first_row, rows = model.first_gated_row(batch), batch.gate_slots.shape[0]
-        weights = None
-        if first_row < rows:
-            weights = operators.spread(
-                kv_cache.gate_rows, batch.gate_slots, gate.rank_index, first_row, gate.global_scaling_weight
-            )
-            gate.open(weights, first_row)
-        else:
-            gate.clear()
+        gate, decoder = self._gate, self._decoder
+        gate_rows.write_given(batch, kv_cache.gate_rows)
+        first_row = self._model.first_gated_row(batch)
+        weights = self._open_gate(batch, kv_cache, first_row)
         gate.logit_rows = batch.logit_rows
         cos, sin = self._rotation(batch)
         x = operators.layers(
@@ -64,7 +59,22 @@ class NativeStep:
             windows=decoder.windows,
         )
         hidden = operators.norm(x, decoder.norm.weight, decoder.norm.eps)
-        return ForwardOutput(self._logits(hidden, batch), self._store_scalings(hidden, batch, kv_cache))
+        return ForwardOutput(self._logits(hidden, batch), *self._write_scalings(hidden, batch, kv_cache))
+
+    def _open_gate(self, batch: Batch, kv_cache: KVCache, first_row: int) -> Tensor | None:
+        """Sets the gate of the rows from `first_row` on. Returns its weights at every rank; None where there are no
+        such rows.
+        """
+        gate = self._gate
+        if first_row == batch.gate_slots.shape[0]:
+            gate.clear()
+            return None
+        if batch.parameters is not None:
+            return gate.set(gate_rows.read(batch, kv_cache.gate_rows, first_row), first_row)
+        weights = operators.spread(
+            kv_cache.gate_rows, batch.gate_slots, gate.rank_index, first_row, gate.global_scaling_weight
+        )
+        return gate.open(weights, first_row)
 
     def _logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[L, V] of the batch's logit rows."""
@@ -77,11 +87,11 @@ class NativeStep:
             return operators.linear(seen, head.weight, head.bias, head.lora_a, head.lora_b_t, head.weights_of_rows())
         return operators.linear(seen, head.weight, head.bias)
 
-    def _store_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """XLoraModel.store_scalings."""
+    def _write_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
+        """gate_rows.write_scalings, in C++ where no row is steered and the checkpoint's gate is a softmax at most."""
         classifier, rows = self._model.classifier, batch.num_scaling_rows
-        if not rows or not classifier.is_plain:
-            return self._model.store_scalings(hidden, batch, kv_cache)
+        if not rows or batch.parameters is not None or not classifier.is_plain:
+            return gate_rows.write_scalings(classifier, hidden, batch, kv_cache.gate_rows)
         return operators.scalings(
             *(hidden, classifier.tensors, classifier.config.enable_relu_and_dropout, classifier.softmax_temperature),
             *(kv_cache.gate_rows, batch.new_gate_slots, rows),

@@ -30,7 +30,7 @@ _STEP_SECONDS = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02,
 _ENTROPY_NATS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0)
 _RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 21))
 
-_MOST_PENDING = 1024  # steps, or gaps between tokens
+_MAX_PENDING = 1024  # steps, or gaps between tokens
 
 logger = logging.getLogger("xlora.metrics")
 
@@ -215,7 +215,7 @@ class Metrics:
             pending.gates.append(stats.gate)
         self.running, self.waiting = stats.requests_running, stats.requests_waiting
         self._kv_used_ratio = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
-        if len(pending.step_seconds) >= _MOST_PENDING:
+        if len(pending.step_seconds) >= _MAX_PENDING:
             self._fold()
 
     def observe_tokens(self, tokens: int, gaps: Sequence[float]) -> None:
@@ -223,7 +223,7 @@ class Metrics:
         pending = self._pending
         pending.tokens += tokens
         pending.gaps += gaps
-        if len(pending.gaps) >= _MOST_PENDING:
+        if len(pending.gaps) >= _MAX_PENDING:
             self._fold()
 
     def observe_cache(self, cached_tokens: int, prompt_tokens: int) -> None:

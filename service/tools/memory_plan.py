@@ -144,7 +144,7 @@ def describe_plan(plan: MemoryPlan) -> str:
         f"  experts                  {_size(weights.experts)}  (their stacks, {stacks})",
         f"  classifier               {_size(weights.classifier)}  (float32)",
         f"  KV pool                  {_size(plan.pool_bytes)}  ({plan.num_blocks:,} blocks of {plan.block_size}"
-        " positions, one for scratch, spare gate rows)",
+        " positions, one for scratch)",
     ]
     if weights.draft_head:
         lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")

@@ -18,14 +18,14 @@ from tests.support.waiting import PATIENCE_SECONDS
 FLAGS = ("--threads", "1", "--tensor-parallel", "2")
 
 
-def follower_process(running: Server) -> psutil.Process:
+def rank_process(running: Server) -> psutil.Process:
     """Rank 1."""
-    [follower] = [
+    [rank] = [
         child
         for child in engine_process(running).children()
-        if "service.engine.tensor_parallel.follower" in child.cmdline()
+        if "service.engine.tensor_parallel.rank_worker" in child.cmdline()
     ]
-    return follower
+    return rank
 
 
 def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tmp_path: Path) -> None:
@@ -33,8 +33,8 @@ def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tm
     expected = [asyncio.run(honest(tiny_server.port, number)) for number in range(4)]
     with (tmp_path / "stderr").open("wb") as log, server("--model", str(tiny_bundle), *FLAGS, stderr=log) as running:
         assert [asyncio.run(honest(running.port, number)) for number in range(4)] == expected
-        engine, follower = engine_process(running), follower_process(running)
-        follower.kill()
+        engine, rank = engine_process(running), rank_process(running)
+        rank.kill()
         assert running.process.wait(PATIENCE_SECONDS) == 3
         engine.wait(PATIENCE_SECONDS)
     lines = (tmp_path / "stderr").read_text().splitlines()
@@ -45,11 +45,11 @@ def test_a_dead_rank_ends_the_service(tiny_bundle: Path, tiny_server: Server, tm
 def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
     """The signal goes to the whole process group: no rank may die of it while a request runs."""
     with server("--model", str(tiny_bundle), *FLAGS, start_new_session=True) as running:
-        follower = follower_process(running)
+        rank = rank_process(running)
         stop = partial(os.killpg, running.process.pid, signal.SIGTERM)
         assert len(asyncio.run(honest_until(running.port, 4, stop))) == honest_body(4)["max_tokens"]
         assert running.process.wait(PATIENCE_SECONDS) == 0
-        follower.wait(PATIENCE_SECONDS)
+        rank.wait(PATIENCE_SECONDS)
 
 
 @pytest.mark.slow  # two more servers of two ranks each
@@ -57,9 +57,9 @@ def test_sigterm_drains_and_leaves_nobody_behind(tiny_bundle: Path) -> None:
 def test_death_of_the_others_ends_a_rank(tiny_bundle: Path, victim: str) -> None:
     """SIGKILL leaves no orphan with a part of the model in memory."""
     with server("--model", str(tiny_bundle), *FLAGS) as running:
-        engine, follower = engine_process(running), follower_process(running)
+        engine, rank = engine_process(running), rank_process(running)
         (running.process if victim == "server" else engine).kill()
-        follower.wait(PATIENCE_SECONDS)
+        rank.wait(PATIENCE_SECONDS)
         if victim == "server":
             engine.wait(PATIENCE_SECONDS)
         else:

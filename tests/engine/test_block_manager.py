@@ -11,7 +11,7 @@ from service.engine.block_manager import BlockManager, BlockTable, table_of
 
 BLOCKS, SIZE = 12, 4
 operations = st.lists(
-    st.tuples(st.sampled_from(["extend", "publish", "adopt", "release"]), st.integers(0, 5), st.integers(0, 40)),
+    st.tuples(st.sampled_from(["extend", "cache", "adopt", "release"]), st.integers(0, 5), st.integers(0, 40)),
     max_size=80,
 )
 
@@ -30,18 +30,18 @@ def test_random_use_keeps_integrity(steps: list[tuple[str, int, int]]) -> None:
             assert table[: len(before)] == before
             assert len(table) == max(len(before), -(-amount // SIZE))
             contents |= dict.fromkeys(table[len(before) :], b"%d" % number_of_step)
-        elif what == "publish" and table:
+        elif what == "cache" and table:
             block = table[amount % len(table)]
             if block not in manager._keys:
                 contents[block] = b"text %d" % (amount % 7)
-                manager.publish(block, contents[block])
+                manager.cache(block, contents[block])
         elif what == "adopt" and not table:
             keys = [b"text %d" % (amount % 7), b"text %d" % (number % 7)]
             found = manager.find(keys)
             assert [contents[block] for block in found] == keys[: len(found)]
-            idle, free = manager.idle(set(found)), manager.free
+            evictable, free = manager.evictable(set(found)), manager.free
             tables[number] = manager.share(dict.fromkeys(found))
-            assert manager.free == free - idle
+            assert manager.free == free - evictable
         elif what == "release":
             manager.release(table, tables[(number + 1) % 6])
             assert len(table) == len(tables[(number + 1) % 6]) == 0
@@ -65,19 +65,19 @@ def test_blocks_for(positions: int, blocks: int) -> None:
     assert manager.missing(table_of([0, 1, 2]), positions) == 0
 
 
-def published(manager: BlockManager, *keys: bytes) -> BlockTable:
-    """A new table whose blocks are published under `keys`."""
+def cached(manager: BlockManager, *keys: bytes) -> BlockTable:
+    """A new table whose blocks are cached under `keys`."""
     table = table_of()
     manager.extend(table, len(keys) * manager.block_size)
     for block, key in zip(table, keys, strict=True):
-        manager.publish(block, key)
+        manager.cache(block, key)
     return table
 
 
 def test_a_shared_block_outlives_its_first_holder() -> None:
     """The choice that computed the prompt may end first."""
     manager = BlockManager(BLOCKS, SIZE)
-    first = published(manager, b"a", b"b")
+    first = cached(manager, b"a", b"b")
     second = manager.share(manager.find([b"a", b"b"]))
     kept = second[:]
     manager.release(first)
@@ -85,13 +85,13 @@ def test_a_shared_block_outlives_its_first_holder() -> None:
     assert second == kept
     manager.release(second)
     assert manager.used == 0
-    assert manager.find([b"a", b"b"]) == list(kept), "a published block stays findable"
+    assert manager.find([b"a", b"b"]) == list(kept), "a cached block stays findable"
 
 
 def test_the_longest_unused_goes_first() -> None:
     """A block that was found again is young again; blocks that contain nothing go before all that do."""
     manager = BlockManager(6, SIZE)
-    tables = {name: published(manager, name) for name in (b"a", b"b", b"c", b"d")}
+    tables = {name: cached(manager, name) for name in (b"a", b"b", b"c", b"d")}
     for name in (b"b", b"a", b"d", b"c"):
         manager.release(tables[name])
     manager.release(manager.share(manager.find([b"b"])))
@@ -108,7 +108,7 @@ def test_the_longest_unused_goes_first() -> None:
 def test_a_held_block_is_never_evicted() -> None:
     """A long answer must not overwrite the prompt that another request is reading."""
     manager = BlockManager(4, SIZE)
-    held = published(manager, b"a", b"b")
+    held = cached(manager, b"a", b"b")
     table = table_of()
     manager.extend(table, manager.free * SIZE)
     assert not set(held) & set(table)
@@ -120,7 +120,7 @@ def test_a_held_block_is_never_evicted() -> None:
 def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
     """A block without those before it cannot be used; of two streams, neither is emptied first."""
     manager = BlockManager(6, SIZE)
-    scaling, real = published(manager, b"s0", b"s1", b"s2"), published(manager, b"r0", b"r1", b"r2")
+    scaling, real = cached(manager, b"s0", b"s1", b"s2"), cached(manager, b"r0", b"r1", b"r2")
     manager.release(scaling, real)
     table = table_of()
     for left in (2, 1, 0):
@@ -128,10 +128,10 @@ def test_the_end_of_a_text_is_evicted_before_its_beginning() -> None:
         assert len(manager.find([b"s0", b"s1", b"s2"])) == len(manager.find([b"r0", b"r1", b"r2"])) == left
 
 
-def test_the_same_contents_are_published_once() -> None:
+def test_the_same_contents_are_cached_once() -> None:
     """Two requests that computed the same text at the same time: the second's blocks are plain blocks."""
     manager = BlockManager(BLOCKS, SIZE)
-    first, second = published(manager, b"a"), published(manager, b"a")
+    first, second = cached(manager, b"a"), cached(manager, b"a")
     assert manager.find([b"a"]) == list(first)
     manager.release(second)
     manager.release(first)
@@ -142,13 +142,13 @@ def test_the_same_contents_are_published_once() -> None:
 def test_what_is_forgotten_is_not_found_and_not_lost() -> None:
     """Whoever holds it keeps it; then its room is free."""
     manager = BlockManager(BLOCKS, SIZE)
-    first = published(manager, b"a", b"b")
+    first = cached(manager, b"a", b"b")
     second = manager.share(manager.find([b"a"]))
     manager.forget(first)
     assert manager.find([b"a", b"b"]) == []
     manager.check_integrity([first, second])
-    again = published(manager, b"a")
-    assert manager.find([b"a"]) == list(again), "the text may be published anew"
+    again = cached(manager, b"a")
+    assert manager.find([b"a"]) == list(again), "the text may be cached anew"
     manager.release(first)
     manager.check_integrity([second, again])
     manager.release(second)
@@ -181,20 +181,20 @@ def test_keys_name_everything_before_a_block() -> None:
 def test_check_integrity_sees_defects() -> None:
     """The check must see a lost, a doubly held and a wrongly freed block, or the other tests prove nothing."""
     manager = BlockManager(BLOCKS, SIZE)
-    table = published(manager, b"a", b"b")
+    table = cached(manager, b"a", b"b")
     for wrong in ([], [table[:1]], [table, table[:1]], [table_of([*table, 9])]):
         with pytest.raises(RuntimeError):
             manager.check_integrity(wrong)
     manager.check_integrity([table])
-    manager._published[b"b"] = table[0]
+    manager._cached[b"b"] = table[0]
     with pytest.raises(RuntimeError):
         manager.check_integrity([table])
-    manager._published[b"b"] = table[1]
+    manager._cached[b"b"] = table[1]
     manager._free.append(table[0])
     with pytest.raises(RuntimeError):
         manager.check_integrity([table])
     manager._free.pop()
     manager.release(table)
-    manager._free.append(manager._idle.popitem()[0])  # findable, and free to be written
+    manager._free.append(manager._evictable.popitem()[0])  # findable, and free to be written
     with pytest.raises(RuntimeError):
         manager.check_integrity([])

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from service.contract.request import Request
 from service.engine.engine import Engine
 from service.model.steps.cuda_graph import CapturedSteps, Replay, buckets
+from service.model.steps.step import ForwardOutput
 from tests.engine.gate.test_gate_settings import run_mixed
 from tests.support.driver import Engines, Run, greedy, run, sampled, words
 from tests.support.tiny import Tiny
@@ -33,14 +33,15 @@ class CallAgain:
         self.replays = 0
 
     def __call__(self, step: Replay) -> Replay:
-        logits, scalings = step()
-        self.captures.append(tuple(logits.shape))
+        output = step()
+        self.captures.append(tuple(output.logits.shape))
 
-        def replay() -> tuple[Tensor, Tensor]:
+        def replay() -> ForwardOutput:
             self.replays += 1
-            for static, new in zip((logits, scalings), step(), strict=True):
-                static.copy_(new)
-            return logits, scalings
+            new = step()
+            for name in ("logits", "gate_logits", "scalings"):
+                getattr(output, name).copy_(getattr(new, name))
+            return output
 
         return replay
 

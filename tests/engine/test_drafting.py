@@ -60,7 +60,7 @@ def test_break_even_is_where_gain_equals_cost(row_cost: float, sequences: int, r
 
 
 def test_how_many_drafts_pay() -> None:
-    """Each further draft needs all before it; a bad record, or a doubtful hypothesis, stops them."""
+    """Each further draft needs all before it; a bad record, or doubtful drafts, stops them."""
     drafter = Drafter(0.8)
     assert [drafter.length(1.0, needed, 8) for needed in (0.0, 0.2, 0.6, 0.79, 0.81)] == [8, 7, 2, 1, 0]
     assert drafter.length(0.5, 0.3, 8) == 2
@@ -91,7 +91,7 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
 def hypothesis_of(*drafts: int, computed: int = 0) -> Sequence:
     """[1, 2, 3] and copied drafts, `computed` positions of which have scaling rows."""
     sequence = Sequence.of(Request("a", [1, 2, 3], SamplingParams(max_tokens=20)), 0, 0.0)
-    sequence.draft(list(drafts), sequence.copying)
+    sequence.draft(list(drafts), sequence.prompt_lookup)
     sequence.scaling.computed, sequence.real.computed = computed, 3
     return sequence
 
@@ -106,14 +106,14 @@ def test_a_wrong_draft_takes_all_behind_it_along() -> None:
     assert not sequence.accept(9)
     assert (sequence.tokens, sequence.drafts, sequence.drafters) == ([1, 2, 3, 4, 9], [], [])
     assert (sequence.scaling.computed, sequence.real.computed) == (4, 4)
-    assert (sequence.copying.kept, sequence.copying.dropped) == (1, 2), "the draft 7 had cost nothing yet"
+    assert (sequence.prompt_lookup.kept, sequence.prompt_lookup.dropped) == (1, 2), "the draft 7 had cost nothing yet"
 
 
 def test_predictions_check_copied_drafts() -> None:
     """The scaling pass's word counts while its record is the better one; what it agrees with stays."""
     for rates, drafts, computed in (((0.5, 0.8), [4, 5, 8], 5), ((0.9, 0.8), [4, 5, 6, 9], 6)):
         sequence = hypothesis_of(4, 5, 6, computed=6)
-        sequence.copying.rate, sequence.lookahead.rate = rates
+        sequence.prompt_lookup.rate, sequence.lookahead.rate = rates
         sequence.predict(4, [5, 8, 9])
         assert (sequence.drafts, sequence.scaling.computed) == (drafts, computed)
         assert sequence.drafters[-1] is sequence.lookahead
@@ -130,4 +130,4 @@ def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:
     sequence.give_up_drafts()
     assert sequence.final == 3
     assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (4, 4, [])
-    assert sequence.copying.dropped == 2
+    assert sequence.prompt_lookup.dropped == 2

@@ -94,7 +94,7 @@ def test_the_reference_is_varied(alone: Run) -> None:
     ids=str,
 )
 def test_all_together_equals_alone(engines: Engines, alone: Run, lookahead: bool, options: dict[str, Any]) -> None:
-    """Lookahead, chunked prefill, batching, block size, seats: none may change a token or a gate row, however
+    """Lookahead, chunked prefill, batching, block size, slots: none may change a token or a gate row, however
     sampled.
     """
     together = run(engines.build(lookahead=lookahead, **options), mixed_requests())

@@ -118,7 +118,7 @@ def test_preempted(engines: Engines, lookahead: bool) -> None:
             same(result[made.id], expected[made.id])
 
 
-def test_frozen_positions_are_not_published(engines: Engines) -> None:
+def test_frozen_positions_are_not_cached(engines: Engines) -> None:
     """Their keys and values were computed with another gate than the text has without freezing."""
     engine, fresh = engines.build(block_size=1), engines.build(prefix_cache=False)
     ours = run(engine, [greedy("a", PROMPT, 20, freeze_after=4)])["a"]

@@ -337,7 +337,7 @@ def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The lexer's states run out on the way."""
-    monkeypatch.setattr("service.grammar._MOST_STATES", 400)
+    monkeypatch.setattr("service.grammar._MAX_STATES", 400)
     made = formed("poison", TextForm(regex="(.{1,90}a.{1,90}b){1,3}"), max_tokens=200)
     result = run(engines.build(), [made, *mixed_requests()])
     [last] = [piece for step in result.steps for piece in step.outputs if piece.error is not None]

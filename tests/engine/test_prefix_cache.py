@@ -175,12 +175,10 @@ def test_held_and_kept_blocks_are_told_apart(engines: Engines) -> None:
         assert len(engine.blocks._free) < 32, "nothing was kept: the test shows little"
 
 
-@pytest.mark.parametrize("published_too_early", [False, True])
-def test_drafts_are_never_published(
-    engines: Engines, published_too_early: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("cached_too_early", [False, True])
+def test_drafts_are_never_cached(engines: Engines, cached_too_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong draft's block is overwritten with the right token: under the draft's key it would be another's text.
-    Negative control: publishing the hypothesis instead of what was accepted is seen.
+    Negative control: caching the drafts as well instead of what was accepted is seen.
     """
     wrong: list[list[int]] = []
     cut, commit = Sequence._cut, Scheduler.commit
@@ -189,15 +187,15 @@ def test_drafts_are_never_published(
         wrong.extend([[*self.tokens, *self.drafts[: end + 1]] for end in range(place, len(self.drafts))])
         cut(self, place)
 
-    def commit_the_hypothesis(self: Scheduler, sequence: Sequence) -> None:
+    def commit_drafts_too(self: Scheduler, sequence: Sequence) -> None:
         stream, text = sequence.scaling, [*sequence.tokens, *sequence.drafts]
-        self._publish(stream, text, stream.computed)
-        stream.published, stream.keys = 0, []
+        self._cache_blocks(stream, text, stream.computed)
+        stream.cached, stream.keys = 0, []
         commit(self, sequence)
 
     monkeypatch.setattr(Sequence, "_cut", record)
-    if published_too_early:
-        monkeypatch.setattr(Scheduler, "commit", commit_the_hypothesis)
+    if cached_too_early:
+        monkeypatch.setattr(Scheduler, "commit", commit_drafts_too)
     engine = engines.build(block_size=1, adaptive=False)
     prompt = [5, 6, 7, 8] * 4
     result = run(engine, [greedy("a", prompt, 40), sampled("b", prompt, 40)])
@@ -205,11 +203,11 @@ def test_drafts_are_never_published(
     wrong = [text for text in wrong if all(text != one[: len(text)] for one in said)]  # some were right after all
     assert len(wrong) > 20, "hardly a draft was wrong: the test shows little"
     found = [longest_found(engine._scheduler, text) >= len(text) for text in wrong]
-    assert any(found) == published_too_early
+    assert any(found) == cached_too_early
 
 
 def longest_found(scheduler: Scheduler, tokens: list[int]) -> int:
-    """Blocks of either stream that are published for a text, in the stream that has more."""
+    """Blocks of either stream that are cached for a text, in the stream that has more."""
     sequence = Sequence.of(greedy("probe", tokens, 1), 0, 0.0)
     scheduler.add(sequence)
     scheduler.remove(sequence)

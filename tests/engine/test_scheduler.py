@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.contract.output import GateStats, LoggedRows, TokenOutput
+from service.contract.output import StepStats, TokenOutput
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
-from service.engine.model_runner import RunResult
-from service.engine.scheduler import Plan, Scheduled, Scheduler
+from service.engine.model_runner import SequenceResult
+from service.engine.scheduler import ScheduledSequence, Scheduler
 from service.engine.sequence import Sequence, Stream
 
 VOCABULARY = 50
@@ -40,49 +40,42 @@ def next_token(request: Request, index: int, tokens: list[int]) -> int:
 
 @dataclass
 class FakeRunner:
-    """Stands for model_runner.ModelRunner; `right` of 4 predictions of the scaling pass are right."""
+    """Stands for ModelRunner and GateReporter; `right` of 4 predictions of the scaling pass are right."""
 
     block_size: int
     budget: int
     right: int = 2
     slots: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (stream, token)
     gate: dict[int, list[int]] = field(default_factory=dict)  # slot -> the history its gate row was computed on
-    plans: list[Plan] = field(default_factory=list)
+    logs_scalings: bool = False
+    steps: list[list[ScheduledSequence]] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)  # rows run on drafts, by step
 
-    def run(self, plan: Plan) -> RunResult:
-        assert plan.scheduled, "a step without rows"
-        assert 0 < sum(share.rows for share in plan.scheduled) <= self.budget
-        assert len({id(share.sequence) for share in plan.scheduled}) == len(plan.scheduled)
-        self.plans.append(Plan([replace(share) for share in plan.scheduled], plan.preemptions))
-        self.drafted.append(sum(self._write(share) for share in plan.scheduled))
-        return RunResult(
-            [self._tokens(share) for share in plan.scheduled],
-            [self._predictions(share) for share in plan.scheduled],
-            [self._scores(share) for share in plan.scheduled],
-            [None] * len(plan.scheduled),
-            [None] * len(plan.scheduled),
-            [True] * len(plan.scheduled),
-        )
+    def run(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> list[SequenceResult]:
+        assert scheduled, "a step without rows"
+        assert 0 < sum(share.rows for share in scheduled) <= self.budget
+        assert len({id(share.sequence) for share in scheduled}) == len(scheduled)
+        self.steps.append([replace(share) for share in scheduled])
+        self.drafted.append(sum(self._write(share) for share in scheduled))
+        return [
+            SequenceResult(share, self._tokens(share), self._predictions(share), self._scores(share))
+            for share in scheduled
+        ]
 
-    def report(self, plan: Plan, result: RunResult, ended: list[Sequence]) -> tuple[list[None], GateStats]:
+    def report(self, results: list[SequenceResult], ended: list[Sequence], stats: StepStats) -> list[None]:
         """Looks at every gate row that would be reported."""
-        for share in plan.scheduled:
-            sequence = share.sequence
+        for result in results:
+            sequence = result.scheduled.sequence
             for position in range(sequence.reported, sequence.final if sequence.generates else 0):
                 self._check_gate(sequence, position, sequence.tokens)
             sequence.reported = max(sequence.reported, sequence.final)
-        return [None] * len(plan.scheduled), GateStats()
+        return [None] * len(results)
 
-    def observe_rest(self, sequence: Sequence) -> None:
+    def drop(self, sequence: Sequence) -> None:
         """Nothing is ever left."""
 
-    def logged(self, sequences: list[Sequence], *, everything: bool) -> list[LoggedRows]:
-        """There is no log."""
-        return []
-
-    def take_statistics(self) -> GateStats:
-        return GateStats()
+    def flush(self, stats: StepStats) -> None:
+        """There are no statistics."""
 
     def _slot(self, stream: Stream, position: int) -> int:
         return stream.blocks[position // self.block_size] * self.block_size + position % self.block_size
@@ -92,7 +85,7 @@ class FakeRunner:
         found = self.gate.get(self._slot(sequence.real, position))
         assert found == text[: position + 1], "a gate row that was computed on other tokens"
 
-    def _write(self, share: Scheduled) -> int:
+    def _write(self, share: ScheduledSequence) -> int:
         """Writes the share's rows, then reads each stream back from the start. Returns the rows run on drafts."""
         sequence = share.sequence
         known, text = len(sequence.tokens), [*sequence.tokens, *sequence.drafts]
@@ -129,7 +122,7 @@ class FakeRunner:
             for start, end in ((share.scaling_start, share.scaling_end), (share.real_start, share.real_end))
         )
 
-    def _tokens(self, share: Scheduled) -> list[TokenOutput]:
+    def _tokens(self, share: ScheduledSequence) -> list[TokenOutput]:
         sequence = share.sequence
         known, text = len(sequence.tokens), [*sequence.tokens, *sequence.drafts]
         assert share.samples == max(0, share.real_end - known + 1)
@@ -137,10 +130,10 @@ class FakeRunner:
             TokenOutput(next_token(sequence.request, sequence.index, text[: known + i])) for i in range(share.samples)
         ]
 
-    def _scores(self, share: Scheduled) -> list[TokenOutput]:
+    def _scores(self, share: ScheduledSequence) -> list[TokenOutput]:
         return [TokenOutput(share.sequence.tokens[position + 1]) for position in share.scores]
 
-    def _predictions(self, share: Scheduled) -> list[int]:
+    def _predictions(self, share: ScheduledSequence) -> list[int]:
         sequence = share.sequence
         text = [*sequence.tokens, *sequence.drafts]
         positions = range(share.predict_start, share.predict_start + share.predict_count)
@@ -159,7 +152,7 @@ def build(
     blocks: int = 64,
     block_size: int = 4,
     budget: int = 32,
-    seats: int = 8,
+    slots: int = 8,
     lookahead: bool = True,
     speculative: int = 0,
     prefix_cache: bool = True,
@@ -171,7 +164,7 @@ def build(
     runner: Any = FakeRunner(block_size, budget, right)
     scheduler = Scheduler(
         BlockManager(blocks, block_size),
-        max_num_seqs=seats,
+        max_num_seqs=slots,
         max_num_batched_tokens=budget,
         lookahead=lookahead,
         speculative_tokens=speculative,
@@ -181,7 +174,7 @@ def build(
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length, experts=[{}] * 2, sites=[])
     info.vocab_size = VOCABULARY
     grammars: Any = None  # nobody asks for a form of text
-    return Engine(runner, scheduler, info, grammars), runner, scheduler
+    return Engine(runner, runner, scheduler, info, grammars), runner, scheduler
 
 
 def request(name: str, prompt: int, max_tokens: int = 8, **sampling: Any) -> Request:
@@ -233,7 +226,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "block_size": block_size,
         "blocks": largest + draw(st.integers(0, 2 * largest)),
         "budget": draw(st.integers(1, 40)),
-        "seats": draw(st.integers(1, 8)),
+        "slots": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
         "speculative": draw(st.sampled_from([0, 1, 3, 8])),
@@ -279,7 +272,7 @@ def test_any_workload(load: dict[str, Any]) -> None:
             if output.finish_reason:
                 finished.add(key)
         engine.check_integrity()
-        assert len(scheduler.running) <= load["seats"]
+        assert len(scheduler.running) <= load["slots"]
     else:
         raise AssertionError("the engine does not come to an end")
     assert engine.blocks.used == 0
@@ -302,7 +295,7 @@ def test_forward_passes(lookahead: bool, right: int) -> None:
         for output in engine.step().outputs:
             usage = output.usage or usage
     assert usage is not None
-    assert usage.forward_passes == len(runner.plans)
+    assert usage.forward_passes == len(runner.steps)
     drafts = 19 if lookahead else 0  # every token but the last may be drafted
     assert usage.draft_hits + usage.draft_misses == drafts
     assert usage.forward_passes == 2 * 20 - usage.draft_hits
@@ -318,7 +311,7 @@ def test_chunked_prefill_respects_the_budget() -> None:
     engine, runner, _ = build(budget=8, lookahead=False)
     engine.add(request("a", 30, 1))
     finish(engine)
-    [shares] = zip(*(plan.scheduled for plan in runner.plans), strict=True)
+    [shares] = zip(*runner.steps, strict=True)
     assert [p for s in shares for p in range(s.scaling_start, s.scaling_start + s.scaling_count)] == list(range(30))
     assert [p for s in shares for p in range(s.real_start, s.real_start + s.real_count)] == list(range(30))
     assert [share.rows for share in shares] == [8] * 6 + [6, 6]
@@ -331,15 +324,15 @@ def test_decode_goes_before_prefill() -> None:
     for _ in range(4):
         engine.step()
     engine.add(request("prefilling", 60, 4))
-    before = len(runner.plans)
+    before = len(runner.steps)
     for _ in range(8):
         engine.step()
-    for plan in runner.plans[before:]:
-        first, *rest = plan.scheduled
+    for plan in runner.steps[before:]:
+        first, *rest = plan
         assert first.sequence.request.id == "decoding"
         assert first.samples
         assert [share.sequence.request.id for share in rest] == ["prefilling"]
-        assert sum(share.rows for share in plan.scheduled) == 6
+        assert sum(share.rows for share in plan) == 6
 
 
 def test_drafts_of_one_leave_rows_for_the_others() -> None:
@@ -349,12 +342,12 @@ def test_drafts_of_one_leave_rows_for_the_others() -> None:
         engine.add(request(f"loop{i}", 8, 60))
     while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 4:
         engine.step()
-    before = len(runner.plans)
+    before = len(runner.steps)
     while len(scheduler.running) == 4:
         engine.step()
-    steps = runner.plans[before:-1]
-    assert all(len(plan.scheduled) == 4 for plan in steps)
-    assert max(share.rows for plan in steps for share in plan.scheduled) > 4, "no one drafted: the test shows little"
+    steps = runner.steps[before:-1]
+    assert all(len(plan) == 4 for plan in steps)
+    assert max(share.rows for plan in steps for share in plan) > 4, "no one drafted: the test shows little"
 
 
 def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
@@ -365,10 +358,10 @@ def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
     while not all(sequence.output_len for sequence in scheduler.running) or len(scheduler.running) < 3:
         engine.step()
     engine.add(request("long", 30, 2))
-    before = len(runner.plans)
+    before = len(runner.steps)
     engine.step()
     engine.step()
-    counts = [[(s.scaling_count, s.real_count) for s in plan.scheduled][-1] for plan in runner.plans[before:]]
+    counts = [[(s.scaling_count, s.real_count) for s in plan][-1] for plan in runner.steps[before:]]
     assert counts[0] == (30, 0)
     assert counts[1][1] == 30
 
@@ -391,9 +384,9 @@ def test_few_pass_a_large_one() -> None:
     assert ("large", 0) in finish(engine)
 
 
-def test_seats() -> None:
+def test_slots_are_bounded() -> None:
     """No more sequences at once than asked for; choices of one request count each."""
-    engine, _, scheduler = build(seats=3, blocks=200)
+    engine, _, scheduler = build(slots=3, blocks=200)
     for number in range(4):
         engine.add(request(str(number), 5, 6, n=2))
     most = 0
@@ -451,7 +444,7 @@ def test_others_pass_followers_that_wait() -> None:
     engine.add(request("n", 30, 4, n=3))
     engine.add(request("behind", 3, 4))
     engine.step()
-    assert [(s.sequence.request.id, s.sequence.index) for s in runner.plans[0].scheduled] == [("n", 0), ("behind", 0)]
+    assert [(s.sequence.request.id, s.sequence.index) for s in runner.steps[0]] == [("n", 0), ("behind", 0)]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 3])
@@ -461,7 +454,7 @@ def test_no_draft_past_max_tokens(max_tokens: int) -> None:
     engine.add(request("a", 5, max_tokens))
     finish(engine)
     assert sum(runner.drafted) == max_tokens - 1
-    assert max(s.scaling_start + s.scaling_count for plan in runner.plans for s in plan.scheduled) == 5 + max_tokens - 1
+    assert max(s.scaling_start + s.scaling_count for plan in runner.steps for s in plan) == 5 + max_tokens - 1
 
 
 def test_scaling_pass_alone_holds_one_stream() -> None:
@@ -469,8 +462,8 @@ def test_scaling_pass_alone_holds_one_stream() -> None:
     engine, runner, _ = build(blocks=10, block_size=4, budget=16)
     engine.add(replace(request("look", 40), sampling=None))
     finish(engine)
-    assert [share.scaling_count for plan in runner.plans for share in plan.scheduled] == [16, 16, 8]
-    assert not any(share.predict_count or share.samples for plan in runner.plans for share in plan.scheduled)
+    assert [share.scaling_count for plan in runner.steps for share in plan] == [16, 16, 8]
+    assert not any(share.predict_count or share.samples for plan in runner.steps for share in plan)
 
 
 def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,14 +523,15 @@ def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> N
             made = request(f"{'loop' * (i % 2)}{i}", 6 + i, 12, n=1 + i % 2)
             engine.add(replace(made, freeze_after=4 if i == number else None))
         while engine.has_work():
-            for output in engine.step().outputs:
+            step = engine.step()
+            seen["preemptions"] += step.stats.preemptions
+            for output in step.outputs:
                 if output.finish_reason and output.usage:
                     seen["cached"] += output.usage.cached_tokens
                     seen["hits"] += output.usage.draft_hits
                     seen["misses"] += output.usage.draft_misses
                     seen["accepted"] += output.usage.accepted_tokens
                     seen["rejected"] += output.usage.speculated_tokens - output.usage.accepted_tokens
-        seen["preemptions"] += sum(plan.preemptions for plan in runner.plans)
-        seen["several tokens"] += sum(share.samples > 2 for plan in runner.plans for share in plan.scheduled)
+        seen["several tokens"] += sum(share.samples > 2 for plan in runner.steps for share in plan)
     assert all(seen[what] > 0 for what in ("cached", "hits", "misses", "accepted", "rejected")), seen
     assert all(seen[what] > 0 for what in ("preemptions", "several tokens", "evicted")), seen

@@ -13,6 +13,7 @@ from peft.tuners.xlora.layer import XLoraLayer
 from torch import Tensor, nn
 
 from service.checkpoint import ClassifierWeights, XLoraConfig
+from service.model.batch import GateParameters
 from service.model.classifier import Classifier, keep_top_k
 from tests.support.bundles import make_classifier
 from tests.support.tiny import CPU
@@ -85,6 +86,42 @@ def test_temperature_is_inside_the_softmax(temperature: float) -> None:
     torch.testing.assert_close(ours.scalings(z), (z / temperature).softmax(-1))
     raw, _ = build(softmax_temperature=temperature, enable_softmax=False)
     assert torch.equal(raw.scalings(z), z)
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("own_k", [None, 1, 2])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_parameters_of_single_rows(softmax: bool, own_k: int | None, renormalise: bool) -> None:
+    """Every row comes out as it would of a checkpoint with its parameters; its neighbours' do not reach it."""
+    xlora = {"enable_softmax": softmax, "softmax_temperature": 1.7, "enable_softmax_topk": renormalise}
+    ours, _ = build(**xlora, top_k_lora=own_k)
+    z = torch.randn(40, S, E, generator=torch.Generator().manual_seed(0))
+    exclusions: list[list[int]] = [[], [0], [1, 3], [0, 1, 2]]
+    rows = list(itertools.product([0.0, 0.4], [0, 1, 2, 3, E], exclusions))
+    parameters = GateParameters.of_checkpoint(40, E, CPU)
+    for row, (temperature, top_k, excluded) in enumerate(rows):
+        parameters.temperature[row], parameters.top_k[row] = temperature, top_k
+        parameters.excluded[row, excluded] = True
+    found = ours.scalings(z, parameters)
+    for row, (temperature, top_k, excluded) in enumerate(rows):
+        alone, _ = build(**{**xlora, "softmax_temperature": temperature or 1.7}, top_k_lora=top_k or own_k)
+        of_row = z[row : row + 1].clone()
+        of_row[..., excluded] = float("-inf") if softmax else 0.0
+        torch.testing.assert_close(found[row : row + 1], alone.scalings(of_row), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("own_k", [None, 3])
+def test_ties_of_another_k_go_to_the_lower_expert(own_k: int | None) -> None:
+    """The checkpoint's own k keeps what torch.topk keeps, also where a neighbour has another."""
+    ours, _ = build(enable_softmax=False, top_k_lora=own_k)
+    z = rows_with_edges()[:256, None].expand(-1, S, -1).contiguous()
+    parameters = GateParameters.of_checkpoint(256, E, CPU)
+    parameters.top_k[::2] = 2
+    found = ours.scalings(z, parameters)
+    assert torch.equal(found[1::2], ours.scalings(z)[1::2])
+    for row, kept in zip(z[::2, 0].tolist(), found[::2, 0].tolist(), strict=True):
+        best = sorted(range(E), key=lambda expert: (-row[expert], expert))[:2]
+        assert kept == [value if expert in best else 0.0 for expert, value in enumerate(row)]
 
 
 def rows_with_edges() -> Tensor:

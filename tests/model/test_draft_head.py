@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -56,13 +54,13 @@ def test_it_changes_drafts_and_nothing_else(tiny: Tiny) -> None:
     tokens = [5, 9, 200, 31, 7, 8]
     runs = {}
     states: list[Tensor] = []
-    store = model.store_scalings
+    logits = model.classifier.logits
 
-    def stored(hidden: Tensor, *rest: Any) -> Tensor:
+    def kept(hidden: Tensor) -> Tensor:
         states[:] = hidden if hidden.shape[0] == 6 and not states else states
-        return store(hidden, *rest)
+        return logits(hidden)
 
-    model.store_scalings = stored  # type: ignore[method-assign]
+    model.classifier.logits = kept  # type: ignore[method-assign]
     for head in (None, head_of(weights)):
         model.draft_head = head
         request = OneRequest(model, len(tokens))

@@ -14,7 +14,7 @@ from torch import Tensor
 from service.contract.output import StepOutput
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import AttentionGroup, Batch, GateParameters, GivenGateRows
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.model.xlora_model import XLoraModel
@@ -75,8 +75,12 @@ def native(model: XLoraModel) -> NativeStep:
     return NativeStep(model, decoder)
 
 
-def forward(step: Step, model: XLoraModel, scaling: list[int], real: list[int]) -> tuple[ForwardOutput, KVCache]:
-    """A step whose segments end anywhere in their streams, over the same leftovers whichever way it is computed."""
+def forward(
+    step: Step, model: XLoraModel, scaling: list[int], real: list[int], *, steered: bool = False
+) -> tuple[ForwardOutput, KVCache]:
+    """A step whose segments end anywhere in their streams, over the same leftovers whichever way it is computed;
+    steered rows lie among others, and the first row's gate is given.
+    """
     generator = torch.Generator().manual_seed(len(scaling) + 100 * len(real))
     counts = [*scaling, *real]
     rows, scaling_rows = sum(counts), sum(scaling)
@@ -108,16 +112,31 @@ def forward(step: Step, model: XLoraModel, scaling: list[int], real: list[int]) 
     ids = torch.randint(300, (rows,), generator=generator)
     wanted = torch.randperm(rows, generator=generator)[: max(1, rows // 2)]
     lines = torch.stack([ids, torch.cat(positions), at, read, new, is_scaling])
-    return step.forward(Batch(lines, scaling_rows, wanted, groups), cache), cache
+    batch = Batch(lines, scaling_rows, wanted, groups)
+    if steered:
+        experts = cache.gate_rows.shape[2]
+        batch.parameters = GateParameters(
+            torch.rand(rows, generator=generator) * is_scaling.roll(1),
+            torch.randint(experts + 1, (rows,), generator=generator),
+            torch.nn.functional.one_hot(torch.randint(experts, (rows,), generator=generator), experts) > 0,
+            torch.rand(rows, generator=generator) + 0.5,
+        )
+        given = torch.rand(1, *cache.gate_rows.shape[1:], generator=generator)
+        batch.given = GivenGateRows(batch.gate_slots[-1:], given)
+    return step.forward(batch, cache), cache
 
 
+@pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize(("scaling", "real"), BATCHES.values(), ids=BATCHES)
-def test_one_forward(model: XLoraModel, native: NativeStep, threads: int, scaling: list[int], real: list[int]) -> None:
-    expected, expected_cache = forward(model, model, scaling, real)
-    ours, cache = forward(native, model, scaling, real)
+def test_one_forward(
+    model: XLoraModel, native: NativeStep, threads: int, scaling: list[int], real: list[int], steered: bool
+) -> None:
+    expected, expected_cache = forward(model, model, scaling, real, steered=steered)
+    ours, cache = forward(native, model, scaling, real, steered=steered)
     scale = float(expected.logits.abs().max())
     torch.testing.assert_close(ours.logits / scale, expected.logits / scale, atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(ours.gate_logits, expected.gate_logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.scalings, expected.scalings, atol=1e-4, rtol=0)
     for own, others in zip(
         (*cache.keys, *cache.values, cache.gate_rows),
         (*expected_cache.keys, *expected_cache.values, expected_cache.gate_rows),

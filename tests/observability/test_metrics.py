@@ -96,7 +96,7 @@ def test_no_counter_takes_what_is_not_finite(metrics: Metrics, bad: float) -> No
 
 def test_what_is_added_up_is_there_at_every_look(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a look, after it, and when there is so much that nobody is waited for."""
-    monkeypatch.setattr("service.observability.metrics._MOST_PENDING", 3)
+    monkeypatch.setattr("service.observability.metrics._MAX_PENDING", 3)
     for number in range(1, 9):
         metrics.observe_tokens(2, [0.002, 0.2])
         metrics.observe_step(StepStats(step_seconds=0.01, real_rows=5))

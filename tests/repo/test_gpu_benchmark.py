@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu
 from benchmarks.common import run_engine
-from benchmarks.synthetic import TINY, PlainBase, RealRowsOnly, build, weight_bytes
+from benchmarks.forced import PlainBase
+from benchmarks.synthetic import TINY, RealRowsOnly, build, weight_bytes
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.loader import build_engine

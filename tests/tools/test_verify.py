@@ -37,12 +37,12 @@ def test_a_wrong_computation_is_found(
     bundle: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scalings that depend on how many rows share the forward, as a real bug would make them."""
-    right = NativeStep._store_scalings
+    right = NativeStep._write_scalings
 
-    def wrong(self: NativeStep, hidden: torch.Tensor, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+    def wrong(self: NativeStep, hidden: torch.Tensor, batch: Batch, kv_cache: KVCache) -> tuple[torch.Tensor, ...]:
         return right(self, hidden * (1.1 if batch.num_scaling_rows < 11 else 1.0), batch, kv_cache)
 
-    monkeypatch.setattr(NativeStep, "_store_scalings", wrong)
+    monkeypatch.setattr(NativeStep, "_write_scalings", wrong)
     assert main(["check", bundle, "--verify", "--device", "cpu"]) == 1
     assert "NOT exact" in capsys.readouterr().out
 

@@ -12,11 +12,18 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from service.contract.output import GateRows, GateStats
+from service.contract.output import GateRows, GateStats, StepStats
+from service.engine.gate import scalings_log
+from service.engine.model_runner import SequenceResult
 from service.engine.sequence import Sequence
+from service.engine.slots import gate_slots
+from service.model.classifier import Classifier
 from service.model.gate_stats import GateSummary, summarise
+from service.model.kv_cache import KVCache
+from service.model.transfer import to_device
 
 _STEPS_TOGETHER = 64
 
@@ -43,19 +50,57 @@ def report_spans(sequences: Iterable[Sequence]) -> list[ReportSpan]:
     return spans
 
 
-class GateObserver:
-    """Summarises the gate rows of served positions, many at once: a summary costs nearly the same for one row as for
-    dozens, and few look at every step.
+class GateReporter:
+    """Reads gate rows back once their positions are final: for the requests that asked, for the metrics, and the
+    classifier's logits for the scalings log.
     """
 
-    def __init__(self, num_sites: int) -> None:
-        self._num_sites = num_sites
+    def __init__(self, kv_cache: KVCache, classifier: Classifier, num_sites: int) -> None:
+        self.logs_scalings = False
+        self._kv_cache, self._classifier, self._num_sites = kv_cache, classifier, num_sites
         self._stats = GateStats()  # of what has been observed since they were last taken
         self._skipped = 0  # steps since all were read
+        self._outgoing = scalings_log.Outgoing(classifier)
 
-    def due(self, sequences: list[Sequence], ended: list[Sequence]) -> list[Sequence]:
+    def report(
+        self, results: SequenceOf[SequenceResult], ended: SequenceOf[Sequence], stats: StepStats
+    ) -> list[GateRows | None]:
+        """The rows that have become final, for each of a step's sequences that asked; adds to the step's statistics.
+
+        Called when the drafts have been verified and before any block is released. Nothing is left of those that
+        `ended`.
+        """
+        served = [result.scheduled.sequence for result in results if result.scheduled.sequence.is_served]
+        rows = self._observe(self.due(served, ended))
+        found = [
+            rows.get(id(result.scheduled.sequence)) if result.scalings is None else self._alone(result, result.scalings)
+            for result in results
+        ]
+        if self.logs_scalings:
+            for result in results:
+                if result.gate_logits is not None:
+                    sequence = result.scheduled.sequence
+                    scalings_log.keep(sequence, result.scheduled.scaling_start, result.gate_logits)
+                    self._outgoing.collect(sequence)
+        self.flush(stats, everything=bool(ended))
+        return found
+
+    def drop(self, sequence: Sequence) -> None:
+        """Takes in what a sequence that ends early has not reported yet. Called before its blocks are released."""
+        if sequence.is_served:
+            self._observe([sequence])
+
+    def flush(self, stats: StepStats, *, everything: bool = True) -> None:
+        """Adds what has been observed since the last step to `stats`; the log's rows, when they are enough together or
+        `everything` is to come.
+        """
+        stats.gate, self._stats = self._stats, GateStats()
+        stats.logged = self._outgoing.take(everything=everything)
+
+    def due(self, sequences: list[Sequence], ended: SequenceOf[Sequence]) -> list[Sequence]:
         """Those of a step's sequences that are to report what has become final of them: who has asked for rows, is at
-        its first, or has ended, at once; else all, several steps in one go.
+        its first, or has ended, at once; else all, several steps in one go, because a summary costs nearly the same for
+        one row as for dozens.
         """
         self._skipped += 1
         if self._skipped >= _STEPS_TOGETHER:
@@ -69,18 +114,37 @@ class GateObserver:
             or sequence in ended
         ]
 
-    def observe(self, spans: SequenceOf[ReportSpan], scalings: Tensor) -> list[GateRows | None]:
-        """Adds the rows [n, S, E] of `spans` (sequences that generate) to the statistics and to the usage of each.
-        Returns those asked for, one per span.
+    def _observe(self, sequences: list[Sequence]) -> dict[int, GateRows | None]:
+        """Everything that has become final, read in one go, into the statistics and the usage of each. Returns the rows
+        that were asked for, by the sequence's id().
         """
+        spans = report_spans(sequences)
+        if not spans:
+            return {}
+        size = self._kv_cache.block_size
+        scalings = self._stored([slot for s in spans for slot in gate_slots(s.sequence, s.start, s.count, size)])
         summary = summarise(scalings)
         self._stats.add(gate_stats(spans, summary))
-        return gate_rows(spans, scalings, summary, self._num_sites)
+        observed = gate_rows(spans, scalings, summary, self._num_sites)
+        for span in spans:
+            span.sequence.reported = span.start + span.count
+        return {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
 
-    def take_statistics(self) -> GateStats:
-        """Statistics of what has been observed since the last call."""
-        taken, self._stats = self._stats, GateStats()
-        return taken
+    def _alone(self, result: SequenceResult, scalings: Tensor) -> GateRows | None:
+        """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
+        for span in report_spans([result.scheduled.sequence]):
+            own = scalings[span.start - result.scheduled.scaling_start :]
+            [rows] = gate_rows([span], own, summarise(own), self._num_sites)
+            span.sequence.reported = span.start + span.count
+            return rows
+        return None
+
+    def _stored(self, slots: list[int]) -> Tensor:
+        """A copy of gate rows [n, S, E]."""
+        stored = self._kv_cache.gate_rows
+        if stored.is_cpu:  # numpy's calls cost less
+            return torch.from_numpy(stored.numpy().take(slots, 0))
+        return stored.index_select(0, to_device(slots, stored.device))
 
 
 def gate_rows(

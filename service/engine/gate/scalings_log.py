@@ -11,13 +11,15 @@ Who keeps the log, within which bounds, is the API's business (api/gate_views/sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from service.contract.output import LoggedRows
 from service.engine.sequence import Sequence
+from service.model.classifier import Classifier
 
 # A softmax, a message and a write of the log cost nearly the same for one row as for dozens.
 _STEPS_TOGETHER = 8
@@ -40,7 +42,8 @@ def keep(sequence: Sequence, start: int, logits: Rows) -> None:
 class Outgoing:
     """Gate logits of final positions, until enough are together."""
 
-    def __init__(self) -> None:
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
         self._parts: dict[tuple[str, int], list[tuple[int, Rows]]] = {}  # by request and choice: start, gate logits
         self._rows = self._steps = 0
 
@@ -59,8 +62,8 @@ class Outgoing:
                 sequence.unlogged.append((max(start, end), logits[max(0, end - start) :]))
         sequence.logged = max(sequence.logged, end)
 
-    def take(self, say: Callable[[Rows], Rows], *, everything: bool) -> list[LoggedRows]:
-        """Once a step: hands out what `say` makes of what was collected, where that is enough or `everything`."""
+    def take(self, *, everything: bool) -> list[LoggedRows]:
+        """Once a step: what the classifier says by what was collected, where that is enough or `everything`."""
         self._steps += 1
         if not (everything or self._steps >= _STEPS_TOGETHER or self._rows >= _ROWS_TOGETHER):
             return []
@@ -68,7 +71,8 @@ class Outgoing:
         self._parts, self._rows, self._steps = {}, 0, 0
         if not rows:
             return []
-        said = say(np.concatenate([logits for parts in taken.values() for _, logits in parts]))
+        gate_logits = np.concatenate([logits for parts in taken.values() for _, logits in parts])
+        said = self._classifier.before_top_k(torch.from_numpy(gate_logits)).numpy()
         logged: list[LoggedRows] = []
         end = 0
         for (request_id, index), parts in taken.items():

@@ -1,8 +1,8 @@
 """A tensor-parallel group as rank 0 sees it: starts the other ranks, tells them every step, notices when one ends.
 
-Rank 0 is the engine's process: requests, scheduling and sampling are its business alone. The others (follower.py) run
-the same forwards on their shards. Steps travel through a socket pair each, so an idle rank waits for a message and not
-in a collective operation, which would time out. The collectives' own connections are on the loopback interface.
+Rank 0 is the engine's process: requests, scheduling and sampling are its business alone. The others (rank_worker.py)
+run the same forwards on their shards. Steps travel through a socket pair each, so an idle rank waits for a message and
+not in a collective operation, which would time out. The collectives' own connections are on the loopback interface.
 
     the others                 rank 0
     start, import torch
@@ -11,7 +11,7 @@ in a collective operation, which would time out. The collectives' own connection
                        <-      load: the engine's options
     blocks they have room for ->
                        <-      allocate: the least of all
-                       <-      forward, gate rows, forward, ...
+                       <-      forward, forward, ...
 
 A group is as good as its last rank: when one ends, in whatever way, the others are ended and `on_lost` hears why. That
 comes from a thread, because the main thread may wait in a collective that will never end.
@@ -37,11 +37,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from service.contract.errors import EngineLostError, SettingsError
 from service.contract.options import EngineOptions
-from service.engine.tensor_parallel.rank_messages import pack, pack_batch, pack_gate_rows, unpack
+from service.engine.tensor_parallel.rank_messages import pack, pack_batch, unpack
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
@@ -51,7 +50,7 @@ from service.model.xlora_model import XLoraModel
 logger = logging.getLogger(__name__)
 
 _START_SECONDS = 300.0  # for the ranks to find each other, once all have started
-_VERDICT_SECONDS = 5.0  # between the failure of a collective and the end of the rank that caused it
+_REASON_SECONDS = 5.0  # between the failure of a collective and the end of the rank that caused it
 _END_SECONDS = 5.0
 _CAUSE_SECONDS = 0.5  # a rank that says why it fails may be the victim of one that could not say so
 
@@ -86,12 +85,12 @@ class Group:
         self._lock = threading.Lock()
         self._closing = False
         self._joined = False
-        self._followers = [_Follower(rank, self._take_note) for rank in range(1, size)]
+        self._others = [_Rank(rank, self._take_note) for rank in range(1, size)]
 
     def join(self) -> None:
         """Waits for the others to start, and sets up the collectives. Raises EngineLostError."""
-        for follower in self._followers:
-            self.receive(follower)
+        for rank in self._others:
+            self.receive(rank)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             self.tell({"join": {"size": self.ranks.size, "port": port}})
@@ -107,7 +106,7 @@ class Group:
 
     def agree_on_blocks(self, own: int) -> int:
         """The least number of KV blocks of all ranks, which every rank then allocates. Raises EngineLostError."""
-        blocks: int = min([own, *(self.receive(follower)["blocks"] for follower in self._followers)])
+        blocks: int = min([own, *(self.receive(rank)["blocks"] for rank in self._others)])
         self.tell({"allocate": blocks})
         return blocks
 
@@ -118,29 +117,29 @@ class Group:
     def send(self, frame: bytes) -> None:
         """Sends a frame to every rank. Raises EngineLostError."""
         try:
-            for follower in self._followers:
-                follower.connection.send_bytes(frame)
+            for rank in self._others:
+                rank.connection.send_bytes(frame)
         except OSError as error:
             raise self.failure(error) from error
 
-    def receive(self, follower: _Follower) -> dict[str, Any]:
+    def receive(self, rank: _Rank) -> dict[str, Any]:
         """The next control message of a rank. Raises EngineLostError when one, whichever, has ended."""
         while True:
             with contextlib.suppress(queue.Empty):
-                return follower.messages.get(timeout=0.1)
+                return rank.messages.get(timeout=0.1)
             if self._decided.is_set():
                 raise EngineLostError(self._reason or "")
 
     def failure(self, error: Exception) -> EngineLostError:
         """Why something that all ranks do together has failed here: a rank that has ended, or else `error`."""
-        self._decided.wait(_VERDICT_SECONDS)
+        self._decided.wait(_REASON_SECONDS)
         return EngineLostError(self._reason or f"rank 0 of {self.ranks.size} failed: {error}")
 
     def close(self) -> None:
         """Ends the other ranks and the collectives."""
         self._closing = True
-        for follower in self._followers:
-            follower.end()
+        for rank in self._others:
+            rank.end()
         if self._joined:
             dist.destroy_process_group()
 
@@ -151,13 +150,13 @@ class Group:
                 return
             self._reason = f"rank {rank} of {self.ranks.size} {what}"
         self._decided.set()
-        for follower in self._followers:
-            follower.process.kill()
+        for other in self._others:
+            other.process.kill()
         self._on_lost(self._reason)
 
 
 class Leader:
-    """XLoraModel.forward on every rank at once, and what else changes all ranks' gate rows."""
+    """XLoraModel.forward on every rank at once."""
 
     def __init__(self, model: XLoraModel, group: Group) -> None:
         self._model, self._group = model, group
@@ -170,12 +169,8 @@ class Leader:
         except Exception as error:
             raise self._group.failure(error) from error
 
-    def store_gate_rows(self, slots: list[int], rows: Tensor) -> None:
-        """Stores gate rows [n, S, E] on the other ranks."""
-        self._group.send(pack_gate_rows(slots, rows))
 
-
-class _Follower:
+class _Rank:
     """One of the other ranks: its process, its socket, and a thread that listens to it."""
 
     def __init__(self, rank: int, on_end: Callable[[int, str], None]) -> None:
@@ -184,7 +179,8 @@ class _Follower:
         self._on_end = on_end
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "service.engine.tensor_parallel.follower", str(theirs.fileno()), str(rank)]
+            module = "service.engine.tensor_parallel.rank_worker"
+            command = [sys.executable, "-m", module, str(theirs.fileno()), str(rank)]
             environment = os.environ | {"LOCAL_RANK": str(rank)}  # transformers takes that GPU
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment

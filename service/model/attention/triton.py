@@ -18,7 +18,7 @@ from torch import Tensor
 from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache
 
-_MOST_SPLITS = 32
+_MAX_SPLITS = 32
 _KEYS_PER_SPLIT = 128  # fewer would cost more to join than they save
 _INTERPRETED_PROCESSORS = 16
 
@@ -126,10 +126,10 @@ def _join_kernel(
     lines,
     HEAD_DIM: tl.constexpr,
     TILE_DIM: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
     line = tl.program_id(0)
-    split = tl.arange(0, MOST_SPLITS)
+    split = tl.arange(0, MAX_SPLITS)
     dim = tl.arange(0, TILE_DIM)
     is_split = split < splits
     log_sum = tl.load(log_sums + split * lines + line, mask=is_split, other=float("-inf"))
@@ -207,7 +207,7 @@ def attend(
                 count * heads,
                 HEAD_DIM=head_dim,
                 TILE_DIM=tile_dim,
-                MOST_SPLITS=_MOST_SPLITS,
+                MAX_SPLITS=_MAX_SPLITS,
                 num_warps=4,
             )
     return out
@@ -227,7 +227,7 @@ def _tiling(pairs: int, tile_dim: int, dtype: torch.dtype) -> tuple[int, int, in
 
 def _splits(programs: int, keys: int, processors: int) -> int:
     """Into how many parts each tile's keys are split: two programs per processor, no part too small."""
-    return max(1, min(2 * processors // programs, keys // _KEYS_PER_SPLIT, _MOST_SPLITS))
+    return max(1, min(2 * processors // programs, keys // _KEYS_PER_SPLIT, _MAX_SPLITS))
 
 
 @functools.cache

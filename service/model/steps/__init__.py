@@ -1,1 +1,1 @@
-"""Other ways to run XLoraModel's step: the decode step as one function of tensors, and CUDA graphs of it."""
+"""What runs a batch: one interface, and CUDA graphs behind it."""

@@ -15,20 +15,18 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from service.model.batch import Batch
+from service.model import gate_rows
+from service.model.batch import AttentionGroup, Batch, GateParameters
 from service.model.kv_cache import KVCache
-from service.model.steps.decode_step import DecodeStep
-from service.model.steps.step import ForwardOutput
-from service.model.xlora_model import XLoraModel
+from service.model.steps.step import ForwardOutput, Step
 
 logger = logging.getLogger(__name__)
 
 _SMALLEST_CONTEXT = 512  # tokens
 _CONTEXT_GROWTH = 4  # the kernels read what a row needs, so a wide table costs next to nothing
 
-Replay = Callable[[], tuple[Tensor, Tensor]]  # over static inputs: logits [T, V], gate logits [T, S, E]
+Replay = Callable[[], ForwardOutput]  # over static inputs, of all their rows
 Capture = Callable[[Replay], Replay]
 
 
@@ -55,7 +53,7 @@ class GraphCapture:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = step()
 
-        def replay() -> tuple[Tensor, Tensor]:
+        def replay() -> ForwardOutput:
             graph.replay()
             return outputs
 
@@ -63,38 +61,30 @@ class GraphCapture:
 
 
 class CapturedSteps:
-    """XLoraModel.forward of one model over one KV cache, by captured steps where they fit.
+    """What `eager` computes over one KV cache, by captured steps where they fit.
 
     Where capturing fails, the reason is logged once and every batch is run eagerly.
     """
 
-    def __init__(
-        self,
-        model: XLoraModel,
-        kv_cache: KVCache,
-        capture: Capture,
-        *,
-        max_rows: int,
-        max_model_len: int,
-        step: DecodeStep | None = None,
-    ) -> None:
-        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `step` is what is captured of `model`,
-        None for all of it.
-        """
-        self._model, self._kv_cache = model, kv_cache
-        self._step, self._capture = step or DecodeStep(model), capture
+    def __init__(self, eager: Step, kv_cache: KVCache, capture: Capture, *, max_rows: int, max_model_len: int) -> None:
+        """Captures nothing yet. `max_rows`: rows of the largest step to capture."""
+        self._eager, self._kv_cache, self._capture = eager, kv_cache, capture
+        device, experts = kv_cache.gate_rows.device, kv_cache.gate_rows.shape[2]
         size = kv_cache.block_size
         self.row_buckets = buckets(1, 2, max_rows)
         self.width_buckets = buckets(-(-_SMALLEST_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
         scratch = kv_cache.scratch_slot
         # token, position, KV slot, gate slot, new gate slot, is scaling: a row whose outcome nobody reads
-        idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch, 0], device=model.device)
-        self._idle = idle[:, None]
+        self._idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch, 0], device=device)[:, None]
         self._rows = self._idle.repeat(1, max_rows)  # int64 [6, rows]
+        self._all_rows = torch.arange(max_rows, device=device)
         # Where no table is written, any block will do: positions hide it.
         self._tables = torch.full(
-            (max_rows, self.width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=model.device
+            (max_rows, self.width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=device
         )
+        self._parameters = GateParameters.of_checkpoint(max_rows, experts, device)
+        self._of_checkpoint = GateParameters.of_checkpoint(max_rows, experts, device)
+        self._steered = False  # whether `_parameters` differ from the checkpoint's
         self._captured: dict[tuple[int, int], Replay] = {}
         self._failed = False
 
@@ -112,16 +102,18 @@ class CapturedSteps:
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """Runs T rows once. What it returns is good until the next forward."""
         assert kv_cache is self._kv_cache, "graphs are captured over one KV cache"
-        count = batch.rows.shape[1]
+        count, scaling_rows = batch.rows.shape[1], batch.num_scaling_rows
         if count <= self.row_buckets[-1]:
             width = max(group.block_table.shape[1] for group in batch.groups)
             rows = _bucket(self.row_buckets, count)
-            step = self._step_for(rows, _bucket(self.width_buckets, width))
-            if step is not None:
+            replay = self._step_for(rows, _bucket(self.width_buckets, width))
+            if replay is not None:
+                gate_rows.write_given(batch, kv_cache.gate_rows)
                 self._fill(batch, count, rows)
-                logits, gate_logits = step()
-                return ForwardOutput(logits.index_select(0, batch.logit_rows), gate_logits[: batch.num_scaling_rows])
-        return self._model.forward(batch, kv_cache)
+                found = replay()
+                logits = found.logits.index_select(0, batch.logit_rows)
+                return ForwardOutput(logits, found.gate_logits[:scaling_rows], found.scalings[:scaling_rows])
+        return self._eager.forward(batch, kv_cache)
 
     def _fill(self, batch: Batch, count: int, rows: int) -> None:
         """Writes the batch into the static buffers: `count` rows and idle ones up to `rows`."""
@@ -132,16 +124,22 @@ class CapturedSteps:
             width = group.block_table.shape[1]
             own = self._tables[group.start : group.start + group.segments * group.queries, :width]
             own.view(group.segments, group.queries, width).copy_(group.block_table[:, None])
+        if batch.parameters is not None:
+            for static, given in zip(self._parameters.tensors(), batch.parameters.tensors(), strict=True):
+                static[:count].copy_(given)
+        elif self._steered:
+            for static, given in zip(self._parameters.tensors(), self._of_checkpoint.tensors(), strict=True):
+                static.copy_(given)
+        self._steered = batch.parameters is not None
 
     @torch.inference_mode()
     def _step_for(self, rows: int, width: int) -> Replay | None:
         """The step of a bucket, captured on idle rows where there is none yet; None where that has failed."""
         if (rows, width) not in self._captured and not self._failed:
             self._rows[:] = self._idle
-            inputs, tables, cache = self._rows[:, :rows], self._tables[:rows, :width], self._kv_cache
 
-            def step() -> tuple[Tensor, Tensor]:
-                return self._step(inputs, tables, cache.keys, cache.values, cache.gate_rows)
+            def step() -> ForwardOutput:
+                return self._eager.forward(self._static_batch(rows, width), self._kv_cache)
 
             try:
                 self._captured[rows, width] = self._capture(step)
@@ -149,6 +147,19 @@ class CapturedSteps:
                 logger.exception("the step cannot be captured in a CUDA graph, serving eagerly")
                 self._failed = True
         return self._captured.get((rows, width))
+
+    def _static_batch(self, rows: int, width: int) -> Batch:
+        """The buffers' first rows as a batch whose rows all look alike: each is a segment of its own, has logits, and
+        brings scalings, which go to the scratch slot where nobody wants them.
+        """
+        parameters = GateParameters(*(tensor[:rows] for tensor in self._parameters.tensors()))
+        batch = Batch(
+            self._rows[:, :rows], rows, self._all_rows[:rows], [], scaling_rows_are_gated=True, parameters=parameters
+        )
+        keys = width * self._kv_cache.block_size
+        positions, tables = batch.positions[:, None], self._tables[:rows, :width]
+        batch.groups = [AttentionGroup(0, rows, 1, positions, tables, keys, needs_mask=True)]
+        return batch
 
 
 def buckets(smallest: int, growth: int, largest: int) -> list[int]:

@@ -16,14 +16,16 @@ class ForwardOutput:
     """What one forward brought."""
 
     logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
-    gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax (S = 1 without layerwise scalings)
+    gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax and steering (S = 1 without layerwise scalings)
+    scalings: Tensor  # [num_scaling_rows, S, E] fp32, as they were stored
 
 
 class Step(Protocol):
     """XLoraModel (operators of torch), CapturedSteps (CUDA graphs), NativeStep (C++), Leader (every rank at once)."""
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs T rows once. Writes their keys and values, and the new scalings of the scaling rows, into `kv_cache`.
+        """Runs T rows once. Writes the batch's given gate rows, its keys and values, and the scalings of its scaling
+        rows into `kv_cache`.
 
         Real rows must have their scalings stored by an earlier forward.
         """

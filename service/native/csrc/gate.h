@@ -81,18 +81,19 @@ struct Classifier {
     }
 };
 
-// Logits [rows, sites, experts] as scalings into `slots` of gate_rows; without a temperature there is no softmax.
+// Logits [rows, sites, experts] as scalings, and those into `slots` of gate_rows; without a temperature there is no softmax.
 void store_scalings(
-    const float* logits, int64_t rows, std::optional<double> temperature, const Tensor& gate_rows, const int64_t* slots
+    const float* logits, int64_t rows, std::optional<double> temperature, float* scalings, const Tensor& gate_rows,
+    const int64_t* slots
 ) {
     const int64_t sites = gate_rows.size(1), experts = gate_rows.size(2), width = sites * experts;
-    for (int64_t row = 0; row < rows; row++, logits += width) {
-        float* const stored = gate_rows.data<float>() + slots[row] * width;
+    for (int64_t row = 0; row < rows; row++, logits += width, scalings += width) {
         if (temperature) {
-            softmax(logits, sites, experts, float(*temperature), stored);
+            softmax(logits, sites, experts, float(*temperature), scalings);
         } else {
-            std::copy_n(logits, width, stored);
+            std::copy_n(logits, width, scalings);
         }
+        std::copy_n(scalings, width, gate_rows.data<float>() + slots[row] * width);
     }
 }
 

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "elementwise.h"
@@ -142,9 +143,9 @@ Given op_spread(Given gate_rows_, Given slots_, Given rank_index_, int64_t first
     return weights;
 }
 
-// The first `rows` of hidden [.., H] -> their logits [rows, sites, experts]; their scalings go to `slots` of gate_rows. `layers`
+// The first `rows` of hidden [.., H] -> their logits and scalings [rows, sites, experts]; these go to `slots` of gate_rows. `layers`
 // are weight and bias of each linear.
-Given op_scalings(
+std::tuple<Given, Given> op_scalings(
     Given hidden_, std::vector<Given> layers, bool relu, std::optional<double> temperature, Given gate_rows_, Given slots_,
     int64_t rows
 ) {
@@ -156,9 +157,10 @@ Given op_scalings(
         is_dense_floats(hidden, 2) && is_store(gate_rows) && is_index(slots) && rows >= 0 && rows <= slots.numel() &&
         rows <= hidden.size(0) && classifier.is_sound(hidden.size(1), gate_rows.size(1) * gate_rows.size(2)));
     const Given logits = new_floats({rows, gate_rows.size(1), gate_rows.size(2)});
+    const Given scalings = new_floats({rows, gate_rows.size(1), gate_rows.size(2)});
     classifier.run(hidden.data<float>(), rows, floats_of(logits));
-    store_scalings(floats_of(logits), rows, temperature, gate_rows, slots.data<int64_t>());
-    return logits;
+    store_scalings(floats_of(logits), rows, temperature, floats_of(scalings), gate_rows, slots.data<int64_t>());
+    return {logits, scalings};
 }
 
 // rows [L] of hidden [T, H], those below `scaling_rows` as the draft head makes them; tensors U [R, H], b [R], D [H, R] -> [L, H]

@@ -12,7 +12,8 @@ import torch
 from service.contract.output import GateStats, StepOutput
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
-from service.engine.gate.report import GateObserver, ReportSpan
+from service.engine.gate.report import ReportSpan, gate_stats
+from service.engine.model_runner import OutOfMemory
 from service.engine.sequence import Sequence
 from service.model.gate_stats import summarise
 from tests.support.driver import Array, Engines, Run, greedy, run, sampled, words
@@ -196,15 +197,28 @@ def test_statistics_of_several_choices(engines: Engines, lookahead: bool) -> Non
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 15])
-def test_statistics_of_an_aborted_request(engines: Engines, steps: int) -> None:
-    """Nobody asked for rows, so several steps are read in one go: what was final counts, whenever it ends."""
+@pytest.mark.parametrize("shed", [False, True])
+def test_statistics_of_a_dropped_request(
+    engines: Engines, steps: int, shed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asked for rows, so several steps are read in one go: what was final counts, whenever it ends, and whether
+    its caller ends it or the memory.
+    """
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise OutOfMemory
+
     engine = engines.build(prefix_cache=False)
     engine.add(greedy("a", words(1, 12), 40))
     [sequence] = engine._sequences["a"]
     stats = [engine.step().stats.gate for _ in range(steps)]
     final = sequence.final
-    engine.abort("a")
-    stats.append(engine.report().stats.gate)
+    if shed:
+        monkeypatch.setattr(engine._runner, "run", run_out)
+        stats.append(engine.step().stats.gate)
+    else:
+        engine.abort("a")
+        stats.append(engine.report().stats.gate)
     assert sum(len(one.prompt_entropy + one.generated_entropy) for one in stats) == 4 * final
 
 
@@ -213,10 +227,7 @@ def test_phases_of_one_report() -> None:
     half, done = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "ab")
     scalings = torch.rand(7, 3, 4)
     summary = summarise(scalings)
-    observer = GateObserver(3)
-    observer.observe([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], scalings)
-    stats = observer.take_statistics()
-    assert observer.take_statistics() == GateStats(), "reported twice"
+    stats = gate_stats([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], summary)
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
     assert (half.usage.gate_positions, done.usage.gate_positions) == (0, 2)
@@ -228,23 +239,21 @@ def test_statistics_add_up_until_they_are_taken() -> None:
     """Several requests may be aborted between two steps."""
     scalings = torch.rand(7, 3, 4)
     sequence = Sequence.of(greedy("a", words(1, 3), 9), 0, 0.0)
-    observer, at_once = GateObserver(3), GateObserver(3)
-    at_once.observe([ReportSpan(sequence, 0, 7, 0)], scalings)
-    observer.observe([ReportSpan(sequence, 0, 3, 0)], scalings[:3])
-    observer.observe([ReportSpan(sequence, 3, 4, 0)], scalings[3:])
-    ours, theirs = observer.take_statistics(), at_once.take_statistics()
+    ours, theirs = GateStats(), gate_stats([ReportSpan(sequence, 0, 7, 0)], summarise(scalings))
+    ours.add(gate_stats([ReportSpan(sequence, 0, 3, 0)], summarise(scalings[:3])))
+    ours.add(gate_stats([ReportSpan(sequence, 3, 4, 0)], summarise(scalings[3:])))
     assert (ours.prompt_entropy, ours.generated_entropy) == (theirs.prompt_entropy, theirs.generated_entropy)
     assert ours.weight == pytest.approx(theirs.weight)
     assert ours.top1 == theirs.top1
     assert sequence.usage.gate_positions == 2 * 5
 
 
-def test_who_waits_to_be_read() -> None:
+def test_who_waits_to_be_read(engines: Engines) -> None:
     """Nobody at its first, at its end, or who asked for rows; others for a few steps, and not for ever."""
     first, later, asks, last = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "abcd")
     asks.request = replace(asks.request, return_scalings="mean")
     later.reported = asks.reported = last.reported = 20
-    observer = GateObserver(3)
+    observer = engines.build()._reporter
     assert observer.due([later, first, asks, last], [last]) == [first, asks, last]
     steps = next(step for step in range(100) if observer.due([later], []))
     assert 4 < steps < 64

@@ -14,7 +14,6 @@ from service.contract.request import Request, SamplingParams
 from service.contract.steering import GateWeight, Steering
 from service.engine.engine import Engine
 from service.engine.model_runner import OutOfMemory
-from service.engine.scheduler import Plan
 from tests.support.driver import Array, Engines, Key, greedy, run, sampled, words
 from tests.support.tiny import Tiny, Variant
 
@@ -197,7 +196,7 @@ def test_a_preempted_request_that_is_dropped_leaves_as_much(engines: Engines) ->
 def test_a_request_shed_for_memory_leaves_as_much(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, steps, text, final = begun(engines)
 
-    def run_out(_: Plan) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
         raise OutOfMemory
 
     monkeypatch.setattr(engine._runner, "run", run_out)

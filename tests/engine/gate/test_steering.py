@@ -22,7 +22,7 @@ from service.contract.errors import InvalidRequestError
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import GateWeight, Steering
 from service.engine.engine import Engine
-from service.engine.gate.steering import fixed_row
+from service.engine.gate.batch_gate import fixed_row
 from service.engine.sampler import SampleRow, sample
 from service.engine.sequence import Sequence
 from tests.engine.gate.test_gate_rows import assert_observed_once

@@ -29,14 +29,6 @@ from service.engine.loader import (
     read_checkpoint,
 )
 from service.engine.tensor_parallel.group import Group, check_options
-from service.engine.tensor_parallel.rank_messages import (
-    pack_batch,
-    pack_gate_rows,
-    unpack,
-    unpack_batch,
-    unpack_gate_rows,
-)
-from service.model.batch import AttentionGroup, Batch
 from tests.model.loading.test_families import FAMILIES, build
 from tests.support.driver import greedy, run, sampled, words
 from tests.support.waiting import PATIENCE_SECONDS
@@ -149,38 +141,6 @@ def test_families(pair: Pair, tmp_path: Path, family: str) -> None:
     assert_same(pair.engine(path), alone(path), requests(320))
 
 
-def test_a_step_survives_its_frame() -> None:
-    rows = torch.arange(42).view(6, 7)
-    tables = torch.tensor([[3, 4], [5, 6]]), torch.tensor([[1]])
-    groups = [
-        AttentionGroup(0, 2, 3, rows[1][:6].view(2, 3), tables[0], 8, True),
-        AttentionGroup(6, 1, 1, rows[1][6:].view(1, 1), tables[1], 1, False),
-    ]
-    batch = Batch(rows, 6, torch.tensor([6]), groups)
-    frame = pack_batch(batch)
-    again = unpack_batch(frame, torch.device("cpu"))
-    assert again is not None
-    assert unpack(frame) is None
-    assert torch.equal(again.rows, rows)
-    assert torch.equal(again.logit_rows, batch.logit_rows)
-    assert again.num_scaling_rows == 6
-    for ours, theirs in zip(again.groups, groups, strict=True):
-        assert torch.equal(ours.positions, theirs.positions)
-        assert torch.equal(ours.block_table, theirs.block_table)
-        fields = ("start", "segments", "queries", "keys", "needs_mask")
-        assert [getattr(ours, name) for name in fields] == [getattr(theirs, name) for name in fields]
-
-
-@pytest.mark.parametrize("count", [1, 2])  # an odd number of floats as well
-def test_gate_rows_survive_their_frame(count: int) -> None:
-    rows = torch.rand(count, 1, 3)
-    frame = pack_gate_rows([4, 2][:count], rows)
-    assert unpack_batch(frame, torch.device("cpu")) is None
-    slots, again = unpack_gate_rows(frame, rows.shape[1:], torch.device("cpu"))
-    assert slots.tolist() == [4, 2][:count]
-    assert torch.equal(again, rows)
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -213,9 +173,9 @@ def test_on_a_machine_with_gpus_each_rank_needs_one(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_rank_says_before_it_ends_is_passed_on(tmp_path: Path) -> None:
     group = Group(2)
-    [follower] = group._followers
+    [rank] = group._others
     try:
-        group.receive(follower)  # it has started
+        group.receive(rank)  # it has started
         group.load(EngineOptions(str(tmp_path / "nowhere"), tensor_parallel=2))
         with pytest.raises(EngineLostError, match=r"rank 1 of 2 failed: .*nowhere"):
             group.agree_on_blocks(1)
@@ -228,8 +188,8 @@ def test_a_killed_rank_ends_the_group_and_is_named(pair: Pair) -> None:
     engine = pair.engine(DEMO)
     engine.add(greedy("a", words(1, 20, 1000), 50))
     engine.step()
-    [follower] = pair.group._followers
-    os.kill(follower.process.pid, signal.SIGKILL)
+    [rank] = pair.group._others
+    os.kill(rank.process.pid, signal.SIGKILL)
     reason = "rank 1 of 2 was ended by SIGKILL, perhaps for want of memory"
     with pytest.raises(EngineLostError, match=reason):
         run(engine, [])

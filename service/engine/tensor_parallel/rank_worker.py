@@ -1,11 +1,11 @@
 """A rank of a tensor-parallel group other than rank 0: loads its shards, then runs the forwards it is told of.
 
-    python -m service.engine.tensor_parallel.follower FD RANK
+    python -m service.engine.tensor_parallel.rank_worker FD RANK
 
-FD is one end of a socket pair whose other end rank 0 holds (group.py). A follower samples nothing and knows no request:
-it keeps its shard of the keys and values, and the gate rows. Those of ordinary requests it computes itself: what is not
-split is computed by every rank from the same bits, because a sum over ranks has the same bits on all of them. Those of
-steered requests it is sent. When rank 0 ends, the socket closes, and a thread ends this process wherever it is.
+FD is one end of a socket pair whose other end rank 0 holds (group.py). It samples nothing and knows no request:
+it keeps its shard of the keys and values, and all gate rows: what is not split is computed by every rank from the same
+bits, because a sum over ranks has the same bits on all of them. When rank 0 ends, the socket closes, and a thread ends
+this process wherever it is.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
-
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.loader import load_checkpoint_and_model
 from service.engine.sizing import Sizes, allocate_cache, divide_memory, free_device_bytes, keep_freed_memory
 from service.engine.tensor_parallel.group import join_collectives
-from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch, unpack_gate_rows
+from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
 from service.model.xlora_model import XLoraModel
@@ -35,7 +33,7 @@ from service.model.xlora_model import XLoraModel
 logger = logging.getLogger(__name__)
 
 
-class Follower:
+class RankWorker:
     """One rank, on one connection."""
 
     def __init__(self, rank: int, connection: Connection) -> None:
@@ -78,16 +76,10 @@ class Follower:
         assert self._sizes is not None
         self._cache = allocate_cache(self._model, replace(self._sizes, num_blocks=blocks))
 
-    @torch.inference_mode()
     def _step(self, frame: bytes) -> None:
         assert self._model is not None
         assert self._cache is not None
-        batch = unpack_batch(frame, self._model.device)
-        if batch is not None:
-            self._model.forward(batch, self._cache)
-            return
-        gate_rows = self._cache.gate_rows
-        gate_rows.index_copy_(0, *unpack_gate_rows(frame, gate_rows.shape[1:], self._model.device))
+        self._model.forward(unpack_batch(frame, self._cache.gate_rows.shape[1:], self._model.device), self._cache)
 
     def _send(self, message: dict[str, Any]) -> None:
         self._connection.send_bytes(pack(message))
@@ -102,7 +94,7 @@ def main(argv: list[str]) -> int:
     connection = Connection(int(argv[1]))
     threading.Thread(target=_end_with, args=[connection.fileno()], daemon=True).start()
     try:
-        Follower(rank, connection).run()
+        RankWorker(rank, connection).run()
     except (EOFError, ConnectionError):
         return 0
     except XLoraError as error:

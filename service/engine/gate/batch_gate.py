@@ -1,0 +1,93 @@
+"""What a batch says of the gate where requests or an operator want it otherwise than the checkpoint has it.
+
+A fixed gate is one given row, in the real stream's slot of position 0. A dummy row of a request's own lies in the
+scaling stream's slot of position 0, whose gate row has no other use: it comes and goes with the stream, and cached
+blocks bring it along. Everything else is parameters of single rows.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from service.contract.checks import layer_of
+from service.contract.steering import GateWeight
+from service.engine.scheduler import ScheduledSequence
+from service.engine.sequence import Sequence
+from service.model.batch import GateParameters, GivenGateRows
+from service.model.kv_cache import KVCache
+from service.model.transfer import to_device
+
+
+def dummy_slot(kv_cache: KVCache, sequence: Sequence) -> int:
+    """Where the gate row of a sequence's scaling pass is."""
+    if sequence.gate.dummy_row is None:
+        return kv_cache.dummy_slot
+    return sequence.scaling.blocks[0] * kv_cache.block_size
+
+
+def given_rows(
+    scheduled: Iterable[ScheduledSequence], kv_cache: KVCache, sites: SequenceOf[str]
+) -> GivenGateRows | None:
+    """The gate rows of streams that begin in this step and bring their own; None where there are none."""
+    stored_sites, experts = kv_cache.gate_rows.shape[1:]
+    slots: list[int] = []
+    rows: list[Tensor] = []
+    for one in scheduled:
+        sequence = one.sequence
+        steering, dummy_row = sequence.request.steering, sequence.gate.dummy_row
+        if steering is not None and steering.weights is not None and one.real_count and one.real_start == 0:
+            slots.append(sequence.real.blocks[0] * kv_cache.block_size)
+            rows.append(torch.tensor(fixed_row(steering.weights, sites[:stored_sites], experts)))
+        if dummy_row is not None and one.scaling_count and one.scaling_start == 0:
+            slots.append(dummy_slot(kv_cache, sequence))
+            rows.append(torch.frombuffer(bytearray(dummy_row), dtype=torch.float32).view(stored_sites, experts))
+    if not slots:
+        return None
+    device = kv_cache.gate_rows.device
+    return GivenGateRows(to_device(slots, device), torch.stack(rows).to(device))
+
+
+def parameters(
+    scheduled: Iterable[ScheduledSequence], rows: int, experts: int, device: torch.device
+) -> GateParameters | None:
+    """How each of a batch's rows wants its gate; None where all want the checkpoint's."""
+    temperature, top_k, weight = [0.0] * rows, [0] * rows, [1.0] * rows
+    excluded = bytearray(rows * experts)
+    found = False
+    for one in scheduled:
+        steering, factor = one.sequence.request.steering, one.sequence.gate.weight
+        if factor != 1.0:
+            found = True
+            weight[one.real_row : one.real_row + one.real_count] = [factor] * one.real_count
+        if steering is None or steering.weights is not None:
+            continue
+        found = True
+        left_out = bytes(steering.only is not None and expert not in steering.only for expert in range(experts))
+        first, count = one.scaling_row, one.scaling_count
+        temperature[first : first + count] = [steering.temperature or 0.0] * count
+        top_k[first : first + count] = [steering.top_k or 0] * count
+        excluded[first * experts : (first + count) * experts] = left_out * count
+    if not found:
+        return None
+    return GateParameters(
+        to_device(temperature, device, torch.float32),
+        to_device(array("q", top_k), device),
+        torch.frombuffer(excluded, dtype=torch.bool).view(rows, experts).to(device),
+        to_device(weight, device, torch.float32),
+    )
+
+
+def fixed_row(weights: SequenceOf[GateWeight], sites: SequenceOf[str], experts: int) -> list[list[float]]:
+    """A fixed gate as a row [S, E]."""
+    row = [[0.0] * experts for _ in sites]
+    layers = [layer_of(site) for site in sites]
+    for weight in weights:
+        for site, layer in zip(row, layers, strict=True):
+            if weight.layers is None or (layer is not None and weight.layers[0] <= layer <= weight.layers[1]):
+                site[weight.expert] = weight.weight
+    return row
