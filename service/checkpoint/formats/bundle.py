@@ -28,16 +28,6 @@ from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import LoraWeights
 from service.checkpoint.weights.tensors import WeightFile, WeightHasher, read_header
 
-__all__ = [
-    "Checkpoint",
-    "ClassifierWeights",
-    "DraftHeadWeights",
-    "Expert",
-    "LoraWeights",
-    "WeightFile",
-    "load_checkpoint",
-]
-
 NO_OVERRIDES = Overrides()
 InspectBase = Callable[[BaseModel], Any]
 
