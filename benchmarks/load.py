@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import ROOT, emit, print_row
 from service.checkpoint import XLoraConfig, write_bundle
-from service.checkpoint.formats.convert import write_adapter
+from service.checkpoint.formats.writer import write_adapter
 from tests.support.bundles import make_tokenizer
 
 HIDDEN, EXPERTS, TARGETS = 1024, ("math", "code", "bio", "tales"), ("q_proj", "v_proj")
@@ -49,7 +49,7 @@ samples.append(anonymous())
 print(json.dumps({{"seconds": seconds, "peak_anonymous_bytes": max(samples) - samples[0]}}))
 """
 OURS = SIDE.format(
-    imports="from service.checkpoint import load_checkpoint\nfrom service.model.xlora_model import load_model",
+    imports="from service.checkpoint import load_checkpoint\nfrom service.model.loading.passes import load_model",
     load="model = load_model(load_checkpoint(path), device=torch.device(device), dtype=dtype)",
 )
 PEFT = SIDE.format(

@@ -21,7 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import DEMO, emit, print_row
 from service.checkpoint import load_checkpoint
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.loading.passes import load_model
+from service.model.xlora_model import XLoraModel
 from tests.support.tiny import CPU, run_once
 
 

@@ -1,19 +1,25 @@
-"""The base model's folder, as far as the checkpoint must know it: config.json, tensor shapes, what ends a text.
+"""The base model's folder, as far as the checkpoint must know it: config.json, tensor shapes, what ends a text, and
+whether tokenizer and chat template open as serving opens them.
 
-Knows files and shapes. Does not know transformers or any architecture, and loads no weights.
+Knows files, shapes and names of fields, whatever the family: what the fields mean together is for the model to say. It
+does not know transformers or any architecture, and loads no weights.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint.base_config import check_base_config, read_token_ids
-from service.checkpoint.defects import Defects, defect, shorten
-from service.checkpoint.tokenizer import check_tokenizer
+from tokenizers import Tokenizer
+
+from service.chat_template import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate
+from service.checkpoint.defects import Defects, defect, naming, shorten
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.tensors import TensorFile, read_header
 
@@ -24,6 +30,19 @@ HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 MAX_SHARDS = 10_000
 # transformers would load these instead of the files that are checked here.
 SUBSTITUTES = ("adapter_config.json", "shard-*-model-*.safetensors")
+DTYPES = ("float32", "bfloat16", "float16")
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+# Numbers of modules, which are built one by one; widths are not among them, and neither are positions.
+MODULE_COUNT = re.compile(r"num_\w+|\w+_(layers|experts|heads)|n_(head|\w+_experts)")
+MAX_LAYERS = 1000  # building one costs a millisecond or two; the deepest models have 130
+MOST_MODULES = 4096  # of one kind, where the weights have neither so many tensors nor one so long
+REFUSED_FIELDS = {
+    "quantization_config": "use the model's float32, float16 or bfloat16 weights",
+    "transformers_weights": "the weights are model.safetensors, or what its index names",
+    "fusion_config": "it changes what the modules compute",
+}
+LAYER_NUMBER = re.compile(r"(.*?)\.(\d+)\.")
+FAST_TOKENIZER = "save the base with a fast tokenizer: AutoTokenizer(...).save_pretrained"
 
 
 @dataclass(frozen=True)
@@ -136,3 +155,80 @@ def _read_shards(root: BundleRoot, path: Path, defects: Defects) -> tuple[tuple[
             if missing:
                 raise defect(file.path, f"missing tensor {shorten(missing)}, which {INDEX_FILE} expects here")
     return tuple(files), len(files) == len(shards)
+
+
+def stored_dtype(base: Path) -> str:
+    """What config.json says that the base's weights are, as torch names it."""
+    config = json.loads((base / "config.json").read_text())
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def check_base_config(
+    config: Mapping[str, Any], source: Path, shapes: Mapping[str, tuple[int, ...]], defects: Defects
+) -> None:
+    """Reports what no weights of these `shapes` can fill, before anything is built that is as large as the numbers."""
+    layers = min(_most_layers(shapes), MAX_LAYERS)
+    longest = max((size for shape in shapes.values() for size in shape), default=0)
+    modules = max(len(shapes), longest, MOST_MODULES)
+    for name, value in _fields(config):
+        field = name.rpartition(".")[2]
+        if field in REFUSED_FIELDS and value:
+            defects.add(defect(source, f"{name}: expected none, found {value!r:.80}", REFUSED_FIELDS[field]))
+        elif field in ("dtype", "torch_dtype") and value not in (None, *DTYPES):
+            defects.add(defect(source, f"{name}: expected {', '.join(DTYPES)}, found {value!r:.80}"))
+        elif field.endswith(("_eps", "_epsilon")) and isinstance(value, int | float) and value < 0:
+            defects.add(defect(source, f"{name}: expected at least 0, found {value!r:.80}"))
+        elif isinstance(value, int | float) and MODULE_COUNT.fullmatch(field):
+            most = layers if field in LAYER_COUNTS else modules
+            if value > most:
+                problem = f"{name}: expected at most {most}, which the weights can fill, found {value!r:.40}"
+                defects.add(defect(source, problem))
+
+
+def read_token_ids(value: Any, source: Path, vocabulary: int | None) -> tuple[int, ...]:
+    """`eos_token_id` as a tuple: an id, several, or none. Raises CheckpointError for what is no token's id."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for id in ids:
+        if type(id) is not int or id < 0 or (vocabulary is not None and id >= vocabulary):
+            expected = "token ids" if vocabulary is None else f"token ids from 0 to {vocabulary - 1}"
+            raise defect(source, f"eos_token_id: expected {expected}, found {id!r:.80}")
+    return tuple(ids)
+
+
+def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every field at any depth, by its dotted name."""
+    pending: list[tuple[str, Any]] = [("", config)]
+    while pending:
+        prefix, section = pending.pop()
+        for key, value in section.items():
+            yield prefix + key, value
+            if isinstance(value, dict):
+                pending.append((f"{prefix}{key}.", value))
+
+
+def _most_layers(names: Collection[str]) -> int:
+    """The longest list of layers: different first numbers after the same beginning of a name."""
+    numbers: dict[str, set[str]] = {}
+    for name in names:
+        if match := LAYER_NUMBER.match(name):
+            numbers.setdefault(match[1], set()).add(match[2])
+    return max(map(len, numbers.values()), default=0)
+
+
+def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> None:
+    """Reports a tokenizer.json or a chat template that serving could not open."""
+    with defects.guard():
+        path = root.file(folder / "tokenizer.json", FAST_TOKENIZER)
+        root.json(path)
+        with naming(path, "no tokenizer", FAST_TOKENIZER):
+            Tokenizer.from_file(str(path))
+    with defects.guard():
+        _check_chat_template(root, folder)
+
+
+def _check_chat_template(root: BundleRoot, folder: Path) -> None:
+    config_path, template_path = folder / CONFIG_FILE, folder / TEMPLATE_FILE
+    config = root.json(config_path) if config_path.exists() else {}
+    text = root.text(template_path) if template_path.exists() else None
+    with naming(config_path if text is None else template_path, "no chat template"):
+        ChatTemplate.of(config, text)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from service.checkpoint.config import IGNORED_FIELDS, XLoraConfig
 from service.checkpoint.defects import Defects, defect
-from service.checkpoint.formats.convert import expert_folder, staged, write_adapter
-from service.checkpoint.formats.writer import write_bundle
+from service.checkpoint.formats.writer import expert_folder, staged, write_adapter, write_bundle
 from service.checkpoint.weights.lora import check_adapter_config, ranks_and_scales
 
 SOURCE = Path("model")  # what errors name

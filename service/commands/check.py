@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     gpu_bytes = _gpu_bytes(arguments)
     overrides = Overrides.parse(settings.base, settings.expert, settings.ordering, settings.gate_relu)
     checkpoint, problems = examine(
-        arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_check_base
+        arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_inspect_base
     )
     for problem in problems:
         print_error(problem)
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     return _verify(checkpoint, arguments.directory, settings) if arguments.verify else 0
 
 
-def _check_base(base: BaseModel) -> None:
-    _skeleton().check_base(base)
+def _inspect_base(base: BaseModel) -> Any:
+    return _skeleton().inspect_base(base)
 
 
 def _skeleton() -> ModuleType:
@@ -79,7 +80,7 @@ def _gpu_bytes(arguments: argparse.Namespace) -> int | None:
 
 def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes: int | None) -> None:
     """Prints the plan for the GPU that was described, or for the device that serve would take here."""
-    loader, plan = map(importlib.import_module, ("service.engine.loader", "service.tools.memory_plan"))
+    sizing, plan = map(importlib.import_module, ("service.engine.sizing", "service.tools.memory_plan"))
     options = EngineOptions(
         model=directory,
         dtype=settings.dtype,
@@ -91,16 +92,16 @@ def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes:
         quantization=settings.quantization,
     )
     if gpu_bytes is None:
-        gpu_bytes = loader.free_device_bytes(loader.resolve_device(settings.device))
+        gpu_bytes = sizing.free_device_bytes(sizing.resolve_device(settings.device))
     found = plan.plan_memory(checkpoint, options, gpu_bytes)
     sys.stdout.write(f"{plan.describe_plan(found)}\n")
 
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     """Prints the largest differences; 1 where they are more than rounding."""
-    loader, verification = map(importlib.import_module, ("service.engine.loader", "service.tools.verify"))
-    device = loader.resolve_device(settings.device)
-    dtype = loader.resolve_dtype(settings.dtype, checkpoint, device)
+    sizing, verification = map(importlib.import_module, ("service.engine.sizing", "service.tools.verify"))
+    device = sizing.resolve_device(settings.device)
+    dtype = sizing.resolve_dtype(settings.dtype, checkpoint, device)
     with Console(stderr=True).status("loading") as status:
         options = verification.verify_options(directory)
         found = verification.verify(checkpoint, options, device, dtype, status.update)

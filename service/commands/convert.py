@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.formats.convert import convert
+from service.checkpoint.formats.writer import convert
 from service.cli import given_settings
-from service.model.loading.skeleton import check_base, traversal_sites
+from service.model.loading.skeleton import inspect_base, traversal_sites
 from service.settings import load_settings
 
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.source,
             overrides=overrides,
             allow_outside=settings.allow_outside,
-            inspect_base=check_base,
+            inspect_base=inspect_base,
             on_progress=status.update,
         )
         convert(

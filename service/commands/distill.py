@@ -16,7 +16,7 @@ from service.checkpoint.formats.writer import add_draft_head
 from service.cli import given_settings
 from service.contract.errors import CheckpointError, SettingsError
 from service.contract.options import EngineOptions
-from service.model.loading.skeleton import check_base
+from service.model.loading.skeleton import inspect_base
 from service.settings import load_settings
 from service.tools.distill import distill
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
             folder,
             overrides=Overrides.parse(settings.base, [], None),
             allow_outside=settings.allow_outside,
-            inspect_base=check_base,
+            inspect_base=inspect_base,
             on_progress=status.update,
         )
         if checkpoint.layout != "bundle" or not folder.is_dir():

@@ -1,11 +1,11 @@
-"""From options to a running Engine: load the checkpoint, build the model, divide the memory."""
+"""From options to a running Engine: load the checkpoint, build the model, put the parts together."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,32 +14,35 @@ from transformers.utils.logging import disable_progress_bar
 
 from service import __version__, native
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
-from service.checkpoint.base_config import stored_dtype
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import SettingsError, StartupError, XLoraError
+from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.gate.report import GateReporter
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
+from service.engine.sizing import (
+    Sizes,
+    allocate_cache,
+    divide_memory,
+    free_device_bytes,
+    keep_freed_memory,
+    resolve_device,
+    resolve_dtype,
+)
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
-from service.model.kv_cache import KVCache, KVLayout
 from service.model.loading.parallel_plan import Ranks
-from service.model.loading.skeleton import check_base, check_divisible
+from service.model.loading.passes import load_model
+from service.model.loading.skeleton import check_divisible, inspect_base
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.xlora_model import XLoraModel
 
-_MIB = 1 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
-_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
 _ROW_COST = {"cpu": 0.08, "cuda": 0.007}
 _MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
-CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
 def load_engine(
@@ -53,8 +56,7 @@ def load_engine(
     machine that is too small. `on_lost` is called, from another thread, when a process of the group has ended.
     """
     if options.tensor_parallel == 1:
-        model, checkpoint = load_checkpoint_and_model(options, on_progress)
-        return build_engine(model, checkpoint, options, on_progress=on_progress)
+        return build_engine(*load_checkpoint_and_model(options, on_progress), options, on_progress=on_progress)
     check_options(options)
     on_progress(f"starting {options.tensor_parallel} ranks")
     group = Group(options.tensor_parallel, on_lost)
@@ -106,7 +108,7 @@ def read_checkpoint(
         overrides=overrides,
         allow_outside=options.allow_outside,
         verify_hashes=verify_hashes,
-        inspect_base=check_base,
+        inspect_base=inspect_base,
         on_progress=on_progress,
     )
 
@@ -148,23 +150,20 @@ def build_engine(
     Native kernels may still have to be compiled, which is waited for or not; then `on_progress` may be called later,
     from another thread.
     """
-    max_model_len = resolve_max_model_len(options.max_model_len, model)
     keep_freed_memory()
-    layout = model.kv_layout(options.block_size)
-    num_blocks = plan_blocks(layout, max_model_len, options, free_device_bytes(model.device))
+    sizes = divide_memory(model, options, model.device, free_device_bytes(model.device))
     if group is not None:
-        num_blocks = group.agree_on_blocks(num_blocks)
-    max_rows = resolve_batched_tokens(options, model.device)
-    kv_cache = allocate_cache(model, num_blocks, options.block_size)
+        sizes = replace(sizes, num_blocks=group.agree_on_blocks(sizes.num_blocks))
+    kv_cache = allocate_cache(model, sizes)
     runner = ModelRunner(model, kv_cache)
     if group is not None:
         runner.step = Leader(model, group)
     elif model.device.type == "cuda" and options.cuda_graphs:
-        runner.step = capture_steps(runner, options.max_num_seqs, max_model_len)
+        runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
     scheduler = Scheduler(
-        BlockManager(num_blocks, options.block_size),
+        BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=max_rows,
+        max_num_batched_tokens=sizes.max_rows,
         lookahead=options.lookahead,
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
@@ -172,17 +171,12 @@ def build_engine(
         max_scored_rows=max(1, _MAX_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
-    info = _engine_info(model, checkpoint, options, layout, num_blocks, max_model_len, max_rows)
+    info = _engine_info(model, checkpoint, options, sizes)
     grammars = Grammars(GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids))
     if uses_native(options, model.device, model.dtype):
         cache = Path(options.native_cache).expanduser()
         native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
     return Engine(runner, GateReporter(kv_cache, model.classifier, len(model.sites)), scheduler, info, grammars)
-
-
-def allocate_cache(model: XLoraModel, num_blocks: int, block_size: int) -> KVCache:
-    """The pool of a model."""
-    return KVCache.allocate(model.kv_layout(block_size), num_blocks, model.dummy_row)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
@@ -193,40 +187,6 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
     )
     steps.warm_up()
     return steps
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, where the C library is glibc.
-
-    A step frees and takes the same megabytes of activations again; handed back to the kernel in between they cost a
-    page fault per 4 KiB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the largest there is
-        mallopt(_M_TRIM_THRESHOLD, 1024 * _MIB)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises SettingsError for a device this machine has not."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices", hint="use --device cpu"
-        )
-    return device
-
-
-def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU (exact, and no slower there) and the base's own on CUDA."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else stored_dtype(checkpoint.base_path)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise SettingsError(f"dtype {name!r} is not one of {', '.join(dtypes)}", hint="set --dtype")
-    return dtypes[name]
 
 
 def uses_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
@@ -243,59 +203,7 @@ def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOp
     return native.expect_bfloat16(model, checkpoint)
 
 
-def resolve_max_model_len(wanted: int | None, model: XLoraModel) -> int:
-    """The context in tokens. Raises SettingsError above what the base was made for."""
-    limit: int = model.config.get_text_config().max_position_embeddings
-    if wanted is not None and wanted > limit:
-        raise SettingsError(f"--max-model-len {wanted} is over the base model's max_position_embeddings {limit}")
-    return wanted or limit
-
-
-def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
-    """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
-    decoding needs when every slot is taken.
-    """
-    return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
-
-
-def free_device_bytes(device: torch.device) -> int | None:
-    """What is free on a GPU now; None on a CPU, whose memory others share."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def plan_blocks(layout: KVLayout, max_model_len: int, options: EngineOptions, free_bytes: int | None) -> int:
-    """How many KV blocks fit the budget, and never more than max_num_seqs requests of full length could use.
-
-    `free_bytes` of a GPU once the weights are loaded, None on a CPU. Raises StartupError when not even one request of
-    max_model_len fits.
-    """
-    one = layout.blocks_for(max_model_len)
-    most = one * options.max_num_seqs
-    budget = options.kv_memory_bytes
-    if budget is None and free_bytes is not None:
-        budget = int(free_bytes * CUDA_KV_SHARE)
-    if budget is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        budget = min(max(_CPU_KV_BYTES, one * layout.block_bytes), memory)
-    blocks = min(most, budget // layout.block_bytes)
-    if blocks < one:
-        raise StartupError(
-            f"one request of {max_model_len} tokens needs {one * layout.block_bytes / _MIB:.0f} MiB of KV memory "
-            f"(two streams), and there are {budget / _MIB:.0f} MiB",
-            hint="raise --kv-memory or lower --max-model-len",
-        )
-    return blocks
-
-
-def _engine_info(
-    model: XLoraModel,
-    checkpoint: Checkpoint,
-    options: EngineOptions,
-    layout: KVLayout,
-    num_blocks: int,
-    max_model_len: int,
-    max_rows: int,
-) -> EngineInfo:
+def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, sizes: Sizes) -> EngineInfo:
     device = str(model.device)
     if model.device.type == "cuda":
         device = f"{device} ({torch.cuda.get_device_name(model.device)})"
@@ -312,12 +220,12 @@ def _engine_info(
         dummy_row=model.dummy_row.expand(len(model.sites), -1).tolist(),
         vocab_size=model.config.get_text_config().vocab_size,
         eos_token_ids=list(checkpoint.eos_token_ids),
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=max_rows,
+        max_num_batched_tokens=sizes.max_rows,
         block_size=options.block_size,
-        kv_blocks_total=num_blocks,
-        kv_bytes=num_blocks * layout.block_bytes,
+        kv_blocks_total=sizes.num_blocks,
+        kv_bytes=sizes.num_blocks * sizes.layout.block_bytes,
         weights_sha256=checkpoint.weights_sha256,
         versions={
             "service": __version__,

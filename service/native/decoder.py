@@ -6,24 +6,23 @@
     logits = head(norm(x))
 
 Which decoders compute that shows in what they return, not in their names: one is run on a few tokens, at positions up
-to the last it knows, with its own modules and an attention that only writes down how it was called, and compared with
-the formula to the bit. A decoder that does anything else is none of these.
+to the last it knows, with its own weights and the probe's attention, and compared with the formula to the bit. A
+decoder that does anything else is none of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
-from service.model.attention.paged import ATTENTION
-from service.model.linear import XLoraLinear
-from service.model.targets import XLoraHead, is_plain_linear
+from service.model.adapted import AdaptedModule
+from service.model.loading.probe import mixed, probe
+from service.model.targets import is_plain_linear
 from service.model.xlora_model import XLoraModel
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -31,10 +30,9 @@ LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"
 LAYER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
 _OPTIONAL = {"q_norm", "k_norm", "act_fn"}
-_PROBE = "xlora_native_probe"
 _NO_TENSOR = torch.empty(0)
 
-Linear = XLoraLinear | XLoraHead | nn.Linear
+Linear = AdaptedModule | nn.Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Layer:
     inner_norm: Norm  # before the MLP
     query_norm: Norm | None
     key_norm: Norm | None
-    linears: Sequence[XLoraLinear | nn.Linear]  # LAYER_LINEARS
+    linears: Sequence[Linear]  # LAYER_LINEARS
     head_dim: int
 
     def formula(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,7 +77,7 @@ class Layer:
 
         n = self.input_norm(x)
         query, key = heads(q_proj(n), self.query_norm), heads(k_proj(n), self.key_norm)
-        attended = _mixed(_rotated(query, cos, sin), _rotated(key, cos, sin), heads(v_proj(n), None))
+        attended = mixed(_rotated(query, cos, sin), _rotated(key, cos, sin), heads(v_proj(n), None))
         h = x + o_proj(attended.reshape(1, x.shape[1], -1))
         m = self.inner_norm(h)
         y: Tensor = h + down_proj(F.silu(gate_proj(m)) * up_proj(m))
@@ -91,7 +89,7 @@ class Layer:
         tensors: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
         for linear in self.linears:
             tensors += [linear.weight, linear.bias]
-            tensors += [linear.lora_a, linear.lora_b_t] if isinstance(linear, XLoraLinear) else [None, None]
+            tensors += [linear.lora_a, linear.lora_b_t] if isinstance(linear, AdaptedModule) else [None, None]
         return [_NO_TENSOR if tensor is None else tensor for tensor in tensors]
 
 
@@ -143,64 +141,34 @@ class Decoder:
         return [*(linear for layer in self.layers for linear in layer.linears), self.head]
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """How a layer called attention."""
-
-    layer: int | None
-    scaling: float | None
-    window: int | None
-    softcap: float | None
-
-
 @torch.inference_mode()
 def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
-    """The decoder with how its layers attend, if it computes the formula."""
+    """The decoder with how its layers attend, if it computes the formula. Its own weights are run, not its skeleton:
+    what it computes shows in values only.
+    """
     config = model.config.get_text_config()
     last = max(1, config.max_position_embeddings - 1)
     positions = torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
     ids = (positions * 7919 + torch.arange(len(positions))) % config.vocab_size
-    calls: list[_Call] = []
     model.gate.clear()
     model.gate.logit_rows = positions
-    AttentionInterface.register(_PROBE, _recording(calls))
-    model.causal_lm.set_attn_implementation(_PROBE)
     try:
-        theirs = model.causal_lm(input_ids=ids[None], position_ids=positions[None], use_cache=False, batch=None).logits
+        found = probe(model.causal_lm, ids, positions, batch=None)
         ours = decoder.formula(ids[None], positions[None])
     except Exception:  # whatever it is made of, it is not this
         return None
     finally:
-        model.causal_lm.set_attn_implementation(ATTENTION)
         model.gate.clear()
-    in_order = [call.layer for call in calls] == list(range(len(decoder.layers)))
-    alike = len({call.scaling for call in calls}) == 1 and all(call.softcap is None for call in calls)
-    if not in_order or not alike or not torch.equal(ours, theirs):
+    in_order = [call.layer for call in found.calls] == list(range(len(decoder.layers)))
+    alike = len({call.scaling for call in found.calls}) == 1 and all(call.softcap is None for call in found.calls)
+    if not in_order or not alike or not torch.equal(ours, found.logits):
         return None
-    scaling = decoder.layers[0].head_dim ** -0.5 if calls[0].scaling is None else calls[0].scaling
-    return Decoder(
-        *(decoder.embed, decoder.rotary, decoder.layers, decoder.norm, decoder.head),
-        *(scaling, [call.window or 0 for call in calls]),
+    scaling = found.calls[0].scaling
+    return replace(
+        decoder,
+        scaling=decoder.layers[0].head_dim ** -0.5 if scaling is None else scaling,
+        windows=[call.window or 0 for call in found.calls],
     )
-
-
-def _recording(calls: list[_Call]) -> Callable[..., tuple[Tensor, None]]:
-    """An attention that mixes a row's own query, key and value, and writes down how it was called."""
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any
-    ) -> tuple[Tensor, None]:
-        layer = getattr(module, "layer_idx", None)
-        calls.append(_Call(layer, how.get("scaling"), how.get("sliding_window"), how.get("softcap")))
-        return _mixed(query, key, value), None
-
-    return attention
-
-
-def _mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[1, T, heads, head_dim]"""
-    each = query.shape[1] // key.shape[1]
-    return (query * key.repeat_interleave(each, 1) + value.repeat_interleave(each, 1)).transpose(1, 2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -223,7 +191,7 @@ def _layer(layer: nn.Module) -> Layer | None:
     found = {name: norm for name, norm in norms.items() if norm is not None}
     if len(found) < len(norms) or len({norm.eps for norm in found.values()}) > 1:
         return None
-    if not all(_is_linear(linear) and not isinstance(linear, XLoraHead) for linear in linears):
+    if not all(_is_linear(linear) and not getattr(linear, "is_head", False) for linear in linears):
         return None
     head_dim = getattr(parts["self_attn"], "head_dim", None)
     if not isinstance(head_dim, int):
@@ -234,9 +202,10 @@ def _layer(layer: nn.Module) -> Layer | None:
 
 def _is_linear(module: object) -> bool:
     """A linear, adapted or not, whose tensors are float32 without gaps."""
-    is_known = isinstance(module, XLoraLinear | XLoraHead) or (
-        isinstance(module, nn.Linear) and is_plain_linear(module)
-    )
+    if isinstance(module, AdaptedModule):
+        is_known = module.base is None
+    else:
+        is_known = isinstance(module, nn.Linear) and is_plain_linear(module)
     if not is_known or not isinstance(module, nn.Module):
         return False
     tensors = (*module.parameters(), *module.buffers())

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from service.model import gate_rows
+from service.model.adapted import AdaptedModule
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
-from service.model.linear import XLoraLinear
 from service.model.steps.step import ForwardOutput
-from service.model.targets import XLoraHead
 from service.model.xlora_model import XLoraModel
 from service.native import operators
 from service.native.decoder import Decoder
@@ -28,7 +27,7 @@ class NativeStep:
         self._tensors = [tensor for layer in decoder.layers for tensor in layer.tensors()]
         linears = [linear for layer in decoder.layers for linear in layer.linears]
         self._gate_offsets = [
-            self._gate.offset(linear.site) if isinstance(linear, XLoraLinear) else 0 for linear in linears
+            self._gate.offset(linear.site) if isinstance(linear, AdaptedModule) else 0 for linear in linears
         ]
         self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
 
@@ -84,7 +83,7 @@ class NativeStep:
             seen = hidden.index_select(0, rows)
         else:
             seen = operators.drafting(hidden, rows, batch.num_scaling_rows, draft_head.tensors)
-        if isinstance(head, XLoraHead) and self._gate.active:
+        if isinstance(head, AdaptedModule) and self._gate.active:
             return operators.linear(seen, head.weight, head.bias, head.lora_a, head.lora_b_t, head.weights_of_rows())
         return operators.linear(seen, head.weight, head.bias)
 

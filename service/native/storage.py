@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import Checkpoint
-from service.checkpoint.base_config import stored_dtype
-from service.model.linear import XLoraLinear
-from service.model.targets import XLoraHead
+from service.checkpoint.base import stored_dtype
+from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native.decoder import Decoder, Linear
 
@@ -36,7 +35,7 @@ def keep_bfloat16(decoder: Decoder, linears: list[Linear]) -> None:
     for linear in linears:
         linear.weight = nn.Parameter(linear.weight.to(torch.bfloat16), requires_grad=False)
     for linear in decoder.linears:
-        if isinstance(linear, XLoraLinear | XLoraHead) and _survives(linear.lora_a) and _survives(linear.lora_b_t):
+        if isinstance(linear, AdaptedModule) and _survives(linear.lora_a) and _survives(linear.lora_b_t):
             linear.lora_a, linear.lora_b_t = linear.lora_a.to(torch.bfloat16), linear.lora_b_t.to(torch.bfloat16)
 
 
@@ -49,7 +48,7 @@ def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
     for linear in decoder.linears:
         if linear.weight is not tied and stored_dtype(checkpoint.base_path) == "bfloat16":
             tensors.append(linear.weight)
-        if isinstance(linear, XLoraLinear | XLoraHead) and _are_bfloat16(checkpoint, model.sites[linear.site]):
+        if isinstance(linear, AdaptedModule) and _are_bfloat16(checkpoint, model.sites[linear.site]):
             tensors += [linear.lora_a, linear.lora_b_t]
     return tensors
 

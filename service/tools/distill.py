@@ -23,7 +23,8 @@ from service.checkpoint import Checkpoint, DraftHeadWeights
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
-from service.engine.loader import build_engine, load_model_of, resolve_device, resolve_dtype
+from service.engine.loader import build_engine, load_model_of
+from service.engine.sizing import resolve_device, resolve_dtype
 from service.model.draft_head import DraftHead
 from service.tools.two_pass import TwoPassModel
 

@@ -15,19 +15,14 @@ from torch import Tensor, nn
 from service.checkpoint import Checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
-from service.engine.loader import (
-    CUDA_KV_SHARE,
-    allocate_cache,
-    expect_bfloat16,
-    plan_blocks,
-    resolve_dtype,
-    resolve_max_model_len,
-)
+from service.engine.loader import expect_bfloat16
+from service.engine.sizing import CUDA_KV_SHARE, allocate_cache, divide_memory, resolve_dtype
+from service.model.loading.passes import outline_model
 from service.model.loading.quantised import QuantisedLinear
-from service.model.xlora_model import XLoraModel, outline_model
+from service.model.xlora_model import XLoraModel
 
 _GIB, _MIB, _KIB = 1 << 30, 1 << 20, 1 << 10
-_EXPERT_BUFFERS = ("lora_a", "lora_a_t", "lora_b_t")
+_EXPERT_BUFFERS = ("lora_a", "lora_b_t")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +84,10 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     model = outline_model(checkpoint, dtype=dtype, quantization=options.quantization)
-    max_model_len = resolve_max_model_len(options.max_model_len, model)
     halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
     weights = weight_bytes(model, halved)
-    layout = model.kv_layout(options.block_size)
     free_bytes = None if gpu_bytes is None else _free_after(weights.total, gpu_bytes)
-    num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
+    sizes = divide_memory(model, options, device, free_bytes)
     plan = MemoryPlan(
         device=device.type,
         dtype=_name(dtype),
@@ -102,14 +95,14 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         quantization=options.quantization,
         gpu_bytes=gpu_bytes,
         weights=weights,
-        max_model_len=max_model_len,
+        max_model_len=sizes.max_model_len,
         max_num_seqs=options.max_num_seqs,
         block_size=options.block_size,
-        kv_slot_bytes=layout.kv_slot_bytes,
-        gate_row_bytes=layout.gate_row_bytes,
-        num_blocks=num_blocks,
-        blocks_per_request=layout.blocks_for(max_model_len),
-        pool_bytes=allocate_cache(model, num_blocks, options.block_size).bytes,
+        kv_slot_bytes=sizes.layout.kv_slot_bytes,
+        gate_row_bytes=sizes.layout.gate_row_bytes,
+        num_blocks=sizes.num_blocks,
+        blocks_per_request=sizes.layout.blocks_for(sizes.max_model_len),
+        pool_bytes=allocate_cache(model, sizes).bytes,
         loading_bytes=weight_bytes(model).total,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from service.checkpoint import Checkpoint, Expert
 from service.model.classifier import Classifier
-from service.model.loading.family import read_config
-from service.model.xlora_model import resolve_sites
+from service.model.loading.skeleton import read_config
+from service.model.targets import resolve_sites
 
 
 class TwoPassModel:

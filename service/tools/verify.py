@@ -17,7 +17,7 @@ from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.loader import build_engine
-from service.model.xlora_model import load_model
+from service.model.loading.passes import load_model
 from service.tools.two_pass import TwoPassModel
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_ROWS = 24, 16, 10

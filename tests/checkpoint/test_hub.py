@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.hub import is_hub_id, same_repository
+from service.checkpoint.sources import is_hub_id, same_repository
 from service.contract.errors import CheckpointError
 from tests.checkpoint.formats.test_layouts import FIXTURES, ORIGINAL, assert_equals_live
 from tests.support.damage import set_json

@@ -13,7 +13,7 @@ import pytest
 
 from service.checkpoint import find_problems, load_checkpoint
 from service.checkpoint.defects import MAX_DEFECTS, did_you_mean
-from service.checkpoint.patterns import MAX_MATCHES, match_patterns
+from service.checkpoint.weights.lora_names import MAX_MATCHES, match_patterns
 from service.contract.errors import CheckpointError
 from tests.support.agreement import check
 from tests.support.damage import poison, set_json
@@ -149,7 +149,7 @@ CATASTROPHES = [
 
 @pytest.mark.parametrize("pattern", CATASTROPHES)
 def test_patterns_that_are_never_matched(bundle: Path, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.checkpoint.patterns.MAX_SECONDS", 1)
+    monkeypatch.setattr("service.checkpoint.weights.lora_names.MAX_SECONDS", 1)
     set_json(ADAPTER, rank_pattern={pattern: 4})(bundle)
     with pytest.raises(CheckpointError, match=r"adapter_config.json: rank_pattern: expected patterns that 4 modules"):
         load_checkpoint(bundle)

@@ -15,7 +15,8 @@ from service.checkpoint import Checkpoint, load_checkpoint
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.model.xlora_model import XLoraModel, load_causal_lm
+from service.model.loading.passes import BASE_PASSES, Loading, run
+from service.model.xlora_model import XLoraModel
 from tests.support.torch_fixtures import seeded  # noqa: F401
 
 Build = Callable[..., Engine]
@@ -41,7 +42,7 @@ def build(checkpoint: Checkpoint) -> Build:
 
     @cache
     def base(dtype: torch.dtype) -> Any:
-        return load_causal_lm(checkpoint, device=torch.device("cpu"), dtype=dtype)
+        return run(Loading(checkpoint, torch.device("cpu"), dtype), BASE_PASSES).causal_lm
 
     @cache
     def model(device: torch.device, dtype: torch.dtype) -> XLoraModel:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from service.checkpoint import Expert, LoraWeights
+from service.model.adapted import AdaptedModule
 from service.model.experts import stack_experts
 from service.model.gate import Gate
-from service.model.linear import XLoraLinear
-from service.model.targets import XLoraHead
 from tests.support.tiny import CPU
 
 IN, OUT, E = 10, 6, 4
@@ -86,7 +85,7 @@ def test_gate_spreads_scalings_over_ranks(layerwise: bool, weight: float) -> Non
 def test_gate_switches_off(experts: list[Expert]) -> None:
     """The rows of the last forward must not act in one without real rows."""
     gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
-    linear = XLoraLinear(nn.Linear(IN, OUT), stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
+    linear = AdaptedModule(nn.Linear(IN, OUT), stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
     x = torch.randn(1, 3, IN)
     base = nn.functional.linear(x, linear.weight, linear.bias)
     gate.set(torch.ones(3, 1, E), first_row=0)
@@ -105,7 +104,7 @@ def test_linear(experts: list[Expert], bias: bool, first_row: int) -> None:
     gate.set(scalings, first_row)
     for number, site in enumerate(SITES):
         base = nn.Linear(IN, OUT, bias=bias)
-        y = XLoraLinear(base, stack_experts(experts, site, torch.float32, CPU), gate, number)(x)
+        y = AdaptedModule(base, stack_experts(experts, site, torch.float32, CPU), gate, number)(x)
         plain = base(x)
         assert torch.equal(y[0, :first_row], plain[0, :first_row])
         expected = plain[0, first_row:] + plain_sum(experts, site, x[0, first_row:], scalings[:, number])
@@ -116,14 +115,15 @@ def test_weights_are_held_once(experts: list[Expert]) -> None:
     """The base's weight is shared with the linear it came from, not copied."""
     base = nn.Linear(IN, OUT)
     gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
-    linear = XLoraLinear(base, stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
+    linear = AdaptedModule(base, stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
     assert linear.weight.data_ptr() == base.weight.data_ptr()
 
 
 def test_the_head_looks_at_no_other_rows_gate(experts: list[Expert]) -> None:
     """A row that the gate is closed for takes nothing of the first open row's, not even NaN."""
     gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
-    head = XLoraHead(nn.Linear(IN, OUT), stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
+    stack = stack_experts(experts, "layer.a", torch.float32, CPU)
+    head = AdaptedModule(nn.Linear(IN, OUT), stack, gate, 0, is_head=True)
     scalings = torch.rand(2, 1, E)
     scalings[0] = torch.nan
     gate.set(scalings, 3)
@@ -135,3 +135,44 @@ def test_the_head_looks_at_no_other_rows_gate(experts: list[Expert]) -> None:
     torch.testing.assert_close(y[0, 0], plain[0])
     own = plain_sum(experts, "layer.a", x[0, 1:], scalings[1:, 0])
     torch.testing.assert_close(y[0, 1], plain[1] + own[0], atol=1e-5, rtol=1e-5)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma 3's: what it looks up is scaled, and so is the experts' part."""
+
+    embed_scale = 3.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("first_row", [0, 2])
+def test_embedding(experts: list[Expert], first_row: int) -> None:
+    """A is looked up by id: the product with a one-hot row, without one."""
+    gate = Gate([RANKS["layer.b"]], layerwise=True, dtype=torch.float32, device=CPU)
+    base, ids = ScaledEmbedding(IN, OUT), torch.tensor([[3, 9, 0, 3, 1]])
+    adapted = AdaptedModule(base, stack_experts(experts, "layer.b", torch.float32, CPU), gate, 0)
+    scalings = torch.randn(5 - first_row, 1, E)
+    gate.set(scalings, first_row)
+    plain, one_hot = base(ids)[0].detach(), nn.functional.one_hot(ids[0, first_row:], IN).float()
+    with torch.inference_mode():
+        y = adapted(ids)[0]
+    assert torch.equal(y[:first_row], plain[:first_row])
+    expected = plain[first_row:] + 3.0 * plain_sum(experts, "layer.b", one_hot, scalings[:, 0])
+    torch.testing.assert_close(y[first_row:], expected, atol=1e-5, rtol=1e-5)
+    assert adapted.weight is base.weight  # where transformers looks for it
+
+
+def test_a_module_that_computes_itself(experts: list[Expert]) -> None:
+    """A quantised linear has no weight of its base's kind: the experts come to what it computes."""
+
+    class Quantised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * x[..., :OUT]
+
+    gate = Gate([RANKS["layer.a"]], layerwise=True, dtype=torch.float32, device=CPU)
+    adapted = AdaptedModule(Quantised(), stack_experts(experts, "layer.a", torch.float32, CPU), gate, 0)
+    x, scalings = torch.randn(1, 3, IN), torch.randn(3, 1, E)
+    gate.set(scalings, 0)
+    expected = 2.0 * x[0, :, :OUT] + plain_sum(experts, "layer.a", x[0], scalings[:, 0])
+    torch.testing.assert_close(adapted(x)[0], expected, atol=1e-5, rtol=1e-5)

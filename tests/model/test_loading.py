@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.checkpoint import Expert, LoraWeights
 from service.contract.errors import CheckpointError
-from service.model.linear import XLoraLinear
+from service.model.adapted import AdaptedModule
+from service.model.loading.passes import load_model
 from service.model.loading.rope import refuse_length_dependent_rope, settle_longrope
-from service.model.xlora_model import XLoraModel, load_causal_lm, load_model, resolve_sites
+from service.model.targets import resolve_sites
+from service.model.xlora_model import XLoraModel
 from tests.support.driver import words
-from tests.support.tiny import CPU, Tiny, assert_same, run_once
+from tests.support.tiny import CPU, Tiny, assert_same, load_base, run_once
 
 
 def test_sites_without_a_stored_order(tiny: Tiny) -> None:
@@ -59,7 +61,7 @@ def test_dynamic_rope_is_refused(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     tiny = Tiny(tmp_path / "dynamic", base_config={"rope_parameters": rope})
     with pytest.raises(CheckpointError, match="dynamic"):
-        load_causal_lm(tiny.checkpoint, device=CPU, dtype=torch.float32)
+        load_base(tiny.checkpoint, torch.float32)
 
 
 def test_dynamic_rope_of_one_layer_type_is_refused() -> None:
@@ -96,7 +98,7 @@ def test_longrope_has_one_set_of_frequencies(longrope: Tiny, max_model_len: int 
     """The short ones where no text can be longer than 24, the long ones otherwise: a whole text has PEFT's numbers,
     in chunks and amid rows of other lengths.
     """
-    base = load_causal_lm(longrope.checkpoint, device=CPU, dtype=torch.float32, max_model_len=max_model_len)
+    base = load_base(longrope.checkpoint, torch.float32, max_model_len)
     model = XLoraModel(longrope.checkpoint, base, device=CPU, dtype=torch.float32)
     tokens = words(3, length)
     expected = longrope.oracle.logits(tokens), longrope.oracle.scalings(tokens)
@@ -105,7 +107,7 @@ def test_longrope_has_one_set_of_frequencies(longrope: Tiny, max_model_len: int 
 
 def test_longrope_factors_matter(longrope: Tiny) -> None:
     """The negative control of the test above: the other factors give other logits."""
-    base = load_causal_lm(longrope.checkpoint, device=CPU, dtype=torch.float32, max_model_len=96)
+    base = load_base(longrope.checkpoint, torch.float32, 96)
     model = XLoraModel(longrope.checkpoint, base, device=CPU, dtype=torch.float32)
     tokens = words(3, 20)
     logits, _ = run_once(model, tokens)
@@ -137,7 +139,7 @@ def test_every_site_is_swapped_and_weights_are_held_once(tiny: Tiny) -> None:
     before = {site: base.get_submodule(site).weight.clone() for site in tiny.oracle.sites}
     model = type(tiny.as_stored().model())(tiny.checkpoint, base, device=CPU, dtype=torch.float32)
     swapped = {
-        name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, XLoraLinear)
+        name.replace(".decoder", ""): m for name, m in model.causal_lm.named_modules() if isinstance(m, AdaptedModule)
     }
     assert set(swapped) == set(tiny.oracle.sites)
     assert all(torch.equal(module.weight, before[site]) for site, module in swapped.items())

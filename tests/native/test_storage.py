@@ -15,7 +15,7 @@ import torch
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model
-from service.model.linear import XLoraLinear
+from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.step import NativeStep
@@ -46,8 +46,8 @@ def model_of(tiny: Tiny, **options: Any) -> XLoraModel:
     return engines.model
 
 
-def linears(model: XLoraModel) -> list[XLoraLinear]:
-    return [module for module in model.causal_lm.modules() if isinstance(module, XLoraLinear)]
+def linears(model: XLoraModel) -> list[AdaptedModule]:
+    return [module for module in model.causal_lm.modules() if isinstance(module, AdaptedModule)]
 
 
 def dtypes(model: XLoraModel, name: str) -> set[torch.dtype]:

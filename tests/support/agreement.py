@@ -14,13 +14,13 @@ from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.loader import load_engine
-from service.model.loading.skeleton import check_base, traversal_sites
+from service.model.loading.skeleton import inspect_base, traversal_sites
 from service.observability.metrics import Metrics
 
 
 def check(bundle: Path) -> list[str]:
     """The lines that `check` prints, none for a sound bundle. Anything but a CheckpointError is a failure."""
-    checkpoint, problems = examine(bundle, inspect_base=check_base)
+    checkpoint, problems = examine(bundle, inspect_base=inspect_base)
     if checkpoint is None:
         return [str(problem) for problem in problems]
     try:

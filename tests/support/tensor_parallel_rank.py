@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from service.checkpoint import load_checkpoint
 from service.model.loading.parallel_plan import Ranks
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.loading.passes import load_model
+from service.model.xlora_model import XLoraModel
 from tests.support.driver import words
 from tests.support.tiny import CPU, OneRequest
 

@@ -20,13 +20,19 @@ from transformers.utils import logging
 from service.checkpoint import Checkpoint, ClassifierWeights, load_checkpoint
 from service.model.batch import AttentionGroup, Batch
 from service.model.kv_cache import KVCache
-from service.model.xlora_model import XLoraModel, load_causal_lm
+from service.model.loading.passes import BASE_PASSES, Loading, run
+from service.model.xlora_model import XLoraModel
 from tests.support.bundles import make_bundle, make_classifier
 from tests.support.oracle import PeftOracle
 
 CPU = torch.device("cpu")
 _RAW_GATE = 0.3
 BLOCK_SIZE = 4  # small, so that every test crosses block borders
+
+
+def load_base(checkpoint: Checkpoint, dtype: torch.dtype, max_model_len: int | None = None) -> Any:
+    """The base as the model gets it, on a CPU."""
+    return run(Loading(checkpoint, CPU, dtype, max_model_len=max_model_len), BASE_PASSES).causal_lm
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Tiny:
     def base(self, dtype: torch.dtype) -> Any:
         """The base as transformers loads it, with our attention: copy it before building a model on it."""
         if dtype not in self._bases:
-            self._bases[dtype] = load_causal_lm(self.checkpoint, device=CPU, dtype=dtype)
+            self._bases[dtype] = load_base(self.checkpoint, dtype)
         return self._bases[dtype]
 
     def variant(self, *, seed: int = 1, **xlora: Any) -> Variant:

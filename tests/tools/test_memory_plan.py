@@ -12,7 +12,7 @@ import torch
 from service.checkpoint import load_checkpoint
 from service.contract.errors import SettingsError, StartupError
 from service.contract.options import EngineOptions
-from service.engine import loader
+from service.engine import loader, sizing
 from service.tools.memory_plan import describe_plan, plan_memory, weight_bytes
 from tests.support.bundles import make_bundle
 
@@ -72,10 +72,10 @@ def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
 def test_rows_of_a_step_follow_the_device_and_the_seats() -> None:
     """Who decodes has two rows: with as many rows as seats the last ones would never have theirs."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert loader.resolve_batched_tokens(EngineOptions("any"), cpu) == 256
-    assert loader.resolve_batched_tokens(EngineOptions("any"), cuda) == 1024
-    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200), cpu) == 800
-    assert loader.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200, max_num_batched_tokens=7), cpu) == 7
+    assert sizing.resolve_batched_tokens(EngineOptions("any"), cpu) == 256
+    assert sizing.resolve_batched_tokens(EngineOptions("any"), cuda) == 1024
+    assert sizing.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200), cpu) == 800
+    assert sizing.resolve_batched_tokens(EngineOptions("any", max_num_seqs=200, max_num_batched_tokens=7), cpu) == 7
 
 
 def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:

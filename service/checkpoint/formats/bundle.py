@@ -18,32 +18,18 @@ from service.checkpoint.base import BaseModel, read_base
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
 from service.checkpoint.formats.layouts import read_manifest
-from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest
-from service.checkpoint.formats.ordering import read_ordering
-from service.checkpoint.hub import is_hub_id, same_repository
-from service.checkpoint.sources import Locator, Overrides, locate_model
+from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest, read_ordering
+from service.checkpoint.sources import Locator, Overrides, is_hub_id, locate_model, same_repository
 from service.checkpoint.weights import lora
-from service.checkpoint.weights.classifier import ClassifierWeights, read_classifier
+from service.checkpoint.weights.classifier import ClassifierWeights, OpenGate, open_gate, read_classifier
 from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.gate import OpenGate, open_gate
-from service.checkpoint.weights.hashes import WeightFile, WeightHasher
 from service.checkpoint.weights.lora import LoraWeights
-from service.checkpoint.weights.tensors import read_header
-
-__all__ = [
-    "Checkpoint",
-    "ClassifierWeights",
-    "DraftHeadWeights",
-    "Expert",
-    "LoraWeights",
-    "WeightFile",
-    "load_checkpoint",
-]
+from service.checkpoint.weights.tensors import WeightFile, WeightHasher, read_header
 
 NO_OVERRIDES = Overrides()
-InspectBase = Callable[[BaseModel], None]
+InspectBase = Callable[[BaseModel], Any]
 
 
 @dataclass(frozen=True)
@@ -74,6 +60,7 @@ class Checkpoint:
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
     eos_token_ids: tuple[int, ...] = ()
+    skeleton: Any = None  # what inspect_base returned for the base
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
     @property
@@ -95,9 +82,9 @@ def load_checkpoint(
 
     `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
     is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
-    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py);
-    it is called before any weights are read. `on_progress` receives one line per weight file, and lines while files
-    are downloaded.
+    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is
+    called before any weights are read, and what it returns is kept as the checkpoint's `skeleton`. `on_progress`
+    receives one line per weight file, and lines while files are downloaded.
     """
     checkpoint, defects = None, Defects()
     with defects.guard():
@@ -147,8 +134,9 @@ def read_checkpoint(
         raise defect(manifest.source, f"expected at most {MAX_EXPERTS:,} experts, found {manifest.expert_count:,}")
     locator = Locator(root, overrides, progress)
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
-    hasher = WeightHasher(root, manifest, defects, verify_hashes, progress)
+    hasher = WeightHasher(root, manifest.sha256, manifest.source, defects, verify_hashes, progress)
     base: BaseModel | None = None
+    skeleton: Any = None
     base_reference, errors_before = "", len(defects.errors)
     with defects.guard():
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
@@ -156,7 +144,7 @@ def read_checkpoint(
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
         if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
-            inspect_base(base)
+            skeleton = inspect_base(base)
     known_base = base if base is not None and base.complete else None
     gate: OpenGate | None = None
     with defects.guard():
@@ -194,6 +182,7 @@ def read_checkpoint(
         layout=manifest.layout,
         base_reference=base_reference,
         eos_token_ids=base.eos_token_ids,
+        skeleton=skeleton,
     )
 
 

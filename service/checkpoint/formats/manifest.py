@@ -1,7 +1,7 @@
-"""What a checkpoint consists of, whichever layout it is in (Manifest), and bundle.json as one such layout.
+"""What a checkpoint consists of, whichever layout it is in (Manifest), bundle.json as one such layout, and mistral.rs's
+ordering file, `{"order": [expert names], "layers": {site: number}, "base_model_id": ...}`.
 
-Knows bundle.json's keys and types (DESIGN section 5); follows none of its paths. The other layouts are in
-peft_layout.py and original_layout.py; layouts.py chooses.
+Knows their keys and types (DESIGN section 5); follows no path. layouts.py has the other layouts, and chooses.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from service.checkpoint.defects import Defects, defect, did_you_mean
-from service.checkpoint.formats.writer import FORMAT_VERSION
-from service.checkpoint.weights.classifier import CONFIG_FILE, WEIGHTS_FILE, GateFiles
 from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.tensors import TensorFile
 
+FORMAT_VERSION = 1
 FILE_NAME = "bundle.json"
+GATE_FOLDER, GATE_CONFIG, GATE_WEIGHTS = "classifier", "xlora_config.json", "xlora_classifier.safetensors"
 KEYS = ("format_version", "name", "base", "experts", "classifier", "sites", "sha256", "gate_profile", "draft_head")
 EXPERT_KEYS = ("name", "path", "description")
 MAX_EXPERTS, MAX_FILES = 1000, 10_000
 HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+IGNORED_KEYS = ("base_model_id", "preload_adapters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,24 @@ class ExpertEntry:
     name: str
     path: str
     description: str
+
+
+@dataclass(frozen=True, slots=True)
+class GateFiles:
+    """Where the gate's two files lie, and how the classifier's tensors are called in them."""
+
+    folder: str  # relative to the checkpoint
+    experts: int  # E
+    config: str
+    weights: str
+    peft_names: bool = False  # PEFT's instead of the original library's
+    loss_hint: str | None = None  # PEFT: what to do when tensors are missing
+    moved: Mapping[str, tuple[TensorFile, str]] = field(default_factory=dict)  # tensors to take from other files
+    relu: bool | None = True  # what no enable_relu_and_dropout means, where names do not tell; None: nothing
+
+    def names_in(self, file: TensorFile) -> list[str]:
+        """The classifier's tensors, wherever they lie."""
+        return [*file.tensors, *self.moved]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +86,7 @@ def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
     if profile is not None and not (isinstance(profile, dict) and _is_portable(profile)):
         expected = "expected an object of text and numbers, or null"
         defects.add(defect(source, f"gate_profile: {expected}, found {profile!r:.80}"))
-    classifier = _text({"classifier": "classifier", **data}, "classifier", source)
+    classifier = _text({"classifier": GATE_FOLDER, **data}, "classifier", source)
     return Manifest(
         layout="bundle",
         source=source,
@@ -74,7 +94,7 @@ def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
         base=_text(data, "base", source),
         experts=_experts(data.get("experts"), source, defects),
         expert_count=len(data["experts"]),
-        gate=GateFiles(classifier, len(data["experts"]), CONFIG_FILE, WEIGHTS_FILE),
+        gate=GateFiles(classifier, len(data["experts"]), GATE_CONFIG, GATE_WEIGHTS),
         sites=_sites(data.get("sites"), source, defects),
         sha256=_hashes(data.get("sha256"), source, defects),
         gate_profile=profile if isinstance(profile, dict) else None,
@@ -164,3 +184,47 @@ def _hashes(hashes: Any, source: Path, defects: Defects) -> dict[str, str]:
         else:
             defects.add(defect(source, f"sha256[{file!r}]: expected 64 hexadecimal digits, found {value!r:.80}"))
     return good
+
+
+@dataclass(frozen=True, slots=True)
+class Ordering:
+    """Class order and site order; None where the file leaves one out."""
+
+    source: Path
+    experts: tuple[str, ...] | None
+    sites: tuple[str, ...] | None
+
+    def apply(self, manifest: Manifest) -> Manifest:
+        """`manifest` in this order. Raises CheckpointError when the expert names are not the manifest's."""
+        if self.experts is None:
+            return replace(manifest, sites=self.sites or manifest.sites)
+        entries = {entry.name: entry for entry in manifest.experts}
+        for name in self.experts:
+            if name not in entries:
+                hint = did_you_mean(name, entries) or f"the experts are {', '.join(entries)}"
+                raise defect(self.source, f"order: the checkpoint has no expert {name!r}", hint)
+        for name in entries:
+            if name not in self.experts:
+                raise defect(self.source, f"order: expected expert {name!r}, which the checkpoint has")
+        return replace(
+            manifest, experts=tuple(entries[name] for name in self.experts), sites=self.sites or manifest.sites
+        )
+
+
+def read_ordering(path: Path) -> Ordering:
+    """Read and check the file at `path`. Raises CheckpointError for wrong types, repeated names and holes."""
+    data = BundleRoot(path.parent).json(path, "--ordering names a JSON file as mistral.rs has it")
+    for key in data:
+        if key not in ("order", "layers", *IGNORED_KEYS):
+            raise defect(path, f"unknown key {key!r}", did_you_mean(key, ("order", "layers")))
+    order, layers = data.get("order"), data.get("layers")
+    if order is not None:
+        valid = isinstance(order, list) and order and all(isinstance(name, str) for name in order)
+        if not valid or len(set(order)) < len(order):
+            raise defect(path, f"order: expected a list of different expert names, found {order!r:.80}")
+    if layers is None:
+        return Ordering(path, tuple(order) if order else None, None)
+    if not isinstance(layers, dict) or sorted(layers.values(), key=str) != sorted(range(len(layers)), key=str):
+        problem = "layers: expected an object that maps each module to another number from 0 on"
+        raise defect(path, f"{problem}, found {layers!r:.80}")
+    return Ordering(path, tuple(order) if order else None, tuple(sorted(layers, key=lambda site: int(layers[site]))))

@@ -1,6 +1,8 @@
-"""Writing a bundle: bundle.json, classifier and draft head, around a base and adapters that already lie in place.
+"""Writing a bundle: bundle.json, classifier and draft head around a base and adapters that already lie in place; or all
+of a checkpoint, whichever layout it was read from, into a new folder.
 
-Knows the format of DESIGN section 5. Copies and changes no base or adapter file; hashes all of them.
+Knows the format of DESIGN section 5, and what is copied, renamed and cast. Builds no module: whoever calls says in
+which order the sites are.
 """
 
 from __future__ import annotations
@@ -8,19 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
+from service.checkpoint.base import INDEX_FILE, read_base
 from service.checkpoint.config import XLoraConfig
+from service.checkpoint.defects import Defects, defect
+from service.checkpoint.formats.bundle import Checkpoint, Expert
+from service.checkpoint.formats.manifest import FILE_NAME, FORMAT_VERSION, GATE_CONFIG, GATE_FOLDER, GATE_WEIGHTS
 from service.checkpoint.weights.draft_head import FOLDER as DRAFT_HEAD_FOLDER
 from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.weights.draft_head import DraftHeadWeights, draft_head_bytes
+from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
+from service.checkpoint.weights.tensors import TensorFile, file_sha256, read_tensors
 
-FORMAT_VERSION = 1
+BASE_FILES = ("*.json", "*.jinja")  # configuration and tokenizer; weights are copied one by one
+SAFE_NAME = re.compile(r"\w[\w.-]*")
 
 
 def write_bundle(
@@ -42,40 +55,40 @@ def write_bundle(
     Nothing is validated here: load the result with `load_checkpoint`.
     """
     path = Path(path)
-    folder = path / "classifier"
+    folder = path / GATE_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    config = xlora if isinstance(xlora, XLoraConfig) else XLoraConfig.from_dict(xlora, folder / "xlora_config.json")
-    _write_json(folder / "xlora_config.json", config.to_dict())
+    config = xlora if isinstance(xlora, XLoraConfig) else XLoraConfig.from_dict(xlora, folder / GATE_CONFIG)
+    _write_json(folder / GATE_CONFIG, config.to_dict())
     # not save_file: it makes files that only their owner may read, which a container's user is not
-    (folder / "xlora_classifier.safetensors").write_bytes(save(classifier_tensors(list(classifier), config)))
+    (folder / GATE_WEIGHTS).write_bytes(save(classifier_tensors(list(classifier), config)))
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "base": base,
         "experts": [{"name": title, "path": where, "description": text} for title, text, where in experts],
-        "classifier": "classifier",
+        "classifier": GATE_FOLDER,
         "sites": list(sites),
         "sha256": {file: file_sha256(path / file) for file in _weight_files(path, [base, *(e[2] for e in experts)])},
     }
     if gate_profile is not None:
         manifest["gate_profile"] = dict(gate_profile)
-    _write_json(path / "bundle.json", manifest)
+    _write_json(path / FILE_NAME, manifest)
     if draft_head is not None:
         add_draft_head(path, draft_head)
-    return path / "bundle.json"
+    return path / FILE_NAME
 
 
 def add_draft_head(path: Path, weights: DraftHeadWeights) -> None:
     """Gives the bundle at `path` a draft head, in the place of one that it has. Nothing else of it changes, and each
     file is there as a whole or as it was. Raises OSError.
     """
-    manifest = json.loads((path / "bundle.json").read_text(encoding="utf-8"))
+    manifest = json.loads((path / FILE_NAME).read_text(encoding="utf-8"))
     content, file = draft_head_bytes(weights), f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"
     (path / file).parent.mkdir(exist_ok=True)
     _replace(path / file, content)
     manifest["draft_head"] = DRAFT_HEAD_FOLDER
     manifest["sha256"] = {**(manifest.get("sha256") or {}), file: hashlib.sha256(content).hexdigest()}
-    _replace(path / "bundle.json", _json_bytes(manifest))
+    _replace(path / FILE_NAME, _json_bytes(manifest))
 
 
 def classifier_tensors(
@@ -92,15 +105,9 @@ def classifier_tensors(
     return tensors
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _weight_files(path: Path, folders: Sequence[str]) -> list[str]:
     """Weight files of the bundle relative to it; a base that lies outside is not hashed."""
-    inside = [folder for folder in (*folders, "classifier") if (path / folder).resolve().is_relative_to(path.resolve())]
+    inside = [folder for folder in (*folders, GATE_FOLDER) if (path / folder).resolve().is_relative_to(path.resolve())]
     return sorted({file.relative_to(path).as_posix() for d in inside for file in (path / d).glob("*.safetensors")})
 
 
@@ -118,3 +125,123 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def _json_bytes(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def convert(
+    checkpoint: Checkpoint,
+    target: Path,
+    sites: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    reference_base: bool = False,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write `checkpoint` as a bundle at `target`, which must not exist or be empty; returns `target`.
+
+    `dtype` is that of the experts and of a copied base, None for their own; the classifier stays fp32. With
+    `reference_base` the bundle names the base where it lies. Nothing appears at `target` before it is complete.
+    """
+    with staged(target) as folder:
+        base, base_from_expert = "base", "../../base"
+        if reference_base:
+            base = base_from_expert = checkpoint.base_reference
+        if not reference_base:
+            on_progress(f"copying the base from {checkpoint.base_path}")
+            copy_base(checkpoint.base_path, folder / "base", dtype)
+        entries = []
+        for number, expert in enumerate(checkpoint.experts):
+            on_progress(f"writing expert {expert.name}")
+            where = f"experts/{expert_folder(expert.name, number)}"
+            write_expert(folder / where, expert, base_from_expert, dtype)
+            entries.append((expert.name, expert.description, where))
+        on_progress("writing the classifier and hashes")
+        write_bundle(
+            folder,
+            name=checkpoint.name,
+            experts=entries,
+            sites=sites,
+            xlora=checkpoint.xlora,
+            classifier=checkpoint.classifier.layers,
+            gate_profile=checkpoint.gate_profile,
+            draft_head=checkpoint.draft_head,
+            base=base,
+        )
+    return target
+
+
+class staged:
+    """`with staged(target) as folder:` fills a hidden folder beside `target`; it takes its place when all went well."""
+
+    def __init__(self, target: Path) -> None:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise defect(target, "expected a new or an empty folder", "name another folder, or delete this one first")
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}-"))
+        self.folder.chmod(0o755)  # mkdtemp's are their owner's only, which a container's user is not
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder)
+            return
+        if self.target.exists():
+            self.target.rmdir()
+        self.folder.rename(self.target)
+
+
+def expert_folder(name: str, number: int) -> str:
+    """A folder's name for an expert: its own where that is a plain word."""
+    return name if SAFE_NAME.fullmatch(name) else f"expert-{number}"
+
+
+def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | None) -> None:
+    """One ordinary PEFT adapter, under PEFT's usual tensor names whatever they were before."""
+    config = {**expert.config, "base_model_name_or_path": base}
+    tensors: dict[str, torch.Tensor] = {}
+    for site, weights in expert.weights.items():
+        pattern = "lora_embedding_{}" if weights.embedding else "lora_{}.weight"
+        for side, tensor in (("A", weights.a), ("B", weights.b)):
+            tensors[f"base_model.model.{site}.{pattern.format(side)}"] = tensor
+    write_adapter(folder, config, tensors, dtype)
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """adapter_config.json and adapter_model.safetensors, readable by everybody (save_file's are not)."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    stored = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    (folder / WEIGHTS_FILE).write_bytes(save(stored, metadata={"format": "pt"}))
+
+
+def copy_base(source: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """The base's configuration, tokenizer and weights, one weight file at a time."""
+    target.mkdir()
+    base = read_base(BundleRoot(source, allow_outside=True), source, Defects())
+    for pattern in BASE_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+    for weights in base.files:
+        copy_weights(weights, target / weights.path.name, dtype)
+    if dtype is not None:
+        config = dict(base.config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (target / INDEX_FILE).exists():
+            index = json.loads((target / INDEX_FILE).read_text(encoding="utf-8"))
+            index["metadata"] = {"total_size": base.parameters * dtype.itemsize}
+            (target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(file: TensorFile, target: Path, dtype: torch.dtype | None) -> None:
+    """One safetensors file, byte by byte or with every tensor cast."""
+    if dtype is None:
+        shutil.copyfile(file.path, target)
+        return
+    tensors = {name: tensor.to(dtype) for name, tensor in read_tensors(file).items()}
+    target.write_bytes(save(tensors, metadata={"format": "pt"}))

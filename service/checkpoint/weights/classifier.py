@@ -1,7 +1,10 @@
-"""The classifier's file -> (weight, bias) pairs, checked against XLoraConfig, the sites and the experts.
+"""The gate's two files -> its configuration and the classifier's (weight, bias) pairs, checked against the base, the
+sites and the experts.
 
-Knows how the original library and PEFT name the tensors; both are read in the numeric order of their names. Builds no
-module.
+Knows how the original library and PEFT name the tensors; both are read in the numeric order of their names. Both keep
+the layers in a list in which ReLU and Dropout count too, so the numbers of the Linears tell whether ReLU stands between
+them. One inner layer has no neighbour to be counted from: there only a statement helps. A gate that is read the wrong
+way gives scalings that look sound and are off by up to 1. Builds no module.
 """
 
 from __future__ import annotations
@@ -9,21 +12,28 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from service.checkpoint.activation import relu_of_original, relu_of_peft
+from service.checkpoint.base import BaseModel
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, shorten
-from service.checkpoint.weights.tensors import TensorFile, read_tensors
+from service.checkpoint.formats.manifest import GateFiles, Manifest
+from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.weights.tensors import TensorFile, WeightHasher, read_header, read_tensors
 
-CONFIG_FILE = "xlora_config.json"
-WEIGHTS_FILE = "xlora_classifier.safetensors"
-MAX_LISTED = 6  # names of missing layers in one message
+MAX_LISTED = 6  # names of layers in one message
 INNER_NAME = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
 PEFT_PREFIX = "base_model.internal_xlora_classifier.layers"
 PEFT_NAME = re.compile(re.escape(PEFT_PREFIX) + r"\.(\d{1,9})\.(weight|bias)")
+FIELD = "enable_relu_and_dropout"
+FLAG = "--gate-relu"
+
+RELU_AND_DROPOUT = "with ReLU and Dropout between the layers"
+NOTHING = "with nothing between the layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +41,6 @@ class ClassifierWeights:
     """The linear layers in order, inner ones first."""
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]  # fp32: weight [out, in], bias [out]
-
-
-@dataclass(frozen=True, slots=True)
-class GateFiles:
-    """Where the gate's two files lie, and how the classifier's tensors are called in them."""
-
-    folder: str  # relative to the checkpoint
-    experts: int  # E
-    config: str
-    weights: str
-    peft_names: bool = False  # PEFT's instead of the original library's
-    loss_hint: str | None = None  # PEFT: what to do when tensors are missing
-    moved: Mapping[str, tuple[TensorFile, str]] = field(default_factory=dict)  # tensors to take from other files
-    relu: bool | None = True  # what no enable_relu_and_dropout means, where names do not tell; None: nothing
-
-    def names_in(self, file: TensorFile) -> list[str]:
-        """The classifier's tensors, wherever they lie."""
-        return [*file.tensors, *self.moved]
 
 
 def layer_prefixes(file: TensorFile, config: XLoraConfig, gate: GateFiles) -> list[str]:
@@ -170,3 +162,101 @@ def _extra_hint(name: str, config: XLoraConfig) -> str | None:
 
 def _shown(shape: Iterable[int | None]) -> str:
     return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+def relu_of_original(numbers: Sequence[int], stated: bool | None, default: bool | None, file: Path) -> bool:
+    """Of `inner.{k}`: Linear, ReLU, Dropout, so k goes by 3, or by 1 without the last two. `last` has no number.
+
+    `default` is what an absent statement means where the names do not tell, None where it means nothing. Raises
+    CheckpointError for names that neither way of counting gives, for a statement that contradicts them, and for one
+    inner layer about which nothing is stated.
+    """
+    told = _told_by(numbers, {3: True, 1: False}, "inner", file)
+    relu = told if stated is None else stated
+    if told is not None and relu != told:
+        raise _contradiction("inner", numbers, told, file)
+    if relu is not None:
+        return relu
+    if default is None and numbers:
+        problem = f"{FIELD}: expected in xlora_config.json, for one inner layer's name does not tell"
+        hint = (
+            f"say whether the gate was trained with ReLU: {FLAG} true, or false (the library's default until 2024-04)"
+        )
+        raise defect(file, problem, hint)
+    return True if default is None else default
+
+
+def relu_of_peft(numbers: Sequence[int], stated: bool | None, file: Path) -> bool:
+    """Of PEFT's `layers.{k}`: Linear, ReLU, perhaps Dropout: k goes by 2 or by 3. There is always ReLU."""
+    _told_by(numbers, {3: True, 2: True}, "layers", file)
+    if stated is False and len(numbers) > 1:
+        raise _contradiction("layers", numbers, True, file)
+    return True
+
+
+def _told_by(numbers: Sequence[int], strides: dict[int, bool], prefix: str, file: Path) -> bool | None:
+    """What the distance of the numbers means; None for a single one."""
+    distances = {after - before for before, after in itertools.pairwise(numbers)}
+    allowed = set(strides)
+    if numbers and (numbers[0] != 0 or len(distances) > 1 or not distances <= allowed):
+        ways = " or ".join(f"{prefix}.0, {prefix}.{stride}, ..." for stride in sorted(allowed))
+        raise defect(
+            file, f"expected layers called {ways}, found {_listed(prefix, numbers)}", "is one of them missing?"
+        )
+    return strides[distances.pop()] if distances else None
+
+
+def _contradiction(prefix: str, numbers: Sequence[int], told: bool, file: Path) -> Exception:
+    problem = f"the layers {_listed(prefix, numbers)} are numbered {RELU_AND_DROPOUT if told else NOTHING}"
+    hint = f"if the names are right, set it to {str(told).lower()}, or say {FLAG} {str(told).lower()}"
+    return defect(file, f"{problem}, and {FIELD} is {str(not told).lower()}", hint)
+
+
+def _listed(prefix: str, numbers: Sequence[int]) -> str:
+    shown = ", ".join(f"{prefix}.{number}" for number in numbers[:MAX_LISTED])
+    return shown if len(numbers) <= MAX_LISTED else f"{shown}, ..."
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGate:
+    """What is known of the gate before the experts are."""
+
+    config: XLoraConfig
+    file: TensorFile
+    prefixes: list[str]  # of the classifier's tensors, in the order of its layers
+
+
+def open_gate(
+    root: BundleRoot,
+    manifest: Manifest,
+    base: BaseModel | None,
+    hasher: WeightHasher,
+    relu: bool | None,
+    defects: Defects,
+) -> OpenGate:
+    """The gate of a checkpoint. `relu` is what the operator says of its layers; None: what the files say."""
+    gate = manifest.gate
+    folder = root.folder(gate.folder, manifest.source, "classifier")
+    source = folder / gate.config
+    data = root.json(source)
+    config = _check_xlora_config(data, source, manifest, base, defects)
+    file = read_header(root.weights(folder, gate.weights))
+    hasher.add(f"classifier/{file.path.name}", file)
+    prefixes = layer_prefixes(file, config, gate)
+    relu = has_relu(file, gate, data.get("enable_relu_and_dropout") if relu is None else relu)
+    return OpenGate(replace(config, enable_relu_and_dropout=relu), file, prefixes)
+
+
+def _check_xlora_config(
+    data: Mapping[str, Any], source: Path, manifest: Manifest, base: BaseModel | None, defects: Defects
+) -> XLoraConfig:
+    config = XLoraConfig.from_dict(data, source)
+    if base is not None and base.hidden_size not in (None, config.hidden_size):
+        problem = f"hidden_size: expected {base.hidden_size} as in {base.path / 'config.json'}"
+        defects.add(defect(source, f"{problem}, found {config.hidden_size}"))
+        config = replace(config, hidden_size=base.hidden_size or config.hidden_size)  # for the classifier's shapes
+    experts = manifest.expert_count
+    if config.top_k_lora is not None and config.top_k_lora > experts:
+        problem = f"top_k_lora: expected at most {experts}, the number of experts, found {config.top_k_lora}"
+        defects.add(defect(source, problem))
+    return config

@@ -17,8 +17,7 @@ import torch
 
 from service.checkpoint.base import BaseModel
 from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
-from service.checkpoint.patterns import match_patterns
-from service.checkpoint.weights.lora_names import pair_names
+from service.checkpoint.weights.lora_names import match_patterns, pair_names
 from service.checkpoint.weights.tensors import TensorFile, read_tensors
 
 CONFIG_FILE = "adapter_config.json"

@@ -1,4 +1,5 @@
-"""Reading safetensors: headers with exact errors, one pass that hashes and looks for NaN and Inf, single tensors.
+"""Reading safetensors: headers with exact errors, single tensors, and one pass that hashes and looks for NaN and Inf.
+The hashes are compared with bundle.json and combined into one.
 
 Knows the file format, not what the tensors are for. Never holds more than one tensor or one buffer in memory.
 """
@@ -9,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from service.checkpoint.defects import Defects, defect
+from service.checkpoint.weights.files import BundleRoot
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAME = 1000  # characters of a tensor's name
@@ -78,6 +80,12 @@ def scan(file: TensorFile, defects: Defects) -> str:
             if _scan_tensor(handle, run[0]._replace(end=run[-1].end), buffer, digest):
                 _name_damaged(file, run, buffer, defects)
     return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name_damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray, defects: Defects) -> None:
@@ -156,3 +164,77 @@ def _scan_tensor(handle: BinaryIO, info: TensorInfo, buffer: bytearray, digest: 
         if not math.isfinite(low) or not math.isfinite(high):
             found = "NaN" if math.isnan(low) else found or "Inf"
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A weight file: `label` is its place in the standard layout, wherever it really lies."""
+
+    label: str
+    size_bytes: int
+    sha256: str
+    verified: bool  # compared with bundle.json just now
+
+
+class WeightHasher:
+    """Hashes and checks each weight file once, and compares it with bundle.json."""
+
+    def __init__(
+        self,
+        root: BundleRoot,
+        sha256: Mapping[str, str],  # by file, as `source` has them
+        source: Path,
+        defects: Defects,
+        verify: bool,
+        on_progress: Callable[[str], None],
+    ) -> None:
+        self.root, self.sha256, self.source, self.defects, self.verify = root, sha256, source, defects, verify
+        self.on_progress = on_progress
+        self.files: list[WeightFile] = []
+        self.pending: list[tuple[str, TensorFile, bool]] = []
+        self.recorded = {(root.path / name).resolve(): name for name in sha256}
+        self.unmet = set(sha256)
+
+    def add(self, label: str, file: TensorFile, *, trust_recorded: bool = False) -> None:
+        """Notes one file to be scanned; with `trust_recorded` and verification off, a recorded hash replaces that."""
+        self.pending.append((label, file, trust_recorded))
+
+    def run(self) -> None:
+        """Scans the files, last of all: what is wrong without their values is known by then, however large they are."""
+        for label, file, trust_recorded in self.pending:
+            self._scan(label, file, trust_recorded)
+        self._check_remaining()
+
+    def _scan(self, label: str, file: TensorFile, trust_recorded: bool) -> None:
+        name = self.recorded.get(file.path.resolve(), "")
+        self.unmet.discard(name)
+        expected = self.sha256.get(name)
+        if expected and trust_recorded and not self.verify:
+            self.files.append(WeightFile(label, file.size_bytes, expected, verified=False))
+            return
+        self.on_progress(f"checking {label} ({file.size_bytes / 1e6:,.1f} MB)")
+        found = scan(file, self.defects)
+        if expected and self.verify:
+            self._compare(file.path, expected, found)
+        self.files.append(WeightFile(label, file.size_bytes, found, verified=bool(expected and self.verify)))
+
+    def _check_remaining(self) -> None:
+        """Files that bundle.json has a hash for and that no part of the bundle uses."""
+        for name in sorted(self.unmet):
+            path = self.root.path / name
+            with self.defects.guard():
+                self.root.require_inside(path, self.source, f"sha256[{name!r}]")
+                if not path.is_file():
+                    raise defect(self.source, f"sha256[{name!r}]: expected a file there, found nothing")
+                if self.verify:
+                    self._compare(path, self.sha256[name], file_sha256(path))
+
+    def combined(self) -> str:
+        """One hash over all weight files' hashes, sorted by label."""
+        lines = sorted(f"{file.label} {file.sha256}\n" for file in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def _compare(self, path: Path, expected: str, found: str) -> None:
+        if found != expected:
+            hint = "the file changed after the bundle was written; restore it or write the bundle again"
+            self.defects.add(defect(path, f"sha256: expected {expected}, found {found}", hint))

@@ -16,19 +16,14 @@ import select
 import signal
 import sys
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
-from service.engine.loader import (
-    allocate_cache,
-    free_device_bytes,
-    keep_freed_memory,
-    load_checkpoint_and_model,
-    plan_blocks,
-    resolve_max_model_len,
-)
+from service.engine.loader import load_checkpoint_and_model
+from service.engine.sizing import Sizes, allocate_cache, divide_memory, free_device_bytes, keep_freed_memory
 from service.engine.tensor_parallel.group import join_collectives
 from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch
 from service.model.kv_cache import KVCache
@@ -45,7 +40,7 @@ class RankWorker:
         self._rank = rank
         self._connection = connection
         self._ranks: Ranks | None = None
-        self._options: EngineOptions | None = None
+        self._sizes: Sizes | None = None
         self._model: XLoraModel | None = None
         self._cache: KVCache | None = None
 
@@ -69,18 +64,17 @@ class RankWorker:
         join_collectives(self._ranks, port)
 
     def _load(self, options: EngineOptions) -> None:
-        self._options, self._model, self._cache = options, None, None  # what was there makes room first
+        self._model, self._cache = None, None  # what was there makes room first
         self._model, _ = load_checkpoint_and_model(options, ranks=self._ranks)
         keep_freed_memory()
-        length = resolve_max_model_len(options.max_model_len, self._model)
-        layout = self._model.kv_layout(options.block_size)
-        blocks = plan_blocks(layout, length, options, free_device_bytes(self._model.device))
-        self._send({"blocks": blocks})
+        device = self._model.device
+        self._sizes = divide_memory(self._model, options, device, free_device_bytes(device))
+        self._send({"blocks": self._sizes.num_blocks})
 
     def _allocate(self, blocks: int) -> None:
         assert self._model is not None
-        assert self._options is not None
-        self._cache = allocate_cache(self._model, blocks, self._options.block_size)
+        assert self._sizes is not None
+        self._cache = allocate_cache(self._model, replace(self._sizes, num_blocks=blocks))
 
     def _step(self, frame: bytes) -> None:
         assert self._model is not None

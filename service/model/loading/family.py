@@ -1,72 +1,39 @@
 """Whether a decoder family can be served exactly, found out before its weights are loaded.
 
-The base's modules are built on the meta device and run once with an attention that only writes down how it was called.
-Knows what our attention and our KV cache take for granted; has no list of families.
+The base's modules on the meta device are run once (probe.py). Knows what our attention and our KV cache take for
+granted; has no list of families.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig
 
 from service.checkpoint.defects import naming
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import HARMLESS, KNOWN
+from service.model.loading.probe import Probe, probe
 from service.model.loading.rope import refuse_broken_rope, refuse_length_dependent_rope
 
-PROBE = "xlora_probe"
 MIN_CONTEXT, MAX_CONTEXT = 2, 1 << 30  # tokens: a prompt and an answer; what memory could ever hold
 CANARY = "kv_cache"  # stands for all that travels to the attention as keyword arguments
 TOKENS = 2
-POSITIVE = {"scaling", "sliding_window", "softcap"}  # arguments of the attention
+POSITIVE = {"scaling": "scaling", "sliding_window": "window", "softcap": "softcap"}  # as transformers calls them: as we
 SUPPORTED = "supported: decoders with ordinary causal attention in every layer, as Llama, Qwen, Gemma and Mistral"
 # The masks that we make; other types are other masks, or no attention at all.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-@dataclass
-class _Calls:
-    """What the decoder's layers asked of the attention function."""
-
-    shapes: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)  # layer -> KV heads, key dim, value dim
-    unknown: set[str] = field(default_factory=set)
-    decoder_called: bool = False  # as a whole, so that its last hidden state can be kept
-    meaningless: set[str] = field(default_factory=set)  # arguments with values that no attention has
-    lost: bool = False  # the forward's own keyword arguments did not arrive, so KV metadata cannot
-
-
-def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
-    """The base's modules without weights, in `dtype` (None: the base's own). Raises CheckpointError for an architecture
-    that is no causal LM here, and for fields of config.json that transformers cannot build it with.
-    """
-    with naming(base / "config.json", "transformers knows no causal language model for it", SUPPORTED):
-        config = read_config(base)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False, dtype=config.dtype if dtype is None else dtype
-            )
-
-
-def read_config(base: Path) -> PretrainedConfig:
-    """config.json as transformers reads it, whatever attention it names: ours takes its place, and one of the hub would
-    be downloaded and run.
-    """
-    config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    config._attn_implementation = "eager"
-    return config
-
-
-def checked_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
-    """The same of a base that can be served exactly. Raises CheckpointError for others."""
-    skeleton = build_skeleton(base, dtype)
-    refuse_unservable(skeleton, base)
-    return skeleton
+def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """KV heads and the dimension of each, as config.json says. Of a base that is served, every layer has these."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def refuse_unservable(skeleton: Any, base: Path) -> None:
@@ -95,64 +62,37 @@ def refuse_unsupported(skeleton: Any, base: Path) -> None:
             _refuse(base, f"{name} mixes tokens outside attention")
         if getattr(module, "is_causal", True) is False and hasattr(module, "layer_idx"):
             _refuse(base, f"{name} looks ahead")
+    if hasattr(skeleton, "set_experts_implementation"):
+        skeleton.set_experts_implementation("batched_mm")  # routes without looking at values
+    ids = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
     try:
-        calls = _record(skeleton)
+        found = probe(skeleton, ids, ids, **{CANARY: True})
     except (NotImplementedError, RuntimeError) as error:
         if "meta" not in str(error):
             raise
         return  # a step that depends on values: only the weights can tell more
-    _check_calls(calls, config, base)
+    _check_calls(found, config, base)
 
 
-def _check_calls(calls: _Calls, config: PretrainedConfig, base: Path) -> None:
-    if calls.unknown:
-        _refuse(base, f"its attention uses {', '.join(sorted(calls.unknown))}")
-    if calls.meaningless:
-        _refuse(base, f"its attention uses {', '.join(sorted(calls.meaningless))}")
-    if not calls.decoder_called:
+def _check_calls(found: Probe, config: PretrainedConfig, base: Path) -> None:
+    if unknown := {name for call in found.calls for name in call.arguments} - HARMLESS - KNOWN - {CANARY}:
+        _refuse(base, f"its attention uses {', '.join(sorted(unknown))}")
+    numbers = [(name, getattr(call, field)) for call in found.calls for name, field in POSITIVE.items()]
+    if meaningless := {f"{name} {n!r:.40}" for name, n in numbers if n is not None and not 0 < n < math.inf}:
+        _refuse(base, f"its attention uses {', '.join(sorted(meaningless))}")
+    if not found.decoder_called:
         _refuse(base, "its head does not read the last hidden state of the whole decoder")
-    if calls.lost:
+    if not all(CANARY in call.arguments for call in found.calls):
         _refuse(base, "it does not pass keyword arguments on to its attention")
+    heads, head_dim = kv_shape(config)
     for layer in range(config.num_hidden_layers):
-        if len(calls.shapes.get(layer, ())) != 1:
-            times = "does not attend" if layer not in calls.shapes else f"attends {len(calls.shapes[layer])} times"
+        shapes = [call.shape for call in found.calls if call.layer == layer]
+        if len(shapes) != 1:
+            times = f"attends {len(shapes)} times" if shapes else "does not attend"
             _refuse(base, f"layer {layer} {times} through transformers' attention interface")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for layer, (shape,) in calls.shapes.items():
-        if shape != (heads, head_dim, head_dim):
-            found = f"{shape[0]} heads with keys of {shape[1]} and values of {shape[2]}"
-            _refuse(base, f"layer {layer} caches {found}, not {heads} heads of {head_dim} as config.json says")
-
-
-def _record(skeleton: Any) -> _Calls:
-    """Runs two tokens through the skeleton; nothing is computed."""
-    calls = _Calls()
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int):
-            calls.shapes.setdefault(layer, []).append((key.shape[1], key.shape[3], value.shape[3]))
-        given = {name for name, argument in kwargs.items() if argument is not None}
-        calls.lost |= CANARY not in given
-        calls.unknown |= given - HARMLESS - KNOWN - {CANARY}
-        positive = {name: kwargs[name] for name in POSITIVE & given}
-        calls.meaningless |= {f"{name} {value!r:.40}" for name, value in positive.items() if not 0 < value < math.inf}
-        if attention_mask is not None:
-            calls.unknown.add("a mask of its own")
-        return query.new_empty(1, TOKENS, query.shape[1], value.shape[3]), None
-
-    AttentionInterface.register(PROBE, attention)
-    skeleton.set_attn_implementation(PROBE)
-    if hasattr(skeleton, "set_experts_implementation"):
-        skeleton.set_experts_implementation("batched_mm")  # routes without looking at values
-    decoder = getattr(skeleton, skeleton.base_model_prefix)
-    decoder.register_forward_hook(lambda *_: setattr(calls, "decoder_called", True))
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
-    skeleton(input_ids=ids, position_ids=ids, use_cache=False, **{CANARY: True})
-    return calls
+        if shapes[0] != (heads, head_dim, head_dim):
+            caches = f"{shapes[0][0]} heads with keys of {shapes[0][1]} and values of {shapes[0][2]}"
+            _refuse(base, f"layer {layer} caches {caches}, not {heads} heads of {head_dim} as config.json says")
 
 
 def _refuse(base: Path, reason: str) -> NoReturn:

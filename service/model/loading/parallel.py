@@ -42,10 +42,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Shards:
-    """This rank's share of a model, and the names and shapes of the whole (on the meta device)."""
+    """This rank's share of a model: all of it, unless it says otherwise."""
 
-    skeleton: Any
-    kv_split: int  # ranks that divide the KV heads among them
+    skeleton: Any  # the names and shapes of the whole
+    kv_split: int = 1  # ranks that divide the KV heads among them
     parts: dict[str, Part] = field(default_factory=dict)
 
     def part(self, site: str) -> Part:

@@ -1,38 +1,78 @@
-"""What can be said of a base without its weights: whether it can be served, the order of its sites, its division."""
+"""The skeleton: a base's modules on the meta device, without weights, built once per load.
+
+It answers what can be said of a base before its weights are read: whether it can be served, the order of its sites, its
+division among ranks. `check`, `serve` and `convert` judge a base by it as `inspect_base` of the checkpoint, which keeps
+it for whoever loads.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from service.checkpoint import Checkpoint
 from service.checkpoint.base import BaseModel
 from service.checkpoint.defects import naming
-from service.model.loading.family import build_skeleton, checked_skeleton, refuse_unservable
+from service.model.loading.family import SUPPORTED, refuse_unservable
 from service.model.loading.fit import refuse_misfit
 from service.model.loading.parallel_plan import check_plan
-from service.model.xlora_model import resolve_sites
+from service.model.targets import resolve_sites
 
 
-def check_base(base: BaseModel) -> None:
-    """Raises CheckpointError for a base that would not load, whatever its weights are. `check` and `serve` both ask
-    this, as `inspect_base` of the checkpoint.
-    """
+def inspect_base(base: BaseModel) -> Any:
+    """The skeleton. Raises CheckpointError for a base that would not load, whatever its weights are."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # of a load that takes milliseconds
     skeleton = build_skeleton(base.path)
     with naming(base.path / "config.json", "its weights cannot be matched with it"):
         refuse_misfit(skeleton, base)  # first: what fits the weights is of no unbounded size
     refuse_unservable(skeleton, base.path)
+    return skeleton
+
+
+def skeleton_of(checkpoint: Checkpoint) -> Any:
+    """The skeleton of a checkpoint's base, made now where nobody has inspected it. Raises CheckpointError for a family
+    that cannot be served.
+    """
+    if checkpoint.skeleton is not None:
+        return checkpoint.skeleton
+    skeleton = build_skeleton(checkpoint.base_path)
+    refuse_unservable(skeleton, checkpoint.base_path)
+    return skeleton
+
+
+def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
+    """The base's modules without weights, in `dtype` (None: the base's own). Raises CheckpointError for an architecture
+    that is no causal LM here, and for fields of config.json that transformers cannot build it with.
+    """
+    with naming(base / "config.json", "transformers knows no causal language model for it", SUPPORTED):
+        config = read_config(base)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, dtype=config.dtype if dtype is None else dtype
+            )
+
+
+def read_config(base: Path) -> PretrainedConfig:
+    """config.json as transformers reads it, whatever attention it names: ours takes its place, and one of the hub would
+    be downloaded and run.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = "eager"
+    return config
 
 
 def traversal_sites(checkpoint: Checkpoint) -> list[str]:
     """The checkpoint's sites in the order of the classifier's rows. Raises CheckpointError as loading would."""
-    return resolve_sites(checkpoint, checked_skeleton(checkpoint.base_path))
+    return resolve_sites(checkpoint, skeleton_of(checkpoint))
 
 
 def check_divisible(checkpoint: Checkpoint, ranks: int) -> None:
     """Raises CheckpointError where the base cannot be divided among ranks, or not served at all; SettingsError where it
     cannot be divided among so many.
     """
-    skeleton = checked_skeleton(checkpoint.base_path)
-    check_plan(skeleton, ranks, checkpoint.base_path)
-    resolve_sites(checkpoint, skeleton)
+    check_plan(skeleton_of(checkpoint), ranks, checkpoint.base_path)
+    traversal_sites(checkpoint)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from service.checkpoint import export, load_checkpoint
 from service.cli import main
 from service.contract.errors import CheckpointError
-from service.model.xlora_model import load_model
+from service.model.loading.passes import load_model
 from tests.checkpoint.formats.test_layouts import FIXTURES, ORIGINAL, SOUND, assert_equals_live
 from tests.checkpoint.test_loading import shard_base
 from tests.support.bundles import make_bundle

@@ -15,7 +15,7 @@ from service.checkpoint import Overrides, find_problems, load_checkpoint
 from service.checkpoint.report import describe
 from service.cli import main
 from service.contract.errors import CheckpointError, SettingsError
-from service.model.xlora_model import load_model
+from service.model.loading.passes import load_model
 from tests.support.damage import edit_json, edit_tensors, poison, remove, set_json
 from tests.support.make_fixtures import CASES, EXPERTS, ORIGINAL_CASES, ORIGINAL_NAMES
 from tests.support.tiny import run_once

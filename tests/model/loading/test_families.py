@@ -16,8 +16,10 @@ import torch
 from transformers import AutoConfig
 
 from service.contract.errors import CheckpointError
-from service.model.loading.family import build_skeleton, refuse_unsupported
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.loading.family import refuse_unsupported
+from service.model.loading.passes import load_model
+from service.model.loading.skeleton import build_skeleton
+from service.model.xlora_model import XLoraModel
 from service.tools.two_pass import TwoPassModel
 from tests.support.bundles import make_bundle
 from tests.support.driver import Engines, greedy, run, words

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from service.contract.errors import SettingsError
+from service.model.loading.passes import load_model
 from service.model.loading.quantised import QuantisedLinear, Quantization, quantise
-from service.model.xlora_model import XLoraModel, load_model
+from service.model.xlora_model import XLoraModel
 from service.tools.two_pass import TwoPassModel
 from tests.support.tiny import CPU, Tiny, assert_same, run_once
 

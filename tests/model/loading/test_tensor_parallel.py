@@ -22,10 +22,9 @@ from transformers.distributed.tensor_parallel import ColwiseParallel
 
 from service.checkpoint import load_checkpoint
 from service.contract.errors import CheckpointError, SettingsError
-from service.model.loading.family import build_skeleton
 from service.model.loading.parallel_plan import Ranks, check_plan
-from service.model.loading.skeleton import check_divisible
-from service.model.xlora_model import load_model
+from service.model.loading.passes import load_model
+from service.model.loading.skeleton import build_skeleton, check_divisible
 from tests.model.loading.test_families import FAMILIES, build
 from tests.support.bundles import make_bundle
 from tests.support.driver import words
