@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def parameters(
         if steering is None or steering.weights is not None:
             continue
         found = True
-        left_out = bytes(steering.only is not None and expert not in steering.only for expert in range(experts))
+        left_out = _left_out(steering.only, experts)
         first, count = one.scaling_row, one.scaling_count
         temperature[first : first + count] = [steering.temperature or 0.0] * count
         top_k[first : first + count] = [steering.top_k or 0] * count
@@ -80,6 +81,12 @@ def parameters(
         torch.frombuffer(excluded, dtype=torch.bool).view(rows, experts).to(device),
         to_device(weight, device, torch.float32),
     )
+
+
+@lru_cache(maxsize=1024)
+def _left_out(only: tuple[int, ...] | None, experts: int) -> bytes:
+    """1 for every expert that is left out where only those of `only` act."""
+    return bytes(only is not None and expert not in only for expert in range(experts))
 
 
 def fixed_row(weights: SequenceOf[GateWeight], sites: SequenceOf[str], experts: int) -> list[list[float]]:
