@@ -132,6 +132,7 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
+        keeps_bfloat16=native.names_of_linears if _can_have_native(options, device, dtype) else None,
         on_progress=on_progress,
     )
 
@@ -197,10 +198,13 @@ def uses_native(options: EngineOptions, device: torch.device, dtype: torch.dtype
 
 def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[torch.Tensor]:
     """The tensors of a model on the meta device that a CPU will keep in bfloat16 under float32 arithmetic."""
-    can_be_had = native.can_be_had(Path(options.native_cache).expanduser())
-    if not can_be_had or not uses_native(options, torch.device("cpu"), model.dtype):
+    if not _can_have_native(options, torch.device("cpu"), model.dtype):
         return []
     return native.expect_bfloat16(model, checkpoint)
+
+
+def _can_have_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
+    return uses_native(options, device, dtype) and native.can_be_had(Path(options.native_cache).expanduser())
 
 
 def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, sizes: Sizes) -> EngineInfo:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -38,3 +38,10 @@ def read_with_finite(ids: Tensor, numbers: Tensor) -> tuple[list[int], list[bool
         return ids.tolist(), list(map(math.isfinite, numbers.tolist()))
     read = torch.cat([ids, numbers.isfinite()]).tolist()
     return read[: len(ids)], list(map(bool, read[len(ids) :]))
+
+
+def upcast_to_float32(module: nn.Module, kept: Collection[str] = ()) -> None:
+    """Every bfloat16 parameter of a module but for those in `kept`, one after the other; tied ones stay tied."""
+    for name, parameter in module.named_parameters():
+        if parameter.dtype == torch.bfloat16 and name not in kept:
+            parameter.data = parameter.data.float()

@@ -31,7 +31,7 @@ from service.model.steps.step import ForwardOutput
 from service.model.targets import resolve_sites
 
 
-class _HiddenStateTap(nn.Module):
+class HiddenStateTap(nn.Module):
     """Stands where the causal LM keeps its decoder, and remembers the last hidden state before the head."""
 
     def __init__(self, decoder: nn.Module) -> None:
@@ -40,6 +40,7 @@ class _HiddenStateTap(nn.Module):
         self.last_hidden_state: Tensor | None = None  # [1, T, H], after the final norm
 
     def forward(self, *args: Any, batch: Batch, draft_head: DraftHead | None = None, **kwargs: Any) -> Any:
+        """The decoder's output, with what the draft head makes of it where there is one."""
         outputs = self.decoder(*args, batch=batch, **kwargs)
         self.last_hidden_state = outputs.last_hidden_state
         if draft_head is not None:
@@ -76,7 +77,7 @@ class XLoraModel:
         self.dummy_row = dummy_row.to(device)
         self.scaling_pass_has_experts = bool(dummy_row.any())
         prefix = causal_lm.base_model_prefix
-        self._tap = _HiddenStateTap(getattr(causal_lm, prefix))
+        self._tap = HiddenStateTap(getattr(causal_lm, prefix))
         setattr(causal_lm, prefix, self._tap)
         self.causal_lm = causal_lm
 

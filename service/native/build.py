@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from service.model.steps.step import Step
+from service.model.transfer import upcast_to_float32
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
@@ -35,9 +36,11 @@ def build(
     """
     decoder = Decoder.of(model)
     if decoder is None:
+        upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, torch computes this decoder: they know those of Llama's kind")
         return
     if not library.can_be_had(cache):
+        upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, steps are slower: g++ was not found (install g++)")
         return
     linears = bfloat16_linears(decoder)
@@ -46,6 +49,7 @@ def build(
         try:
             found = library.provide(cache)
         except (OSError, RuntimeError) as error:
+            upcast_to_float32(model.causal_lm)
             logger.warning("no native kernels, steps are slower: %s", error)
             return
         keep_bfloat16(decoder, linears)

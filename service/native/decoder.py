@@ -12,7 +12,8 @@ decoder that does anything else is none of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from service.model.adapted import AdaptedModule
 from service.model.loading.probe import mixed, probe
 from service.model.targets import is_plain_linear
-from service.model.xlora_model import XLoraModel
+from service.model.xlora_model import HiddenStateTap, XLoraModel
 
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # In the order of csrc/layer.h.
@@ -47,7 +48,7 @@ class Norm:
         """A module that looks like one: only what it returns can tell whether it is."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         parameters = {} if module is None else dict(module.named_parameters())
-        if eps is None or parameters.keys() != {"weight"} or parameters["weight"].dtype != torch.float32:
+        if eps is None or parameters.keys() != {"weight"}:
             return None
         return cls(parameters["weight"], eps)
 
@@ -108,17 +109,22 @@ class Decoder:
     @classmethod
     def of(cls, model: XLoraModel) -> Decoder | None:
         """The model's decoder on a CPU, None where it computes anything else or not in float32."""
-        decoder = cls.outline(model)
+        decoder = cls.outline(model.causal_lm) if model.dtype == torch.float32 else None
         return None if decoder is None else _probed(model, decoder)
 
     @classmethod
-    def outline(cls, model: XLoraModel) -> Decoder | None:
-        """What by its modules' names is one; only a run can tell what it computes, and how it attends."""
-        parts: dict[str, Any] = dict(model.decoder.named_children())
-        outer: dict[str, Any] = dict(model.causal_lm.named_children())
+    def outline(cls, causal_lm: Any) -> Decoder | None:
+        """What by its modules' names is one, with weights or without; only a run can tell what it computes, and how it
+        attends.
+        """
+        prefix = causal_lm.base_model_prefix
+        decoder = getattr(causal_lm, prefix)
+        inner = decoder.decoder if isinstance(decoder, HiddenStateTap) else decoder
+        parts: dict[str, Any] = dict(inner.named_children())
+        outer: dict[str, Any] = dict(causal_lm.named_children())
         if parts.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"}:
             return None
-        if outer.keys() != {model.causal_lm.base_model_prefix, "lm_head"} or not _is_linear(outer["lm_head"]):
+        if outer.keys() != {prefix, "lm_head"} or not _is_linear(outer["lm_head"]):
             return None
         layers = [_layer(layer) for layer in parts["layers"].children()]
         found, norm = [layer for layer in layers if layer is not None], Norm.of(parts["norm"])
@@ -141,6 +147,31 @@ class Decoder:
         return [*(linear for layer in self.layers for linear in layer.linears), self.head]
 
 
+@contextmanager
+def in_float32(linears: Sequence[Linear]) -> Iterator[None]:
+    """Lets torch compute with weights that are kept in bfloat16: each is upcast for as long as its linear is called, all
+    into the same memory.
+    """
+    narrow = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
+    scratch = torch.empty(max((linear.weight.numel() for linear in narrow), default=0))
+
+    def upcast(module: Any, _: Any) -> None:
+        kept = module.kept = module.weight
+        module.weight = nn.Parameter(scratch[: kept.numel()].view_as(kept).copy_(kept), requires_grad=False)
+
+    def restore(module: Any, *_: Any) -> None:
+        module.weight = module.kept
+        del module.kept
+
+    hooks = [linear.register_forward_pre_hook(upcast) for linear in narrow]
+    hooks += [linear.register_forward_hook(restore, always_call=True) for linear in narrow]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.inference_mode()
 def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
     """The decoder with how its layers attend, if it computes the formula. Its own weights are run, not its skeleton:
@@ -153,8 +184,9 @@ def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
     model.gate.clear()
     model.gate.logit_rows = positions
     try:
-        found = probe(model.causal_lm, ids, positions, batch=None)
-        ours = decoder.formula(ids[None], positions[None])
+        with in_float32(decoder.linears):
+            found = probe(model.causal_lm, ids, positions, batch=None)
+            ours = decoder.formula(ids[None], positions[None])
     except Exception:  # whatever it is made of, it is not this
         return None
     finally:
@@ -201,7 +233,7 @@ def _layer(layer: nn.Module) -> Layer | None:
 
 
 def _is_linear(module: object) -> bool:
-    """A linear, adapted or not, whose tensors are float32 without gaps."""
+    """A linear, adapted or not, whose tensors are without gaps."""
     if isinstance(module, AdaptedModule):
         is_known = module.base is None
     else:
@@ -209,4 +241,4 @@ def _is_linear(module: object) -> bool:
     if not is_known or not isinstance(module, nn.Module):
         return False
     tensors = (*module.parameters(), *module.buffers())
-    return all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+    return all(tensor.is_contiguous() for tensor in tensors)

@@ -8,6 +8,7 @@ what is kept so, whatever config.json says.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,21 @@ def keep_bfloat16(decoder: Decoder, linears: list[Linear]) -> None:
             linear.lora_a, linear.lora_b_t = linear.lora_a.to(torch.bfloat16), linear.lora_b_t.to(torch.bfloat16)
 
 
+def names_of_linears(causal_lm: Any) -> set[str]:
+    """The linears of a base, with weights or without, whose weights a native step can read in bfloat16; none where its
+    modules' names are not those of Llama's kind.
+    """
+    decoder = Decoder.outline(causal_lm)
+    if decoder is None:
+        return set()
+    tied = getattr(decoder.embed, "weight", None)
+    found = {id(linear) for linear in decoder.linears if linear.weight is not tied}
+    return {name for name, module in causal_lm.named_modules() if id(module) in found}
+
+
 def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
     """The tensors of a model on the meta device that will be kept so, as far as names and stored dtypes tell."""
-    decoder = Decoder.outline(model)
+    decoder = Decoder.outline(model.causal_lm)
     if decoder is None:
         return []
     tied, tensors = getattr(decoder.embed, "weight", None), []
@@ -63,6 +76,8 @@ def _are_bfloat16(checkpoint: Checkpoint, site: str) -> bool:
 
 
 def _survives(tensor: Tensor) -> bool:
+    if tensor.dtype == torch.bfloat16:
+        return True
     flat = tensor.detach().view(-1)
     blocks = (flat[first : first + _BLOCK] for first in range(0, flat.numel(), _BLOCK))
     return all(torch.equal(block.to(torch.bfloat16).float(), block) for block in blocks)

@@ -58,7 +58,7 @@ class MemoryPlan:
     num_blocks: int
     blocks_per_request: int  # of max_model_len tokens
     pool_bytes: int
-    loading_bytes: int  # the weights' while they are loaded, before any is halved
+    loading_bytes: int  # the weights' while they are loaded, before the experts' are halved
 
     @property
     def tokens(self) -> int:
@@ -103,7 +103,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         num_blocks=sizes.num_blocks,
         blocks_per_request=sizes.layout.blocks_for(sizes.max_model_len),
         pool_bytes=allocate_cache(model, sizes).bytes,
-        loading_bytes=weight_bytes(model).total,
+        loading_bytes=weight_bytes(model, [tensor for tensor in halved if isinstance(tensor, nn.Parameter)]).total,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
@@ -149,7 +149,9 @@ def describe_plan(plan: MemoryPlan) -> str:
     if weights.draft_head:
         lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")
     if plan.loading_bytes > weights.total:
-        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before any is halved)")
+        lines.append(
+            f"  while it loads           {_size(plan.loading_bytes)}  (weights, before the experts' are halved)"
+        )
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {_size(plan.reserve_bytes)}")
     return "\n".join(

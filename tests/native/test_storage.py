@@ -18,6 +18,7 @@ from service.engine.loader import build_engine, load_checkpoint_and_model
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native import library
+from service.native.decoder import Decoder
 from service.native.step import NativeStep
 from tests.support.driver import Engines, greedy, run, sampled, words
 from tests.support.tiny import Tiny
@@ -181,3 +182,23 @@ def test_a_failed_build_changes_nothing(halved: Tiny, tmp_path: Path, monkeypatc
     engine = loaded(halved, native_cache=str(tmp_path))
     assert dtypes(engine._runner.model, "q_proj") == {torch.float32}
     assert len(run(engine, [greedy("r", words(3, 9), 4)])["r"].tokens) == 4
+
+
+def test_no_weight_is_upcast_on_the_way(halved: Tiny) -> None:
+    """The base is read as it is stored; what steps do not read in bfloat16 comes to float32 one by one."""
+    model, _ = load_checkpoint_and_model(EngineOptions(str(halved.path), device="cpu"))
+    assert dtypes(model, "q_proj") == dtypes(model, "lm_head") == {torch.bfloat16}
+    assert dtypes(model, "embed_tokens") == dtypes(model, "input_layernorm") == {torch.float32}
+    assert model.causal_lm.config.dtype == torch.float32
+
+
+def test_a_decoder_that_is_of_another_kind_after_all_is_upcast(halved: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names said that it is Llama's, values do not: torch computes it, in float32."""
+    expected = run(loaded(halved, native_kernels=False), [greedy("r", words(3, 9), 4)])["r"]
+    monkeypatch.setattr(Decoder, "of", lambda model: None)
+    engine = loaded(halved)
+    model = engine._runner.model
+    assert {tensor.dtype for tensor in model.causal_lm.parameters()} == {torch.float32}
+    found = run(engine, [greedy("r", words(3, 9), 4)])["r"]
+    assert found.tokens == expected.tokens
+    assert not any(hasattr(linear, "kept") for linear in linears(model))

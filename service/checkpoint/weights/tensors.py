@@ -114,6 +114,34 @@ def iterate_tensors(file: TensorFile, names: Iterable[str]) -> Iterator[tuple[st
         raise defect(file.path, f"corrupt safetensors: {error}") from error
 
 
+class StoredTensor:
+    """A tensor of a file, read when it is asked for: `stored[...]`, as safetensors' own slices are.
+
+    It is read into memory of its own and not mapped, so a process holds what it has asked for and nothing of the file.
+    """
+
+    def __init__(self, file: TensorFile, info: TensorInfo) -> None:
+        self._path, self._start, self._info = file.path, file.data_start + info.start, info
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return DTYPES[self._info.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Raises CheckpointError where the file has become shorter."""
+        tensor = torch.empty(self._info.shape, dtype=self.dtype)
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise defect(self._path, f"truncated: tensor {self._info.name!r} lies beyond the end")
+                view = view[count:]
+        return tensor[index]
+
+
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     if len(name) > MAX_NAME:
         raise defect(path, f"tensor {name!r:.80}: expected a name of at most {MAX_NAME} characters, found {len(name)}")

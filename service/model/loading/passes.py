@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
+from service.checkpoint.base import stored_tensors
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import ATTENTION
 from service.model.loading.parallel import Shards, split
@@ -20,7 +21,10 @@ from service.model.loading.quantised import Quantization, quantise
 from service.model.loading.rope import settle_longrope
 from service.model.loading.skeleton import build_skeleton, read_config, skeleton_of
 from service.model.targets import resolve_sites
+from service.model.transfer import upcast_to_float32
 from service.model.xlora_model import XLoraModel
+
+Keeps = Callable[[Any], Collection[str]]
 
 
 def _quiet(_: str) -> None:
@@ -37,6 +41,7 @@ class Loading:
     quantization: Quantization | None = None
     max_model_len: int | None = None  # None: as many tokens as the base takes
     ranks: Ranks | None = None  # every rank must load at the same time
+    keeps_bfloat16: Keeps | None = None  # names of the skeleton's linears whose weights may stay as they are stored
     on_progress: Callable[[str], None] = _quiet
     skeleton: Any = None  # the base's modules without weights, whole
     causal_lm: Any = None  # the base with weights, or this rank's part of it
@@ -51,34 +56,65 @@ def judge(loading: Loading) -> None:
 
 
 def read_weights(loading: Loading) -> None:
-    """Raises CheckpointError where a tensor is missing, which transformers would fill with random numbers."""
-    base, ranks = loading.checkpoint.base_path, loading.ranks
-    divided = {} if ranks is None else {"distributed_config": DistributedConfig(tp_plan="auto", tp_size=ranks.size)}
+    """Raises CheckpointError where a tensor is missing, which transformers would fill with random numbers.
+
+    Tensors are read one by one, each into the memory where it stays: the peak is what stays and a few of the largest.
+    """
+    base = loading.checkpoint.base_path
     loading.on_progress(f"loading base model from {base}")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=read_config(base),
-            dtype=loading.dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            generation_config=GenerationConfig(),  # type: ignore[no-untyped-call]  # nothing reads it, nor its file
-            output_loading_info=True,
-            **divided,
-        )
-    except ValueError as error:
-        if ranks is None:
-            raise
-        raise CheckpointError(  # older versions want more to be divisible than check_plan does
-            f"{base}: transformers {transformers.__version__} does not divide it: {error}",
-            hint="use a newer version, or another --tensor-parallel",
-        ) from error
-    loading.causal_lm, report = loaded
+    if loading.ranks is not None:
+        loading.causal_lm, report = _divided(loading)
+    else:
+        tensors = stored_tensors(base)
+        is_narrow = loading.keeps_bfloat16 is not None and {one.dtype for one in tensors.values()} == {torch.bfloat16}
+        loading.causal_lm, report = _whole(loading, tensors, torch.bfloat16 if is_narrow else loading.dtype)
+        if is_narrow and any(buffer.dtype == torch.bfloat16 for buffer in loading.causal_lm.buffers()):
+            loading.causal_lm, report = _whole(loading, tensors, loading.dtype)  # a constant would be rounded
     for defect in ("missing_keys", "mismatched_keys"):
         if report[defect]:
             names = ", ".join(sorted(map(str, report[defect]))[:3])
             raise CheckpointError(f"{base}: {defect.replace('_', ' ')} in the base's weights: {names}")
+
+
+def _whole(loading: Loading, tensors: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The base with these tensors in `dtype`, and transformers' report."""
+    loading.causal_lm = None
+    config = read_config(loading.checkpoint.base_path)
+    return type(loading.skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **_quietly())
+
+
+def _divided(loading: Loading) -> Any:
+    """The same of this rank's part, which transformers cuts out as it reads."""
+    base, ranks = loading.checkpoint.base_path, loading.ranks
+    assert ranks is not None
+    plan = DistributedConfig(tp_plan="auto", tp_size=ranks.size)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base, config=read_config(base), dtype=loading.dtype, distributed_config=plan, **_quietly()
+        )
+    except ValueError as error:  # older versions want more to be divisible than check_plan does
+        raise CheckpointError(
+            f"{base}: transformers {transformers.__version__} does not divide it: {error}",
+            hint="use a newer version, or another --tensor-parallel",
+        ) from error
+
+
+def _quietly() -> dict[str, Any]:
+    """How transformers is called: nothing is downloaded or run, and what it misses is reported."""
+    return {
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "generation_config": GenerationConfig(),  # type: ignore[no-untyped-call]  # nothing reads it, nor its file
+        "output_loading_info": True,
+    }
+
+
+def upcast(loading: Loading) -> None:
+    """To the arithmetic's dtype, all but the linears that steps read in bfloat16."""
+    if loading.keeps_bfloat16 is not None:
+        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in loading.keeps_bfloat16(loading.skeleton)})
+        loading.causal_lm.config.dtype = loading.dtype
 
 
 def outline(loading: Loading) -> None:
@@ -124,6 +160,7 @@ Passes = Sequence[Callable[[Loading], None]]
 BASE_PASSES: Passes = (
     judge,  # first: this takes milliseconds, and reading weights minutes
     read_weights,
+    upcast,  # first of all changes, for those compute with values
     attend,  # while all modules are still transformers' own, which it walks through
     settle_rope,  # before the move: computed on the CPU, frequencies are the same for every device
     narrow,  # before the move: linear by linear, for the whole base may not fit on the device
@@ -145,12 +182,13 @@ def load_model(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
+    keeps_bfloat16: Keeps | None = None,
     on_progress: Callable[[str], None] = _quiet,
 ) -> XLoraModel:
     """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
     afterwards: stacks are copies. Raises CheckpointError as the passes do.
     """
-    loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, on_progress)
+    loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, keeps_bfloat16, on_progress)
     run(loading, MODEL_PASSES)
     assert loading.model is not None
     return loading.model

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from service.checkpoint.defects import Defects
-from service.checkpoint.weights.tensors import BUFFER_BYTES, read_header, read_tensors, scan
+from service.checkpoint.weights.tensors import BUFFER_BYTES, StoredTensor, read_header, read_tensors, scan
+from service.contract.errors import CheckpointError
 
 
 def scanned(path: Path) -> tuple[str, list[str]]:
@@ -51,3 +52,21 @@ def test_empty_scalar_and_zero_sized_tensors(tmp_path: Path) -> None:
 def test_metadata_is_not_a_tensor(tmp_path: Path) -> None:
     save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors", metadata={"format": "pt"})
     assert list(read_header(tmp_path / "x.safetensors").tensors) == ["x"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_stored_tensor_is_read_when_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As safetensors reads it, of every shape, and into memory of its own."""
+    path = tmp_path / "x.safetensors"
+    tensors = {"matrix": torch.randn(5, 7).to(dtype), "scalar": torch.tensor(2.5, dtype=dtype)}
+    tensors |= {"none": torch.zeros(0, 3, dtype=dtype), "long": torch.randn(9).to(dtype)}
+    save_file(tensors, path)
+    file = read_header(path)
+    stored = {name: StoredTensor(file, info) for name, info in file.tensors.items()}
+    for name, expected in tensors.items():
+        assert stored[name].dtype == dtype
+        assert torch.equal(stored[name][...], expected)
+    assert torch.equal(stored["matrix"][1:3], tensors["matrix"][1:3])
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        [one[...] for one in stored.values()]
