@@ -149,7 +149,7 @@ class Decoder:
 
 @contextmanager
 def in_float32(linears: Sequence[Linear]) -> Iterator[None]:
-    """Lets torch compute with weights that are kept in bfloat16: each is upcast for as long as its linear is called, all
+    """Lets torch compute with weights that are kept in bfloat16: each is upcast while its linear is called, all of them
     into the same memory.
     """
     narrow = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
