@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, and stop strings in that text.
+"""Token ids to text, one token at a time.
 
 A character may be spread over several tokens; half a character is never given out. Each token costs the decoding of a
 short window, however long the text is. This file knows no requests and no engine.
@@ -7,7 +7,6 @@ short window, however long the text is. This file knows no requests and no engin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
@@ -82,63 +81,3 @@ def _held(text: str) -> int:
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that have no text, such as end of text."""
     return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-
-
-@dataclass(slots=True)
-class _Pattern:
-    """One stop string and how much of it the text's end has matched (Knuth, Morris and Pratt 1977)."""
-
-    stop: str
-    borders: list[int]
-    matched: int = 0
-
-    @classmethod
-    def of(cls, stop: str) -> _Pattern:
-        borders = [0] * len(stop)
-        length = 0
-        for position in range(1, len(stop)):
-            while length and stop[position] != stop[length]:
-                length = borders[length - 1]
-            length += stop[position] == stop[length]
-            borders[position] = length
-        return cls(stop, borders)
-
-    def advance(self, character: str) -> bool:
-        while self.matched and character != self.stop[self.matched]:
-            self.matched = self.borders[self.matched - 1]
-        self.matched += character == self.stop[self.matched]
-        return self.matched == len(self.stop)
-
-
-class StopStrings:
-    """Cuts a growing text before the first of some strings.
-
-    `push` returns the text that can be given out: what might be the beginning of a stop string is held back until it is
-    decided. `found` turns true with the push that completes a stop string; whatever follows is not looked at.
-    """
-
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._patterns = [_Pattern.of(stop) for stop in stops]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Takes more text; returns what is certainly before any stop string."""
-        if not self._patterns or self.found:
-            return "" if self.found else text
-        pending = self._held + text
-        for position in range(len(self._held), len(pending)):
-            character = pending[position]
-            complete = [len(pattern.stop) for pattern in self._patterns if pattern.advance(character)]
-            if complete:
-                self.found = True
-                return pending[: position + 1 - max(complete)]
-        held = max(pattern.matched for pattern in self._patterns)
-        self._held = pending[len(pending) - held :]
-        return pending[: len(pending) - held]
-
-    def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
-        rest = "" if self.found else self._held
-        self._held = ""
-        return rest

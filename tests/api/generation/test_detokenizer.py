@@ -1,4 +1,4 @@
-"""Incremental detokenisation against decoding everything at once, and stop strings against str.find."""
+"""Incremental detokenisation against decoding everything at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from service.api.generation.detokenizer import Detokenizer, StopStrings, special_token_ids
+from service.api.generation.detokenizer import Detokenizer, special_token_ids
 from tests.support.fake_engine import build_tokenizer
 
 
@@ -71,36 +71,3 @@ def test_special_tokens_have_no_text_even_within_a_character(tokenizer: Tokenize
 def test_the_prompt_is_context_and_not_output(tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(tokenizer, tokenizer.encode("a long prompt").ids)
     assert "".join(detokenizer.push(id) for id in tokenizer.encode(" and more").ids) == " and more"
-
-
-@pytest.mark.parametrize("stops", [["ab"], ["aab", "ba"], ["aaa"], ["abab", "b"], ["c", "abc"]])
-def test_stop_strings_cut_where_find_says(stops: list[str]) -> None:
-    generator = random.Random(1)
-    for _ in range(300):
-        text = "".join(generator.choice("abc") for _ in range(generator.randrange(12)))
-        ends = {end for stop in stops for end in range(len(text) + 1) if text[:end].endswith(stop)}
-        end = min(ends, default=None)
-        longest = max((len(stop) for stop in stops if end is not None and text[:end].endswith(stop)), default=0)
-        expected = text if end is None else text[: end - longest]
-        matcher, given, position = StopStrings(stops), "", 0
-        while position < len(text) and not matcher.found:
-            size = generator.randrange(1, 4)
-            given += matcher.push(text[position : position + size])
-            assert expected.startswith(given), "text was given out that a stop string may claim"
-            position += size
-        assert given + matcher.flush() == expected
-        assert matcher.found == (end is not None)
-
-
-def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else() -> None:
-    matcher = StopStrings(["END"])
-    assert [matcher.push(text) for text in ["a E", "N", "x", "EN", "E", "ND", "more"]] == [
-        "a ",
-        "",
-        "ENx",
-        "",
-        "EN",
-        "",
-        "",
-    ]
-    assert matcher.found
