@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
-from service.api.generation.detokenizer import StopStrings
+from service.api.generation.stop_strings import Patterns, StopStrings
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.schemas.answers import Cost, Usage
 from service.client.engine_client import Client
@@ -39,7 +39,7 @@ class Choice:
         index: int,
         request: Request,
         tokenizer: ModelTokenizer,
-        stops: list[str],
+        stops: Patterns,
         ends: Collection[int],
         format: RowFormat,
     ) -> None:
@@ -120,11 +120,12 @@ class Generation:
         self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
         self._first: dict[str, int] = {}  # index of each request's first choice
         self._client = client
+        patterns = Patterns(stops)
         for request in requests:
             self._first[request.id] = len(self.choices)
             ends = ends_of(client.info, request)
             for _ in range(request.sampling.n if request.sampling else 0):
-                self.choices.append(Choice(len(self.choices), request, tokenizer, stops, ends, format))
+                self.choices.append(Choice(len(self.choices), request, tokenizer, patterns, ends, format))
 
     async def deltas(self, deadline: float | None = None) -> AsyncGenerator[list[Delta], None]:
         """Every delta as it comes; those that came together are one list, in order. At the deadline (in the time of the
@@ -132,8 +133,11 @@ class Generation:
 
         Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
         """
+        asked = [request for request in self.requests if not _asks_nothing(request)]
         try:
-            async with self._client.submit(*self.requests, deadline=deadline) as outputs:
+            async with self._client.submit(*asked, deadline=deadline) as outputs:
+                if ended := [choice.end("length") for choice in self.choices if _asks_nothing(choice.request)]:
+                    yield ended
                 async for output in outputs:
                     deltas: list[Delta] = []
                     try:
@@ -203,6 +207,11 @@ class Generation:
                 "accepted": sum(usage.accepted_tokens for usage in usages),
             },
         }
+
+
+def _asks_nothing(request: Request) -> bool:
+    """Whether there is nothing to compute: no token to generate, none to score."""
+    return request.sampling is not None and request.sampling.max_tokens == 0 and request.score_from is None
 
 
 def ends_of(info: EngineInfo, request: Request) -> Collection[int]:

@@ -195,7 +195,6 @@ class CompletionWriter:
             "index": index,
             "text": text,
             "logprobs": self._logprob_lists(index, tokens) if self._logprobs else None,
-            "finish_reason": deltas[-1].finish_reason,
         }
 
     def _prompt(self, index: int) -> Iterator[tuple[str, TokenOutput | None]]:
@@ -254,7 +253,6 @@ class ChatWriter:
             "index": delta.index,
             "delta": message,
             "logprobs": self._token_logprobs([delta]),
-            "finish_reason": delta.finish_reason,
             **_delta_xlora(self._run, delta),
         }
         chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
@@ -272,7 +270,6 @@ class ChatWriter:
             "index": index,
             "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
             "logprobs": self._token_logprobs(deltas),
-            "finish_reason": deltas[-1].finish_reason,
             **_choice_xlora(self._run, index, deltas),
         }
 
@@ -295,10 +292,29 @@ class ChatWriter:
 
 
 def _choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.ChoiceXLora:
-    ours = run.scalings(index, deltas)
-    return {"xlora": ours} if ours else {}
+    reason = deltas[-1].finish_reason
+    ours: answers.ChoiceDetails = {**run.scalings(index, deltas), **_end(reason)}
+    written: answers.ChoiceXLora = {"finish_reason": _openai_reason(reason)}
+    if ours:
+        written["xlora"] = ours
+    return written
 
 
 def _delta_xlora(run: Run, delta: Delta) -> answers.DeltaXLora:
-    ours = run.scalings_delta(delta)
-    return {"xlora": ours} if ours else {}
+    ours: answers.DeltaDetails = {**run.scalings_delta(delta), **_end(delta.finish_reason)}
+    written: answers.DeltaXLora = {"finish_reason": _openai_reason(delta.finish_reason)}
+    if ours:
+        written["xlora"] = ours
+    return written
+
+
+def _openai_reason(reason: str | None) -> answers.FinishReason | None:
+    """Who was cut short, by whatever it was, is cut short to OpenAI's clients."""
+    if reason is None:
+        return None
+    return "stop" if reason == "stop" else "length"
+
+
+def _end(reason: str | None) -> answers.WithEnd:
+    """The reason, where OpenAI has no word for it."""
+    return {} if reason in (None, "stop", "length") else {"finish_reason": reason}
