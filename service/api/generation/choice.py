@@ -27,6 +27,7 @@ class Delta:
     text: str  # to append to the choice's text; "" while a character or a stop string is undecided
     token: TokenOutput | None = None
     token_text: str = ""  # the token's own text, whatever is held back
+    at_start: bool = False  # whether no text stands before the token, where some tokenizers drop a space
     rows: Rows | None = None  # up to the position that produced the token
     finish_reason: str | None = None
 
@@ -85,8 +86,9 @@ class Choice:
 
     def _delta(self, token: TokenOutput, reason: str | None) -> Delta:
         self.tokens += 1
+        at_start = self._detokenizer.at_start
         if reason == "stop" and token.id in self._ends:  # its text is not part of the text
-            visible, own = self._detokenizer.flush(), self._tokenizer.token_text(token.id)
+            visible, own = self._detokenizer.flush(), self._tokenizer.vocabulary.name(token.id)
         else:
             visible, own = self._detokenizer.push(token.id), ""
             if reason is not None:
@@ -98,7 +100,7 @@ class Choice:
             text += self._stops.flush()
         self.finish_reason = reason
         rows = self._rows.take(len(self.request.prompt_token_ids) - 2 + self.tokens)
-        return Delta(self.index, text, token, visible + own, rows, reason)
+        return Delta(self.index, text, token, visible + own, at_start, rows, reason)
 
 
 class Generation:

@@ -6,13 +6,17 @@ short window, however long the text is. This file knows no requests and no engin
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from service.api.generation.vocabulary import Vocabulary
+
 _REPLACEMENT = "\ufffd"
-_MAX_HELD = 3  # an unfinished UTF-8 character is at most three bytes, so at most three replacement characters
-_WINDOW_TOKENS = 8  # the window is cut back when it is longer than this ...
+_WINDOW_TOKENS = 8  # the window is cut back when it is longer than this, with no character unfinished ...
+_MAX_WINDOW_TOKENS = 16  # ... or than this, when nothing but beginnings of characters comes
+_MAX_HELD = 16  # replacement characters: some tokenizers give one for each byte since the last token that is text
 _KEPT_TOKENS = range(4, 9)  # ... to the fewest of these many tokens that decode to the same tail
 _CONTEXT_TOKENS = 5  # of the prompt: some tokenizers drop a space at the very beginning of a text
 
@@ -24,26 +28,32 @@ class Detokenizer:
     is held back at the end, where an unfinished character becomes U+FFFD. Special tokens have no text.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), special_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
-        self._window = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in special_ids]
+        self._vocabulary = vocabulary
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # knows whether a character is unfinished
+        self._window = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in vocabulary.special_ids]
         context = self._decode(self._window)
         if context.endswith(_REPLACEMENT):
             self._window, context = [], ""
         self._given = len(context)  # characters of the window's text already given out
 
+    @property
+    def at_start(self) -> bool:
+        """Whether no text stands before the next token, neither the prompt's nor its own."""
+        return not self._window
+
     def push(self, token_id: int) -> str:
         """The text this token adds."""
-        if token_id in self._special_ids:
+        if token_id in self._vocabulary.special_ids:
             return ""
         self._window.append(token_id)
+        self._utf8.decode(self._vocabulary.bytes_of(token_id))
+        unfinished = bool(self._utf8.getstate()[0])
         text = self._decode(self._window)
-        added = text[self._given : len(text) - _held(text)]
+        added = text[self._given : len(text) - (_held(text) if unfinished else 0)]
         self._given += len(added)
-        if len(self._window) > _WINDOW_TOKENS:
+        if len(self._window) > (_MAX_WINDOW_TOKENS if unfinished else _WINDOW_TOKENS):
             added += self._cut(text)
         return added
 
@@ -72,12 +82,5 @@ class Detokenizer:
 
 
 def _held(text: str) -> int:
-    """How many characters at the end may still become something else."""
-    if not text.endswith(_REPLACEMENT):
-        return 0
+    """How many characters at the end of a text that ends within one may still become something else."""
     return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
-
-
-def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that have no text, such as end of text."""
-    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)

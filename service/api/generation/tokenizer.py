@@ -14,7 +14,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from service.api.generation.chat_renderer import ChatRenderer
-from service.api.generation.detokenizer import Detokenizer, special_token_ids
+from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.vocabulary import Vocabulary
 from service.api.off_loop import off_loop
 from service.api.schemas.fields import DEFAULT_MAX_TOKENS, DRAWN_SEEDS, OneTextFields
 from service.chat_template import bos_token
@@ -42,11 +43,10 @@ class ModelTokenizer:
         self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special_ids = special_token_ids(self._tokenizer)
         self._bos_id = self._tokenizer.token_to_id(bos_token(Path(info.tokenizer_path).parent) or "")
         self._chats = chats
         self._info = info
-        self._token_texts: dict[int, str] = {}
+        self.vocabulary = Vocabulary(self._tokenizer)
 
     @property
     def max_tokenized(self) -> int:
@@ -102,14 +102,7 @@ class ModelTokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An empty one, for the text that follows a prompt."""
-        return Detokenizer(self._tokenizer, prompt_ids, self._special_ids)
-
-    def token_text(self, id: int) -> str:
-        """One token alone. Answers with alternatives ask for the same few tokens again and again."""
-        text = self._token_texts.get(id)
-        if text is None:
-            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
-        return text
+        return Detokenizer(self._tokenizer, self.vocabulary, prompt_ids)
 
     def sampling(
         self,
@@ -138,7 +131,7 @@ class ModelTokenizer:
     def _special_named(self, stops: Sequence[str]) -> list[int]:
         """The special tokens that some stop strings name: they have no text in which a string could be found."""
         ids = map(self._tokenizer.token_to_id, stops)
-        return [id for id in ids if id in self._special_ids]
+        return [id for id in ids if id in self.vocabulary.special_ids]
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
         room = max(1, self._info.max_model_len - prompt_tokens)

@@ -220,11 +220,9 @@ class CompletionWriter:
         }
 
     def _alternatives(self, token: TokenOutput) -> dict[str, float]:
-        """By text; of several tokens with one text the likeliest stays. The token itself is always among them."""
-        found: dict[str, float] = {}
-        for id, logprob in [*token.top_logprobs, (token.id, token.logprob or 0.0)]:
-            found.setdefault(self._run.tokenizer.token_text(id), logprob)
-        return found
+        """By name, which no two tokens share. The token itself is always among them."""
+        alternatives = dict([*token.top_logprobs, (token.id, token.logprob or 0.0)])
+        return {self._run.tokenizer.vocabulary.name(id): logprob for id, logprob in alternatives.items()}
 
 
 class ChatWriter:
@@ -278,17 +276,21 @@ class ChatWriter:
             return None
         content: list[answers.ChatToken] = [
             {
-                **self._entry(token.id, token.logprob or 0.0),
-                "top_logprobs": [self._entry(id, logprob) for id, logprob in token.top_logprobs],
+                **self._entry(delta.token.id, delta.token.logprob or 0.0, delta.at_start),
+                "top_logprobs": [self._entry(id, value, delta.at_start) for id, value in delta.token.top_logprobs],
             }
-            for token in (delta.token for delta in deltas)
-            if token is not None
+            for delta in deltas
+            if delta.token is not None
         ]
         return {"content": content, "refusal": None}
 
-    def _entry(self, id: int, logprob: float) -> answers.ChatAlternative:
-        text = self._run.tokenizer.token_text(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def _entry(self, id: int, logprob: float, at_start: bool) -> answers.ChatAlternative:
+        vocabulary = self._run.tokenizer.vocabulary
+        return {
+            "token": vocabulary.name(id),
+            "logprob": logprob,
+            "bytes": list(vocabulary.bytes_of(id, at_start=at_start)),
+        }
 
 
 def _choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.ChoiceXLora:

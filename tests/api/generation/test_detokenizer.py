@@ -7,8 +7,10 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from service.api.generation.detokenizer import Detokenizer, special_token_ids
+from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.vocabulary import Vocabulary
 from tests.support.fake_engine import build_tokenizer
+from tests.support.sentencepiece_like import build_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, (), special_token_ids(tokenizer))
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
     return [*(detokenizer.push(id) for id in ids), detokenizer.flush()]
 
 
@@ -41,6 +43,27 @@ def test_no_character_is_ever_split(tokenizer: Tokenizer, text: str) -> None:
         position += len(piece)
 
 
+@pytest.mark.parametrize("text", [*TEXTS[:4], "a日本語 b", "🙂日é🙂" * 9])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_no_character_of_byte_tokens_is_ever_split(text: str, metaspace: bool) -> None:
+    """Of tokenizers that decode bytes in a row all together, or not at all."""
+    tokenizer = build_sentencepiece(metaspace=metaspace)
+    given = pieces(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(given) == tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert not any("\ufffd" in piece for piece in given)
+    assert max(map(len, given)) < 5
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_endless_beginnings_of_characters_are_given_out(metaspace: bool) -> None:
+    for tokenizer, token in ((build_sentencepiece(metaspace=metaspace), "<0xF0>"), (build_tokenizer(), "ð")):
+        detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
+        text = "".join(detokenizer.push(tokenizer.token_to_id(token)) for _ in range(500))
+        assert len(text) > 480
+        assert set(text + detokenizer.flush()) == {"\ufffd"}
+        assert len(detokenizer._window) <= 17
+
+
 def test_any_bytes_decode_as_they_do_at_once(tokenizer: Tokenizer) -> None:
     generator = random.Random(0)
     good = tokenizer.encode("é🙂日x ").ids
@@ -50,7 +73,7 @@ def test_any_bytes_decode_as_they_do_at_once(tokenizer: Tokenizer) -> None:
 
 
 def test_endless_invalid_bytes_are_given_out_and_cost_no_more_than_others(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
     invalid = tokenizer.encode("é").ids[1]  # a continuation byte alone
     text = "".join(detokenizer.push(invalid) for _ in range(500))
     assert len(text) >= 497
@@ -69,5 +92,5 @@ def test_special_tokens_have_no_text_even_within_a_character(tokenizer: Tokenize
 
 
 def test_the_prompt_is_context_and_not_output(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, tokenizer.encode("a long prompt").ids)
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer), tokenizer.encode("a long prompt").ids)
     assert "".join(detokenizer.push(id) for id in tokenizer.encode(" and more").ids) == " and more"
