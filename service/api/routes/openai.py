@@ -19,6 +19,7 @@ from service.api import models
 from service.api.generation.call import Call
 from service.api.generation.choice import Delta
 from service.api.generation.deadlines import before
+from service.api.generation.openai_logprobs import CompletionLogprobs, chat_logprobs
 from service.api.generation.run import Run, respond
 from service.api.generation.sse import event
 from service.api.middleware.json_body import JsonRoute
@@ -155,9 +156,8 @@ class CompletionWriter:
         self._run = run
         self._echo = bool(body.echo)
         self.echoed_tokens = run.generation.prompt_tokens * (body.n or 1) if self._echo else 0
-        self._logprobs = body.logprobs is not None
+        self._logprobs = CompletionLogprobs(run.tokenizer.vocabulary) if body.logprobs is not None else None
         self._frame = _Frame(run, body)
-        self._offsets: dict[int, int] = {}  # characters of each choice's tokens so far
         self._begun: set[int] = set()
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.CompletionAnswer:
@@ -194,7 +194,7 @@ class CompletionWriter:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprob_lists(index, tokens) if self._logprobs else None,
+            "logprobs": self._logprobs.of(index, tokens) if self._logprobs else None,
         }
 
     def _prompt(self, index: int) -> Iterator[tuple[str, TokenOutput | None]]:
@@ -205,25 +205,6 @@ class CompletionWriter:
         for position, text in enumerate(texts):
             yield text, outputs[position - 1] if 0 < position <= len(outputs) else None
 
-    def _logprob_lists(
-        self, index: int, tokens: Sequence[tuple[str, TokenOutput | None]]
-    ) -> answers.CompletionLogprobs:
-        offsets = []
-        for text, _ in tokens:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
-        return {
-            "tokens": [text for text, _ in tokens],
-            "token_logprobs": [None if token is None else token.logprob for _, token in tokens],
-            "top_logprobs": [None if token is None else self._alternatives(token) for _, token in tokens],
-            "text_offset": offsets,
-        }
-
-    def _alternatives(self, token: TokenOutput) -> dict[str, float]:
-        """By name, which no two tokens share. The token itself is always among them."""
-        alternatives = dict([*token.top_logprobs, (token.id, token.logprob or 0.0)])
-        return {self._run.tokenizer.vocabulary.name(id): logprob for id, logprob in alternatives.items()}
-
 
 class ChatWriter:
     """OpenAI's chat format."""
@@ -232,6 +213,7 @@ class ChatWriter:
 
     def __init__(self, run: Run, body: ChatBody) -> None:
         self._run = run
+        self._vocabulary = run.tokenizer.vocabulary
         self._logprobs = bool(body.logprobs)
         self._frame = _Frame(run, body)
         self._begun: set[int] = set()
@@ -250,7 +232,7 @@ class ChatWriter:
         choice: answers.ChatDelta = {
             "index": delta.index,
             "delta": message,
-            "logprobs": self._token_logprobs([delta]),
+            "logprobs": chat_logprobs(self._vocabulary, [delta]) if self._logprobs else None,
             **_delta_xlora(self._run, delta),
         }
         chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
@@ -267,29 +249,8 @@ class ChatWriter:
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
-            "logprobs": self._token_logprobs(deltas),
+            "logprobs": chat_logprobs(self._vocabulary, deltas) if self._logprobs else None,
             **_choice_xlora(self._run, index, deltas),
-        }
-
-    def _token_logprobs(self, deltas: Sequence[Delta]) -> answers.ChatLogprobs | None:
-        if not self._logprobs:
-            return None
-        content: list[answers.ChatToken] = [
-            {
-                **self._entry(delta.token.id, delta.token.logprob or 0.0, delta.at_start),
-                "top_logprobs": [self._entry(id, value, delta.at_start) for id, value in delta.token.top_logprobs],
-            }
-            for delta in deltas
-            if delta.token is not None
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, id: int, logprob: float, at_start: bool) -> answers.ChatAlternative:
-        vocabulary = self._run.tokenizer.vocabulary
-        return {
-            "token": vocabulary.name(id),
-            "logprob": logprob,
-            "bytes": list(vocabulary.bytes_of(id, at_start=at_start)),
         }
 
 
