@@ -18,7 +18,8 @@ _WINDOW_TOKENS = 8  # the window is cut back when it is longer than this, with n
 _MAX_WINDOW_TOKENS = 16  # ... or than this, when nothing but beginnings of characters comes
 _MAX_HELD = 16  # replacement characters: some tokenizers give one for each byte since the last token that is text
 _KEPT_TOKENS = range(4, 9)  # ... to the fewest of these many tokens that decode to the same tail
-_CONTEXT_TOKENS = 5  # of the prompt: some tokenizers drop a space at the very beginning of a text
+_CONTEXT_TOKENS = range(5, 9)  # of the prompt, the fewest that are whole characters at their end: some tokenizers drop
+# a space at the very beginning of a text
 
 
 class Detokenizer:
@@ -32,11 +33,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # knows whether a character is unfinished
-        self._window = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in vocabulary.special_ids]
-        context = self._decode(self._window)
-        if context.endswith(_REPLACEMENT):
-            self._window, context = [], ""
-        self._given = len(context)  # characters of the window's text already given out
+        self._window = self._context(prompt_ids)
+        self._given = len(self._decode(self._window))  # characters of the window's text already given out
 
     @property
     def at_start(self) -> bool:
@@ -63,6 +61,14 @@ class Detokenizer:
         rest = text[self._given :]
         self._given = len(text)
         return rest
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt; none where it ends within a character."""
+        for tokens in _CONTEXT_TOKENS:
+            ids = [id for id in prompt_ids[-tokens:] if id not in self._vocabulary.special_ids]
+            if not self._decode(ids).endswith(_REPLACEMENT):
+                return ids
+        return []
 
     def _cut(self, text: str) -> str:
         """Shortens the window; returns text that was held back and is older than what is kept."""

@@ -87,12 +87,17 @@ def whole_numbers(value: Any) -> Any:
         items = one.values() if isinstance(one, dict) else one
         kinds = set(map(type, items))
         if float in kinds:
-            for key, item in list(one.items()) if isinstance(one, dict) else enumerate(one):
-                if type(item) is float and item.is_integer() and -_LARGE < item < _LARGE:
-                    one[key] = int(item)
+            if isinstance(one, dict):
+                one |= {name: _whole(item) for name, item in one.items()}
+            else:
+                one[:] = map(_whole, one)
         if not kinds.isdisjoint(_CONTAINERS):
-            pending.extend(item for item in items if type(item) in _CONTAINERS)
+            pending.extend(item for item in items if item and type(item) in _CONTAINERS)
     return root[0]
+
+
+def _whole(item: Any) -> Any:
+    return int(item) if type(item) is float and item.is_integer() and -_LARGE < item < _LARGE else item
 
 
 def _at_most(body: bytes) -> tuple[int, int]:

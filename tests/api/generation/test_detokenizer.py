@@ -54,6 +54,15 @@ def test_no_character_of_byte_tokens_is_ever_split(text: str, metaspace: bool) -
     assert max(map(len, given)) < 5
 
 
+@pytest.mark.parametrize("prompt", ["日本", "🙂🙂", "a日本語"])
+def test_a_prompt_of_byte_tokens_is_context(prompt: str) -> None:
+    """Its last five may begin within a character; without it the answer would lose its first space."""
+    tokenizer = build_sentencepiece()
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer), tokenizer.encode(prompt).ids)
+    assert not detokenizer.at_start
+    assert detokenizer.push(tokenizer.token_to_id("▁a")) == " a"
+
+
 @pytest.mark.parametrize("metaspace", [False, True])
 def test_endless_beginnings_of_characters_are_given_out(metaspace: bool) -> None:
     for tokenizer, token in ((build_sentencepiece(metaspace=metaspace), "<0xF0>"), (build_tokenizer(), "ð")):
