@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schemas.body import FALSE_IS_ABSENT, Body
+from service.api.schemas.body import Body
 from service.api.schemas.fields import (
     INT32,
-    MAX_LOGPROBS,
     MAX_NAME_CHARACTERS,
     MAX_SALT_CHARACTERS,
     PROMPT_SCHEMA,
+    Logprobs,
     OneTextFields,
     Position,
     Prompt,
@@ -55,7 +55,7 @@ class GenerateBody(SamplingFields, XLoraFields):
     """POST /generate."""
 
     prompt: Prompt = Field(description="Text, or token ids.")
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, FALSE_IS_ABSENT] = Field(
+    logprobs: Logprobs = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
 

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 # The types of validation errors about a field of the object at hand; their context has its `name`.
 UNKNOWN_FIELD = "unknown_field"
 UNSUPPORTED_FIELD = "unsupported_field"
 MISSING_FIELD = "missing_field"
+
+_EMPTY: Mapping[type, Mapping[str, Any]] = {
+    str: {"type": "string", "maxLength": 0},
+    list: {"type": "array", "maxItems": 0},
+    dict: {"type": "object", "maxProperties": 0},
+}
+_ALL: frozenset[type] = frozenset(_EMPTY)
+_NONE: frozenset[type] = frozenset()
+_FILLED = frozenset({"minLength", "minItems", "enum", "const", "pattern"})  # keywords that an empty value may not fit
 
 
 class Body(BaseModel):
@@ -39,21 +49,20 @@ class Body(BaseModel):
         known = field_names(cls)
         if not value.keys() <= known:
             value = {name: item for name, item in value.items() if name in known or not cls._says_nothing(name, item)}
-        kept = cls.meant | _required_names(cls)
-        return {name: item for name, item in value.items() if not cls._is_absent(item, name in kept)}
+        kinds = _empty_kinds(cls)
+        return {name: item for name, item in value.items() if not cls._is_absent(item, kinds.get(name, _NONE))}
 
     @classmethod
-    def _is_absent(cls, value: Any, empty_is_meant: bool) -> bool:
-        if value is None:
-            return not cls.null_is_meant
-        return not value and not empty_is_meant and isinstance(value, str | list | dict)
+    def _is_absent(cls, value: Any, kinds: frozenset[type]) -> bool:
+        return not cls.null_is_meant if value is None else not value and type(value) in kinds
 
     @classmethod
     def _says_nothing(cls, name: str, value: Any) -> bool:
         """Of a field that is none of ours. Raises PydanticCustomError where it says something."""
         if name not in cls.unsupported:
             raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": name})
-        if not cls._is_absent(value, name in cls.meant) and value not in cls.unsupported[name]:
+        kinds = _NONE if name in cls.meant else _ALL
+        if not cls._is_absent(value, kinds) and value not in cls.unsupported[name]:
             raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": name})
         return True
 
@@ -67,6 +76,17 @@ class Body(BaseModel):
                 self.model_fields_set.discard(name)
         return self
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Says of each field that it may be empty, where its own schema does not."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, kinds in _empty_kinds(cls).items():
+            ways = schema["properties"][name].get("anyOf", [])
+            ways += [
+                _EMPTY[kind] for kind in _EMPTY if kind in kinds and not any(_may_be_empty(one, kind) for one in ways)
+            ]
+        return schema
+
 
 @functools.cache
 def field_names(model: type[BaseModel]) -> frozenset[str]:
@@ -75,14 +95,32 @@ def field_names(model: type[BaseModel]) -> frozenset[str]:
 
 
 @functools.cache
-def _required_names(model: type[BaseModel]) -> frozenset[str]:
-    return frozenset(field.alias or name for name, field in model.model_fields.items() if field.is_required())
+def _empty_kinds(model: type[Body]) -> Mapping[str, frozenset[type]]:
+    """By the names of fields that may be absent: the kinds of values that are absent when they are empty. What a field
+    never takes is refused, also when it is empty.
+    """
+    fields = {field.alias or name: field for name, field in model.model_fields.items() if not field.is_required()}
+    return {name: _kinds(field.annotation) for name, field in fields.items() if name not in model.meant}
+
+
+def _kinds(annotation: Any) -> frozenset[type]:
+    """Which of text, list and object a field takes."""
+    origin = get_origin(annotation) or annotation
+    if origin is Any:
+        return _ALL
+    if origin is Literal:
+        return frozenset(map(type, get_args(annotation))) & _ALL
+    if isinstance(origin, type) and issubclass(origin, Body):
+        return frozenset({dict})
+    if origin in _ALL:
+        return frozenset({origin})
+    return frozenset().union(*map(_kinds, get_args(annotation)))
+
+
+def _may_be_empty(schema: Mapping[str, Any], kind: type) -> bool:
+    return schema.get("type") == _EMPTY[kind]["type"] and schema.keys().isdisjoint(_FILLED)
 
 
 def absent_at(neutral: int) -> AfterValidator:
     """A number that says no more than null does, where others use it to switch something off."""
     return AfterValidator(lambda value: None if value == neutral else value)
-
-
-# Of a field that is a number here, and a switch elsewhere.
-FALSE_IS_ABSENT = BeforeValidator(lambda value: None if value is False else value)

@@ -48,9 +48,9 @@ def _prompt(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
+    if value is None or value == "":
         return None
+    stops = [value] if isinstance(value, str) else value
     if not is_list_of(stops, str):
         raise ValueError("must be a string or a list of strings")
     stops = list(dict.fromkeys(stops))
@@ -90,7 +90,7 @@ PROMPT_SCHEMA = {
 }
 _STOP_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+        {"type": "string", "maxLength": MAX_STOP_CHARACTERS},
         {
             "type": "array",
             "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
@@ -143,6 +143,13 @@ TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Position = Annotated[int, Field(ge=0, le=INT32)]
 Float = Annotated[float, Field(allow_inf_nan=False)]
+Alternatives = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Logprobs = Annotated[
+    Alternatives | None,  # false is absent: elsewhere the field is a switch
+    BeforeValidator(
+        lambda value: None if value is False else value, json_schema_input_type=Alternatives | Literal[False] | None
+    ),
+]
 
 
 class JsonSchema(Body):

@@ -11,10 +11,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-from service.api.schemas.body import FALSE_IS_ABSENT, Body
+from service.api.schemas.body import Body
 from service.api.schemas.fields import (
     INT32,
-    MAX_LOGPROBS,
+    Alternatives,
+    Logprobs,
     SamplingFields,
     XLoraFields,
 )
@@ -116,7 +117,7 @@ class CompletionBody(OpenAIFields):
     max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
         None, description="As in the other bodies; 0, with echo, scores the prompt and generates nothing."
     )
-    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None, FALSE_IS_ABSENT] = Field(
+    logprobs: Logprobs = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
     echo: bool | None = Field(None, description="The prompt before the completion, with its logprobs if asked for.")
@@ -151,9 +152,7 @@ class ChatBody(OpenAIFields):
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = Field(None, description="Each token's logprob, of the raw distribution.")
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Alternatives per token; needs logprobs."
-    )
+    top_logprobs: Alternatives | None = Field(None, description="Alternatives per token; needs logprobs.")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=NO_EFFECT)
     tool_choice: Literal["none", "auto"] | None = Field(None, description=NO_EFFECT)
     parallel_tool_calls: bool | None = Field(None, description=NO_EFFECT)

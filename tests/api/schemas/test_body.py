@@ -137,6 +137,10 @@ def test_an_integer_may_have_a_point_in_a_schema(http: TestClient, client: Threa
         ("/generate", {"max_tokens": 1e300}, "max_tokens"),
         ("/generate", {"prompt": [1.5]}, "prompt"),
         ("/generate", {"seed": -2}, "seed"),
+        ("/generate", {"temperature": ""}, "temperature"),  # what a field never takes is no way to say nothing
+        ("/generate", {"ignore_eos": []}, "ignore_eos"),
+        ("/generate", {"gate": []}, "gate"),
+        (CHAT, {"stream_options": ""}, "stream_options"),
         ("/generate", {"top_k": -2}, "top_k"),
         ("/generate", {"logprobs": True}, "logprobs"),
         ("/generate", {"suffix": ""}, "suffix"),

@@ -46,7 +46,10 @@ NULLS = dict.fromkeys(
 @pytest.mark.parametrize(
     "extra",
     [
-        *({name: value} for name in NULLS for value in (None, "", [], {}) if name != "parsed"),
+        *({name: None} for name in NULLS),
+        *({name: ""} for name in ("name", "id", "refusal", "reasoning_content", "reasoning", "parsed")),
+        {"annotations": [], "cache_control": {}, "provider_specific_fields": {}},
+        *({name: empty} for name in ("tool_calls", "function_call", "audio", "images") for empty in ([], {}, "")),
         NULLS,
         {"id": "msg_1", "annotations": [{"type": "url_citation", "url_citation": {"url": "x"}}]},
         {"parsed": {"kind": "owl", "legs": [1.0, None]}, "cache_control": {"type": "ephemeral"}},
