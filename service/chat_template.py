@@ -64,9 +64,8 @@ class ChatTemplate:
 
         Raises jinja2.TemplateError for a template that is no Jinja; loading a checkpoint has refused those before.
         """
-        path, file = directory / CONFIG_FILE, directory / TEMPLATE_FILE
-        config = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return cls.of(config, file.read_text("utf-8") if file.exists() else None)
+        file = directory / TEMPLATE_FILE
+        return cls.of(_config(directory), file.read_text("utf-8") if file.exists() else None)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], text: str | None) -> ChatTemplate | None:
@@ -80,8 +79,7 @@ class ChatTemplate:
             return None
         if len(source) > MAX_SOURCE:
             raise ValueError(f"expected at most {MAX_SOURCE:,} characters, found {len(source):,}")
-        tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-        return cls(source, {name: token for name, token in tokens.items() if token is not None})
+        return cls(source, _special_tokens(config))
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text with which the assistant's turn begins. Raises InvalidRequestError for what the template refuses."""
@@ -89,6 +87,22 @@ class ChatTemplate:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except Exception as error:  # a template can fail in any of Python's ways
             raise refusal(_reason(error)) from None
+
+
+def bos_token(directory: Path) -> str | None:
+    """The token that texts begin with, as tokenizer_config.json names it beside a tokenizer.json."""
+    return _special_tokens(_config(directory)).get("bos_token")
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return config
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _default(templates: Any) -> str | None:

@@ -28,6 +28,10 @@ _BYTE_UNITS = {"": 1, "b": 1} | {
     for power, (binary, decimal) in enumerate([("KiB", "KB"), ("MiB", "MB"), ("GiB", "GB"), ("TiB", "TB")], start=1)
     for unit, factor in ((binary, 1024**power), (decimal, 1000**power))
 }
+# scheme://host:port, and the slash that an address bar adds: browsers send neither that nor the scheme's own port.
+_ORIGIN = re.compile(r"(([a-z][a-z0-9+.-]*)://(?:\[[0-9a-f:.]+\]|[a-z0-9._-]+))(?::([0-9]{1,5}))?/?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_LAST_PORT = 65535
 _BYTE_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -49,8 +53,33 @@ def split_list(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+def parse_origins(value: object) -> object:
+    """Texts such as `https://a.example, http://localhost:3000` as the origins that browsers send; `*` is all of them.
+
+    Raises ValueError for one that no browser sends: it would match nothing, and nobody would be told.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        return value
+    return [_origin(one.strip().lower()) for text in texts for one in text.split(",") if one.strip()]
+
+
+def _origin(text: str) -> str:
+    match = _ORIGIN.fullmatch(text)
+    if text in ("*", "null"):
+        return text
+    if match is None or int(match[3] or 0) > _LAST_PORT:
+        raise ValueError(
+            f"{text!r} is not an origin: a scheme and a host, perhaps a port, and no more, as https://a.example:8443; "
+            "* is every origin, and no part of one"
+        )
+    port = int(match[3] or 0)
+    return f"{match[1]}:{port}" if port not in (0, _DEFAULT_PORTS.get(match[2])) else match[1]
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 TextList = Annotated[list[str], NoDecode, BeforeValidator(split_list)]
+Origins = Annotated[list[str], NoDecode, BeforeValidator(parse_origins)]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -148,8 +177,10 @@ class Settings(BaseSettings):
         "good for all else too",
     )
     admin_keys: SecretStr | None = Field(None, description="admin keys, separated by commas")
-    cors_origins: str | None = Field(
-        None, description="origins whose pages may call the server, separated by commas; default: none"
+    cors_origins: Origins = Field(
+        [],
+        description="origins whose pages may call the server, separated by commas, as https://a.example; * is all; "
+        "default: none",
     )
     ssl_certfile: str | None = Field(None, description="certificate chain (PEM); serves HTTPS")
     ssl_keyfile: str | None = Field(None, description="the certificate's private key (PEM)")

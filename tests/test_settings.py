@@ -78,5 +78,37 @@ def test_a_bad_value_names_its_source(monkeypatch: pytest.MonkeyPatch, name: str
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("text", "origins"),
+    [
+        ("https://a.example/", ["https://a.example"]),
+        ("HTTPS://A.Example:443, http://b:80/", ["https://a.example", "http://b"]),
+        ("http://localhost:3000,https://[::1]:8443,", ["http://localhost:3000", "https://[::1]:8443"]),
+        ("https://a.example:80", ["https://a.example:80"]),
+        ("*", ["*"]),
+        ("null, chrome-extension://abc", ["null", "chrome-extension://abc"]),
+        ("", []),
+    ],
+)
+def test_origins_are_what_browsers_send(monkeypatch: pytest.MonkeyPatch, text: str, origins: list[str]) -> None:
+    assert load_settings({"cors_origins": [text]}).cors_origins == origins
+    monkeypatch.setenv("XLORA_CORS_ORIGINS", text)
+    assert load_settings().cors_origins == origins
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("*.example", "https://*.example", "a.example", "localhost:3000", "https://a.example/app", "https://u@a"),
+        *("https://a.example?x", "https://a.example:99999", "https://a.example:", "https://", "https://ä.example"),
+        *("https://a.example; https://b.example", "https://a.example https://b.example", "//a.example", "/"),
+    ],
+)
+def test_what_no_browser_sends_is_refused_at_start(text: str) -> None:
+    """It would match nothing, and nobody would know why."""
+    with pytest.raises(SettingsError, match=r"--cors-origins.*is not an origin"):
+        load_settings({"cors_origins": [f"https://fine.example,{text}"]})
+
+
 def test_every_setting_is_described() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Sequence
 from http.client import responses
@@ -25,8 +26,8 @@ from service.api.schemas.bodies import (
     ScalingsBody,
     TokenizeBody,
 )
-from service.api.schemas.fields import UNKNOWN_FIELD, field_names
-from service.api.schemas.openai import UNSUPPORTED, ChatBody, CompletionBody
+from service.api.schemas.body import MISSING_FIELD, UNKNOWN_FIELD, UNSUPPORTED_FIELD, field_names
+from service.api.schemas.openai import ChatBody, CompletionBody
 from service.contract.errors import (
     InternalError,
     InvalidRequestError,
@@ -50,6 +51,8 @@ _BODIES: dict[str, type[BaseModel]] = {
 _FIELDS = sorted({name for body in _BODIES.values() for name in body.model_fields})
 _SHOWN_CHARACTERS = 60
 _METHODS_OF_FILES = "GET, HEAD"  # those of the inspector's, whose refusal names none
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
+_SUBJECT = re.compile(r"^(?:Input|String|List|Dictionary) should")
 _SHORT = reprlib.Repr()  # three levels deep, and a few items of each
 
 
@@ -86,19 +89,23 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
 
 
 def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
-    """The first of pydantic's errors as one of ours; an unknown field goes before all others."""
-    first = next((error for error in errors if error["type"] == UNKNOWN_FIELD), errors[0])
+    """The first of pydantic's errors as one of ours; a field that has no place here goes before all others."""
+    first = next((error for error in errors if error["type"] in (UNKNOWN_FIELD, UNSUPPORTED_FIELD)), errors[0])
     location = [f"[{part}]" if isinstance(part, int) else part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return InvalidRequestError(f"the body cannot be read as JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == UNKNOWN_FIELD:
         return _unknown_field([*location, first["ctx"]["name"]], path)
+    if first["type"] == UNSUPPORTED_FIELD:
+        return _unsupported_field(_path([*location, first["ctx"]["name"]]))
+    if first["type"] == MISSING_FIELD:
+        location.append(first["ctx"]["name"])
     param = _path(location) or None
-    if first["type"] == "missing":
+    if first["type"] in ("missing", MISSING_FIELD):
         what = f"`{param}` is missing" if param else "the body is missing"
         return InvalidRequestError(what, param=param, code="missing_field")
-    reason = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "should", 1)
-    if param is None and "model_attributes_type" in first["type"]:
+    reason = _reason(first)
+    if param is None and first["type"] in _NO_OBJECT:
         return InvalidRequestError(
             "the body must be a JSON object", hint="send it with the header Content-Type: application/json"
         )
@@ -111,12 +118,22 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
     return InvalidRequestError(f"`{param}` {reason} (got {_shown(first['input'])})", param=param, hint=hint)
 
 
+def _reason(error: Any) -> str:
+    """What one of pydantic's errors says, without its names for things: it speaks of models and of validation."""
+    if error["type"] in _NO_OBJECT:
+        return "should be an object"
+    said = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
+    return _SUBJECT.sub("should", said)
+
+
+def _unsupported_field(param: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
+    )
+
+
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
     param = _path(location)
-    if path.startswith("/v1/") and param in UNSUPPORTED:
-        return InvalidRequestError(
-            f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
-        )
     known = _known_fields(location, path)
     close = difflib.get_close_matches(location[-1][:_SHOWN_CHARACTERS], known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"

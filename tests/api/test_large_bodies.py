@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.large_bodies import METHODS, Kind, kinds
 from service.api.generation.tokenizer import MAX_CALL_TOKENS, MAX_TOKENIZED, ModelTokenizer
-from service.api.middleware.json_body import MAX_COMMAS, MAX_PARTS, count
+from service.api.middleware.json_body import MAX_COMMAS, MAX_PARTS, count, whole_numbers
 from service.api.off_loop import SHORT_TOKENS, off_loop
 from service.contract.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
@@ -254,6 +254,21 @@ def test_a_refused_body_is_given_back_at_once(roomy: TestClient) -> None:
         gc.enable()
 
 
+def test_a_whole_number_is_an_integer_at_every_depth() -> None:
+    """And nothing else is changed: JSON Schema calls 16.0 an integer."""
+    value = {"a": 16.0, "b": [1.0, {"c": [[-0.0, 2.5, "1.0"]]}, 3], "d": 1e300, "e": 2.0**63, "f": None, "g": True}
+    expected = {"a": 16, "b": [1, {"c": [[0, 2.5, "1.0"]]}, 3], "d": 1e300, "e": 2.0**63, "f": None, "g": True}
+    found = whole_numbers(value)
+    assert json.dumps(found) == json.dumps(expected)
+    assert [json.dumps(whole_numbers(one)) for one in (5.0, "5.0", float("nan"), -1e999, [])] == [
+        "5",
+        '"5.0"',
+        "NaN",
+        "-Infinity",
+        "[]",
+    ]
+
+
 def tokenizer_of(path: Path, **info: Any) -> tuple[ModelTokenizer, Tokenizer]:
     """A tokenizer, and the tokenizer that is its oracle."""
     made = replace(fake_info(write_bundle(path)), **info)
@@ -266,6 +281,24 @@ def test_long_texts_have_the_tokenizers_ids(tmp_path: Path) -> None:
     for text in ("naïve 🙂 " * 5000, "a" * 40_000, "a"):
         assert asyncio.run(tokenizer.prompt_ids(text)) == oracle.encode(text).ids
         assert tokenizer.tokenize(text, False, 1 << 18) == oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text(tmp_path: Path) -> None:
+    """The tokenizer's own, else what its configuration names; only of a model that has none it is no prompt."""
+    bare, _ = tokenizer_of(tmp_path)
+    with pytest.raises(InvalidRequestError, match="`prompt` is empty"):
+        asyncio.run(bare.prompt_ids(""))
+    for token in ("<|end|>", {"content": "<|end|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        named = ModelTokenizer(fake_info(tmp_path))
+        assert asyncio.run(named.all_prompt_ids(["", "a"])) == [[258], [64]]
+        with pytest.raises(InvalidRequestError, match="is empty"):
+            asyncio.run(named.prompt_ids([]))
+        with pytest.raises(InvalidRequestError, match="`messages` is empty"):
+            asyncio.run(named.encode("", False, "messages"))
+    demo = Path(__file__).parents[2] / "model_store" / "demo" / "base" / "tokenizer.json"
+    own = ModelTokenizer(replace(fake_info(tmp_path), tokenizer_path=str(demo)))
+    assert asyncio.run(own.prompt_ids("")) == [0]
 
 
 def test_a_text_far_over_the_context_is_not_tokenized_to_its_end(tmp_path: Path) -> None:

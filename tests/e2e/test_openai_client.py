@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pydantic
@@ -171,3 +171,57 @@ def test_a_request_id_comes_back(client: openai.OpenAI) -> None:
     )
     assert answer.headers["x-request-id"] == "mine"
     assert answer.parse()._request_id == "mine"
+
+
+def test_ten_turns_by_model_dump(client: openai.OpenAI) -> None:
+    """Answers go back in with all that the client's types have: whole, parsed, and gathered from a stream."""
+    messages: list[Any] = []
+    for turn in range(10):
+        messages.append({"role": "user", "content": f"Compute {turn + 20} + 31.", "name": None})
+        wishes = {"model": "demo", "messages": messages, "max_completion_tokens": 40, "stop": ".", **GREEDY}
+        if turn % 3 == 0:
+            message = client.chat.completions.create(**wishes).choices[0].message
+        elif turn % 3 == 1:
+            message = client.chat.completions.parse(**wishes).choices[0].message
+        else:
+            with client.chat.completions.stream(**wishes) as stream:
+                stream.until_done()
+                message = stream.get_final_completion().choices[0].message
+        assert message.content
+        messages.append(message.model_dump())
+    assert {"tool_calls", "refusal", "audio", "annotations", "function_call"} <= set(messages[-1])
+
+
+@pytest.mark.parametrize("logprobs", [0, 2])
+def test_an_echo_alone_is_scored_as_it_is_beside_a_completion(client: openai.OpenAI, logprobs: int) -> None:
+    wishes = {"model": "demo", "prompt": ["Compute 48 + 87.\n", PROMPT], "echo": True, "logprobs": logprobs, **GREEDY}
+    alone, beside = (client.completions.create(**wishes, max_tokens=tokens).choices for tokens in (0, 1))
+    for ours, theirs in zip(alone, beside, strict=True):
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None
+        assert (ours.text, ours.finish_reason) == (theirs.text[: len(ours.text)], "length")
+        assert ours.logprobs.tokens == theirs.logprobs.tokens[:-1]
+        assert ours.logprobs.token_logprobs == pytest.approx(theirs.logprobs.token_logprobs[:-1], abs=1e-4)
+        assert [len(one or ()) for one in ours.logprobs.top_logprobs or ()] == [
+            len(one or ()) for one in (theirs.logprobs.top_logprobs or ())[:-1]
+        ]
+
+
+def test_an_empty_prompt_begins_a_text(client: openai.OpenAI, demo: Server) -> None:
+    """As the token that begins every text does."""
+    wishes = {"model": "demo", "max_tokens": 8, **GREEDY}
+    text, ids = (client.completions.create(prompt=prompt, **wishes).choices[0].text for prompt in ("", [0]))
+    assert text == ids
+    _, ours = demo.post("/generate", {"prompt": "", "max_tokens": 8, **GREEDY})
+    assert (ours["outputs"][0]["text"], ours["usage"]["prompt_tokens"]) == (text, 1)
+    single = client.completions.create(model="demo", prompt="", echo=True, max_tokens=0, logprobs=1).choices[0]
+    assert (single.text, single.logprobs and single.logprobs.token_logprobs) == ("", [None])
+
+
+def test_a_special_token_stops(client: openai.OpenAI) -> None:
+    """Whether or not it is the end of text to the model, whose greedy answer ends with it."""
+    wishes = {"model": "demo", "messages": MESSAGES, "max_tokens": 200, **GREEDY}
+    ended = client.chat.completions.create(**wishes).choices[0]
+    stopped = client.chat.completions.create(**wishes, stop=["</s>"], extra_body={"ignore_eos": True}).choices[0]
+    assert (stopped.finish_reason, stopped.message.content) == (ended.finish_reason, ended.message.content)
+    assert stopped.finish_reason == "stop"

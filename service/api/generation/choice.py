@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
-from service.api.generation.detokenizer import StopStrings
+from service.api.generation.stop_strings import Patterns, StopStrings
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.schemas.answers import Cost, Usage
 from service.client.engine_client import Client
@@ -27,6 +27,7 @@ class Delta:
     text: str  # to append to the choice's text; "" while a character or a stop string is undecided
     token: TokenOutput | None = None
     token_text: str = ""  # the token's own text, whatever is held back
+    at_start: bool = False  # whether no text stands before the token, where some tokenizers drop a space
     rows: Rows | None = None  # up to the position that produced the token
     finish_reason: str | None = None
 
@@ -39,7 +40,7 @@ class Choice:
         index: int,
         request: Request,
         tokenizer: ModelTokenizer,
-        stops: list[str],
+        stops: Patterns,
         ends: Collection[int],
         format: RowFormat,
     ) -> None:
@@ -85,8 +86,9 @@ class Choice:
 
     def _delta(self, token: TokenOutput, reason: str | None) -> Delta:
         self.tokens += 1
+        at_start = self._detokenizer.at_start
         if reason == "stop" and token.id in self._ends:  # its text is not part of the text
-            visible, own = self._detokenizer.flush(), self._tokenizer.token_text(token.id)
+            visible, own = self._detokenizer.flush(), self._tokenizer.vocabulary.name(token.id)
         else:
             visible, own = self._detokenizer.push(token.id), ""
             if reason is not None:
@@ -98,7 +100,7 @@ class Choice:
             text += self._stops.flush()
         self.finish_reason = reason
         rows = self._rows.take(len(self.request.prompt_token_ids) - 2 + self.tokens)
-        return Delta(self.index, text, token, visible + own, rows, reason)
+        return Delta(self.index, text, token, visible + own, at_start, rows, reason)
 
 
 class Generation:
@@ -120,11 +122,12 @@ class Generation:
         self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
         self._first: dict[str, int] = {}  # index of each request's first choice
         self._client = client
+        patterns = Patterns(stops)
         for request in requests:
             self._first[request.id] = len(self.choices)
             ends = ends_of(client.info, request)
             for _ in range(request.sampling.n if request.sampling else 0):
-                self.choices.append(Choice(len(self.choices), request, tokenizer, stops, ends, format))
+                self.choices.append(Choice(len(self.choices), request, tokenizer, patterns, ends, format))
 
     async def deltas(self, deadline: float | None = None) -> AsyncGenerator[list[Delta], None]:
         """Every delta as it comes; those that came together are one list, in order. At the deadline (in the time of the
@@ -132,8 +135,11 @@ class Generation:
 
         Raises the RequestError that refuses a request, and TimedOutError when the deadline came before any token.
         """
+        asked = [request for request in self.requests if not _asks_nothing(request)]
         try:
-            async with self._client.submit(*self.requests, deadline=deadline) as outputs:
+            async with self._client.submit(*asked, deadline=deadline) as outputs:
+                if ended := [choice.end("length") for choice in self.choices if _asks_nothing(choice.request)]:
+                    yield ended
                 async for output in outputs:
                     deltas: list[Delta] = []
                     try:
@@ -203,6 +209,11 @@ class Generation:
                 "accepted": sum(usage.accepted_tokens for usage in usages),
             },
         }
+
+
+def _asks_nothing(request: Request) -> bool:
+    """Whether there is nothing to compute: no token to generate, none to score."""
+    return request.sampling is not None and request.sampling.max_tokens == 0 and request.score_from is None
 
 
 def ends_of(info: EngineInfo, request: Request) -> Collection[int]:

@@ -1,4 +1,4 @@
-"""Token ids to text, one token at a time, and stop strings in that text.
+"""Token ids to text, one token at a time.
 
 A character may be spread over several tokens; half a character is never given out. Each token costs the decoding of a
 short window, however long the text is. This file knows no requests and no engine.
@@ -6,16 +6,20 @@ short window, however long the text is. This file knows no requests and no engin
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from service.api.generation.vocabulary import Vocabulary
+
 _REPLACEMENT = "\ufffd"
-_MAX_HELD = 3  # an unfinished UTF-8 character is at most three bytes, so at most three replacement characters
-_WINDOW_TOKENS = 8  # the window is cut back when it is longer than this ...
+_WINDOW_TOKENS = 8  # the window is cut back when it is longer than this, with no character unfinished ...
+_MAX_WINDOW_TOKENS = 16  # ... or than this, when nothing but beginnings of characters comes
+_MAX_HELD = 16  # replacement characters: some tokenizers give one for each byte since the last token that is text
 _KEPT_TOKENS = range(4, 9)  # ... to the fewest of these many tokens that decode to the same tail
-_CONTEXT_TOKENS = 5  # of the prompt: some tokenizers drop a space at the very beginning of a text
+_CONTEXT_TOKENS = range(5, 9)  # of the prompt, the fewest that are whole characters at their end: some tokenizers drop
+# a space at the very beginning of a text
 
 
 class Detokenizer:
@@ -25,26 +29,29 @@ class Detokenizer:
     is held back at the end, where an unfinished character becomes U+FFFD. Special tokens have no text.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), special_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
-        self._window = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in special_ids]
-        context = self._decode(self._window)
-        if context.endswith(_REPLACEMENT):
-            self._window, context = [], ""
-        self._given = len(context)  # characters of the window's text already given out
+        self._vocabulary = vocabulary
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # knows whether a character is unfinished
+        self._window = self._context(prompt_ids)
+        self._given = len(self._decode(self._window))  # characters of the window's text already given out
+
+    @property
+    def at_start(self) -> bool:
+        """Whether no text stands before the next token, neither the prompt's nor its own."""
+        return not self._window
 
     def push(self, token_id: int) -> str:
         """The text this token adds."""
-        if token_id in self._special_ids:
+        if token_id in self._vocabulary.special_ids:
             return ""
         self._window.append(token_id)
+        self._utf8.decode(self._vocabulary.bytes_of(token_id))
+        unfinished = bool(self._utf8.getstate()[0])
         text = self._decode(self._window)
-        added = text[self._given : len(text) - _held(text)]
+        added = text[self._given : len(text) - (_held(text) if unfinished else 0)]
         self._given += len(added)
-        if len(self._window) > _WINDOW_TOKENS:
+        if len(self._window) > (_MAX_WINDOW_TOKENS if unfinished else _WINDOW_TOKENS):
             added += self._cut(text)
         return added
 
@@ -54,6 +61,14 @@ class Detokenizer:
         rest = text[self._given :]
         self._given = len(text)
         return rest
+
+    def _context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt; none where it ends within a character."""
+        for tokens in _CONTEXT_TOKENS:
+            ids = [id for id in prompt_ids[-tokens:] if id not in self._vocabulary.special_ids]
+            if not self._decode(ids).endswith(_REPLACEMENT):
+                return ids
+        return []
 
     def _cut(self, text: str) -> str:
         """Shortens the window; returns text that was held back and is older than what is kept."""
@@ -73,72 +88,5 @@ class Detokenizer:
 
 
 def _held(text: str) -> int:
-    """How many characters at the end may still become something else."""
-    if not text.endswith(_REPLACEMENT):
-        return 0
+    """How many characters at the end of a text that ends within one may still become something else."""
     return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
-
-
-def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokens that have no text, such as end of text."""
-    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-
-
-@dataclass(slots=True)
-class _Pattern:
-    """One stop string and how much of it the text's end has matched (Knuth, Morris and Pratt 1977)."""
-
-    stop: str
-    borders: list[int]
-    matched: int = 0
-
-    @classmethod
-    def of(cls, stop: str) -> _Pattern:
-        borders = [0] * len(stop)
-        length = 0
-        for position in range(1, len(stop)):
-            while length and stop[position] != stop[length]:
-                length = borders[length - 1]
-            length += stop[position] == stop[length]
-            borders[position] = length
-        return cls(stop, borders)
-
-    def advance(self, character: str) -> bool:
-        while self.matched and character != self.stop[self.matched]:
-            self.matched = self.borders[self.matched - 1]
-        self.matched += character == self.stop[self.matched]
-        return self.matched == len(self.stop)
-
-
-class StopStrings:
-    """Cuts a growing text before the first of some strings.
-
-    `push` returns the text that can be given out: what might be the beginning of a stop string is held back until it is
-    decided. `found` turns true with the push that completes a stop string; whatever follows is not looked at.
-    """
-
-    def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._patterns = [_Pattern.of(stop) for stop in stops]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Takes more text; returns what is certainly before any stop string."""
-        if not self._patterns or self.found:
-            return "" if self.found else text
-        pending = self._held + text
-        for position in range(len(self._held), len(pending)):
-            character = pending[position]
-            complete = [len(pattern.stop) for pattern in self._patterns if pattern.advance(character)]
-            if complete:
-                self.found = True
-                return pending[: position + 1 - max(complete)]
-        held = max(pattern.matched for pattern in self._patterns)
-        self._held = pending[len(pending) - held :]
-        return pending[: len(pending) - held]
-
-    def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
-        rest = "" if self.found else self._held
-        self._held = ""
-        return rest

@@ -170,7 +170,9 @@ def _check_rows_start(xlora: XLoraFields, prompts: Sequence[list[int]]) -> None:
 
 
 def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraFields, info: EngineInfo) -> Request:
-    """The engine's view of one prompt."""
+    """The engine's view of one prompt. Where nothing is generated, the prompt may be scored in its place."""
+    scored = sampling.max_tokens == 0 and sampling.prompt_logprobs is not None and len(prompt) > 1
+    frozen = xlora.gate.freeze_after if xlora.gate is not None and sampling.max_tokens else None
     return Request(
         id=id,
         prompt_token_ids=prompt,
@@ -178,6 +180,7 @@ def _request(id: str, prompt: list[int], sampling: SamplingParams, xlora: XLoraF
         return_scalings=xlora.return_scalings or "none",
         scalings_start=xlora.scalings_start,
         cache_salt=xlora.cache_salt or "",
-        freeze_after=xlora.gate.freeze_after if xlora.gate is not None else None,
+        freeze_after=frozen,
         steering=steering_of(xlora, info),
+        score_from=1 if scored else None,
     )

@@ -21,6 +21,9 @@ from service.contract.errors import RequestError, TimedOutError
 
 DONE = b"data: [DONE]\n\n"
 
+# JSON may have these as they are, and escapes the others by itself: U+2028, U+2029, U+0085.
+_LINE_ENDS = ((b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"), (b"\xc2\x85", rb"\u0085"))
+
 _T = TypeVar("_T")
 
 
@@ -60,7 +63,9 @@ def event(data: Mapping[str, object]) -> bytes:
 
 
 def encoded_event(data: bytes) -> bytes:
-    """One event from its JSON."""
+    """One event from its JSON. What some readers of lines take for the end of one is escaped: it stands in strings."""
+    for character, escape in _LINE_ENDS:
+        data = data.replace(character, escape)
     return b"data: " + data + b"\n\n"
 
 

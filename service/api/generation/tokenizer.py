@@ -9,13 +9,16 @@ import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from service.api.generation.chat_renderer import ChatRenderer
-from service.api.generation.detokenizer import Detokenizer, special_token_ids
+from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.vocabulary import Vocabulary
 from service.api.off_loop import off_loop
-from service.api.schemas.fields import DEFAULT_MAX_TOKENS, MAX_SEED, OneTextFields
+from service.api.schemas.fields import DEFAULT_MAX_TOKENS, DRAWN_SEEDS, OneTextFields
+from service.chat_template import bos_token
 from service.contract.checks import check_context, check_token_ids
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
@@ -40,10 +43,10 @@ class ModelTokenizer:
         self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special_ids = special_token_ids(self._tokenizer)
+        self._bos_id = self._tokenizer.token_to_id(bos_token(Path(info.tokenizer_path).parent) or "")
         self._chats = chats
         self._info = info
-        self._token_texts: dict[int, str] = {}
+        self.vocabulary = Vocabulary(self._tokenizer)
 
     @property
     def max_tokenized(self) -> int:
@@ -99,14 +102,7 @@ class ModelTokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """An empty one, for the text that follows a prompt."""
-        return Detokenizer(self._tokenizer, prompt_ids, self._special_ids)
-
-    def token_text(self, id: int) -> str:
-        """One token alone. Answers with alternatives ask for the same few tokens again and again."""
-        text = self._token_texts.get(id)
-        if text is None:
-            text = self._token_texts[id] = self._tokenizer.decode([id], skip_special_tokens=False)
-        return text
+        return Detokenizer(self._tokenizer, self.vocabulary, prompt_ids)
 
     def sampling(
         self,
@@ -124,13 +120,18 @@ class ModelTokenizer:
         return SamplingParams(
             max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
             logit_bias=bias,
-            stop_token_ids=tuple(body.stop_token_ids or ()),
+            stop_token_ids=(*(body.stop_token_ids or ()), *self._special_named(body.stop or ())),
             seed=draw_seed() if body.seed is None else body.seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             form=form,
             **body.model_dump(exclude_none=True, include=_AS_GIVEN),
         )
+
+    def _special_named(self, stops: Sequence[str]) -> list[int]:
+        """The special tokens that some stop strings name: they have no text in which a string could be found."""
+        ids = map(self._tokenizer.token_to_id, stops)
+        return [id for id in ids if id in self.vocabulary.special_ids]
 
     def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
         room = max(1, self._info.max_model_len - prompt_tokens)
@@ -154,9 +155,11 @@ class ModelTokenizer:
         return found
 
     def _prompt(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        ids = self.tokenize(text, add_special_tokens, self._info.max_model_len) if text else []
+        ids = self.tokenize(text, add_special_tokens, self._info.max_model_len)
         if ids is None:
             raise self._too_long(f"more than {self._info.max_model_len}", param)
+        if not ids and add_special_tokens and self._bos_id is not None:
+            ids = [self._bos_id]  # the beginning of any text
         return self._checked(ids, param)
 
     def _checked(self, ids: list[int], param: str = "prompt") -> list[int]:
@@ -201,4 +204,4 @@ def _tokens_about(prompt: str | list[int]) -> int:
 
 def draw_seed() -> int:
     """A seed for who gave none."""
-    return secrets.randbelow(MAX_SEED + 1)
+    return secrets.randbelow(DRAWN_SEEDS)

@@ -23,6 +23,8 @@ MAX_COMMAS = 1 << 19  # between values: as many as the prompts of one call may h
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _QUOTE, _COMMA, _OPENING = ord('"'), ord(","), ord("{")
+_CONTAINERS = frozenset({list, dict})
+_LARGE = 2.0**63  # a number from here on is written as a float on purpose, or is no field's
 _LOWER = 0x20  # "[" is "{" without this bit, and nothing else is
 
 
@@ -48,13 +50,13 @@ class JsonRequest(Request):
     """A request whose body is UTF-8."""
 
     async def json(self) -> Any:
-        """The body's value; integers are exact, NaN and Infinity are left to the fields' own checks.
+        """The body's value; integers are exact, also as 16.0, and NaN and Infinity are left to the fields' own checks.
 
         Raises JSONDecodeError, as FastAPI expects it; the message says where the mistake is.
         """
         body = (await self.body()).removeprefix(_BYTE_ORDER_MARK)
         try:
-            return from_json(body)
+            return whole_numbers(from_json(body))
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from None
 
@@ -72,6 +74,30 @@ def check_size(body: bytes) -> None:
                 code="too_large",
                 hint="send fewer of them in one request; how long a string is does not count",
             )
+
+
+def whole_numbers(value: Any) -> Any:
+    """The same with integers in place of numbers without a fraction, at every depth: JSON knows one kind of number, and
+    JSON Schema calls 16.0 an integer. Changes the lists and objects where they are.
+    """
+    root = [value]
+    pending: list[Any] = [root]
+    while pending:
+        one = pending.pop()
+        items = one.values() if isinstance(one, dict) else one
+        kinds = set(map(type, items))
+        if float in kinds:
+            if isinstance(one, dict):
+                one |= {name: _whole(item) for name, item in one.items()}
+            else:
+                one[:] = map(_whole, one)
+        if not kinds.isdisjoint(_CONTAINERS):
+            pending.extend(item for item in items if item and type(item) in _CONTAINERS)
+    return root[0]
+
+
+def _whole(item: Any) -> Any:
+    return int(item) if type(item) is float and item.is_integer() and -_LARGE < item < _LARGE else item
 
 
 def _at_most(body: bytes) -> tuple[int, int]:

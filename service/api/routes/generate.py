@@ -94,7 +94,7 @@ class GenerateWriter:
     def _token(self, token: TokenOutput, text: str) -> answers.Token:
         written: answers.Token = {"id": token.id, "text": text}
         if token.logprob is not None:
-            name = self._run.tokenizer.token_text
+            name = self._run.tokenizer.vocabulary.name
             written["logprob"] = token.logprob
             written["top_logprobs"] = [
                 {"id": id, "text": name(id), "logprob": logprob} for id, logprob in token.top_logprobs

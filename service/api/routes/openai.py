@@ -19,6 +19,7 @@ from service.api import models
 from service.api.generation.call import Call
 from service.api.generation.choice import Delta
 from service.api.generation.deadlines import before
+from service.api.generation.openai_logprobs import CompletionLogprobs, chat_logprobs
 from service.api.generation.run import Run, respond
 from service.api.generation.sse import event
 from service.api.middleware.json_body import JsonRoute
@@ -155,9 +156,8 @@ class CompletionWriter:
         self._run = run
         self._echo = bool(body.echo)
         self.echoed_tokens = run.generation.prompt_tokens * (body.n or 1) if self._echo else 0
-        self._logprobs = body.logprobs is not None
+        self._logprobs = CompletionLogprobs(run.tokenizer.vocabulary) if body.logprobs is not None else None
         self._frame = _Frame(run, body)
-        self._offsets: dict[int, int] = {}  # characters of each choice's tokens so far
         self._begun: set[int] = set()
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.CompletionAnswer:
@@ -194,8 +194,7 @@ class CompletionWriter:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprob_lists(index, tokens) if self._logprobs else None,
-            "finish_reason": deltas[-1].finish_reason,
+            "logprobs": self._logprobs.of(index, tokens) if self._logprobs else None,
         }
 
     def _prompt(self, index: int) -> Iterator[tuple[str, TokenOutput | None]]:
@@ -206,27 +205,6 @@ class CompletionWriter:
         for position, text in enumerate(texts):
             yield text, outputs[position - 1] if 0 < position <= len(outputs) else None
 
-    def _logprob_lists(
-        self, index: int, tokens: Sequence[tuple[str, TokenOutput | None]]
-    ) -> answers.CompletionLogprobs:
-        offsets = []
-        for text, _ in tokens:
-            offsets.append(self._offsets.get(index, 0))
-            self._offsets[index] = offsets[-1] + len(text)
-        return {
-            "tokens": [text for text, _ in tokens],
-            "token_logprobs": [None if token is None else token.logprob for _, token in tokens],
-            "top_logprobs": [None if token is None else self._alternatives(token) for _, token in tokens],
-            "text_offset": offsets,
-        }
-
-    def _alternatives(self, token: TokenOutput) -> dict[str, float]:
-        """By text; of several tokens with one text the likeliest stays. The token itself is always among them."""
-        found: dict[str, float] = {}
-        for id, logprob in [*token.top_logprobs, (token.id, token.logprob or 0.0)]:
-            found.setdefault(self._run.tokenizer.token_text(id), logprob)
-        return found
-
 
 class ChatWriter:
     """OpenAI's chat format."""
@@ -235,6 +213,7 @@ class ChatWriter:
 
     def __init__(self, run: Run, body: ChatBody) -> None:
         self._run = run
+        self._vocabulary = run.tokenizer.vocabulary
         self._logprobs = bool(body.logprobs)
         self._frame = _Frame(run, body)
         self._begun: set[int] = set()
@@ -253,8 +232,7 @@ class ChatWriter:
         choice: answers.ChatDelta = {
             "index": delta.index,
             "delta": message,
-            "logprobs": self._token_logprobs([delta]),
-            "finish_reason": delta.finish_reason,
+            "logprobs": chat_logprobs(self._vocabulary, [delta]) if self._logprobs else None,
             **_delta_xlora(self._run, delta),
         }
         chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
@@ -271,34 +249,35 @@ class ChatWriter:
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
-            "logprobs": self._token_logprobs(deltas),
-            "finish_reason": deltas[-1].finish_reason,
+            "logprobs": chat_logprobs(self._vocabulary, deltas) if self._logprobs else None,
             **_choice_xlora(self._run, index, deltas),
         }
 
-    def _token_logprobs(self, deltas: Sequence[Delta]) -> answers.ChatLogprobs | None:
-        if not self._logprobs:
-            return None
-        content: list[answers.ChatToken] = [
-            {
-                **self._entry(token.id, token.logprob or 0.0),
-                "top_logprobs": [self._entry(id, logprob) for id, logprob in token.top_logprobs],
-            }
-            for token in (delta.token for delta in deltas)
-            if token is not None
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, id: int, logprob: float) -> answers.ChatAlternative:
-        text = self._run.tokenizer.token_text(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
 
 def _choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.ChoiceXLora:
-    ours = run.scalings(index, deltas)
-    return {"xlora": ours} if ours else {}
+    reason = deltas[-1].finish_reason
+    ours: answers.ChoiceDetails = {**run.scalings(index, deltas), **_end(reason)}
+    written: answers.ChoiceXLora = {"finish_reason": _openai_reason(reason)}
+    if ours:
+        written["xlora"] = ours
+    return written
 
 
 def _delta_xlora(run: Run, delta: Delta) -> answers.DeltaXLora:
-    ours = run.scalings_delta(delta)
-    return {"xlora": ours} if ours else {}
+    ours: answers.DeltaDetails = {**run.scalings_delta(delta), **_end(delta.finish_reason)}
+    written: answers.DeltaXLora = {"finish_reason": _openai_reason(delta.finish_reason)}
+    if ours:
+        written["xlora"] = ours
+    return written
+
+
+def _openai_reason(reason: str | None) -> answers.FinishReason | None:
+    """Who was cut short, by whatever it was, is cut short to OpenAI's clients."""
+    if reason is None:
+        return None
+    return "stop" if reason == "stop" else "length"
+
+
+def _end(reason: str | None) -> answers.WithEnd:
+    """The reason, where OpenAI has no word for it."""
+    return {} if reason in (None, "stop", "length") else {"finish_reason": reason}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.api.schemas.body import Body
 from service.api.schemas.fields import (
     INT32,
-    MAX_LOGPROBS,
     MAX_NAME_CHARACTERS,
     MAX_SALT_CHARACTERS,
     PROMPT_SCHEMA,
-    Body,
+    Logprobs,
     OneTextFields,
     Position,
     Prompt,
@@ -55,13 +55,15 @@ class GenerateBody(SamplingFields, XLoraFields):
     """POST /generate."""
 
     prompt: Prompt = Field(description="Text, or token ids.")
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+    logprobs: Logprobs = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
 
 
 class CompareSetting(SteeringFields):
     """One of the gates that a comparison is about."""
+
+    meant: ClassVar = frozenset({"token_ids"})  # [] is no output that could be judged
 
     label: Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)] | None = Field(
         None, description="Comes back with the output."
@@ -107,6 +109,8 @@ class CompareBody(OneTextFields):
 class GateBody(Body):
     """PATCH /gate: what is absent stays as it is. Null has a meaning here, as in PEFT's setters."""
 
+    null_is_meant: ClassVar = True
+
     scaling_pass_value: Annotated[float, Field(ge=-100, le=100)] | None = Field(
         None, description="The gate of the scaling pass; null is 1 / number of experts."
     )
@@ -139,6 +143,8 @@ class LogBody(Body):
 
 class Select(Body):
     """A part of the rows [positions, sites, experts]. Order and repetition in its lists change nothing."""
+
+    meant: ClassVar = frozenset({"sites", "layers", "module_types", "experts"})  # [] selects nothing
 
     start: Position | None = Field(None, description="First position; 0 when absent.")
     stop: Position | None = Field(

@@ -1,45 +1,42 @@
 """The fields that request bodies are made of: how a text is sampled, what it must be, who acts on it.
 
-Bodies are strict: no type is coerced, no unknown field is ignored, null means absent, every number is bounded. This
-file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in contract/checks.py.
-The routes' bodies are in bodies.py and openai.py.
+Bodies are strict: no type is coerced, no unknown field is ignored, every number is bounded; body.py says what is
+absent. This file knows shapes and ranges; what depends on the model (its context, its vocabulary) is checked in
+contract/checks.py. The routes' bodies are in bodies.py and openai.py.
 
 A body is checked on the event loop: sizes come before items, and the first mistake of a list ends it.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
+from service.api.schemas.body import Body, absent_at
 from service.api.schemas.sizes import check_schema_size, is_list_of
 
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SALT_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
+DRAWN_SEEDS = 2**53  # a drawn one is below: JavaScript rounds larger integers, and its clients send seeds back
 MAX_EXPERTS = 1024
 MAX_GATE_WEIGHTS = 1024
 MAX_NAME_CHARACTERS = 512
 DEFAULT_MAX_TOKENS = 128
 
 INT32 = 2**31 - 1
-UNKNOWN_FIELD = "unknown_field"  # the type of a validation error; its context has the `name`
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 
 
@@ -51,13 +48,14 @@ def _prompt(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    stops = [value] if isinstance(value, str) else value
-    if stops is None:
+    if value is None or value == "":
         return None
+    stops = [value] if isinstance(value, str) else value
     if not is_list_of(stops, str):
         raise ValueError("must be a string or a list of strings")
+    stops = list(dict.fromkeys(stops))
     if len(stops) > MAX_STOPS:
-        raise ValueError(f"has {len(stops)} strings; at most {MAX_STOPS} are allowed")
+        raise ValueError(f"has {len(stops)} different strings; at most {MAX_STOPS} are allowed")
     if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
     return stops
@@ -86,17 +84,17 @@ def _layer_weights(value: object) -> object:
 
 PROMPT_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
+        {"type": "string"},
         {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
     ]
 }
 _STOP_SCHEMA = {
     "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+        {"type": "string", "maxLength": MAX_STOP_CHARACTERS},
         {
             "type": "array",
-            "maxItems": MAX_STOPS,
             "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
+            "description": f"At most {MAX_STOPS} different strings.",
         },
         {"type": "null"},
     ]
@@ -145,28 +143,13 @@ TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Position = Annotated[int, Field(ge=0, le=INT32)]
 Float = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class Body(BaseModel):
-    """Strict, closed, finite."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fields_are_known(cls, value: Any) -> Any:
-        """Names the first unknown field, where pydantic makes an error of each, after all others."""
-        known = field_names(cls)
-        if isinstance(value, dict) and not value.keys() <= known:
-            unknown = next(name for name in value if name not in known)
-            raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": unknown})
-        return value
-
-
-@functools.cache
-def field_names(model: type[BaseModel]) -> frozenset[str]:
-    """The names that a model's fields have in JSON."""
-    return frozenset(field.alias or name for name, field in model.model_fields.items())
+Alternatives = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Logprobs = Annotated[
+    Alternatives | None,  # false is absent: elsewhere the field is a switch
+    BeforeValidator(
+        lambda value: None if value is False else value, json_schema_input_type=Alternatives | Literal[False] | None
+    ),
+]
 
 
 class JsonSchema(Body):
@@ -209,7 +192,9 @@ class OneTextFields(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="Nucleus sampling; 1 (off) when absent."
     )
-    top_k: Annotated[int, Field(ge=0, le=INT32)] | None = Field(None, description="0 (off) when absent.")
+    top_k: Annotated[Annotated[int, Field(ge=-1, le=INT32)] | None, absent_at(-1)] = Field(
+        None, description="0 (off) when absent; -1 is absent."
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="0 (off) when absent.")
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = Field(
         None, description="Over prompt and output; 1 (off) when absent."
@@ -223,7 +208,9 @@ class OneTextFields(Body):
     )
     ignore_eos: bool | None = Field(None, description="Go on after the end-of-text token.")
     response_format: ResponseFormat | None = Field(None, description="What the answer must be; any text when absent.")
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = Field(None, description="Drawn, and returned, when absent.")
+    seed: Annotated[Annotated[int, Field(ge=-1, le=MAX_SEED)] | None, absent_at(-1)] = Field(
+        None, description="Drawn below 2^53, and returned, when absent; -1 is absent."
+    )
     timeout: Annotated[float, Field(ge=1, le=86_400)] | None = Field(
         None,
         description='Seconds from arrival; what is unfinished then ends with finish_reason "timeout", or with 504 if '
@@ -252,6 +239,8 @@ class SamplingFields(OneTextFields):
 class LayerWeight(Body):
     """The weight of one expert at every site, or at those of some layers."""
 
+    meant: ClassVar = frozenset({"layers"})  # [] is no layer
+
     weight: Annotated[float, Field(ge=-100, le=100)]
     layers: Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=2, max_length=2)] | None = None
 
@@ -268,6 +257,8 @@ LayerWeights = Annotated[
 
 class Experts(Body):
     """Which experts act. The names are those of GET /info."""
+
+    meant: ClassVar = frozenset({"only", "weights"})  # [] and {} are the base model
 
     only: ExpertNames | None = Field(
         None, description="The gate chooses among these alone; [] is the base model without experts."

@@ -82,16 +82,37 @@ class OpenAIChunk(OpenAIHead, ChunkUsage):
     xlora: Annotated[AsUsed | XLoraAnswer, Field(description="What the engine did: in a last chunk with the usage.")]
 
 
-class ChoiceXLora(TypedDict):
+FinishReason = Literal["stop", "length"]  # OpenAI's words: its clients know no others
+
+
+class WithEnd(TypedDict):
+    """Why a choice ended, where OpenAI has no word for it."""
+
+    finish_reason: NotRequired[
+        Annotated[str, Field(description='Where it is none of OpenAI\'s, as "timeout": theirs is then "length".')]
+    ]
+
+
+class ChoiceDetails(WithScalings, WithEnd):
     """What is ours of a choice."""
 
-    xlora: NotRequired[Annotated[WithScalings, Field(description="Where asked for.")]]
+
+class DeltaDetails(WithScalingsDelta, WithEnd):
+    """What is ours of what a chunk adds to a choice."""
+
+
+class ChoiceXLora(TypedDict):
+    """What is ours of a choice, and why it ended."""
+
+    finish_reason: FinishReason | None
+    xlora: NotRequired[Annotated[ChoiceDetails, Field(description="Where there is something to say.")]]
 
 
 class DeltaXLora(TypedDict):
-    """What is ours of what a chunk adds to a choice."""
+    """What is ours of what a chunk adds to a choice, and why it ended, in its last."""
 
-    xlora: NotRequired[Annotated[WithScalingsDelta, Field(description="Where asked for.")]]
+    finish_reason: FinishReason | None
+    xlora: NotRequired[Annotated[DeltaDetails, Field(description="Where there is something to say.")]]
 
 
 class CompletionLogprobs(TypedDict):
@@ -109,7 +130,6 @@ class CompletionText(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None
 
 
 class CompletionChoice(CompletionText, ChoiceXLora):
@@ -169,7 +189,6 @@ class ChatChoice(ChoiceXLora):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
 
 
 class ChatAnswer(OpenAIAnswer):
@@ -192,7 +211,6 @@ class ChatDelta(DeltaXLora):
     index: int
     delta: ChatMessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
 
 
 class ChatChunk(OpenAIChunk):

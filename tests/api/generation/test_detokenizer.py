@@ -1,4 +1,4 @@
-"""Incremental detokenisation against decoding everything at once, and stop strings against str.find."""
+"""Incremental detokenisation against decoding everything at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import random
 import pytest
 from tokenizers import Tokenizer
 
-from service.api.generation.detokenizer import Detokenizer, StopStrings, special_token_ids
+from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.vocabulary import Vocabulary
 from tests.support.fake_engine import build_tokenizer
+from tests.support.sentencepiece_like import build_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, (), special_token_ids(tokenizer))
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
     return [*(detokenizer.push(id) for id in ids), detokenizer.flush()]
 
 
@@ -41,6 +43,36 @@ def test_no_character_is_ever_split(tokenizer: Tokenizer, text: str) -> None:
         position += len(piece)
 
 
+@pytest.mark.parametrize("text", [*TEXTS[:4], "a日本語 b", "🙂日é🙂" * 9])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_no_character_of_byte_tokens_is_ever_split(text: str, metaspace: bool) -> None:
+    """Of tokenizers that decode bytes in a row all together, or not at all."""
+    tokenizer = build_sentencepiece(metaspace=metaspace)
+    given = pieces(tokenizer, tokenizer.encode(text).ids)
+    assert "".join(given) == tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert not any("\ufffd" in piece for piece in given)
+    assert max(map(len, given)) < 5
+
+
+@pytest.mark.parametrize("prompt", ["日本", "🙂🙂", "a日本語"])
+def test_a_prompt_of_byte_tokens_is_context(prompt: str) -> None:
+    """Its last five may begin within a character; without it the answer would lose its first space."""
+    tokenizer = build_sentencepiece()
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer), tokenizer.encode(prompt).ids)
+    assert not detokenizer.at_start
+    assert detokenizer.push(tokenizer.token_to_id("▁a")) == " a"
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_endless_beginnings_of_characters_are_given_out(metaspace: bool) -> None:
+    for tokenizer, token in ((build_sentencepiece(metaspace=metaspace), "<0xF0>"), (build_tokenizer(), "ð")):
+        detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
+        text = "".join(detokenizer.push(tokenizer.token_to_id(token)) for _ in range(500))
+        assert len(text) > 480
+        assert set(text + detokenizer.flush()) == {"\ufffd"}
+        assert len(detokenizer._window) <= 17
+
+
 def test_any_bytes_decode_as_they_do_at_once(tokenizer: Tokenizer) -> None:
     generator = random.Random(0)
     good = tokenizer.encode("é🙂日x ").ids
@@ -50,7 +82,7 @@ def test_any_bytes_decode_as_they_do_at_once(tokenizer: Tokenizer) -> None:
 
 
 def test_endless_invalid_bytes_are_given_out_and_cost_no_more_than_others(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer))
     invalid = tokenizer.encode("é").ids[1]  # a continuation byte alone
     text = "".join(detokenizer.push(invalid) for _ in range(500))
     assert len(text) >= 497
@@ -69,38 +101,5 @@ def test_special_tokens_have_no_text_even_within_a_character(tokenizer: Tokenize
 
 
 def test_the_prompt_is_context_and_not_output(tokenizer: Tokenizer) -> None:
-    detokenizer = Detokenizer(tokenizer, tokenizer.encode("a long prompt").ids)
+    detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer), tokenizer.encode("a long prompt").ids)
     assert "".join(detokenizer.push(id) for id in tokenizer.encode(" and more").ids) == " and more"
-
-
-@pytest.mark.parametrize("stops", [["ab"], ["aab", "ba"], ["aaa"], ["abab", "b"], ["c", "abc"]])
-def test_stop_strings_cut_where_find_says(stops: list[str]) -> None:
-    generator = random.Random(1)
-    for _ in range(300):
-        text = "".join(generator.choice("abc") for _ in range(generator.randrange(12)))
-        ends = {end for stop in stops for end in range(len(text) + 1) if text[:end].endswith(stop)}
-        end = min(ends, default=None)
-        longest = max((len(stop) for stop in stops if end is not None and text[:end].endswith(stop)), default=0)
-        expected = text if end is None else text[: end - longest]
-        matcher, given, position = StopStrings(stops), "", 0
-        while position < len(text) and not matcher.found:
-            size = generator.randrange(1, 4)
-            given += matcher.push(text[position : position + size])
-            assert expected.startswith(given), "text was given out that a stop string may claim"
-            position += size
-        assert given + matcher.flush() == expected
-        assert matcher.found == (end is not None)
-
-
-def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else() -> None:
-    matcher = StopStrings(["END"])
-    assert [matcher.push(text) for text in ["a E", "N", "x", "EN", "E", "ND", "more"]] == [
-        "a ",
-        "",
-        "ENx",
-        "",
-        "EN",
-        "",
-        "",
-    ]
-    assert matcher.found

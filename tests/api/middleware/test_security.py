@@ -106,6 +106,22 @@ def test_other_origins_are_allowed_only_when_named(client: ThreadClient) -> None
         assert "access-control-allow-origin" not in others.headers
 
 
+@pytest.mark.parametrize("origins", ["https://a.example", "https://a.example/, http://b:3000", "*"])
+def test_pages_of_allowed_origins_may_send_any_header(client: ThreadClient, origins: str) -> None:
+    """As openai's client in a browser does; others may not."""
+    headers = "authorization,content-type,x-stainless-lang,x-stainless-retry-count,openai-beta,x-mine"
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": headers}
+    with serving(client, cors_origins=origins) as http:
+        answer = http.options("/v1/chat/completions", headers=asks | {"Origin": "https://a.example"})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-headers"] == headers
+        assert answer.headers["access-control-allow-origin"] in ("*", "https://a.example")
+        posted = http.post("/generate", json=BODY, headers={"Origin": "https://a.example"})
+        assert posted.headers["access-control-allow-origin"] in ("*", "https://a.example")
+        evil = http.options("/v1/chat/completions", headers=asks | {"Origin": "https://evil.example"})
+        assert evil.headers.get("access-control-allow-origin") == ("*" if origins == "*" else None)
+
+
 def test_a_body_that_does_not_arrive_in_time() -> None:
     sent: list[Message] = []
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.conftest import ThreadClient
+from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import error_of
 from tests.support.fake_engine import EXPERTS, FAULTY, REPLY, UNTAKEN, build_tokenizer, gate_row
 
@@ -168,6 +168,71 @@ def test_wishes_reach_the_engine(http: TestClient, client: ThreadClient) -> None
         assert request.sampling.max_tokens == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 0, 1])
+def test_without_tokens_to_generate_the_prompts_are_scored(
+    http: TestClient, stream: bool, logprobs: int | None
+) -> None:
+    """Also one that is a single token, of which there is nothing to say."""
+    body = {"prompt": ["Once", "a"], "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    found = [post(http, "/v1/completions", **body)] if not stream else chunks(http, "/v1/completions", **body)
+    choices = {choice["index"]: choice for part in found for choice in part["choices"]}
+    assert [(choices[i]["text"], choices[i]["finish_reason"]) for i in (0, 1)] == [("Once", "length"), ("a", "length")]
+    if logprobs is None:
+        assert choices[0]["logprobs"] is None
+        return
+    once, single = choices[0]["logprobs"], choices[1]["logprobs"]
+    assert (once["tokens"], once["token_logprobs"]) == (["O", "n", "c", "e"], [None, -0.5, -0.5, -0.5])
+    assert once["top_logprobs"][1] == {"n": -0.5}
+    assert (single["tokens"], single["token_logprobs"], single["top_logprobs"]) == (["a"], [None], [None])
+    if not stream:
+        assert found[0]["usage"]["completion_tokens"] == 0
+
+
+def test_scoring_asks_the_engine_for_no_more_than_the_scores(http: TestClient, client: ThreadClient) -> None:
+    body = {"prompt": "Once", "echo": True, "max_tokens": 0, "xlora": {"gate": {"freeze_after": 1, "top_k": 1}}}
+    before = list(client.engine.requests)
+    post(http, "/v1/completions", **body)
+    assert client.engine.requests == before  # the prompt alone is asked for
+    post(http, "/v1/completions", **body, logprobs=0)
+    [request] = client.engine.requests[len(before) :]
+    assert (request.score_from, request.freeze_after, request.steering is None) == (1, None, False)
+    assert request.sampling is not None
+    assert (request.sampling.max_tokens, request.sampling.prompt_logprobs) == (0, 0)
+    for wrong, param in (({"n": 2}, "n"), ({"xlora": {"return_scalings": "mean"}}, "xlora"), ({"echo": False}, None)):
+        error = error_of(http.post("/v1/completions", json={**body, **wrong}))
+        assert error["param"] == (param or "max_tokens")
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", ["zzz", "<|end|>"]])
+@pytest.mark.parametrize("path", [*ROUTES, "/generate"])
+def test_a_stop_string_may_be_a_special_token(http: TestClient, client: ThreadClient, path: str, stop: Any) -> None:
+    """Which has no text: it could not be found there."""
+    end = build_tokenizer().token_to_id("<|end|>")
+    client.engine._reply[4:4] = [end]
+    body = ROUTES.get(path, {"prompt": PROMPT}) | {"max_tokens": 9, "ignore_eos": True}
+    choice = http.post(path, json=body | {"stop": stop}).json()
+    choice = choice["choices"][0] if path in ROUTES else choice["outputs"][0]
+    assert (text_of(choice), choice["finish_reason"]) == ("The an", "stop")
+    assert client.engine.requests[-1].sampling is not None
+    assert client.engine.requests[-1].sampling.stop_token_ids == (end,)
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_finish_reasons_are_openai_s_words(client: ThreadClient, path: str, stream: bool) -> None:
+    """A timeout is "length" to its clients; ours are told by `xlora`."""
+    client.engine.step_seconds = 0.3
+    with serving(client) as http:
+        body = {"timeout": 1, "max_tokens": 70}
+        found = chunks(http, path, **body) if stream else [post(http, path, **body)]
+        *before, last = [choice for part in found for choice in part["choices"]]
+        assert (last["finish_reason"], last["xlora"]) == ("length", {"finish_reason": "timeout"})
+        assert {choice["finish_reason"] for choice in before} <= {None}
+        assert all("xlora" not in choice for choice in before)
+        assert "xlora" not in post(http, path, max_tokens=1)["choices"][0]
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> None:
     harmless: dict[str, Any] = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k", "metadata": {"a": "b"}}
@@ -196,7 +261,7 @@ def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> 
         ("/v1/completions", {"experts": {"only": []}}, "experts"),
         ("/v1/completions", {"xlora": {"prompt": "a"}}, "xlora.prompt"),
         ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
-        ("/v1/chat/completions", {"functions": []}, "functions"),
+        ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
