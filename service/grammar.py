@@ -11,12 +11,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from service.contract.errors import InvalidRequestError
 from service.contract.request import TextForm
+from service.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -145,7 +147,7 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            text = _sampled_tokens(Tokenizer.from_file(self._tokenizer_path), self._vocab_size)
+            text = _sampled_tokens(open_tokenizer(Path(self._tokenizer_path)), self._vocab_size)
             try:
                 self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
             except ValueError as error:

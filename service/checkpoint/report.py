@@ -68,7 +68,12 @@ def _base_lines(checkpoint: Checkpoint) -> list[str]:
     base = read_base(BundleRoot(checkpoint.path, allow_outside=True), checkpoint.base_path, Defects())
     dtypes = Counter(info.dtype for file in base.files for info in file.tensors.values())
     text = f"{one_line(base.architecture)}, {base.parameters:,} parameters, {' + '.join(dtypes)}"
-    return [f"base         {text}, hidden size {base.hidden_size}", f"             {checkpoint.base_path}"]
+    end = checkpoint.end_of_text
+    return [
+        f"base         {text}, hidden size {base.hidden_size}",
+        f"             {checkpoint.base_path}",
+        *(f"warning      {one_line(warning)}" for warning in end.warnings),
+    ]
 
 
 def _expert_line(expert: Expert) -> str:

@@ -34,4 +34,5 @@ class EngineOptions:
     base: str | None = None  # a folder or a hub id instead of what the checkpoint says
     experts: tuple[str, ...] = ()  # "name=path": the same for experts
     gate_relu: bool | None = None  # whether the gate has ReLU between its layers, where the files do not say
+    eos_from_tokenizer: bool = False  # the tokenizer's eos token ends texts too
     ordering: str | None = None  # a file with the order of experts and sites

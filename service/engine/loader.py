@@ -102,7 +102,9 @@ def read_checkpoint(
 ) -> Checkpoint:
     """What the options name, without the base's weights."""
     on_progress(f"reading {options.model}")
-    overrides = Overrides.parse(options.base, options.experts, options.ordering, options.gate_relu)
+    overrides = Overrides.parse(
+        options.base, options.experts, options.ordering, options.gate_relu, options.eos_from_tokenizer
+    )
     return load_checkpoint(
         options.model,
         overrides=overrides,
@@ -219,7 +221,7 @@ def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         xlora_config=checkpoint.xlora.to_dict(),
         dummy_row=model.dummy_row.expand(len(model.sites), -1).tolist(),
         vocab_size=model.config.get_text_config().vocab_size,
-        eos_token_ids=list(checkpoint.eos_token_ids),
+        eos_token_ids=list(checkpoint.end_of_text.ids),
         max_model_len=sizes.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,

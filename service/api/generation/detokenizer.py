@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-_MAX_HELD = 3  # an unfinished UTF-8 character is at most three bytes, so at most three replacement characters
+_MAX_HELD = 3  # an unfinished UTF-8 character is at most three bytes: so many replacement characters, so many tokens
 _WINDOW_TOKENS = 8  # the window is cut back when it is longer than this ...
 _KEPT_TOKENS = range(4, 9)  # ... to the fewest of these many tokens that decode to the same tail
 _CONTEXT_TOKENS = 5  # of the prompt: some tokenizers drop a space at the very beginning of a text
@@ -30,11 +30,12 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._special_ids = special_ids
-        self._window = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in special_ids]
-        context = self._decode(self._window)
-        if context.endswith(_REPLACEMENT):
-            self._window, context = [], ""
-        self._given = len(context)  # characters of the window's text already given out
+        context = [id for id in prompt_ids[-_CONTEXT_TOKENS:] if id not in special_ids]
+        while self._decode(context).endswith(_REPLACEMENT):  # it begins, or the prompt ends, within a character
+            del context[0]
+        self._window = context
+        self._given = self._decode(context)  # the beginning of the window's text, already given out
+        self._waited = 0  # tokens since the window's text began with that
 
     def push(self, token_id: int) -> str:
         """The text this token adds."""
@@ -42,8 +43,14 @@ class Detokenizer:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
-        added = text[self._given : len(text) - _held(text)]
-        self._given += len(added)
+        if text.endswith(_REPLACEMENT) and not text.startswith(self._given) and self._waited < _MAX_HELD:
+            # A run of tokens that are bytes (<0xE6>) is decoded as a whole: as long as a character at its end is
+            # unfinished, those before it, long given out, are replaced as well.
+            self._waited += 1
+            return ""
+        self._waited = 0
+        added = text[len(self._given) : len(text) - _held(text)]
+        self._given = text[: len(self._given) + len(added)]
         if len(self._window) > _WINDOW_TOKENS:
             added += self._cut(text)
         return added
@@ -51,8 +58,8 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest of the text; call it once, at the end."""
         text = self._decode(self._window)
-        rest = text[self._given :]
-        self._given = len(text)
+        rest = text[-self._waited :] if self._waited else text[len(self._given) :]
+        self._given, self._waited = text, 0
         return rest
 
     def _cut(self, text: str) -> str:
@@ -62,8 +69,8 @@ class Detokenizer:
             if tail and text.endswith(tail):
                 self._window = self._window[-kept:]
                 older = len(text) - len(tail)
-                added = text[self._given : older]
-                self._given = max(self._given - older, 0)
+                added = text[len(self._given) : older]
+                self._given = (self._given + added)[older:]
                 return added
         return ""
 

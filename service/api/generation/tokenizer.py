@@ -9,8 +9,7 @@ import functools
 import secrets
 from collections.abc import Sequence
 from dataclasses import fields
-
-from tokenizers import Tokenizer
+from pathlib import Path
 
 from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.detokenizer import Detokenizer, special_token_ids
@@ -20,6 +19,7 @@ from service.contract.checks import check_context, check_token_ids
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import SamplingParams, TextForm
+from service.tokenizer_files import open_tokenizer
 
 MAX_TOKENIZED = 1 << 17  # tokens of one /tokenize or /detokenize, where the context holds no more
 MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds no more
@@ -37,7 +37,7 @@ class ModelTokenizer:
     """One model's tokenizer."""
 
     def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
-        self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
+        self._tokenizer = open_tokenizer(Path(info.tokenizer_path))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special_ids = special_token_ids(self._tokenizer)
