@@ -18,13 +18,15 @@ from typing import Any
 
 from service.chat_template import TEMPLATE_FILE, ChatTemplate
 from service.checkpoint.defects import Defects, defect, naming, shorten
-from service.checkpoint.end_of_text import UNKNOWN, EndOfText, read_end_of_text
+from service.checkpoint.end_of_text import read_eos_token_ids
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.tensors import TensorFile, read_header
 from service.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # as Llama, GPT-2 and GPT-NeoX call them
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 MAX_SHARDS = 10_000
 # transformers would load these instead of the files that are checked here.
@@ -53,7 +55,7 @@ class BaseModel:
     files: tuple[TensorFile, ...]
     shapes: dict[str, tuple[int, ...]] = field(repr=False)
     complete: bool = True  # False: a shard could not be read, so an unknown module may still exist
-    end_of_text: EndOfText = UNKNOWN
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def hidden_size(self) -> int | None:
@@ -73,17 +75,19 @@ class BaseModel:
         return [name.removesuffix(suffix) for name, s in self.shapes.items() if name.endswith(suffix) and len(s) == 2]
 
     def weight_name(self, module: str) -> str | None:
-        """The tensor that is `module`'s weight, or None. Some saves leave out the first component ("model.")."""
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        """The tensor that is `module`'s weight, or None. Some saves leave out the first component ("model."); the head
+        has one of two names, and none of its own where it is tied to the embedding.
+        """
+        names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+        if module in HEADS:
+            names += [f"{head}.weight" for head in HEADS]
+            names += [name for name in self.shapes if name.endswith(EMBEDDINGS)]
         return next((name for name in names if name in self.shapes), None)
 
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
         """Shape of `module`'s weight, or None: [out, in], and [in, out] for Conv1D and Embedding."""
-        if name := self.weight_name(module):
-            return self.shapes[name]
-        if module == "lm_head":  # tied to the embedding, then not saved
-            return next((s for name, s in self.shapes.items() if name.endswith("embed_tokens.weight")), None)
-        return None
+        name = self.weight_name(module)
+        return None if name is None else self.shapes[name]
 
     @property
     def parameters(self) -> int:
@@ -107,11 +111,11 @@ def read_base(root: BundleRoot, path: Path, defects: Defects, *, eos_from_tokeni
     shapes = {name: info.shape for file in files for name, info in file.tensors.items()}
     if complete:
         check_base_config(config, path / "config.json", shapes, defects)
-    end = UNKNOWN
+    ends: tuple[int, ...] = ()
     with defects.guard():
         vocabulary = _integer(config, ("vocab_size",))
-        end = read_end_of_text(root, path, config, vocabulary, named, from_tokenizer=eos_from_tokenizer)
-    return BaseModel(path, config, files, shapes, complete, end)
+        ends = read_eos_token_ids(root, path, config, vocabulary, named, defects, from_tokenizer=eos_from_tokenizer)
+    return BaseModel(path, config, files, shapes, complete, ends)
 
 
 def _refuse_substitutes(path: Path) -> None:

@@ -6,37 +6,26 @@ Knows files and ids. An id that is no token of the model ends nothing, in transf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint.defects import defect
+from service.checkpoint.defects import Defects, defect
 from service.checkpoint.weights.files import BundleRoot
 
 GENERATION_FILE = "generation_config.json"
 _FLAG = "--eos-from-tokenizer"
 
 
-@dataclass(frozen=True, slots=True)
-class EndOfText:
-    """Token ids that end a text, and what an operator should know of them."""
-
-    ids: tuple[int, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-UNKNOWN = EndOfText()
-
-
-def read_end_of_text(
+def read_eos_token_ids(
     root: BundleRoot,
     base: Path,
     config: Mapping[str, Any],
     vocabulary: int | None,
     named: tuple[str, int] | None,
+    defects: Defects,
     *,
     from_tokenizer: bool,
-) -> EndOfText:
+) -> tuple[int, ...]:
     """generation_config.json overrides config.json, as in transformers' generate. `named` is the tokenizer's eos token,
     which transformers leaves alone; with `from_tokenizer` it ends texts too.
 
@@ -48,18 +37,20 @@ def read_end_of_text(
         source = base / GENERATION_FILE
         stated = read_ids(own, source, vocabulary)
     ids = tuple(id for id in stated if _is_token(id, vocabulary))
-    others = [id for id in stated if id not in ids]
-    warnings = [f"{source}: eos_token_id: {id} is no token of the model, and ends no text" for id in others]
+    for id in stated:
+        if id not in ids:
+            defects.warn(source, f"eos_token_id: {id} is no token of the model, and ends no text")
     if named is not None and not _is_token(named[1], vocabulary):
         named = None
     if from_tokenizer and named is None:
         raise defect(_FLAG, f"the tokenizer in {base} names no eos token of the model's vocabulary")
-    if named is not None and named[1] not in ids:
-        if from_tokenizer:
-            return EndOfText((*ids, named[1]), tuple(warnings))
-        text = f"the tokenizer's eos token {named[0]!r} ({named[1]}) is not among the ids {list(ids)} that end a text"
-        warnings.append(f"{source}: eos_token_id: {text}; {_FLAG} adds it")
-    return EndOfText(ids, tuple(warnings))
+    if named is None or named[1] in ids:
+        return ids
+    if from_tokenizer:
+        return (*ids, named[1])
+    text = f"the tokenizer's eos token {named[0]!r} ({named[1]}) is not among the ids {list(ids)} that end a text"
+    defects.warn(source, f"eos_token_id: {text}; {_FLAG} adds it")
+    return ids
 
 
 def read_ids(value: Any, source: Path, vocabulary: int | None) -> tuple[int, ...]:

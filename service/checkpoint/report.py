@@ -60,6 +60,7 @@ def describe(checkpoint: Checkpoint) -> str:
         f"gate profile {'present' if checkpoint.gate_profile else 'absent'}",
         f"draft head   {_draft_head(checkpoint)}",
         *_weight_lines(checkpoint),
+        *(f"warning      {warning}" for warning in checkpoint.warnings),
     ]
     return "\n".join(lines)
 
@@ -68,12 +69,7 @@ def _base_lines(checkpoint: Checkpoint) -> list[str]:
     base = read_base(BundleRoot(checkpoint.path, allow_outside=True), checkpoint.base_path, Defects())
     dtypes = Counter(info.dtype for file in base.files for info in file.tensors.values())
     text = f"{one_line(base.architecture)}, {base.parameters:,} parameters, {' + '.join(dtypes)}"
-    end = checkpoint.end_of_text
-    return [
-        f"base         {text}, hidden size {base.hidden_size}",
-        f"             {checkpoint.base_path}",
-        *(f"warning      {one_line(warning)}" for warning in end.warnings),
-    ]
+    return [f"base         {text}, hidden size {base.hidden_size}", f"             {checkpoint.base_path}"]
 
 
 def _expert_line(expert: Expert) -> str:

@@ -221,7 +221,7 @@ def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         xlora_config=checkpoint.xlora.to_dict(),
         dummy_row=model.dummy_row.expand(len(model.sites), -1).tolist(),
         vocab_size=model.config.get_text_config().vocab_size,
-        eos_token_ids=list(checkpoint.end_of_text.ids),
+        eos_token_ids=list(checkpoint.eos_token_ids),
         max_model_len=sizes.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,

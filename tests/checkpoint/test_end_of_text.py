@@ -24,7 +24,7 @@ def loaded(bundle: Path, *, from_tokenizer: bool = False) -> tuple[tuple[int, ..
     warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
     shown = [line.split(maxsplit=1)[1] for line in describe(checkpoint).splitlines() if line.startswith("warning")]
     assert shown == warnings
-    return checkpoint.end_of_text.ids, warnings
+    return checkpoint.eos_token_ids, warnings
 
 
 @pytest.mark.parametrize(

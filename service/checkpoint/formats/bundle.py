@@ -17,7 +17,6 @@ from typing import Any
 from service.checkpoint.base import BaseModel, read_base
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
-from service.checkpoint.end_of_text import UNKNOWN, EndOfText
 from service.checkpoint.formats.layouts import read_manifest
 from service.checkpoint.formats.manifest import MAX_EXPERTS, ExpertEntry, Manifest, read_ordering
 from service.checkpoint.sources import Locator, Overrides, is_hub_id, locate_model, same_repository
@@ -60,7 +59,8 @@ class Checkpoint:
     weights_sha256: str  # over the hashes of all weight files, sorted by label
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
-    end_of_text: EndOfText = UNKNOWN
+    eos_token_ids: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()  # what is no defect, and worth knowing
     skeleton: Any = None  # what inspect_base returned for the base
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
@@ -142,8 +142,6 @@ def read_checkpoint(
     with defects.guard():
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
         base = read_base(root, base_folder, defects, eos_from_tokenizer=overrides.eos_from_tokenizer)
-        for warning in base.end_of_text.warnings:
-            progress(f"warning: {warning}")
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
         if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
@@ -167,6 +165,8 @@ def read_checkpoint(
         sites = _check_sites(manifest, experts, defects)
         if gate is not None:
             classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
+    for warning in defects.warnings:
+        progress(f"warning: {warning}")
     hasher.run()
     if defects.errors or base is None or gate is None or classifier is None:
         return None
@@ -184,7 +184,8 @@ def read_checkpoint(
         weight_files=tuple(hasher.files),
         layout=manifest.layout,
         base_reference=base_reference,
-        end_of_text=base.end_of_text,
+        eos_token_ids=base.eos_token_ids,
+        warnings=tuple(defects.warnings),
         skeleton=skeleton,
     )
 
