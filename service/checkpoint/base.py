@@ -25,6 +25,8 @@ from service.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What transformers' modules of text with images are called, and the same in the files of Gemma 3 and its like.
+TEXT_MODEL = ("model.language_model.", "language_model.model.")
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # as Llama, GPT-2 and GPT-NeoX call them
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
@@ -79,6 +81,7 @@ class BaseModel:
         has one of two names, and none of its own where it is tied to the embedding.
         """
         names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+        names.append(f"{module.replace(*TEXT_MODEL, 1)}.weight")
         if module in HEADS:
             names += [f"{head}.weight" for head in HEADS]
             names += [name for name in self.shapes if name.endswith(EMBEDDINGS)]
