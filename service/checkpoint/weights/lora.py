@@ -246,6 +246,7 @@ def _check_targets(
         return
     wanted = {target for target in targets if isinstance(target, str)}
     adapted = {end for site in found for end in _ends(site)}  # some saves of a base leave out the first component
+    adapted |= {str(base.weight_name(site)).removesuffix(".weight") for site in found}
     missing = [module for module in base.modules if module not in adapted and not wanted.isdisjoint(_ends(module))]
     if missing:
         problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(wanted)!r:.400} names"
