@@ -7,7 +7,6 @@ the oracle of the tests); transformers itself stays out of this process, and tor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +14,13 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from service.contract.errors import InvalidRequestError
+from service.tokenizer_files import TokenizerFiles
 
-CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_SOURCE = 100_000  # characters of a template; the longest in use have 30,000, and compiling 100,000 takes seconds
 _MAX_REASON_CHARACTERS = 300
 
@@ -31,13 +31,17 @@ def refusal(reason: str) -> InvalidRequestError:
 
 
 class _Generation(Extension):
-    """{% generation %} marks what a model is trained on; here its body is just text."""
+    """{% generation %} marks what a model is trained on; here its body is just text, and has names of its own."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own type)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Macro) -> str:
+        return caller()
 
 
 class ChatTemplate:
@@ -65,44 +69,30 @@ class ChatTemplate:
         Raises jinja2.TemplateError for a template that is no Jinja; loading a checkpoint has refused those before.
         """
         file = directory / TEMPLATE_FILE
-        return cls.of(_config(directory), file.read_text("utf-8") if file.exists() else None)
+        return cls.of(TokenizerFiles.read(directory), file.read_text("utf-8") if file.exists() else None)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], text: str | None) -> ChatTemplate | None:
-        """The same from what the files hold: tokenizer_config.json, and the template's own file where there is one.
+    def of(cls, files: TokenizerFiles, text: str | None) -> ChatTemplate | None:
+        """The same from what the files hold; `text` is the template's own file, where there is one.
 
         Raises jinja2.TemplateError for a template that is no Jinja, ValueError for a field of another type and for a
         template that is too long.
         """
-        source = _default(config.get("chat_template")) if text is None else text
+        source = _default(files.config.get("chat_template")) if text is None else text
         if source is None:
             return None
         if len(source) > MAX_SOURCE:
             raise ValueError(f"expected at most {MAX_SOURCE:,} characters, found {len(source):,}")
-        return cls(source, _special_tokens(config))
+        return cls(source, files.special_tokens)
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The text with which the assistant's turn begins. Raises InvalidRequestError for what the template refuses."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                **self._special_tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True
+            )
         except Exception as error:  # a template can fail in any of Python's ways
             raise refusal(_reason(error)) from None
-
-
-def bos_token(directory: Path) -> str | None:
-    """The token that texts begin with, as tokenizer_config.json names it beside a tokenizer.json."""
-    return _special_tokens(_config(directory)).get("bos_token")
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return config
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _default(templates: Any) -> str | None:
@@ -116,13 +106,6 @@ def _default(templates: Any) -> str | None:
     return templates
 
 
-def _content(token: Any) -> str | None:
-    """A special token is a string, or an object that has it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
 def _reason(error: Exception) -> str:
     """One line. What the template itself says needs no name of an exception."""
     text = " ".join(str(error)[:_MAX_REASON_CHARACTERS].split())
@@ -134,8 +117,14 @@ def _as_it_is(context: Context, value: Any) -> Any:
     return value
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: Any) -> NoReturn:

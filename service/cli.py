@@ -19,7 +19,8 @@ from service.contract.errors import XLoraError
 from service.settings import REMOVED, Settings, flag_of
 
 _ENGINE_FLAGS = (
-    *("model", "base", "expert", "ordering", "gate_relu", "device", "dtype", "quantization", "max_model_len"),
+    *("model", "base", "expert", "ordering", "gate_relu", "eos_from_tokenizer", "device", "dtype"),
+    *("quantization", "max_model_len"),
     *("max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
     *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"
     )
-    _add_settings(check, (*_SOURCE_FLAGS, "device", "dtype", *PLAN_FLAGS))
+    _add_settings(check, (*_SOURCE_FLAGS, "eos_from_tokenizer", "device", "dtype", *PLAN_FLAGS))
     distill = _command(commands, "distill", "service.commands.distill", "give a bundle a draft head")
     distill.add_argument("directory", metavar="DIR", help="the bundle, which is changed")
     distill.add_argument(

@@ -7,14 +7,18 @@ are not accepted yet (drafts) is looked up on a copy: a wrong draft leaves nothi
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
 
 from service.contract.errors import InvalidRequestError
 from service.contract.request import TextForm
+from service.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -143,7 +147,7 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            text = Path(self._tokenizer_path).read_text("utf-8")
+            text = _sampled_tokens(open_tokenizer(Path(self._tokenizer_path)), self._vocab_size)
             try:
                 self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
             except ValueError as error:
@@ -168,6 +172,29 @@ class Grammars:
         if len(self._found) > _CACHED:
             self._found.popitem(last=False)
         return found
+
+
+def _sampled_tokens(tokenizer: Tokenizer, vocab_size: int) -> str:
+    """tokenizer.json without the tokens beyond the model's vocabulary: they are never sampled. Were they only masked
+    out, llguidance would still write a text that a grammar leaves no choice about with them, and allow nothing else.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
+        return tokenizer.to_str()
+    content: dict[str, Any] = json.loads(tokenizer.to_str())  # with the ids that the tokens really have
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    model: dict[str, Any] = content["model"]
+    if isinstance(model["vocab"], list):  # Unigram: a token's place is its id
+        model["vocab"] = model["vocab"][:vocab_size]
+    else:
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if id < vocab_size}
+    if "merges" in model:
+        prefix: str = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            (left, right)
+            for left, right in model["merges"]
+            if {left, right, left + right.removeprefix(prefix)} <= model["vocab"].keys()
+        ]
+    return json.dumps(content)
 
 
 def _exhausted(matcher: LLMatcher) -> InvalidRequestError:

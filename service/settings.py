@@ -100,6 +100,9 @@ class Settings(BaseSettings):
         description="true or false: whether the gate has ReLU between its layers; only for a checkpoint of the "
         "original library whose files do not say; default: they say",
     )
+    eos_from_tokenizer: bool = Field(
+        False, description="let the tokenizer's eos token end texts too, where the model's files name others or none"
+    )
     host: str = Field("127.0.0.1", description="address to listen on", min_length=1)
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2 import UndefinedError
 from transformers import PreTrainedTokenizerFast
 
 from service.chat_template import ChatTemplate
@@ -26,9 +27,39 @@ TEMPLATES = {
     "blocks": "{%- for m in messages %}\n  {%- if m['role'] == 'system' %}\n    {%- continue %}\n  {%- endif %}\n"
     "{{ m | tojson }}{{ m.content | trim }}\n{%- endfor %}\n{{ bos_token }}",
     "sums": "{{ 2 ** 3 * 4 - 6 // 4 + 7 % 4 }}{{ 1 / 2 }}{{ 'ab' * 2 + 'c' }}{{ '%s' % 'd' }}{{ [1] + [2] }}",
+    "absent": "{{ tools is none }}{{ documents is none }}{% if tools is not none %}{{ tools[0] }}{% endif %}"
+    "{% if documents is not none %}{{ documents[0] }}{% endif %}{% if tools %}t{% endif %}{{ tools }}{{ x is defined }}"
+    "{{ x }}{{ messages[0].tool_calls is defined }}{{ x | default('d') }}{% set tools = [1] %}{{ tools }}",
+    "names": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}"
+    "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.role }}{% endgeneration %}{% endfor %}",
+    "tojson": "{{ messages | tojson(indent=2) }}{{ messages | tojson(true) }}{{ messages | tojson(false, 1) }}"
+    "{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}"
+    "{{ messages | tojson(false, none, (',', ':'), true) }}",
+    "state": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + loop.index %}{% endfor %}"
+    "{{ ns.n }}"
+    "{{ dict(a=1) | tojson }}{{ dict.fromkeys(['a'], 1) }}{% macro f(a, b=2) %}{{ a }}{{ b }}{% endmacro %}{{ f(1) }}",
+    "filters": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('|') | e }}"
+    "{{ messages[0].content.split('<')[0].strip() }}{{ messages[1:] | length }}{{ none }}{{ [none, true, 1e20] }}"
+    "{%- set x -%} a {%- endset -%}{{ x }}{{ strftime_now('%Y') }}{{ messages | string }}{{ 'a' ~ 1 ~ none }}",
     "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
 }
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ messages | tojson(default=1) }}", "got an unexpected keyword argument 'default'"),
+        ("{{ x.y }}", "'x' is undefined"),
+        ("{{ documents.x.y }}", "'None' has no attribute 'x'"),
+    ],
+)
+def test_what_transformers_refuses(source: str, message: str) -> None:
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=source)
+    with pytest.raises((TypeError, UndefinedError), match=message):
+        theirs.apply_chat_template(TURNS, tokenize=False)
+    with pytest.raises(InvalidRequestError, match=message):
+        ChatTemplate(source, {}).render(TURNS)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

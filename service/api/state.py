@@ -175,6 +175,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         experts=tuple(settings.expert),
         ordering=settings.ordering,
         gate_relu=settings.gate_relu,
+        eos_from_tokenizer=settings.eos_from_tokenizer,
     )
 
 

@@ -16,16 +16,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from service.chat_template import CONFIG_FILE, TEMPLATE_FILE, ChatTemplate
+from service.chat_template import TEMPLATE_FILE, ChatTemplate
 from service.checkpoint.defects import Defects, defect, naming, shorten
+from service.checkpoint.end_of_text import read_eos_token_ids
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.tensors import StoredTensor, TensorFile, read_header
+from service.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-GENERATION_FILE = "generation_config.json"
+# What transformers' modules of text with images are called, and the same in the files of Gemma 3 and its like.
+TEXT_MODEL = ("model.language_model.", "language_model.model.")
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # as Llama, GPT-2 and GPT-NeoX call them
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 MAX_SHARDS = 10_000
 # transformers would load these instead of the files that are checked here.
@@ -74,17 +77,20 @@ class BaseModel:
         return [name.removesuffix(suffix) for name, s in self.shapes.items() if name.endswith(suffix) and len(s) == 2]
 
     def weight_name(self, module: str) -> str | None:
-        """The tensor that is `module`'s weight, or None. Some saves leave out the first component ("model.")."""
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        """The tensor that is `module`'s weight, or None. Some saves leave out the first component ("model."); the head
+        has one of two names, and none of its own where it is tied to the embedding.
+        """
+        names = [f"{module}.weight", f"{module.partition('.')[2]}.weight"]
+        names.append(f"{module.replace(*TEXT_MODEL, 1)}.weight")
+        if module in HEADS:
+            names += [f"{head}.weight" for head in HEADS]
+            names += [name for name in self.shapes if name.endswith(EMBEDDINGS)]
         return next((name for name in names if name in self.shapes), None)
 
     def weight_shape(self, module: str) -> tuple[int, ...] | None:
         """Shape of `module`'s weight, or None: [out, in], and [in, out] for Conv1D and Embedding."""
-        if name := self.weight_name(module):
-            return self.shapes[name]
-        if module == "lm_head":  # tied to the embedding, then not saved
-            return next((s for name, s in self.shapes.items() if name.endswith("embed_tokens.weight")), None)
-        return None
+        name = self.weight_name(module)
+        return None if name is None else self.shapes[name]
 
     @property
     def parameters(self) -> int:
@@ -92,12 +98,14 @@ class BaseModel:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def read_base(root: BundleRoot, path: Path, defects: Defects) -> BaseModel:
-    """Read the folder's configuration and every safetensors header, and open its tokenizer."""
+def read_base(root: BundleRoot, path: Path, defects: Defects, *, eos_from_tokenizer: bool = False) -> BaseModel:
+    """Read the folder's configuration and every safetensors header, and open its tokenizer, whose eos token ends texts
+    too where that is asked for.
+    """
     with defects.guard():
         root.require_links_inside(path)
         _refuse_substitutes(path)
-    check_tokenizer(root, path, defects)
+    named = check_tokenizer(root, path, defects)
     config = root.json(path / "config.json", "the base must be a Hugging Face model folder")
     if (path / INDEX_FILE).exists() and not (path / SINGLE_FILE).exists():
         files, complete = _read_shards(root, path, defects)
@@ -108,7 +116,8 @@ def read_base(root: BundleRoot, path: Path, defects: Defects) -> BaseModel:
         check_base_config(config, path / "config.json", shapes, defects)
     ends: tuple[int, ...] = ()
     with defects.guard():
-        ends = _read_eos_token_ids(root, path, config)
+        vocabulary = _integer(config, ("vocab_size",))
+        ends = read_eos_token_ids(root, path, config, vocabulary, named, defects, from_tokenizer=eos_from_tokenizer)
     return BaseModel(path, config, files, shapes, complete, ends)
 
 
@@ -117,14 +126,6 @@ def _refuse_substitutes(path: Path) -> None:
         if found := next(path.glob(pattern), None):
             problem = f"expected none beside {SINGLE_FILE}: transformers would load it in its place"
             raise defect(found, problem, "delete it from the base's folder")
-
-
-def _read_eos_token_ids(root: BundleRoot, path: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """generation_config.json overrides config.json, as in transformers' generate."""
-    vocabulary, generation = _integer(config, ("vocab_size",)), path / GENERATION_FILE
-    own = read_token_ids(config.get("eos_token_id"), path / "config.json", vocabulary)
-    stated = root.json(generation).get("eos_token_id") if generation.exists() else None
-    return own if stated is None else read_token_ids(stated, generation, vocabulary)
 
 
 def _integer(config: dict[str, Any], keys: tuple[str, ...]) -> int | None:
@@ -195,16 +196,6 @@ def check_base_config(
                 defects.add(defect(source, problem))
 
 
-def read_token_ids(value: Any, source: Path, vocabulary: int | None) -> tuple[int, ...]:
-    """`eos_token_id` as a tuple: an id, several, or none. Raises CheckpointError for what is no token's id."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for id in ids:
-        if type(id) is not int or id < 0 or (vocabulary is not None and id >= vocabulary):
-            expected = "token ids" if vocabulary is None else f"token ids from 0 to {vocabulary - 1}"
-            raise defect(source, f"eos_token_id: expected {expected}, found {id!r:.80}")
-    return tuple(ids)
-
-
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every field at any depth, by its dotted name."""
     pending: list[tuple[str, Any]] = [("", config)]
@@ -225,20 +216,27 @@ def _most_layers(names: Collection[str]) -> int:
     return max(map(len, numbers.values()), default=0)
 
 
-def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> None:
-    """Reports a tokenizer.json or a chat template that serving could not open."""
+def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> tuple[str, int] | None:
+    """Reports a tokenizer or a chat template that serving could not open; returns the tokenizer's eos token."""
+    files, named = None, None
     with defects.guard():
-        path = root.file(folder / "tokenizer.json", FAST_TOKENIZER)
+        path = root.file(folder / TOKENIZER_FILE, FAST_TOKENIZER)
         root.json(path)
+        with naming(folder / CONFIG_FILE, "no settings of a tokenizer"):
+            files = TokenizerFiles.read(folder, root.json)
         with naming(path, "no tokenizer", FAST_TOKENIZER):
-            Tokenizer.from_file(str(path))
+            tokenizer = files.open()
+        eos = files.special_tokens.get("eos_token")
+        id = None if eos is None else tokenizer.token_to_id(eos)
+        named = None if eos is None or id is None else (eos, id)
     with defects.guard():
-        _check_chat_template(root, folder)
+        if files is not None:
+            _check_chat_template(root, files)
+    return named
 
 
-def _check_chat_template(root: BundleRoot, folder: Path) -> None:
-    config_path, template_path = folder / CONFIG_FILE, folder / TEMPLATE_FILE
-    config = root.json(config_path) if config_path.exists() else {}
+def _check_chat_template(root: BundleRoot, files: TokenizerFiles) -> None:
+    config_path, template_path = files.folder / CONFIG_FILE, files.folder / TEMPLATE_FILE
     text = root.text(template_path) if template_path.exists() else None
     with naming(config_path if text is None else template_path, "no chat template"):
-        ChatTemplate.of(config, text)
+        ChatTemplate.of(files, text)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from service.checkpoint.defects import defect, did_you_mean
+from service.checkpoint.defects import Defects, defect, did_you_mean
 
 # Written by PEFT or the original library, without any influence on what is computed at inference.
 IGNORED_FIELDS = frozenset(
@@ -54,6 +54,11 @@ class XLoraConfig:
     use_trainable_adapters: bool = False  # training only
 
     @classmethod
+    def knows(cls, name: str) -> bool:
+        """Whether a field is one of these, or one that means nothing here."""
+        return name in IGNORED_FIELDS or name in (field.name for field in fields(cls))
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: Path | str) -> XLoraConfig:
         """Check every field's name, type and range. Raises CheckpointError naming `source` and the field."""
         kinds = {field.name: str(field.type) for field in fields(cls)}
@@ -74,6 +79,14 @@ class XLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON values."""
         return asdict(self)
+
+
+def warn_of_unused(name: str, value: Any, source: Path, defects: Defects) -> bool:
+    """Whether an unknown field asks for nothing, as those that newer libraries have added and nobody has set."""
+    if not (value is None or value is False or value in ("", [], {})):
+        return False
+    defects.warn(source, f"unknown config key {name!r} is ignored: {value!r} asks for nothing")
+    return True
 
 
 def _typed(name: str, value: Any, kind: str, source: Path | str) -> Any:

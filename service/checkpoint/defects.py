@@ -78,6 +78,7 @@ class Defects:
     def __init__(self, *, keep_going: bool = False) -> None:
         self.keep_going = keep_going
         self.errors: list[CheckpointError] = []
+        self.warnings: list[str] = []
 
     def add(self, error: CheckpointError) -> None:
         """Record one defect, or raise it."""
@@ -86,6 +87,11 @@ class Defects:
         self.errors.append(error)
         if len(self.errors) == MAX_DEFECTS:
             raise TooManyDefects(f"more than {MAX_DEFECTS - 1} defects: the rest is not looked at")
+
+    def warn(self, file: Path | str, text: str) -> None:
+        """Record what is no defect, and what an operator should know of; the first so many."""
+        if len(self.warnings) < MAX_DEFECTS:
+            self.warnings.append(one_line(f"{file}: {text}"))
 
     def guard(self) -> Self:
         """`with defects.guard():` runs one independent step; when a defect ends it, the steps after it still run."""

@@ -60,6 +60,7 @@ def describe(checkpoint: Checkpoint) -> str:
         f"gate profile {'present' if checkpoint.gate_profile else 'absent'}",
         f"draft head   {_draft_head(checkpoint)}",
         *_weight_lines(checkpoint),
+        *(f"warning      {warning}" for warning in checkpoint.warnings),
     ]
     return "\n".join(lines)
 

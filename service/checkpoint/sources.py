@@ -97,11 +97,17 @@ class Overrides:
     experts: Mapping[str, str] = field(default_factory=dict)  # --expert name=path: folders or hub ids
     ordering: Path | None = None  # --ordering: mistral.rs's JSON, the order of experts and sites
     gate_relu: bool | None = None  # --gate-relu: whether the classifier has ReLU between its layers
+    eos_from_tokenizer: bool = False  # --eos-from-tokenizer: the tokenizer's eos token ends texts too
     rescue: bool = False  # convert --rescue: undo damage where the files still allow it
 
     @classmethod
     def parse(
-        cls, base: str | None, experts: Sequence[str], ordering: str | None, gate_relu: bool | None = None
+        cls,
+        base: str | None,
+        experts: Sequence[str],
+        ordering: str | None,
+        gate_relu: bool | None = None,
+        eos_from_tokenizer: bool = False,
     ) -> Overrides:
         """From the flags' text. Raises SettingsError for an --expert that is not name=path."""
         places: dict[str, str] = {}
@@ -111,7 +117,7 @@ class Overrides:
                 problem = "given twice" if name in places else "expected name=path"
                 raise SettingsError(f"--expert {text!r}: {problem}", hint="for example --expert math=/models/math")
             places[name] = place
-        return cls(base, places, Path(ordering) if ordering else None, gate_relu)
+        return cls(base, places, Path(ordering) if ordering else None, gate_relu, eos_from_tokenizer)
 
 
 class Locator:

@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(given_settings(arguments))
     _check_flags(arguments, settings)
     gpu_bytes = _gpu_bytes(arguments)
-    overrides = Overrides.parse(settings.base, settings.expert, settings.ordering, settings.gate_relu)
+    overrides = Overrides.parse(
+        settings.base, settings.expert, settings.ordering, settings.gate_relu, settings.eos_from_tokenizer
+    )
     checkpoint, problems = examine(
         arguments.directory, overrides=overrides, allow_outside=settings.allow_outside, inspect_base=_inspect_base
     )

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from service.checkpoint import Overrides, load_checkpoint
 from service.checkpoint.formats.writer import add_draft_head
@@ -18,6 +17,7 @@ from service.contract.errors import CheckpointError, SettingsError
 from service.contract.options import EngineOptions
 from service.model.loading.skeleton import inspect_base
 from service.settings import load_settings
+from service.tokenizer_files import open_tokenizer
 from service.tools.distill import distill
 
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
         if not os.access(folder, os.W_OK):
             raise CheckpointError(f"{folder}: cannot be written to", hint="work on a copy")
-        tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+        tokenizer = open_tokenizer(checkpoint.tokenizer_path)
         options = EngineOptions(
             str(folder),
             base=settings.base,

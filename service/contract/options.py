@@ -16,7 +16,7 @@ class EngineOptions:
     model: str
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     dtype: str = "auto"  # auto, float32, bfloat16, float16; auto = float32 on a CPU, the base's own on CUDA
-    max_model_len: int | None = None  # None = max_position_embeddings
+    max_model_len: int | None = None  # None = as many as the base is made for
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # None = 256 on a CPU, 1024 on CUDA, or 4 * max_num_seqs
     kv_memory_bytes: int | None = None  # None = measured
@@ -34,4 +34,5 @@ class EngineOptions:
     base: str | None = None  # a folder or a hub id instead of what the checkpoint says
     experts: tuple[str, ...] = ()  # "name=path": the same for experts
     gate_relu: bool | None = None  # whether the gate has ReLU between its layers, where the files do not say
+    eos_from_tokenizer: bool = False  # the tokenizer's eos token ends texts too
     ordering: str | None = None  # a file with the order of experts and sites

@@ -102,7 +102,9 @@ def read_checkpoint(
 ) -> Checkpoint:
     """What the options name, without the base's weights."""
     on_progress(f"reading {options.model}")
-    overrides = Overrides.parse(options.base, options.experts, options.ordering, options.gate_relu)
+    overrides = Overrides.parse(
+        options.base, options.experts, options.ordering, options.gate_relu, options.eos_from_tokenizer
+    )
     return load_checkpoint(
         options.model,
         overrides=overrides,

@@ -16,6 +16,7 @@ from service.checkpoint.base import stored_dtype
 from service.contract.errors import SettingsError, StartupError
 from service.contract.options import EngineOptions
 from service.model.kv_cache import KVCache, KVLayout
+from service.model.loading.context import read_context
 from service.model.xlora_model import XLoraModel
 
 _MIB = 1 << 20
@@ -40,10 +41,13 @@ def divide_memory(model: XLoraModel, options: EngineOptions, device: torch.devic
 
     Raises SettingsError for an impossible option, StartupError when not even one request of full length fits.
     """
-    limit: int = model.config.get_text_config().max_position_embeddings
-    max_model_len = options.max_model_len or limit
-    if max_model_len > limit:
-        raise SettingsError(f"--max-model-len {max_model_len} is over the base model's max_position_embeddings {limit}")
+    context = read_context(model.config)
+    max_model_len = options.max_model_len or context.usual
+    if max_model_len > context.most:
+        raise SettingsError(
+            f"--max-model-len {max_model_len} is over the {context.most} tokens that the base's config.json allows",
+            hint=f"--max-model-len {context.most} is the most",
+        )
     layout = model.kv_layout(options.block_size)
     num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
     return Sizes(max_model_len, resolve_batched_tokens(options, device), layout, num_blocks)

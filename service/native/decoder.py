@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.adapted import AdaptedModule
+from service.model.loading.context import read_context
 from service.model.loading.probe import mixed, probe
 from service.model.targets import is_plain_linear
 from service.model.xlora_model import HiddenStateTap, XLoraModel
@@ -178,7 +179,7 @@ def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
     what it computes shows in values only.
     """
     config = model.config.get_text_config()
-    last = max(1, config.max_position_embeddings - 1)
+    last = read_context(config).most - 1
     positions = torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
     ids = (positions * 7919 + torch.arange(len(positions))) % config.vocab_size
     model.gate.clear()

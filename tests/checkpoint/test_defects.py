@@ -251,7 +251,7 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
         [ADAPTER, "peft_type: expected 'LORA', found 'IA3'"],
     ),
     "unknown LoRA field": (
-        set_json(ADAPTER, use_doraa=False),
+        set_json(ADAPTER, use_doraa=True),
         ["unknown config key 'use_doraa'", "did you mean 'use_dora'"],
     ),
     "rank of a wrong type": (

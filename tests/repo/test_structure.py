@@ -2,7 +2,7 @@
 
     commands, cluster -> api -> client -> contract
     commands -> tools -> engine -> native -> model -> checkpoint -> contract
-    observability, settings, grammar, chat_template -> contract
+    observability, settings, grammar, chat_template -> tokenizer_files, contract
 
 Knows the rooms and the few named exceptions below; knows nothing about what the modules do. Every rule is also run on
 a synthetic tree that breaks it.
@@ -21,13 +21,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_LEAVES = ("chat_template", "grammar", "observability", "settings")
+_LEAVES = ("chat_template", "grammar", "observability", "settings", "tokenizer_files")
 # What each room, a folder or a module of the package, may import besides itself and the package's version.
 ROOMS: dict[str, tuple[str, ...]] = {
     "contract": (),
     "terminal": (),
     **dict.fromkeys(_LEAVES, ("contract",)),
-    "checkpoint": ("contract", "chat_template"),
+    "chat_template": ("contract", "tokenizer_files"),
+    "grammar": ("contract", "tokenizer_files"),
+    "checkpoint": ("contract", "chat_template", "tokenizer_files"),
     "model": ("contract", "checkpoint"),
     "native": ("contract", "checkpoint", "model"),
     "engine": ("contract", "grammar", "checkpoint", "model", "native"),

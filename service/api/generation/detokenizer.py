@@ -35,6 +35,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # knows whether a character is unfinished
         self._window = self._context(prompt_ids)
         self._given = len(self._decode(self._window))  # characters of the window's text already given out
+        self._last = ""  # the latest of them
 
     @property
     def at_start(self) -> bool:
@@ -53,13 +54,17 @@ class Detokenizer:
         self._given += len(added)
         if len(self._window) > (_MAX_WINDOW_TOKENS if unfinished else _WINDOW_TOKENS):
             added += self._cut(text)
+        self._last = (added or self._last)[-1:]
         return added
 
     def flush(self) -> str:
         """The rest of the text; call it once, at the end."""
         text = self._decode(self._window)
-        rest = text[self._given :]
+        given, rest = text[: self._given], text[self._given :]
         self._given = len(text)
+        if given.endswith(_REPLACEMENT) and self._last not in ("", _REPLACEMENT):
+            # A run of byte tokens whose end is unfinished is replaced as a whole, given out or not.
+            return _REPLACEMENT * len(self._utf8.getstate()[0])
         return rest
 
     def _context(self, prompt_ids: Sequence[int]) -> list[int]:

@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.detokenizer import Detokenizer
 from service.api.generation.vocabulary import Vocabulary
 from service.api.off_loop import off_loop
 from service.api.schemas.fields import DEFAULT_MAX_TOKENS, DRAWN_SEEDS, OneTextFields
-from service.chat_template import bos_token
 from service.contract.checks import check_context, check_token_ids
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import SamplingParams, TextForm
+from service.tokenizer_files import TokenizerFiles
 
 MAX_TOKENIZED = 1 << 17  # tokens of one /tokenize or /detokenize, where the context holds no more
 MAX_CALL_TOKENS = 1 << 19  # of all prompts of one call, where the context holds no more
@@ -40,10 +38,11 @@ class ModelTokenizer:
     """One model's tokenizer."""
 
     def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
-        self._tokenizer = Tokenizer.from_file(info.tokenizer_path)
+        files = TokenizerFiles.read(Path(info.tokenizer_path).parent)
+        self._tokenizer = files.open()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._bos_id = self._tokenizer.token_to_id(bos_token(Path(info.tokenizer_path).parent) or "")
+        self._bos_id = self._tokenizer.token_to_id(files.special_tokens.get("bos_token", ""))
         self._chats = chats
         self._info = info
         self.vocabulary = Vocabulary(self._tokenizer)

@@ -60,6 +60,7 @@ class Checkpoint:
     weight_files: tuple[WeightFile, ...] = ()
     base_reference: str = ""  # the base as a hub id or an absolute path
     eos_token_ids: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()  # what is no defect, and worth knowing
     skeleton: Any = None  # what inspect_base returned for the base
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
 
@@ -140,7 +141,7 @@ def read_checkpoint(
     base_reference, errors_before = "", len(defects.errors)
     with defects.guard():
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
-        base = read_base(root, base_folder, defects)
+        base = read_base(root, base_folder, defects, eos_from_tokenizer=overrides.eos_from_tokenizer)
         for file in base.files:
             hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
         if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
@@ -164,6 +165,8 @@ def read_checkpoint(
         sites = _check_sites(manifest, experts, defects)
         if gate is not None:
             classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
+    for warning in defects.warnings:
+        progress(f"warning: {warning}")
     hasher.run()
     if defects.errors or base is None or gate is None or classifier is None:
         return None
@@ -182,6 +185,7 @@ def read_checkpoint(
         layout=manifest.layout,
         base_reference=base_reference,
         eos_token_ids=base.eos_token_ids,
+        warnings=tuple(defects.warnings),
         skeleton=skeleton,
     )
 

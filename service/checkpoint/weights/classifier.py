@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from service.checkpoint.base import BaseModel
-from service.checkpoint.config import XLoraConfig
+from service.checkpoint.config import XLoraConfig, warn_of_unused
 from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.formats.manifest import GateFiles, Manifest
 from service.checkpoint.weights.files import BundleRoot
@@ -250,7 +250,12 @@ def open_gate(
 def _check_xlora_config(
     data: Mapping[str, Any], source: Path, manifest: Manifest, base: BaseModel | None, defects: Defects
 ) -> XLoraConfig:
-    config = XLoraConfig.from_dict(data, source)
+    known = {
+        name: value
+        for name, value in data.items()
+        if XLoraConfig.knows(name) or not warn_of_unused(name, value, source, defects)
+    }
+    config = XLoraConfig.from_dict(known, source)
     if base is not None and base.hidden_size not in (None, config.hidden_size):
         problem = f"hidden_size: expected {base.hidden_size} as in {base.path / 'config.json'}"
         defects.add(defect(source, f"{problem}, found {config.hidden_size}"))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from service.checkpoint.base import BaseModel
+from service.checkpoint.config import warn_of_unused
 from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
 from service.checkpoint.weights.lora_names import match_patterns, pair_names
 from service.checkpoint.weights.tensors import TensorFile, read_tensors
@@ -97,6 +98,8 @@ def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defec
         defects.add(defect(source, f"peft_type: expected 'LORA', found {config.get('peft_type')!r}"))
     for name, value in config.items():
         if name not in KNOWN_FIELDS:
+            if warn_of_unused(name, value, source, defects):
+                continue
             hint = did_you_mean(name, KNOWN_FIELDS) or "written by a newer PEFT than 0.21?"
             defects.add(defect(source, f"unknown config key {name!r}", hint))
         elif name in REFUSED_FIELDS and value and value != "none":
@@ -194,8 +197,9 @@ def _base_shape(
 ) -> tuple[int, ...] | None:
     """[out, in] of the base's module, None when the base could not be read.
 
-    Conv1D and Embedding store their weight as [in, out]. fan_in_fan_out speaks for the last module that PEFT saw, so
-    both orientations are taken with it; the model checks again, where the modules are known.
+    Conv1D and Embedding store their weight as [in, out]. fan_in_fan_out speaks for the last module that PEFT saw (it is
+    false for GPT-2's Conv1D where lm_head is adapted as well), so both orientations are taken; the model checks again,
+    where the modules are known.
     """
     name = names["A"]
     if base is None:
@@ -207,7 +211,7 @@ def _base_shape(
     if len(shape) != 2:
         raise defect(file.path, f"tensor {name!r}: expected a linear module, found {site!r} of shape {list(shape)}")
     found = (file.tensors[names["B"]].shape[0], file.tensors[name].shape[-1])
-    may_be_transposed = embedding or (config.get("fan_in_fan_out") is True and found != shape)
+    may_be_transposed = embedding or found == shape[::-1] or (config.get("fan_in_fan_out") is True and found != shape)
     return shape[::-1] if may_be_transposed else shape
 
 
@@ -242,6 +246,7 @@ def _check_targets(
         return
     wanted = {target for target in targets if isinstance(target, str)}
     adapted = {end for site in found for end in _ends(site)}  # some saves of a base leave out the first component
+    adapted |= {str(base.weight_name(site)).removesuffix(".weight") for site in found}
     missing = [module for module in base.modules if module not in adapted and not wanted.isdisjoint(_ends(module))]
     if missing:
         problem = f"missing tensors for {shorten(missing)}, which target_modules {sorted(wanted)!r:.400} names"

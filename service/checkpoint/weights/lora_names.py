@@ -88,10 +88,16 @@ def _check_copies(copies: Sequence[tuple[str, str]], file: TensorFile, base: Bas
         originals = iterate_tensors(held, [own for own, _ in pairs])
         found = iterate_tensors(file, [name for _, name in pairs])
         for (_, original), (name, copy) in zip(originals, found, strict=True):
-            if copy.shape != original.shape or not torch.equal(copy, original.to(copy.dtype)):
+            if copy.shape != original.shape or not _is_copy(copy, original):
                 problem = f"tensor {name!r}: expected a copy of the base's {list(original.shape)}, found other values"
                 hint = "the embedding was trained or the vocabulary resized; merge it into the base"
                 defects.add(defect(file.path, f"{problem} of shape {list(copy.shape)}", hint))
+
+
+def _is_copy(copy: torch.Tensor, original: torch.Tensor) -> bool:
+    """Equal, perhaps after the base was loaded in another precision for the training."""
+    loaded = (original.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(copy, original.to(dtype).to(copy.dtype)) for dtype in loaded)
 
 
 def _pair_xlora_names(file: TensorFile) -> dict[str, dict[str, str]]:

@@ -17,10 +17,10 @@ from transformers import PretrainedConfig
 from service.checkpoint.defects import naming
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import HARMLESS, KNOWN
+from service.model.loading.context import read_context
 from service.model.loading.probe import Probe, probe
 from service.model.loading.rope import refuse_broken_rope, refuse_length_dependent_rope
 
-MIN_CONTEXT, MAX_CONTEXT = 2, 1 << 30  # tokens: a prompt and an answer; what memory could ever hold
 CANARY = "kv_cache"  # stands for all that travels to the attention as keyword arguments
 TOKENS = 2
 POSITIVE = {"scaling": "scaling", "sliding_window": "window", "softcap": "softcap"}  # as transformers calls them: as we
@@ -42,10 +42,7 @@ def refuse_unservable(skeleton: Any, base: Path) -> None:
     with naming(base / "config.json", "the decoder cannot be run", SUPPORTED):
         refuse_broken_rope(skeleton, base)
         refuse_unsupported(skeleton, base)
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if type(context) is not int or not MIN_CONTEXT <= context <= MAX_CONTEXT:
-        expected = f"expected a whole number from {MIN_CONTEXT} to {MAX_CONTEXT}"
-        raise CheckpointError(f"{base}/config.json: max_position_embeddings: {expected}, found {context!r:.40}")
+    read_context(skeleton.config)
 
 
 def refuse_unsupported(skeleton: Any, base: Path) -> None:

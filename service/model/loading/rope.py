@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from service.contract.errors import CheckpointError
+from service.model.loading.context import read_context
 
 _SETTLED = "default"  # the type of a rotary module whose frequencies stay as they are
 
@@ -53,7 +54,7 @@ def settle_longrope(
 
     transformers changes from one to the other within a text, once it outgrows that length; a KV cache cannot.
     """
-    length = max_model_len or causal_lm.config.get_text_config().max_position_embeddings
+    length = max_model_len or read_context(causal_lm.config).usual
     for module in causal_lm.modules():
         kinds = getattr(module, "rope_type", None)
         if kinds == "longrope":

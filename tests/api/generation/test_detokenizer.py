@@ -11,6 +11,7 @@ from service.api.generation.detokenizer import Detokenizer
 from service.api.generation.vocabulary import Vocabulary
 from tests.support.fake_engine import build_tokenizer
 from tests.support.sentencepiece_like import build_sentencepiece
+from tests.support.zoo import sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,52 @@ def test_special_tokens_have_no_text_even_within_a_character(tokenizer: Tokenize
 def test_the_prompt_is_context_and_not_output(tokenizer: Tokenizer) -> None:
     detokenizer = Detokenizer(tokenizer, Vocabulary(tokenizer), tokenizer.encode("a long prompt").ids)
     assert "".join(detokenizer.push(id) for id in tokenizer.encode(" and more").ids) == " and more"
+
+
+# -- bytes as tokens, of which a run is decoded as a whole ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytes_as_tokens() -> Tokenizer:
+    """Nothing but letters in its vocabulary, and 256 bytes."""
+    return sentencepiece()
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "éé" * 30, "日🙂é" * 20, "the 日本語 of the 🙂🙃 end é"])
+def test_no_character_of_a_run_is_split_or_lost(bytes_as_tokens: Tokenizer, text: str) -> None:
+    given = pieces(bytes_as_tokens, bytes_as_tokens.encode(text, add_special_tokens=False).ids)
+    assert "".join(given) == text
+    position = 0
+    for piece in given:
+        assert text.startswith(piece, position)
+        position += len(piece)
+
+
+def test_a_character_of_a_run_is_given_out_with_its_last_byte(bytes_as_tokens: Tokenizer) -> None:
+    ids = bytes_as_tokens.encode("日🙂é", add_special_tokens=False).ids[1:]
+    assert pieces(bytes_as_tokens, ids) == ["", "", "日", "", "", "", "🙂", "", "é", ""]
+
+
+def test_an_unfinished_character_of_a_run_comes_out_at_the_end(bytes_as_tokens: Tokenizer) -> None:
+    ids = bytes_as_tokens.encode("日本", add_special_tokens=False).ids[1:-1]
+    assert pieces(bytes_as_tokens, ids)[-3:] == ["", "", "\ufffd\ufffd"]
+
+
+def test_an_invalid_byte_in_a_run_holds_nothing_back_for_long(bytes_as_tokens: Tokenizer) -> None:
+    """Every byte of its run is replaced from then on, as decoding at once does; what was given out stays."""
+    ids = bytes_as_tokens.encode("日" * 200, add_special_tokens=False).ids[1:]
+    ids[3] = bytes_as_tokens.token_to_id("<0xFF>")
+    detokenizer = Detokenizer(bytes_as_tokens, Vocabulary(bytes_as_tokens))
+    text = "".join(detokenizer.push(id) for id in ids)
+    assert text.startswith("日\ufffd")
+    assert len(text) > 190
+    assert len(detokenizer._window) <= 17
+
+
+@pytest.mark.parametrize("prompt", ["the 日本語", "日🙂", "é", "🙂"])
+def test_a_space_after_a_run_in_the_prompt_is_kept(bytes_as_tokens: Tokenizer, prompt: str) -> None:
+    """The prompt's last tokens may begin within a character."""
+    detokenizer = Detokenizer(bytes_as_tokens, Vocabulary(bytes_as_tokens), bytes_as_tokens.encode(prompt).ids)
+    ids = bytes_as_tokens.encode(" the end", add_special_tokens=False).ids[1:]
+    assert bytes_as_tokens.decode(ids) == "the end"  # by itself
+    assert "".join(map(detokenizer.push, ids)) == " the end"

@@ -59,6 +59,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": (
         "llama", {"targets": ["embed_tokens", "q_proj"], "base_config": {"tie_word_embeddings": True}}
     ),
+    "llama, tied head": (
+        "llama", {"targets": ["lm_head", "q_proj"], "base_config": {"tie_word_embeddings": True}}
+    ),
+    "gpt2, head": ("gpt2", {"targets": ["lm_head", "c_attn", "c_fc"]}),
+    "gpt_neox, head": ("gpt_neox", {"targets": ["lm_head", "dense"]}),
+    "gpt_neox, tied head": (
+        "gpt_neox", {"targets": ["lm_head", "dense"], "base_config": {"tie_word_embeddings": True}}
+    ),
     "gpt2, embeddings": ("gpt2", {"targets": ["wte", "wpe", "c_attn"]}),
     "gpt2, by layer": (
         "gpt2", {"targets": ["c_attn"], "base_config": {"scale_attn_by_inverse_layer_idx": True}}
@@ -68,7 +76,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 # PEFT's X-LoRA only knows modules that begin with "model."
-NO_PEFT = [name for name in VARIANTS if name.startswith("gpt") or name == "llama, head"]
+NO_PEFT = [name for name in VARIANTS if name.startswith("gpt") or name.endswith("head")]
 
 
 def build(path: Path, architecture: str, **options: Any) -> Path:
