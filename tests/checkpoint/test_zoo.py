@@ -13,7 +13,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from service.api.generation.detokenizer import Detokenizer, special_token_ids
+from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.vocabulary import Vocabulary
 from service.chat_template import ChatTemplate
 from service.contract.errors import InvalidRequestError
 from service.tokenizer_files import TokenizerFiles
@@ -68,10 +69,10 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ZOO)
 def test_tokens_one_by_one_make_the_text_of_transformers(tmp_path: Path, kind: str) -> None:
     ours = TokenizerFiles.read(ZOO[kind].write(tmp_path)).open()
-    theirs, special = theirs_of(tmp_path), special_token_ids(ours)
+    theirs, vocabulary = theirs_of(tmp_path), Vocabulary(ours)
     for text in TEXTS:
         ids = ours.encode(text, add_special_tokens=False).ids
-        detokenizer = Detokenizer(ours, (), special)
+        detokenizer = Detokenizer(ours, vocabulary)
         written = "".join([*map(detokenizer.push, ids), detokenizer.flush()])
         assert written == theirs.decode(ids, skip_special_tokens=True), text
 
