@@ -24,16 +24,18 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     """The product's engine, whose gate statistics are never made."""
     from service.engine import loader
     from service.engine.gate import report
-    from service.model.gate_stats import summarise
 
-    observer: Any = report.GateObserver
+    reporter: Any = report.GateReporter
+    original = reporter._observe
 
-    def observe(self: Any, spans: Any, scalings: Any) -> Any:
-        if all(span.sequence.request.return_scalings == "none" for span in spans):
-            return [None] * len(spans)
-        return report.gate_rows(spans, scalings, summarise(scalings), self._num_sites)
+    def observe(self: Any, sequences: Any) -> Any:
+        if any(sequence.request.return_scalings != "none" for sequence in sequences):
+            return original(self, sequences)
+        for span in report.report_spans(sequences):
+            span.sequence.reported = span.start + span.count
+        return {}
 
-    observer.observe = observe
+    reporter._observe = observe
     return loader.load_engine(options, on_progress, on_lost)
 
 

@@ -58,7 +58,7 @@ class MemoryPlan:
     num_blocks: int
     blocks_per_request: int  # of max_model_len tokens
     pool_bytes: int
-    loading_bytes: int  # the weights' while they are loaded, before the experts' are halved
+    loading_bytes: int  # the weights' while they are loaded, before experts' are halved
 
     @property
     def tokens(self) -> int:
@@ -149,9 +149,7 @@ def describe_plan(plan: MemoryPlan) -> str:
     if weights.draft_head:
         lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")
     if plan.loading_bytes > weights.total:
-        lines.append(
-            f"  while it loads           {_size(plan.loading_bytes)}  (weights, before the experts' are halved)"
-        )
+        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before experts' are halved)")
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {_size(plan.reserve_bytes)}")
     return "\n".join(
