@@ -171,7 +171,10 @@ def stored_tensors(base: Path) -> dict[str, StoredTensor]:
 def stored_dtype(base: Path) -> str:
     """What config.json says that the base's weights are, as torch names it."""
     config = json.loads((base / "config.json").read_text())
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+    own = config.get("text_config")
+    sections = [config, own if isinstance(own, dict) else {}]
+    stated = (section.get(name) for section in sections for name in ("dtype", "torch_dtype"))
+    return next(filter(None, stated), "float32")
 
 
 def check_base_config(

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 
 from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
@@ -186,7 +187,8 @@ class Engine:
         self._runner.free_memory()
         _, number = max((one.rows, number) for number, one in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
-        self._reporter.drop(sequence)
+        with suppress(RuntimeError, MemoryError):  # to read its last statistics takes memory as well
+            self._reporter.drop(sequence)
         self._drop(sequence)
         output = _failed(sequence, Failure("the server is out of memory"))
         stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)

@@ -134,7 +134,7 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
-        keeps_bfloat16=native.names_of_linears if _can_have_native(options, device, dtype) else None,
+        names_kept_bfloat16=native.names_of_linears if _can_have_native(options, device, dtype) else None,
         on_progress=on_progress,
     )
 

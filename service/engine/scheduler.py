@@ -25,7 +25,7 @@ from service.engine.sequence import Sequence, Stream
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
 _MAX_PASSES = 16  # of smaller ones past one for which there is no room
-_MAX_SLOT_SHARE = 0.75  # for the choices of one request
+_MAX_SEAT_SHARE = 0.75  # for the choices of one request
 _NONE = range(0)
 
 
@@ -81,7 +81,7 @@ class Scheduler:
     """Decode before prefill, under a budget of rows per step and of blocks in all.
 
     First come, first served, but no one is served at everyone's expense: prompts share a step's rows evenly (none gets
-    more than it needs), the further choices of a request let later requests pass, and do not take every slot.
+    more than it needs), the further choices of a request let later requests pass, and do not take every seat.
 
     A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
     the latest arrival is preempted: its blocks are released and it is computed again when there is room. What is
@@ -115,7 +115,7 @@ class Scheduler:
         self._keys = BlockKeys(blocks.block_size)
         self._worth = (0.0, 0.0)  # break-even probabilities of this step for drafts of one and of two rows
         self._scorable = max_scored_rows  # what this step has left of them
-        self._most_choices = max(1, math.ceil(_MAX_SLOT_SHARE * max_num_seqs))  # of one request at once
+        self._most_choices = max(1, math.ceil(_MAX_SEAT_SHARE * max_num_seqs))  # of one request at once
         self._requests = 0  # that have arrived
 
     def add(self, sequence: Sequence) -> None:
@@ -292,7 +292,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _admit(self, budget: int, most: int, plan: Plan) -> None:
-        """Moves sequences from waiting to running while there are rows, slots and blocks, each with `most` rows.
+        """Moves sequences from waiting to running while there are rows, seats and blocks, each with `most` rows.
 
         In order, but for those that must wait for other choices, and one for which there is no room: a few smaller ones
         may pass that, unless it has been running before.
@@ -321,8 +321,8 @@ class Scheduler:
             budget -= self._schedule_running(sequence, min(most, budget), plan)
 
     def _must_wait(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether other choices of its request come first: they have their slots, or one is at work on the prompt that
-        they one, and none is done.
+        """Whether other choices of its request come first: they have their seats, or one is at work on the prompt that
+        they share, and none is done.
         """
         if not sequence.generates or sequence.sampling.n == 1:
             return False

@@ -82,7 +82,7 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
     """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
-    decoding needs when every slot is taken.
+    decoding needs when every seat is taken.
     """
     return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
 

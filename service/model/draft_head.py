@@ -3,7 +3,7 @@
     h' = h + D silu(U h + b)        in scaling rows, before the head; real rows stay as they are
 
 The scaling pass is the base model, and its next token is a draft of the real pass's (DESIGN section 3). What the
-experts change about it is partly a function of the hidden state alone, and can be learned (engine/distill.py). A draft
+experts change about it is partly a function of the hidden state alone, and can be learned (tools/distill.py). A draft
 decides only whether work done early is kept, so a draft head changes no token and no scaling in float32.
 Source of the form: the residual block of Medusa's heads (arXiv 2401.10774), here with a narrow middle and no head of
 its own.

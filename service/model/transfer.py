@@ -20,14 +20,17 @@ def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype 
         numbers = torch.frombuffer(values if isinstance(values, array) else array("q", values), dtype=dtype)
     else:
         numbers = torch.tensor(values, dtype=dtype)
-    return numbers if device.type == "cpu" else numbers.pin_memory().to(device, non_blocking=True)
+    return copy_to_device(numbers, device)
+
+
+def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, the same way; on a CPU it is the tensor itself."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def bits_to_device(rows: Sequence[bytes], width: int, device: torch.device) -> Tensor:
     """Bool [rows, width]: of each row of bytes the first `width` bits, lowest of a byte first. Copied as packed."""
-    packed = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1)
-    if device.type != "cpu":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = copy_to_device(torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1), device)
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
     return bits.flatten(1)[:, :width].bool()
 

@@ -15,7 +15,7 @@ from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
 from service.native.step import NativeStep
-from service.native.storage import bfloat16_linears, keep_bfloat16
+from service.native.storage import bfloat16_linears, bfloat16_stacks, keep_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def build(
         upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, steps are slower: g++ was not found (install g++)")
         return
-    linears = bfloat16_linears(decoder)
+    linears, stacks = bfloat16_linears(decoder), bfloat16_stacks(decoder)
 
     def provide() -> None:
         try:
@@ -52,13 +52,13 @@ def build(
             upcast_to_float32(model.causal_lm)
             logger.warning("no native kernels, steps are slower: %s", error)
             return
-        keep_bfloat16(decoder, linears)
+        keep_bfloat16(linears, stacks)
         on_ready(NativeStep(model, decoder))
         on_progress(f"native kernels are in use: {found}")
 
     if library.find_library(cache) is not None:
         provide()
-    elif wait or linears:
+    elif wait or linears or stacks:
         on_progress("compiling native kernels: half a minute, once per machine")
         provide()
     else:

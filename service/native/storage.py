@@ -8,6 +8,7 @@ what is kept so, whatever config.json says.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,14 +31,19 @@ def bfloat16_linears(decoder: Decoder) -> list[Linear]:
     return [linear for linear in decoder.linears if linear.weight is not tied and _survives(linear.weight)]
 
 
+def bfloat16_stacks(decoder: Decoder) -> list[AdaptedModule]:
+    """The linears whose stacks of experts lose nothing."""
+    adapted = [linear for linear in decoder.linears if isinstance(linear, AdaptedModule)]
+    return [linear for linear in adapted if _survives(linear.lora_a) and _survives(linear.lora_b_t)]
+
+
 @torch.inference_mode()
-def keep_bfloat16(decoder: Decoder, linears: list[Linear]) -> None:
-    """Replaces the weights of `linears`, and every stack of experts that loses nothing."""
+def keep_bfloat16(linears: Sequence[Linear], stacks: Sequence[AdaptedModule]) -> None:
+    """Replaces the weights of `linears` and the experts of `stacks`, which torch cannot compute with."""
     for linear in linears:
         linear.weight = nn.Parameter(linear.weight.to(torch.bfloat16), requires_grad=False)
-    for linear in decoder.linears:
-        if isinstance(linear, AdaptedModule) and _survives(linear.lora_a) and _survives(linear.lora_b_t):
-            linear.lora_a, linear.lora_b_t = linear.lora_a.to(torch.bfloat16), linear.lora_b_t.to(torch.bfloat16)
+    for adapted in stacks:
+        adapted.lora_a, adapted.lora_b_t = adapted.lora_a.to(torch.bfloat16), adapted.lora_b_t.to(torch.bfloat16)
 
 
 def names_of_linears(causal_lm: Any) -> set[str]:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers.utils.logging import disable_progress_bar
 
 from service.checkpoint import Checkpoint, DraftHeadWeights
-from service.contract.errors import StartupError
+from service.contract.checks import checked_request
+from service.contract.errors import InvalidRequestError, StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.loader import build_engine, load_model_of
@@ -129,7 +130,10 @@ def _written(
     texts = {str(number): list(prompt) for number, prompt in enumerate(prompts)}
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(max_tokens=max_tokens, temperature=float(number % 2), seed=number)
-        engine.add(Request(str(number), list(prompt), sampling))
+        try:
+            engine.add(checked_request(Request(str(number), list(prompt), sampling), engine.info))
+        except InvalidRequestError as error:
+            raise StartupError(f"prompt {number + 1}: {error.message}", hint=error.hint) from error
     left = len(texts)
     while engine.has_work():
         for output in engine.step().outputs:

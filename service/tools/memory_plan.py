@@ -103,7 +103,7 @@ def plan_memory(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int |
         num_blocks=sizes.num_blocks,
         blocks_per_request=sizes.layout.blocks_for(sizes.max_model_len),
         pool_bytes=allocate_cache(model, sizes).bytes,
-        loading_bytes=weight_bytes(model, [tensor for tensor in halved if isinstance(tensor, nn.Parameter)]).total,
+        loading_bytes=_loading_bytes(model, [tensor for tensor in halved if isinstance(tensor, nn.Parameter)]),
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
@@ -132,6 +132,11 @@ def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightByte
     return WeightBytes(base, experts, classifier, draft_head)
 
 
+def _loading_bytes(model: XLoraModel, halved: Sequence[Tensor]) -> int:
+    """The weights and the largest linear once more, and one linear upcast to see what the decoder computes."""
+    return weight_bytes(model, halved).total + max((tensor.nbytes for tensor in halved), default=0)
+
+
 def describe_plan(plan: MemoryPlan) -> str:
     """The plan as lines for people."""
     weights, position = plan.weights, 2 * (plan.kv_slot_bytes + plan.gate_row_bytes)
@@ -149,7 +154,7 @@ def describe_plan(plan: MemoryPlan) -> str:
     if weights.draft_head:
         lines.insert(4, f"  draft head               {_size(weights.draft_head)}  ({plan.dtype})")
     if plan.loading_bytes > weights.total:
-        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (weights, before experts' are halved)")
+        lines.append(f"  while it loads           {_size(plan.loading_bytes)}  (experts not halved yet)")
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {_size(plan.reserve_bytes)}")
     return "\n".join(

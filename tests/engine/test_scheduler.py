@@ -152,7 +152,7 @@ def build(
     blocks: int = 64,
     block_size: int = 4,
     budget: int = 32,
-    slots: int = 8,
+    seats: int = 8,
     lookahead: bool = True,
     speculative: int = 0,
     prefix_cache: bool = True,
@@ -164,7 +164,7 @@ def build(
     runner: Any = FakeRunner(block_size, budget, right)
     scheduler = Scheduler(
         BlockManager(blocks, block_size),
-        max_num_seqs=slots,
+        max_num_seqs=seats,
         max_num_batched_tokens=budget,
         lookahead=lookahead,
         speculative_tokens=speculative,
@@ -226,7 +226,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "block_size": block_size,
         "blocks": largest + draw(st.integers(0, 2 * largest)),
         "budget": draw(st.integers(1, 40)),
-        "slots": draw(st.integers(1, 8)),
+        "seats": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
         "speculative": draw(st.sampled_from([0, 1, 3, 8])),
@@ -272,7 +272,7 @@ def test_any_workload(load: dict[str, Any]) -> None:
             if output.finish_reason:
                 finished.add(key)
         engine.check_integrity()
-        assert len(scheduler.running) <= load["slots"]
+        assert len(scheduler.running) <= load["seats"]
     else:
         raise AssertionError("the engine does not come to an end")
     assert engine.blocks.used == 0
@@ -384,9 +384,9 @@ def test_few_pass_a_large_one() -> None:
     assert ("large", 0) in finish(engine)
 
 
-def test_slots_are_bounded() -> None:
+def test_seats_are_bounded() -> None:
     """No more sequences at once than asked for; choices of one request count each."""
-    engine, _, scheduler = build(slots=3, blocks=200)
+    engine, _, scheduler = build(seats=3, blocks=200)
     for number in range(4):
         engine.add(request(str(number), 5, 6, n=2))
     most = 0

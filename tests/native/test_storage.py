@@ -14,7 +14,7 @@ import torch
 
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
-from service.engine.loader import build_engine, load_checkpoint_and_model
+from service.engine.loader import build_engine, load_checkpoint_and_model, load_model_of
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native import library
@@ -172,6 +172,28 @@ def test_loading_waits_for_the_compiler(halved: Tiny, tmp_path: Path, monkeypatc
     engine = loaded(halved, native_cache=str(tmp_path))
     assert isinstance(engine._runner.step, NativeStep)
     assert dtypes(engine._runner.model, "q_proj") == {torch.bfloat16}
+
+
+def test_experts_alone_are_waited_for_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base in float32 with experts that bfloat16 holds: they would change beneath torch's steps."""
+    tiny = stored(tmp_path, torch.float32)
+    halved = [
+        replace(
+            expert,
+            weights={
+                site: replace(w, a=w.a.bfloat16(), b=w.b.bfloat16(), scale=2.0) for site, w in expert.weights.items()
+            },
+        )
+        for expert in tiny.checkpoint.experts
+    ]
+    checkpoint = replace(tiny.checkpoint, experts=tuple(halved))
+    options = EngineOptions(str(tiny.path), "cpu", threads=1, native_cache=str(tmp_path / "cache"))
+    built = library.library_in(Path(EngineOptions("").native_cache).expanduser())
+    monkeypatch.setattr(library, "build", lambda path: shutil.copy(built, path))
+    engine = build_engine(load_model_of(checkpoint, options, lambda _: None), checkpoint, options)
+    assert isinstance(engine._runner.step, NativeStep)
+    assert dtypes(engine._runner.model, "lora_a") == {torch.bfloat16}
+    assert dtypes(engine._runner.model, "q_proj") == {torch.float32}
 
 
 def test_a_failed_build_changes_nothing(halved: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

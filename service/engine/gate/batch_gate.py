@@ -21,7 +21,7 @@ from service.engine.scheduler import ScheduledSequence
 from service.engine.sequence import Sequence
 from service.model.batch import GateParameters, GivenGateRows
 from service.model.kv_cache import KVCache
-from service.model.transfer import to_device
+from service.model.transfer import copy_to_device, to_device
 
 
 def dummy_slot(kv_cache: KVCache, sequence: Sequence) -> int:
@@ -50,7 +50,7 @@ def given_rows(
     if not slots:
         return None
     device = kv_cache.gate_rows.device
-    return GivenGateRows(to_device(slots, device), torch.stack(rows).to(device))
+    return GivenGateRows(to_device(slots, device), copy_to_device(torch.stack(rows), device))
 
 
 def parameters(
@@ -78,7 +78,7 @@ def parameters(
     return GateParameters(
         to_device(temperature, device, torch.float32),
         to_device(array("q", top_k), device),
-        torch.frombuffer(excluded, dtype=torch.bool).view(rows, experts).to(device),
+        copy_to_device(torch.frombuffer(excluded, dtype=torch.bool).view(rows, experts), device),
         to_device(weight, device, torch.float32),
     )
 

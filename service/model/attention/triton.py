@@ -150,7 +150,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows over their streams (attention.Backend). Returns [N * Q, heads, head_dim]."""
+    """Attention of one group's rows over their streams (paged.Backend). Returns [N * Q, heads, head_dim]."""
     if rows.stride(2) != 1:
         rows = rows.contiguous()
     keys, values = kv_cache.keys[layer], kv_cache.values[layer]

@@ -29,7 +29,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows over their streams (attention.Backend). Returns [N * Q, heads, head_dim]."""
+    """Attention of one group's rows over their streams (paged.Backend). Returns [N * Q, heads, head_dim]."""
     assert softcap is None, "varlen_attn has no soft cap"
     offsets, lengths, table = group.varlen()
     return _varlen_attn()(

@@ -41,7 +41,7 @@ class Loading:
     quantization: Quantization | None = None
     max_model_len: int | None = None  # None: as many tokens as the base takes
     ranks: Ranks | None = None  # every rank must load at the same time
-    keeps_bfloat16: Keeps | None = None  # names of the skeleton's linears whose weights may stay as they are stored
+    names_kept_bfloat16: Keeps | None = None  # which of the skeleton's linears may stay as they are stored
     on_progress: Callable[[str], None] = _quiet
     skeleton: Any = None  # the base's modules without weights, whole
     causal_lm: Any = None  # the base with weights, or this rank's part of it
@@ -66,7 +66,7 @@ def read_weights(loading: Loading) -> None:
         loading.causal_lm, report = _divided(loading)
     else:
         tensors = stored_tensors(base)
-        is_narrow = loading.keeps_bfloat16 is not None and {one.dtype for one in tensors.values()} == {torch.bfloat16}
+        is_narrow = bool(_kept(loading)) and {one.dtype for one in tensors.values()} == {torch.bfloat16}
         loading.causal_lm, report = _whole(loading, tensors, torch.bfloat16 if is_narrow else loading.dtype)
         if is_narrow and any(buffer.dtype == torch.bfloat16 for buffer in loading.causal_lm.buffers()):
             loading.causal_lm, report = _whole(loading, tensors, loading.dtype)  # a constant would be rounded
@@ -112,9 +112,14 @@ def _quietly() -> dict[str, Any]:
 
 def upcast(loading: Loading) -> None:
     """To the arithmetic's dtype, all but the linears that steps read in bfloat16."""
-    if loading.keeps_bfloat16 is not None:
-        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in loading.keeps_bfloat16(loading.skeleton)})
+    if _kept(loading):
+        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in _kept(loading)})
         loading.causal_lm.config.dtype = loading.dtype
+
+
+def _kept(loading: Loading) -> Collection[str]:
+    """Linears whose weights may stay in bfloat16, if the files have them so."""
+    return () if loading.names_kept_bfloat16 is None else loading.names_kept_bfloat16(loading.skeleton)
 
 
 def outline(loading: Loading) -> None:
@@ -182,13 +187,13 @@ def load_model(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
-    keeps_bfloat16: Keeps | None = None,
+    names_kept_bfloat16: Keeps | None = None,
     on_progress: Callable[[str], None] = _quiet,
 ) -> XLoraModel:
     """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
     afterwards: stacks are copies. Raises CheckpointError as the passes do.
     """
-    loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, keeps_bfloat16, on_progress)
+    loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, names_kept_bfloat16, on_progress)
     run(loading, MODEL_PASSES)
     assert loading.model is not None
     return loading.model
