@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from service.checkpoint import Checkpoint, load_checkpoint
 from service.checkpoint.formats.writer import add_draft_head
 from service.cli import main
+from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.tools.distill import Distilled, _written, distill, suitable_size
 from service.tools.two_pass import TwoPassModel
@@ -245,6 +246,14 @@ def test_prompts_that_are_too_long(bundle: Path, tmp_path: Path, capsys: pytest.
     file.write_text("word " * 5000 + "\n" + "short\n" * 30)
     assert main(["distill", str(bundle), "--prompts", str(file), "--device", "cpu"]) == 1
     assert "prompt 1 has 25000 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [([5, 10**6], "token id 1000000"), ([], "the prompt is empty")])
+def test_prompts_that_the_model_cannot_read(path: Path, prompt: list[int], reason: str) -> None:
+    """An added token beyond the vocabulary; a text that a normalizer leaves nothing of."""
+    options = EngineOptions(str(path), device="cpu", native_kernels=False)
+    with pytest.raises(StartupError, match=f"prompt 2: .*{reason}"):
+        _written(load_checkpoint(path), options, [[5, 6], prompt], 4, lambda _: None)
 
 
 def test_only_a_bundle_can_have_one(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
