@@ -13,7 +13,7 @@ from torch import Tensor
 from service.contract.steering import Steering
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner, SequenceResult
-from service.engine.scheduler import ScheduledSequence
+from service.engine.plan import ScheduledSequence
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput

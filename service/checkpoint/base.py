@@ -20,7 +20,7 @@ from service.chat_template import TEMPLATE_FILE, ChatTemplate
 from service.checkpoint.defects import Defects, defect, naming, shorten
 from service.checkpoint.end_of_text import read_eos_token_ids
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.tensors import StoredTensor, TensorFile, read_header
+from service.checkpoint.weights.tensors import TensorFile, read_header
 from service.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 
 SINGLE_FILE = "model.safetensors"
@@ -156,16 +156,6 @@ def _read_shards(root: BundleRoot, path: Path, defects: Defects) -> tuple[tuple[
             if missing:
                 raise defect(file.path, f"missing tensor {shorten(missing)}, which {INDEX_FILE} expects here")
     return tuple(files), len(files) == len(shards)
-
-
-def stored_tensors(base: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a base that has been checked, to be read one by one."""
-    index = base / INDEX_FILE
-    names = [SINGLE_FILE]
-    if not (base / SINGLE_FILE).exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = [read_header(base / name) for name in names]
-    return {name: StoredTensor(file, info) for file in files for name, info in file.tensors.items()}
 
 
 def stored_dtype(base: Path) -> str:

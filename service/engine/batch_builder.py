@@ -11,7 +11,7 @@ from torch import Tensor
 
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.gate import batch_gate
-from service.engine.scheduler import ScheduledSequence
+from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Stream
 from service.engine.slots import gate_slots, stream_slots
 from service.model.batch import LINES, AttentionGroup, Batch

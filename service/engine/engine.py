@@ -18,7 +18,8 @@ from service.engine.block_manager import BlockManager
 from service.engine.gate.report import GateReporter
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_ratio, with_top_k
 from service.engine.model_runner import ModelRunner, OutOfMemory, SequenceResult
-from service.engine.scheduler import Plan, ScheduledSequence, Scheduler
+from service.engine.plan import Plan, ScheduledSequence
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
 from service.grammar import Grammar, Grammars
 

@@ -1,4 +1,4 @@
-"""What is scheduled in, tokens out: has the flat batch built, runs the model once, samples. Decides nothing."""
+"""ModelRunner: has a step's flat batch built, runs the model once, samples tokens and drafts. It decides nothing."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from service.contract.errors import InvalidRequestError
 from service.contract.output import Failure, TokenOutput
 from service.contract.steering import GateSettings
 from service.engine.batch_builder import BatchBuilder
+from service.engine.plan import ScheduledSequence
 from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
-from service.engine.scheduler import ScheduledSequence
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.model.transfer import read_with_finite, to_device
@@ -32,7 +32,7 @@ class OutOfMemory(Exception):
 
 @dataclass(slots=True)
 class SequenceResult:
-    """What one step brought one scheduled sequence."""
+    """The outcome of one step for one scheduled sequence."""
 
     scheduled: ScheduledSequence
     tokens: list[TokenOutput] = field(default_factory=list)  # sampled from the real rows, first position first
@@ -56,7 +56,7 @@ class ModelRunner:
 
     @property
     def step(self) -> Step:
-        """What computes a batch. Only the engine's thread asks: a step that was handed over is taken now."""
+        """The step that computes batches. Only the engine's thread asks: one that was handed over is taken now."""
         if self._next_step is not None:
             self._step, self._next_step = self._next_step, None
         return self._step
@@ -102,7 +102,7 @@ class ModelRunner:
         return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
 
     def _sampled(self, output: ForwardOutput, scheduled: list[ScheduledSequence]) -> list[SequenceResult]:
-        """What the logits say, and whether everything is finite.
+        """Samples every sequence and marks those whose numbers are not finite.
 
         Where sampling raises, every sequence is sampled alone, and one that raises again has an error. A grammar that
         has become too complex is its request's fault, and nothing to log.

@@ -15,66 +15,17 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.drafting import break_even
+from service.engine.plan import Plan, ScheduledSequence
 from service.engine.sequence import Sequence, Stream
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
 _MAX_PASSES = 16  # of smaller ones past one for which there is no room
 _MAX_SEAT_SHARE = 0.75  # for the choices of one request
-_NONE = range(0)
-
-
-@dataclass(slots=True)
-class ScheduledSequence:
-    """What one sequence runs in a step: positions start .. start + count of either stream."""
-
-    sequence: Sequence
-    scaling_start: int
-    scaling_count: int
-    real_start: int
-    real_count: int
-    samples: int  # the last so many real rows, from the last accepted position on: their logits give the next tokens
-    predict_start: int  # the logits of the scaling rows before positions predict_start ...
-    predict_count: int  # ... to predict_start + predict_count - 1 predict those
-    scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
-    # Where its rows are, once the batch is built: in the flat batch, and in the logits (`samples`, then
-    # `predict_count`, then `scores`).
-    scaling_row: int = 0
-    real_row: int = 0
-    logit_row: int = 0
-
-    @property
-    def scaling_end(self) -> int:
-        """The position after the last scaling row."""
-        return self.scaling_start + self.scaling_count
-
-    @property
-    def real_end(self) -> int:
-        """The position after the last real row."""
-        return self.real_start + self.real_count
-
-    @property
-    def rows(self) -> int:
-        """Rows of the flat batch."""
-        return self.scaling_count + self.real_count
-
-    @property
-    def logit_count(self) -> int:
-        """Rows of the logits."""
-        return self.samples + self.predict_count + len(self.scores)
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step."""
-
-    scheduled: list[ScheduledSequence] = field(default_factory=list)
-    preemptions: int = 0
 
 
 class Scheduler:

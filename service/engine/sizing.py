@@ -1,4 +1,4 @@
-"""From options to numbers: device, dtype, context, rows of a step, and how the memory is divided.
+"""Sizes of an engine, from its options: device, dtype, context, rows of a step, and how the memory is divided.
 
 Knows the arithmetic; the loader, the ranks of a group and `check --plan` do with it what they like.
 """
@@ -28,7 +28,7 @@ CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What an engine has room for."""
+    """The sizes of one engine."""
 
     max_model_len: int
     max_rows: int  # of a step

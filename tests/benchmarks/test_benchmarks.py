@@ -39,6 +39,9 @@ TINY = {
     "page_frames": ["--tokens-per-second", "2000"],
     "proxy": ["--requests", "2"],
     "stalls": ["--kinds", "long name", "emoji", "--bytes", "100000"],
+    "steering": ["--requests", "4", "--tokens", "4", "--repeats", "1"],
+    "one_request": ["--repeats", "1"],
+    "ways": [],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
 }  # fmt: skip
 

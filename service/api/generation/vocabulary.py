@@ -1,4 +1,4 @@
-"""What each token is by itself: its bytes, and a name that no other token has.
+"""Single tokens: their bytes, and names that no other token has.
 
 A token may be half a character, or begin with a space that decoding it alone would drop. Its bytes are read off its
 entry in the vocabulary by the steps of the tokenizer's decoder, so that those of some tokens, joined, are their text.

@@ -1,4 +1,4 @@
-"""What every request body is, at every depth: strict, closed, and read for what it says alone.
+"""Request bodies at every depth are strict, closed, and read for what they say alone.
 
 A known field that is null or empty is absent, as if it had not been sent, but where such a value has a meaning of its
 own (`null_is_meant`, `meant`). An unknown field is an error, and so is one that OpenAI has and this server has not

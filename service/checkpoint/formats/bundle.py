@@ -26,7 +26,7 @@ from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FIL
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import LoraWeights
-from service.checkpoint.weights.tensors import WeightFile, WeightHasher, read_header
+from service.checkpoint.weights.tensors import StoredTensor, TensorFile, WeightFile, WeightHasher, read_header
 
 NO_OVERRIDES = Overrides()
 InspectBase = Callable[[BaseModel], Any]
@@ -62,7 +62,13 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()  # what is no defect, and worth knowing
     skeleton: Any = None  # what inspect_base returned for the base
+    base_files: tuple[TensorFile, ...] = ()  # headers of the base's weight files
     layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
+
+    @property
+    def base_tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor of the base, to be read one by one."""
+        return {name: StoredTensor(file, info) for file in self.base_files for name, info in file.tensors.items()}
 
     @property
     def tokenizer_path(self) -> Path:
@@ -187,6 +193,7 @@ def read_checkpoint(
         eos_token_ids=base.eos_token_ids,
         warnings=tuple(defects.warnings),
         skeleton=skeleton,
+        base_files=base.files,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a batch says of the gate where requests or an operator want it otherwise than the checkpoint has it.
+"""The gate of a batch, where requests or an operator want it otherwise than the checkpoint has it.
 
 A fixed gate is one given row, in the real stream's slot of position 0. A dummy row of a request's own lies in the
 scaling stream's slot of position 0, whose gate row has no other use: it comes and goes with the stream, and cached
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from service.contract.checks import layer_of
 from service.contract.steering import GateWeight
-from service.engine.scheduler import ScheduledSequence
+from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
 from service.model.batch import GateParameters, GivenGateRows
 from service.model.kv_cache import KVCache

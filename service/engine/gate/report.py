@@ -125,7 +125,7 @@ class GateReporter:
         scalings = self._stored([slot for s in spans for slot in gate_slots(s.sequence, s.start, s.count, size)])
         summary = summarise(scalings)
         self._stats.add(gate_stats(spans, summary))
-        observed = gate_rows(spans, scalings, summary, self._num_sites)
+        observed = asked_rows(spans, scalings, summary, self._num_sites)
         for span in spans:
             span.sequence.reported = span.start + span.count
         return {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
@@ -134,7 +134,7 @@ class GateReporter:
         """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
         for span in report_spans([result.scheduled.sequence]):
             own = scalings[span.start - result.scheduled.scaling_start :]
-            [rows] = gate_rows([span], own, summarise(own), self._num_sites)
+            [rows] = asked_rows([span], own, summarise(own), self._num_sites)
             span.sequence.reported = span.start + span.count
             return rows
         return None
@@ -147,7 +147,7 @@ class GateReporter:
         return stored.index_select(0, to_device(slots, stored.device))
 
 
-def gate_rows(
+def asked_rows(
     spans: SequenceOf[ReportSpan], scalings: Tensor, summary: GateSummary, num_sites: int
 ) -> list[GateRows | None]:
     """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""

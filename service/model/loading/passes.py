@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from service.checkpoint import Checkpoint
-from service.checkpoint.base import stored_tensors
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import ATTENTION
 from service.model.loading.parallel import Shards, split
@@ -48,6 +48,11 @@ class Loading:
     shards: Shards | None = None  # which part that is; None: all
     model: XLoraModel | None = None
 
+    @cached_property
+    def kept(self) -> Collection[str]:
+        """Linears whose weights may stay in bfloat16, if the files have them so."""
+        return () if self.names_kept_bfloat16 is None else self.names_kept_bfloat16(self.skeleton)
+
 
 def judge(loading: Loading) -> None:
     """Raises CheckpointError for a base that cannot be served exactly and for experts that cannot adapt it."""
@@ -65,10 +70,10 @@ def read_weights(loading: Loading) -> None:
     if loading.ranks is not None:
         loading.causal_lm, report = _divided(loading)
     else:
-        tensors = stored_tensors(base)
-        is_narrow = bool(_kept(loading)) and {one.dtype for one in tensors.values()} == {torch.bfloat16}
-        loading.causal_lm, report = _whole(loading, tensors, torch.bfloat16 if is_narrow else loading.dtype)
-        if is_narrow and any(buffer.dtype == torch.bfloat16 for buffer in loading.causal_lm.buffers()):
+        tensors = loading.checkpoint.base_tensors
+        is_bfloat16 = bool(loading.kept) and {one.dtype for one in tensors.values()} == {torch.bfloat16}
+        loading.causal_lm, report = _whole(loading, tensors, torch.bfloat16 if is_bfloat16 else loading.dtype)
+        if is_bfloat16 and any(buffer.dtype == torch.bfloat16 for buffer in loading.causal_lm.buffers()):
             loading.causal_lm, report = _whole(loading, tensors, loading.dtype)  # a constant would be rounded
     for defect in ("missing_keys", "mismatched_keys"):
         if report[defect]:
@@ -112,14 +117,9 @@ def _quietly() -> dict[str, Any]:
 
 def upcast(loading: Loading) -> None:
     """To the arithmetic's dtype, all but the linears that steps read in bfloat16."""
-    if _kept(loading):
-        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in _kept(loading)})
+    if loading.kept:
+        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in loading.kept})
         loading.causal_lm.config.dtype = loading.dtype
-
-
-def _kept(loading: Loading) -> Collection[str]:
-    """Linears whose weights may stay in bfloat16, if the files have them so."""
-    return () if loading.names_kept_bfloat16 is None else loading.names_kept_bfloat16(loading.skeleton)
 
 
 def outline(loading: Loading) -> None:
@@ -137,7 +137,7 @@ def settle_rope(loading: Loading) -> None:
     settle_longrope(loading.causal_lm, loading.max_model_len, loading.on_progress)
 
 
-def narrow(loading: Loading) -> None:
+def quantise_linears(loading: Loading) -> None:
     """Linears in 8 or 4 bit."""
     if loading.quantization is not None:
         quantise(loading.causal_lm, loading.quantization, loading.device)
@@ -168,7 +168,7 @@ BASE_PASSES: Passes = (
     upcast,  # first of all changes, for those compute with values
     attend,  # while all modules are still transformers' own, which it walks through
     settle_rope,  # before the move: computed on the CPU, frequencies are the same for every device
-    narrow,  # before the move: linear by linear, for the whole base may not fit on the device
+    quantise_linears,  # before the move: linear by linear, for the whole base may not fit on the device
     move,
 )
 MODEL_PASSES: Passes = (
@@ -176,7 +176,7 @@ MODEL_PASSES: Passes = (
     divide,  # before experts come: each rank's part of them is cut as the module is that they adapt
     assemble,  # last: stacks are made on the device, and the tap changes every module's name
 )
-OUTLINE_PASSES: Passes = (judge, outline, narrow, assemble)  # nothing attends, and nothing is moved from meta
+OUTLINE_PASSES: Passes = (judge, outline, quantise_linears, assemble)  # nothing attends, and nothing is moved from meta
 
 
 def load_model(

@@ -31,7 +31,7 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one run has shown."""
+    """The outcome of one run."""
 
     calls: list[AttentionCall]
     decoder_called: bool  # as a whole, so that its last hidden state can be kept

@@ -1,1 +1,1 @@
-"""What runs a batch: one interface, and CUDA graphs behind it."""
+"""Steps: the interface of all that runs a batch, and CUDA graphs."""

@@ -61,7 +61,7 @@ class GraphCapture:
 
 
 class CapturedSteps:
-    """What `eager` computes over one KV cache, by captured steps where they fit.
+    """The steps of `eager` over one KV cache, captured where they fit.
 
     Where capturing fails, the reason is logged once and every batch is run eagerly.
     """
