@@ -78,7 +78,7 @@ def make(path: Path, layers: int) -> int:
         for site in sites:
             out, depth = LINEARS[site.split(".", 3)[3]]
             for side, shape in (("A", (RANK, depth)), ("B", (out, RANK))):
-                tensors[f"base_model.model.{site}.lora_{side}.weight"] = _random(*shape).float() / 4
+                tensors[f"base_model.model.{site}.lora_{side}.weight"] = torch.randn(shape) / (4 * shape[-1] ** 0.5)
         write_adapter(path / "experts" / name, config, tensors)
     xlora = XLoraConfig.from_dict({"hidden_size": HIDDEN, "xlora_depth": 1, "layerwise_scalings": True}, path)
     classifier = [(torch.randn(len(sites) * EXPERTS, HIDDEN) / 64, torch.zeros(len(sites) * EXPERTS))]
@@ -105,7 +105,7 @@ def serve(path: Path, flags: list[str]) -> dict[str, Any]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "service", "serve", "--model", str(path), "--port", str(port), *flags]
     url, started = f"http://127.0.0.1:{port}", time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=None) as server:
         try:
             while not _is_ready(url):
                 if server.poll() is not None or time.perf_counter() - started > _READY_SECONDS:

@@ -77,7 +77,7 @@ def _expert_line(expert: Expert) -> str:
     scales = _range(round(weights.scale, 6) for weights in expert.weights.values())
     alphas = _range([expert.config.get("lora_alpha", 8), *(expert.config.get("alpha_pattern") or {}).values()])
     kind = " rsLoRA" if expert.config.get("use_rslora") else ""
-    parameters = sum(weights.a.numel() + weights.b.numel() for weights in expert.weights.values())
+    parameters = sum(weights.a.shape.numel() + weights.b.shape.numel() for weights in expert.weights.values())
     text = f"rank {ranks}, alpha {alphas}{kind}, scale {scales}, {len(expert.weights)} sites"
     described = f" - {one_line(expert.description)}" if expert.description else ""
     return f"  {expert.name:<10} {text} ({_module_counts(expert.weights)}), {parameters:,} parameters{described}"

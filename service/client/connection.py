@@ -22,6 +22,7 @@ class Connection(asyncio.Protocol):
         on_step: Callable[[StepOutput], None],
         on_end: Callable[[wire.Failed | None], str],
         on_progress: Callable[[str], None],
+        on_identified: Callable[[str], None],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[EngineInfo] = loop.create_future()
@@ -31,6 +32,7 @@ class Connection(asyncio.Protocol):
         self._on_step = on_step
         self._on_end = on_end
         self._on_progress = on_progress
+        self._on_identified = on_identified
         self._transport: asyncio.Transport | None = None
         self._reader = wire.FrameReader()
         self._decoder = msgspec.msgpack.Decoder(wire.FromEngine)
@@ -72,6 +74,8 @@ class Connection(asyncio.Protocol):
             case wire.Ready(info):
                 if not self.ready.done():
                     self.ready.set_result(info)
+            case wire.Identified(weights_sha256):
+                self._on_identified(weights_sha256)
             case wire.Failed():
                 self._failure = message
             case wire.Pong():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from service.client.connection import Connection
@@ -90,6 +91,7 @@ class EngineClient:
         self._loader = loader
         self._timeout_seconds = timeout_seconds
         self._info: EngineInfo | None = None
+        self._weights_sha256: str | None = None  # where the engine said it later
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._streams: dict[str, OutputStream] = {}
@@ -121,11 +123,12 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             ours.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
-        connection = Connection(self._on_step, self._on_end, on_progress)
+        connection = Connection(self._on_step, self._on_end, on_progress, self._on_identified)
         await loop.create_connection(lambda: connection, sock=ours)
         self._connection = connection
         connection.send(wire.Start(options))
-        self._info = await connection.ready
+        info = await connection.ready
+        self._info = replace(info, weights_sha256=info.weights_sha256 or self._weights_sha256)
         self._beat(connection)
 
     @asynccontextmanager
@@ -212,6 +215,11 @@ class EngineClient:
                 stream.deliver(one)
         if self.on_step is not None:
             self.on_step(output.stats)
+
+    def _on_identified(self, weights_sha256: str) -> None:
+        self._weights_sha256 = weights_sha256
+        if self._info is not None:
+            self._info = replace(self._info, weights_sha256=weights_sha256)
 
     def _on_end(self, failure: wire.Failed | None) -> str:
         """The socket has closed: says why, to whoever waits for the engine."""

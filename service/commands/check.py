@@ -82,7 +82,7 @@ def _gpu_bytes(arguments: argparse.Namespace) -> int | None:
 
 def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes: int | None) -> None:
     """Prints the plan for the GPU that was described, or for the device that serve would take here."""
-    sizing, plan = map(importlib.import_module, ("service.engine.sizing", "service.tools.memory_plan"))
+    loader, texts = map(importlib.import_module, ("service.engine.loader", "service.tools.memory_plan"))
     options = EngineOptions(
         model=directory,
         dtype=settings.dtype,
@@ -94,9 +94,9 @@ def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes:
         quantization=settings.quantization,
     )
     if gpu_bytes is None:
-        gpu_bytes = sizing.free_device_bytes(sizing.resolve_device(settings.device))
-    found = plan.plan_memory(checkpoint, options, gpu_bytes)
-    sys.stdout.write(f"{plan.describe_plan(found)}\n")
+        gpu_bytes = loader.free_device_bytes(loader.resolve_device(settings.device))
+    found = loader.plan_for(checkpoint, options, gpu_bytes)
+    sys.stdout.write(f"{texts.describe_plan(found)}\n")
 
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:

@@ -25,7 +25,8 @@ class EngineInfo:
     block_size: int
     kv_blocks_total: int
     kv_bytes: int
-    weights_sha256: str
+    weights_sha256: str | None  # over the hashes of all weight files; None: not known yet
+    fingerprint: str  # of the weight files' headers and sizes
     versions: dict[str, str]
     tokenizer_path: str  # tokenizer.json of the base
     gate_profile: dict[str, object] | None = None

@@ -70,6 +70,12 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     info: EngineInfo
 
 
+class Identified(msgspec.Struct, tag=True, frozen=True):
+    """The hash over all weight files, where it was not known when the engine was ready."""
+
+    weights_sha256: str
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """The engine process is about to end: it could not load, or a step raised."""
 
@@ -84,7 +90,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Start | Submit | Abort | SetGate | LogScalings | Ping
-FromEngine = Pong | Progress | Ready | Failed | Step
+FromEngine = Pong | Progress | Ready | Identified | Failed | Step
 
 
 class FrameEncoder:

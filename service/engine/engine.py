@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 
+from service.checkpoint.weights.weight_files import WeightFiles
 from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
@@ -42,8 +43,10 @@ class Engine:
         scheduler: Scheduler,
         info: EngineInfo,
         grammars: Grammars,
+        weight_files: WeightFiles | None = None,
     ) -> None:
         self.info = info
+        self._weight_files = weight_files
         self._runner = runner
         self._reporter = reporter
         self._scheduler = scheduler
@@ -99,6 +102,11 @@ class Engine:
         self._reporter.logs_scalings = enabled
         for sequence in (one for choices in self._sequences.values() for one in choices):
             sequence.unlogged.clear()  # what was computed meanwhile is not in it
+
+    def identify(self, on_known: Callable[[str], None]) -> None:
+        """Calls `on_known` with the hash over all weight files, later and from another thread."""
+        if self._weight_files is not None:
+            self._weight_files.identify(on_known)
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""

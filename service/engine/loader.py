@@ -18,8 +18,10 @@ from service.contract.engine_info import EngineInfo
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
+from service.engine.defaults import settle, summarise
 from service.engine.engine import Engine
 from service.engine.gate.report import GateReporter
+from service.engine.memory_plan import MemoryPlan
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
 from service.engine.sizing import (
@@ -56,7 +58,11 @@ def load_engine(
     machine that is too small. `on_lost` is called, from another thread, when a process of the group has ended.
     """
     if options.tensor_parallel == 1:
-        return build_engine(*load_checkpoint_and_model(options, on_progress), options, on_progress=on_progress)
+        checkpoint = read_checkpoint(options, on_progress)
+        device = resolve_device(options.device)
+        options, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+        on_progress(summarise(plan))
+        return build_engine(_verified_model(checkpoint, options, on_progress), checkpoint, options, None, on_progress)
     check_options(options)
     on_progress(f"starting {options.tensor_parallel} ranks")
     group = Group(options.tensor_parallel, on_lost)
@@ -79,7 +85,7 @@ def load_group_engine(
     """An engine over a group whose ranks have joined; one that the group had before is not to be used any more."""
     group.load(options)
     try:
-        model = load_model_of(checkpoint, options, on_progress, group.ranks)
+        model = _verified_model(checkpoint, options, on_progress, group.ranks)
     except XLoraError:
         raise
     except Exception as error:
@@ -93,14 +99,14 @@ def load_checkpoint_and_model(
     """The model, or this rank's part of it, on its device, and the checkpoint it came from. Sets how many
     threads compute.
     """
-    checkpoint = read_checkpoint(options, on_progress, verify_hashes=ranks is None)
+    checkpoint = read_checkpoint(options, on_progress)
+    if ranks is None:
+        return _verified_model(checkpoint, options, on_progress), checkpoint
     return load_model_of(checkpoint, options, on_progress, ranks), checkpoint
 
 
-def read_checkpoint(
-    options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None, *, verify_hashes: bool = True
-) -> Checkpoint:
-    """What the options name, without the base's weights."""
+def read_checkpoint(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
+    """What the options name, without the weights of the base and of experts."""
     on_progress(f"reading {options.model}")
     overrides = Overrides.parse(
         options.base, options.experts, options.ordering, options.gate_relu, options.eos_from_tokenizer
@@ -109,10 +115,19 @@ def read_checkpoint(
         options.model,
         overrides=overrides,
         allow_outside=options.allow_outside,
-        verify_hashes=verify_hashes,
+        examine_weights=False,
         inspect_base=inspect_base,
         on_progress=on_progress,
     )
+
+
+def _verified_model(
+    checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
+) -> XLoraModel:
+    """The same as load_model_of, from files that are compared with their hashes meanwhile."""
+    assert checkpoint.files is not None
+    with checkpoint.files.verifying():
+        return load_model_of(checkpoint, options, on_progress, ranks)
 
 
 def load_model_of(
@@ -156,7 +171,8 @@ def build_engine(
     keep_freed_memory()
     sizes = divide_memory(model, options, model.device, free_device_bytes(model.device))
     if group is not None:
-        sizes = replace(sizes, num_blocks=group.agree_on_blocks(sizes.num_blocks))
+        num_blocks = group.agree_on_blocks(sizes.num_blocks)
+        sizes = replace(sizes, num_blocks=num_blocks, max_model_len=sizes.within(num_blocks))
     kv_cache = allocate_cache(model, sizes)
     runner = ModelRunner(model, kv_cache)
     if group is not None:
@@ -179,7 +195,8 @@ def build_engine(
     if uses_native(options, model.device, model.dtype):
         cache = Path(options.native_cache).expanduser()
         native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
-    return Engine(runner, GateReporter(kv_cache, model.classifier, len(model.sites)), scheduler, info, grammars)
+    reporter = GateReporter(kv_cache, model.classifier, len(model.sites))
+    return Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
@@ -203,6 +220,12 @@ def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOp
     if not _can_have_native(options, torch.device("cpu"), model.dtype):
         return []
     return native.expect_bfloat16(model, checkpoint)
+
+
+def plan_for(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None) -> MemoryPlan:
+    """The memory plan of an engine with these options, on a GPU with `gpu_bytes` free or on this machine's CPU (None)."""
+    device = torch.device("cpu" if gpu_bytes is None else "cuda")
+    return settle(checkpoint, options, device, gpu_bytes, expect_bfloat16)[1]
 
 
 def _can_have_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
@@ -233,6 +256,7 @@ def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         kv_blocks_total=sizes.num_blocks,
         kv_bytes=sizes.num_blocks * sizes.layout.block_bytes,
         weights_sha256=checkpoint.weights_sha256,
+        fingerprint="" if checkpoint.files is None else checkpoint.files.fingerprint,
         versions={
             "service": __version__,
             "torch": str(torch.__version__),  # TorchVersion is no plain str

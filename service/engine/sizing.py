@@ -6,7 +6,6 @@ Knows the arithmetic; the loader, the ranks of a group and `check --plan` do wit
 from __future__ import annotations
 
 import ctypes
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +14,18 @@ from service.checkpoint import Checkpoint
 from service.checkpoint.base import stored_dtype
 from service.contract.errors import SettingsError, StartupError
 from service.contract.options import EngineOptions
+from service.engine.machine import host_memory
 from service.model.kv_cache import KVCache, KVLayout
-from service.model.loading.context import read_context
+from service.model.loading.context import Context, read_context
 from service.model.xlora_model import XLoraModel
 
 _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, if the requests allowed at once need that much
+_CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, or one request of full length if that is more
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
+MIN_CONTEXT = (
+    1024  # of a server whose operator does not say: fewer tokens are no use to most (the base's own, if shorter)
+)
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -35,22 +38,48 @@ class Sizes:
     layout: KVLayout
     num_blocks: int
 
+    def within(self, num_blocks: int) -> int:
+        """The longest text, where there are only so many blocks."""
+        return min(self.max_model_len, num_blocks // 2 * self.layout.block_size)
+
 
 def divide_memory(model: XLoraModel, options: EngineOptions, device: torch.device, free_bytes: int | None) -> Sizes:
-    """The sizes of an engine over `model` on `device`, whose `free_bytes` the weights have left (None: a CPU).
+    """The sizes of an engine over `model` on `device`, whose `free_bytes` the weights have left; None: a CPU whose
+    memory nobody has looked at.
 
-    Raises SettingsError for an impossible option, StartupError when not even one request of full length fits.
+    Without --max-model-len the context is the base's own, or the longest that fits. Raises SettingsError for an
+    impossible option, StartupError when not even one request fits.
     """
-    context = read_context(model.config)
-    max_model_len = options.max_model_len or context.usual
-    if max_model_len > context.most:
+    layout = model.kv_layout(options.block_size)
+    budget = _kv_budget(options, device, free_bytes)
+    max_model_len = _context(read_context(model.config), layout, options, budget)
+    if device.type == "cpu" and options.kv_memory_bytes is None:
+        budget = min(budget, max(_CPU_KV_BYTES, layout.blocks_for(max_model_len) * layout.block_bytes))
+    num_blocks = plan_blocks(layout, max_model_len, options.max_num_seqs, budget)
+    return Sizes(max_model_len, resolve_batched_tokens(options, device), layout, num_blocks)
+
+
+def _kv_budget(options: EngineOptions, device: torch.device, free_bytes: int | None) -> int:
+    """Bytes that the KV pool may take."""
+    if options.kv_memory_bytes is not None:
+        return options.kv_memory_bytes
+    if device.type == "cuda" and free_bytes is not None:
+        return int(free_bytes * CUDA_KV_SHARE)
+    return host_memory().total if free_bytes is None else free_bytes
+
+
+def _context(context: Context, layout: KVLayout, options: EngineOptions, budget: int) -> int:
+    """Tokens of the longest text."""
+    asked = options.max_model_len
+    if asked is None:
+        longest = budget // layout.block_bytes // 2 * layout.block_size
+        return max(min(context.usual, longest), min(context.usual, MIN_CONTEXT))
+    if asked > context.most:
         raise SettingsError(
-            f"--max-model-len {max_model_len} is over the {context.most} tokens that the base's config.json allows",
+            f"--max-model-len {asked} is over the {context.most} tokens that the base's config.json allows",
             hint=f"--max-model-len {context.most} is the most",
         )
-    layout = model.kv_layout(options.block_size)
-    num_blocks = plan_blocks(layout, max_model_len, options, free_bytes)
-    return Sizes(max_model_len, resolve_batched_tokens(options, device), layout, num_blocks)
+    return asked
 
 
 def allocate_cache(model: XLoraModel, sizes: Sizes) -> KVCache:
@@ -92,28 +121,28 @@ def free_device_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def plan_blocks(layout: KVLayout, max_model_len: int, options: EngineOptions, free_bytes: int | None) -> int:
-    """How many KV blocks fit the budget, and never more than max_num_seqs requests of full length could use.
+def plan_blocks(layout: KVLayout, max_model_len: int, max_num_seqs: int, budget: int) -> int:
+    """How many KV blocks fit the budget in bytes, and never more than max_num_seqs requests of full length could use.
 
-    `free_bytes` of a GPU once the weights are loaded, None on a CPU. Raises StartupError when not even one request of
-    max_model_len fits.
+    Raises StartupError when not even one request of max_model_len fits.
     """
     one = layout.blocks_for(max_model_len)
-    most = one * options.max_num_seqs
-    budget = options.kv_memory_bytes
-    if budget is None and free_bytes is not None:
-        budget = int(free_bytes * CUDA_KV_SHARE)
-    if budget is None:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        budget = min(max(_CPU_KV_BYTES, one * layout.block_bytes), memory)
-    blocks = min(most, budget // layout.block_bytes)
+    blocks = min(one * max_num_seqs, max(budget, 0) // layout.block_bytes)
     if blocks < one:
         raise StartupError(
             f"one request of {max_model_len} tokens needs {one * layout.block_bytes / _MIB:.0f} MiB of KV memory "
-            f"(two streams), and there are {budget / _MIB:.0f} MiB",
+            f"(two streams), and there are {max(budget, 0) / _MIB:.0f} MiB",
             hint="raise --kv-memory or lower --max-model-len",
         )
     return blocks
+
+
+def as_text(count: int) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1."""
+    for unit, name in ((1 << 30, "GiB"), (_MIB, "MiB"), (1 << 10, "KiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count} B"
 
 
 def keep_freed_memory() -> None:

@@ -67,6 +67,9 @@ class EngineSurface(Protocol):
     def report(self) -> StepOutput:
         """The load without a step."""
 
+    def identify(self, on_known: Callable[[str], None]) -> None:
+        """Calls `on_known` with the hash over all weight files, later and from another thread."""
+
 
 # With options, what to call with progress, and what to call from another thread when a part of the engine is lost.
 LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
@@ -107,6 +110,8 @@ class Worker:
         gc.collect()
         gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
         self._send(wire.Ready(engine.info))
+        if engine.info.weights_sha256 is None:
+            engine.identify(self._identified)
         try:
             self._loop(engine)
         except (_Disconnected, ConnectionError):
@@ -181,6 +186,10 @@ class Worker:
     def _send(self, message: wire.FromEngine) -> None:
         with self._sending:
             self._socket.sendall(self._encoder.encode(message))
+
+    def _identified(self, weights_sha256: str) -> None:
+        with contextlib.suppress(OSError):  # the parent has gone in the meantime
+            self._send(wire.Identified(weights_sha256))
 
     def _lose(self, reason: str) -> NoReturn:
         """Says why and ends the process, from another thread: the main one may wait for what will never come."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from service.checkpoint import Expert
+from service.checkpoint.weights.tensors import StoredTensor
+from service.model.transfer import narrowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,23 @@ class ExpertStack:
     ranks: list[int]  # [E]
 
 
-def stack_experts(experts: Sequence[Expert], site: str, dtype: torch.dtype, device: torch.device) -> ExpertStack:
-    """Stacks every expert's A and B at `site`; scales are folded into B in fp32 before the cast to `dtype`."""
+def stack_experts(
+    experts: Sequence[Expert], site: str, dtype: torch.dtype, device: torch.device, *, narrow: bool = False
+) -> ExpertStack:
+    """Stacks every expert's A and B at `site`; scales are folded into B in fp32 before the cast to `dtype`. `narrow`:
+    both are kept in bfloat16 if neither loses anything by it.
+    """
     present = [expert.weights[site] for expert in experts if site in expert.weights]
-    a = torch.cat([weights.a.float() for weights in present])
-    b_t = torch.cat([weights.b.float().T * weights.scale for weights in present])
+    a = torch.cat([_read(weights.a, device).float() for weights in present])
+    b_t = torch.cat([_read(weights.b, device).float().T * weights.scale for weights in present])
     ranks = [expert.weights[site].a.shape[0] if site in expert.weights else 0 for expert in experts]
-    return ExpertStack(a.to(device, dtype).contiguous(), b_t.to(device, dtype).contiguous(), ranks)
+    a, b_t = a.to(device, dtype).contiguous(), b_t.to(device, dtype).contiguous()
+    both = (narrowed(a), narrowed(b_t)) if narrow else (a, b_t)
+    return ExpertStack(*(both if both[0].dtype == both[1].dtype else (a, b_t)), ranks)
+
+
+def _read(weights: Tensor | StoredTensor, device: torch.device) -> Tensor:
+    """The tensor; of the meta device its shape is enough, and nothing is read."""
+    if device.type == "meta":
+        return torch.empty(weights.shape, dtype=weights.dtype, device=device)
+    return weights[...]

@@ -9,10 +9,14 @@ block that nobody is given: its first slot takes what is to be thrown away.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,10 @@ class KVCache:
         """`dummy_row` [S, E] is the gate row of the scaling pass; the cache lives on its device."""
         shape = (num_blocks + 1, layout.block_size, layout.kv_heads, layout.head_dim)
         keys, values = (
-            [torch.zeros(shape, dtype=layout.dtype, device=dummy_row.device) for _ in range(layout.layers)]
-            for _ in range(2)
+            [_zeros(shape, layout.dtype, dummy_row.device) for _ in range(layout.layers)] for _ in range(2)
         )
         slots = shape[0] * shape[1]
-        gate_rows = torch.zeros(slots + 1, layout.gate_sites, layout.experts, device=dummy_row.device)
+        gate_rows = _zeros((slots + 1, layout.gate_sites, layout.experts), torch.float32, dummy_row.device)
         gate_rows[-1] = dummy_row
         return cls(keys, values, gate_rows)
 
@@ -106,3 +109,13 @@ class KVCache:
     def _gather(self, pool: Tensor, block_table: Tensor, length: int) -> Tensor:
         blocks = pool.index_select(0, block_table.flatten())
         return blocks.view(block_table.shape[0], -1, *pool.shape[2:])[:, :length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on a CPU take memory only where something is written: NumPy's come from calloc, torch's from memset."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _CACHE_LINE, np.uint8))
+    first = -memory.data_ptr() % _CACHE_LINE
+    return memory[first : first + size].view(dtype).view(shape)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+_BLOCK = 1 << 20  # elements converted at once: a copy of all of a large weight costs new memory
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -43,8 +45,17 @@ def read_with_finite(ids: Tensor, numbers: Tensor) -> tuple[list[int], list[bool
     return read[: len(ids)], list(map(bool, read[len(ids) :]))
 
 
-def upcast_to_float32(module: nn.Module, kept: Collection[str] = ()) -> None:
-    """Every bfloat16 parameter of a module but for those in `kept`, one after the other; tied ones stay tied."""
-    for name, parameter in module.named_parameters():
-        if parameter.dtype == torch.bfloat16 and name not in kept:
-            parameter.data = parameter.data.float()
+def narrowed(tensor: Tensor) -> Tensor:
+    """The tensor in bfloat16 if it loses nothing by it, else the tensor itself."""
+    flat = tensor.view(-1)
+    blocks = (flat[first : first + _BLOCK] for first in range(0, flat.numel(), _BLOCK))
+    if all(torch.equal(block.to(torch.bfloat16).float(), block) for block in blocks):
+        return tensor.to(torch.bfloat16)
+    return tensor
+
+
+def upcast_to_float32(module: nn.Module) -> None:
+    """Every bfloat16 parameter and buffer of a module, one after the other; tied ones stay tied."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dtype == torch.bfloat16:
+            tensor.data = tensor.data.float()

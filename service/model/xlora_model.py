@@ -10,6 +10,7 @@ It knows rows and slots; which request they belong to, and what comes next, it d
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ class XLoraModel:
         device: torch.device,
         dtype: torch.dtype,
         shards: Shards | None = None,
+        kept_bfloat16: Collection[str] = (),
     ) -> None:
+        """`kept_bfloat16`: linears whose experts are kept in bfloat16 under float32 if they lose nothing by it."""
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
@@ -71,7 +74,7 @@ class XLoraModel:
         self.draft_head: DraftHead | None = None
         if checkpoint.draft_head is not None:
             self.draft_head = DraftHead(checkpoint.draft_head, device=device, dtype=dtype)
-        self.gate = self._adapt(checkpoint, causal_lm, shards)
+        self.gate = self._adapt(checkpoint, causal_lm, shards, kept_bfloat16)
         self._kv_split = shards.kv_split
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
@@ -81,11 +84,13 @@ class XLoraModel:
         setattr(causal_lm, prefix, self._tap)
         self.causal_lm = causal_lm
 
-    def _adapt(self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards) -> Gate:
+    def _adapt(
+        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards, kept_bfloat16: Collection[str]
+    ) -> Gate:
         """Puts every site's experts on its module. Returns the gate that all of them read."""
         parts = [shards.part(site) for site in self.sites]
         stacks = [
-            part.of(stack_experts(checkpoint.experts, site, self.dtype, self.device))
+            part.of(stack_experts(checkpoint.experts, site, self.dtype, self.device, narrow=site in kept_bfloat16))
             for site, part in zip(self.sites, parts, strict=True)
         ]
         gate = Gate(

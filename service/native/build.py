@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from service.model.steps.step import Step
 from service.model.transfer import upcast_to_float32
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
 from service.native.step import NativeStep
-from service.native.storage import bfloat16_linears, bfloat16_stacks, keep_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def build(
     """Calls `on_ready` with a step that computes what `model` does, and `on_progress` with what has become of it. Where
     the library must be compiled, that comes later and from another thread, unless it is to `wait`.
 
-    A model whose weights bfloat16 holds without loss is kept so, and waited for: torch's operators cannot compute with
-    it in the meantime. `cache` is the folder for compiled libraries.
+    A model that has weights in bfloat16 is waited for: torch's operators cannot compute with it in the meantime. Where
+    there will be no such step, they are upcast. `cache` is the folder for compiled libraries.
     """
     decoder = Decoder.of(model)
     if decoder is None:
@@ -43,7 +44,8 @@ def build(
         upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, steps are slower: g++ was not found (install g++)")
         return
-    linears, stacks = bfloat16_linears(decoder), bfloat16_stacks(decoder)
+    tensors = (*model.causal_lm.parameters(), *model.causal_lm.buffers())
+    has_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in tensors)
 
     def provide() -> None:
         try:
@@ -52,13 +54,12 @@ def build(
             upcast_to_float32(model.causal_lm)
             logger.warning("no native kernels, steps are slower: %s", error)
             return
-        keep_bfloat16(linears, stacks)
         on_ready(NativeStep(model, decoder))
         on_progress(f"native kernels are in use: {found}")
 
     if library.find_library(cache) is not None:
         provide()
-    elif wait or linears or stacks:
+    elif wait or has_bfloat16:
         on_progress("compiling native kernels: half a minute, once per machine")
         provide()
     else:

@@ -6,20 +6,20 @@
     logits = head(norm(x))
 
 Which decoders compute that shows in what they return, not in their names: one is run on a few tokens, at positions up
-to the last it knows, with its own weights and the probe's attention, and compared with the formula to the bit. A
-decoder that does anything else is none of these.
+to the last it knows, with the probe's attention and stand-ins for its linears, and compared with the formula to the
+bit. A decoder that does anything else is none of these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from service.model.adapted import AdaptedModule
 from service.model.loading.context import read_context
@@ -148,35 +148,25 @@ class Decoder:
         return [*(linear for layer in self.layers for linear in layer.linears), self.head]
 
 
-@contextmanager
-def in_float32(linears: Sequence[Linear]) -> Iterator[None]:
-    """Lets torch compute with weights that are kept in bfloat16: each is upcast while its linear is called, all of them
-    into the same memory.
+class StandIns(TorchFunctionMode):
+    """Computes something else in the place of every linear's product, the same for the same weight: numbers of x chosen
+    by the weight's place in memory. It costs nothing however large the weight is, and whatever its dtype is.
     """
-    narrow = [linear for linear in linears if linear.weight.dtype == torch.bfloat16]
-    scratch = torch.empty(max((linear.weight.numel() for linear in narrow), default=0))
 
-    def upcast(module: Any, _: Any) -> None:
-        kept = module.kept = module.weight
-        module.weight = nn.Parameter(scratch[: kept.numel()].view_as(kept).copy_(kept), requires_grad=False)
-
-    def restore(module: Any, *_: Any) -> None:
-        module.weight = module.kept
-        del module.kept
-
-    hooks = [linear.register_forward_pre_hook(upcast) for linear in narrow]
-    hooks += [linear.register_forward_hook(restore, always_call=True) for linear in narrow]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.linear:
+            return function(*args, **(kwargs or {}))
+        x, weight, *rest = args
+        bias = rest[0] if rest else (kwargs or {}).get("bias")
+        chosen = torch.arange(weight.shape[0]) * 7919 + weight.data_ptr() // weight.nbytes
+        y = x.index_select(-1, chosen % x.shape[-1])
+        return y if bias is None else y + bias
 
 
 @torch.inference_mode()
 def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
-    """The decoder with how its layers attend, if it computes the formula. Its own weights are run, not its skeleton:
-    what it computes shows in values only.
+    """The decoder with how its layers attend, if it computes the formula. Its own norms and embeddings are run, and
+    stand-ins for its linears, which are known to be linears: what it computes shows in values only.
     """
     config = model.config.get_text_config()
     last = read_context(config).most - 1
@@ -185,7 +175,7 @@ def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
     model.gate.clear()
     model.gate.logit_rows = positions
     try:
-        with in_float32(decoder.linears):
+        with StandIns():
             found = probe(model.causal_lm, ids, positions, batch=None)
             ours = decoder.formula(ids[None], positions[None])
     except Exception:  # whatever it is made of, it is not this

@@ -1,49 +1,23 @@
 """Weights that bfloat16 holds without loss are kept in bfloat16 under float32 arithmetic: half the memory, and half of
 what a decode step reads, which is most of its time. Results are the same up to rounding.
 
-The kernels widen them as they read (csrc/linear.h); torch's operators cannot compute with them any more. Values decide
-what is kept so, whatever config.json says.
+The kernels widen them as they read (csrc/linear.h); torch's operators cannot compute with them. Names of linears tell
+what may be kept so, which is known before anything is loaded; values decide, when each of them is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from service.checkpoint import Checkpoint
 from service.checkpoint.base import stored_dtype
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
-from service.native.decoder import Decoder, Linear
-
-_BLOCK = 1 << 20  # elements converted at once: a copy of all of a large weight costs new memory
-
-
-def bfloat16_linears(decoder: Decoder) -> list[Linear]:
-    """Those whose weights lose nothing in bfloat16. A head that shares its weight with the embedding is none of them:
-    torch looks tokens up in it.
-    """
-    tied = getattr(decoder.embed, "weight", None)
-    return [linear for linear in decoder.linears if linear.weight is not tied and _survives(linear.weight)]
-
-
-def bfloat16_stacks(decoder: Decoder) -> list[AdaptedModule]:
-    """The linears whose stacks of experts lose nothing."""
-    adapted = [linear for linear in decoder.linears if isinstance(linear, AdaptedModule)]
-    return [linear for linear in adapted if _survives(linear.lora_a) and _survives(linear.lora_b_t)]
-
-
-@torch.inference_mode()
-def keep_bfloat16(linears: Sequence[Linear], stacks: Sequence[AdaptedModule]) -> None:
-    """Replaces the weights of `linears` and the experts of `stacks`, which torch cannot compute with."""
-    for linear in linears:
-        linear.weight = nn.Parameter(linear.weight.to(torch.bfloat16), requires_grad=False)
-    for adapted in stacks:
-        adapted.lora_a, adapted.lora_b_t = adapted.lora_a.to(torch.bfloat16), adapted.lora_b_t.to(torch.bfloat16)
+from service.native.decoder import Decoder
 
 
 def names_of_linears(causal_lm: Any) -> set[str]:
@@ -79,11 +53,3 @@ def _are_bfloat16(checkpoint: Checkpoint, site: str) -> bool:
         weights.a.dtype == weights.b.dtype == torch.bfloat16 and math.frexp(weights.scale)[0] == 0.5
         for weights in present
     )
-
-
-def _survives(tensor: Tensor) -> bool:
-    if tensor.dtype == torch.bfloat16:
-        return True
-    flat = tensor.detach().view(-1)
-    blocks = (flat[first : first + _BLOCK] for first in range(0, flat.numel(), _BLOCK))
-    return all(torch.equal(block.to(torch.bfloat16).float(), block) for block in blocks)

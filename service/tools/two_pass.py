@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from service.checkpoint import Checkpoint, Expert
+from service.checkpoint import Checkpoint, LoraWeights
 from service.model.classifier import Classifier
 from service.model.loading.skeleton import read_config
 from service.model.targets import resolve_sites
@@ -91,13 +91,18 @@ class TwoPassModel:
 
     def _hook(self, number: int, site: str) -> Any:
         """Adds global_scaling_weight * sum_e g[e] * scale_e * B_e A_e x to the module's output."""
-        experts = [(e, expert) for e, expert in enumerate(self.checkpoint.experts) if site in expert.weights]
+        device, dtype = self.causal_lm.device, self.causal_lm.dtype
+        experts = [
+            (e, expert.weights[site].loaded(device, dtype))
+            for e, expert in enumerate(self.checkpoint.experts)
+            if site in expert.weights
+        ]
 
         def add_experts(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             assert self.gate is not None
             for e, expert in experts:
                 weight = self.gate[:, number, e, None].to(output.dtype) * self.checkpoint.xlora.global_scaling_weight
-                output = output + weight * _update(expert, site, module, inputs[0], output.dtype)
+                output = output + weight * _update(expert, module, inputs[0])
             return output
 
         return add_experts
@@ -122,10 +127,9 @@ class _Given(nn.Module):
         return _Output(last_hidden_state=self.hidden)
 
 
-def _update(expert: Expert, site: str, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _update(weights: LoraWeights, module: nn.Module, x: Tensor) -> Tensor:
     """scale * B A x of one expert, [1, T, out]."""
-    weights = expert.weights[site]
-    a, b = weights.a.to(x.device, dtype), weights.b.to(x.device, dtype)
+    a, b = weights.a[...], weights.b[...]
     if weights.embedding:
         ranks, scale = F.embedding(x, a.T), getattr(module, "embed_scale", None)
         return F.linear(ranks, b) * weights.scale * (1.0 if scale is None else scale)

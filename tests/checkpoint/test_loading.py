@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
 from service.contract.errors import CheckpointError
+from service.contract.options import EngineOptions
+from service.engine.loader import load_engine
 from tests.support.bundles import make_bundle
 from tests.support.damage import edit_json, edit_tensors, link_outside, poison
 
@@ -39,8 +42,8 @@ def test_weights_scales_and_sites_equal_pefts(pristine: Path) -> None:
         for site, ours in expert.weights.items():
             layer: Any = theirs[site]
             assert ours.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
-            torch.testing.assert_close(ours.a, layer.lora_A["default"].weight.detach())
-            torch.testing.assert_close(ours.b, layer.lora_B["default"].weight.detach())
+            torch.testing.assert_close(ours.a[...], layer.lora_A["default"].weight.detach())
+            torch.testing.assert_close(ours.b[...], layer.lora_B["default"].weight.detach())
     gamma = checkpoint.experts[2].weights
     assert {gamma[f"model.layers.{layer}.self_attn.v_proj"].rank for layer in (0, 1)} == {
         3,
@@ -103,11 +106,11 @@ def test_tensor_names_with_an_adapter_name(bundle: Path, infix: str) -> None:
         for name in list(tensors):
             tensors[name.replace(".weight", f"{infix}.weight")] = tensors.pop(name)
 
-    before = load_checkpoint(bundle).experts[0].weights
+    before = {site: lora.b[...] for site, lora in load_checkpoint(bundle).experts[0].weights.items()}
     edit_tensors("experts/alpha/adapter_model.safetensors", add_infix)(bundle)
     after = load_checkpoint(bundle).experts[0].weights
     assert set(before) == set(after)
-    assert all(torch.equal(before[site].b, after[site].b) for site in before)
+    assert all(torch.equal(before[site], after[site].b[...]) for site in before)
 
 
 def shard_base(bundle: Path) -> None:
@@ -177,18 +180,52 @@ def test_hashes_are_those_of_the_files(pristine: Path) -> None:
         assert (file.sha256, file.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
-def test_verify_hashes_off_does_not_read_the_base(hashed: Path) -> None:
-    lines: list[str] = []
-    poison("base/model.safetensors", "model.norm.weight", float("nan"))(hashed)
-    checkpoint = load_checkpoint(hashed, verify_hashes=False, on_progress=lines.append)
-    assert not any(file.verified for file in checkpoint.weight_files)
-    assert [line.split()[1] for line in lines] == [
-        "classifier/xlora_classifier.safetensors",
-        "experts/alpha/adapter_model.safetensors",
-        "experts/beta/adapter_model.safetensors",
-        "experts/gamma/adapter_model.safetensors",
-        "draft_head/draft_head.safetensors",
-    ]
+def test_weights_are_compared_while_others_read_them(hashed: Path) -> None:
+    """Every file that bundle.json has a hash for: of the base, of experts, and one that nothing uses."""
+    whole = load_checkpoint(hashed)
+    lazy = load_checkpoint(hashed, examine_weights=False)
+    assert lazy.weight_files == ()
+    assert lazy.weights_sha256 == whole.weights_sha256  # as stated
+    assert lazy.files is not None
+    with lazy.files.verifying():
+        pass
+    for file in ("base/model.safetensors", "experts/beta/adapter_model.safetensors", "classifier/more.safetensors"):
+        if not (hashed / file).exists():
+            save_file({"x": torch.ones(1)}, hashed / file)
+            edit_json("bundle.json", lambda data, file=file: data["sha256"].update({file: "0" * 64}))(hashed)
+        else:
+            content = (hashed / file).read_bytes()
+            (hashed / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        lazy = load_checkpoint(hashed, examine_weights=False)
+        assert lazy.files is not None
+        with pytest.raises(CheckpointError, match=f"{file}: sha256: expected"), lazy.files.verifying():
+            pass
+        if file != "classifier/more.safetensors":
+            (hashed / file).write_bytes(content)
+
+
+def test_a_hash_that_nobody_states_is_computed_later(bundle: Path) -> None:
+    whole, lazy = load_checkpoint(bundle), load_checkpoint(bundle, examine_weights=False)
+    assert lazy.weights_sha256 is None
+    assert lazy.files is not None
+    known: queue.Queue[str] = queue.Queue()
+    lazy.files.identify(known.put)
+    assert known.get(timeout=30) == whole.weights_sha256
+    assert lazy.files.fingerprint == load_checkpoint(bundle, examine_weights=False).files.fingerprint  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("base/model.safetensors", "model.layers.1.mlp.up_proj.weight"),
+        ("base/model.safetensors", "model.norm.weight"),
+        ("experts/beta/adapter_model.safetensors", "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"),
+    ],
+)
+def test_nan_is_found_when_weights_are_read(bundle: Path, file: str, tensor: str) -> None:
+    poison(file, tensor, float("nan"))(bundle)
+    with pytest.raises(CheckpointError, match=f"{file}: tensor '{tensor}': expected finite values, found NaN"):
+        load_engine(EngineOptions(str(bundle), "cpu", threads=1, native_kernels=False))
 
 
 def test_allow_outside(bundle: Path) -> None:

@@ -40,7 +40,7 @@ def plain_sum(experts: list[Expert], site: str, x: Tensor, scalings: Tensor) -> 
     for number, expert in enumerate(experts):
         if site in expert.weights:
             lora = expert.weights[site]
-            y += scalings[:, number : number + 1] * lora.scale * (x @ lora.a.T @ lora.b.T)
+            y += scalings[:, number : number + 1] * lora.scale * (x @ lora.a[...].T @ lora.b[...].T)
     return y
 
 

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+from service.checkpoint import load_checkpoint
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
-from service.engine.loader import build_engine, load_checkpoint_and_model, load_model_of
+from service.engine.loader import build_engine, load_model_of
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
 from service.native.step import NativeStep
-from tests.support.driver import Engines, greedy, run, sampled, words
+from tests.support.damage import edit_json, edit_tensors
+from tests.support.driver import greedy, run, sampled, words
 from tests.support.tiny import Tiny
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
@@ -42,9 +44,13 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def model_of(tiny: Tiny, **options: Any) -> XLoraModel:
     """The model of an engine, as it is kept."""
-    engines = Engines(tiny.as_stored())
-    engines.build(**options)
-    return engines.model
+    return loaded(tiny, **options)._runner.model
+
+
+def loaded(tiny: Tiny, **options: Any) -> Engine:
+    """An engine over the bundle as the server loads it."""
+    chosen = EngineOptions(str(tiny.path), "cpu", threads=1, **options)
+    return build_engine(load_model_of(tiny.checkpoint, chosen, lambda _: None), tiny.checkpoint, chosen)
 
 
 def linears(model: XLoraModel) -> list[AdaptedModule]:
@@ -76,8 +82,7 @@ def test_the_engine_says_the_same(halved: Tiny) -> None:
     requests += [replace(sampled(f"s{i}", words(9 + i, 4), 12, seed=i), return_scalings="full") for i in range(3)]
     runs = []
     for native in (False, True):
-        engines = Engines(halved.as_stored())
-        engine = engines.build(max_num_seqs=48, max_num_batched_tokens=200, native_kernels=native)
+        engine = loaded(halved, max_num_seqs=48, max_num_batched_tokens=200, native_kernels=native)
         assert isinstance(engine._runner.step, NativeStep) == native
         runs.append((run(engine, requests), run(engine, requests[:1])))
     (wide, wide_alone), (narrow, narrow_alone) = runs
@@ -116,6 +121,17 @@ def test_a_head_that_shares_its_weight_with_the_embedding_stays(tmp_path: Path) 
     assert {linear.weight.dtype for linear in linears(model)} == {torch.bfloat16}
 
 
+def test_a_file_in_float32_with_values_of_bfloat16_is_kept_so(tmp_path: Path) -> None:
+    tiny = stored(tmp_path, torch.float32)
+    rounded = edit_tensors("base/model.safetensors", lambda tensors: [t.copy_(t.bfloat16()) for t in tensors.values()])
+    rounded(tiny.path)
+    edit_json("bundle.json", lambda data: data.pop("sha256"))(tiny.path)
+    tiny.checkpoint = load_checkpoint(tiny.path)
+    model = model_of(tiny)
+    assert {linear.weight.dtype for linear in linears(model)} == {torch.bfloat16}
+    assert dtypes(model, "lora_a") == dtypes(model, "embed_tokens") == {torch.float32}
+
+
 def test_values_decide_and_not_the_configuration(tmp_path: Path) -> None:
     tiny = stored(tmp_path, torch.float32)
     path = tiny.checkpoint.base_path / "config.json"
@@ -129,25 +145,22 @@ def test_experts_in_float32_on_a_base_in_bfloat16(tmp_path: Path) -> None:
     wide = [
         replace(
             expert,
-            weights={site: replace(w, a=w.a.float() + 1e-5, b=w.b.float()) for site, w in expert.weights.items()},
+            weights={
+                site: replace(w, a=w.a[...].float() + 1e-5, b=w.b[...].float()) for site, w in expert.weights.items()
+            },
         )
         for expert in tiny.checkpoint.experts
     ]
     tiny.checkpoint = replace(tiny.checkpoint, experts=wide)
     runs = []
     for native in (True, False):
-        engines = Engines(tiny.as_stored())
-        runs.append(run(engines.build(native_kernels=native), [greedy("r", words(3, 12), 24, return_scalings="full")]))
-        assert dtypes(engines.model, "lora_a") == {torch.float32}
+        engine = loaded(tiny, native_kernels=native)
+        runs.append(run(engine, [greedy("r", words(3, 12), 24, return_scalings="full")]))
+        assert dtypes(engine._runner.model, "lora_a") == {torch.float32}
         expected = torch.bfloat16 if native else torch.float32
-        assert {linear.weight.dtype for linear in linears(engines.model)} == {expected}
+        assert {linear.weight.dtype for linear in linears(engine._runner.model)} == {expected}
     assert runs[0]["r"].tokens == runs[1]["r"].tokens
     np.testing.assert_allclose(runs[0]["r"].full, runs[1]["r"].full, atol=1e-4)
-
-
-def loaded(tiny: Tiny, **options: Any) -> Engine:
-    chosen = EngineOptions(str(tiny.path), "cpu", threads=1, **options)
-    return build_engine(*load_checkpoint_and_model(chosen), chosen)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +194,8 @@ def test_experts_alone_are_waited_for_as_well(tmp_path: Path, monkeypatch: pytes
         replace(
             expert,
             weights={
-                site: replace(w, a=w.a.bfloat16(), b=w.b.bfloat16(), scale=2.0) for site, w in expert.weights.items()
+                site: replace(w, a=w.a[...].bfloat16(), b=w.b[...].bfloat16(), scale=2.0)
+                for site, w in expert.weights.items()
             },
         )
         for expert in tiny.checkpoint.experts
@@ -208,7 +222,7 @@ def test_a_failed_build_changes_nothing(halved: Tiny, tmp_path: Path, monkeypatc
 
 def test_no_weight_is_upcast_on_the_way(halved: Tiny) -> None:
     """The base is read as it is stored; what steps do not read in bfloat16 comes to float32 one by one."""
-    model, _ = load_checkpoint_and_model(EngineOptions(str(halved.path), device="cpu"))
+    model = load_model_of(halved.checkpoint, EngineOptions(str(halved.path), device="cpu"), lambda _: None)
     assert dtypes(model, "q_proj") == dtypes(model, "lm_head") == {torch.bfloat16}
     assert dtypes(model, "embed_tokens") == dtypes(model, "input_layernorm") == {torch.float32}
     assert model.causal_lm.config.dtype == torch.float32
@@ -223,4 +237,4 @@ def test_a_decoder_that_is_of_another_kind_after_all_is_upcast(halved: Tiny, mon
     assert {tensor.dtype for tensor in model.causal_lm.parameters()} == {torch.float32}
     found = run(engine, [greedy("r", words(3, 9), 4)])["r"]
     assert found.tokens == expected.tokens
-    assert not any(hasattr(linear, "kept") for linear in linears(model))
+    assert {tensor.dtype for tensor in model.causal_lm.buffers()} == {torch.float32}

@@ -205,6 +205,9 @@ class FakeEngine:
         mean = full.mean(axis=1).astype(np.float32)
         return GateRows(first, end - first, mean.tobytes(), entropy.tobytes(), full.tobytes() if wants_full else None)
 
+    def identify(self, on_known: Progress) -> None:
+        raise AssertionError("the hash is known")
+
     def _stats(self, outputs: list[SequenceOutput]) -> StepStats:
         entropy = np.array([0.4, math.nan], np.float32).tobytes()
         gate = GateStats(generated_entropy=entropy, weight=[0.5, 0.3, 0.2], top1=[1, 0, 0])
@@ -261,6 +264,7 @@ def fake_info(directory: Path) -> EngineInfo:
         kv_blocks_total=12,
         kv_bytes=4096,
         weights_sha256="0" * 64,
+        fingerprint="1" * 64,
         versions={"service": "test"},
         tokenizer_path=str(path),
     )

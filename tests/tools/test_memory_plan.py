@@ -13,7 +13,8 @@ from service.checkpoint import load_checkpoint
 from service.contract.errors import SettingsError, StartupError
 from service.contract.options import EngineOptions
 from service.engine import loader, sizing
-from service.tools.memory_plan import describe_plan, plan_memory, weight_bytes
+from service.engine.memory_plan import weight_bytes
+from service.tools.memory_plan import describe_plan
 from tests.support.bundles import make_bundle
 
 DEMO = Path(__file__).parents[2] / "model_store/demo"
@@ -21,8 +22,8 @@ MIB = 1 << 20
 
 
 def plan_of(options: EngineOptions, gpu_bytes: int | None = None) -> Any:
-    checkpoint = load_checkpoint(options.model, verify_hashes=False)
-    return plan_memory(checkpoint, options, gpu_bytes)
+    checkpoint = load_checkpoint(options.model, examine_weights=False)
+    return loader.plan_for(checkpoint, options, gpu_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +103,11 @@ def test_what_does_not_fit_is_said_with_its_numbers(tied: Path) -> None:
 
 
 def test_no_weight_of_the_base_is_read(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = load_checkpoint(tied, verify_hashes=False)
+    checkpoint = load_checkpoint(tied, examine_weights=False)
     (checkpoint.base_path / "model.safetensors").rename(checkpoint.base_path / "away")
     try:
         monkeypatch.setattr(torch.cuda, "mem_get_info", None)
-        text = describe_plan(plan_memory(checkpoint, EngineOptions(str(tied)), 80 << 30))
+        text = describe_plan(loader.plan_for(checkpoint, EngineOptions(str(tied)), 80 << 30))
     finally:
         (checkpoint.base_path / "away").rename(checkpoint.base_path / "model.safetensors")
     assert "80.00 GiB" in text

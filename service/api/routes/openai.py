@@ -122,7 +122,7 @@ class _Frame:
             "id": run.id,
             "created": int(time.time()),
             "model": body.model or run.info.model,
-            "system_fingerprint": f"fp_{run.info.weights_sha256[:12]}",
+            "system_fingerprint": f"fp_{(run.info.weights_sha256 or run.info.fingerprint)[:12]}",
         }
         usage: answers.ChunkUsage = {"usage": None} if self.usage_last else {}
         self._silent: answers.OpenAIChunk = {**self._head, "xlora": self._as_used, **usage}

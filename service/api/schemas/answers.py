@@ -378,7 +378,9 @@ class Info(TypedDict):
     dummy_row: Annotated[list[list[float]], Field(description="The checkpoint's gate of the scaling pass.")]
     gate: Annotated[GateState, Field(description="As GET /gate.")]
     limits: dict[str, int]
-    weights_sha256: str
+    weights_sha256: Annotated[
+        str | None, Field(description="Over all weight files; null until it is known, soon after the start.")
+    ]
     gate_profile: dict[str, Any] | None
     draft_head: Annotated[
         int | None, Field(description="The width of the bundle's draft head; null where it has none.")

@@ -1,8 +1,8 @@
 """A checkpoint on disk, in any layout -> Checkpoint: the order in which its parts are read and checked.
 
 Knows how the parts depend on each other; what each part looks like is in layouts, base, lora, config and classifier.
-The base's weights are hashed and checked here but never kept. `load_checkpoint` stops at the first defect;
-`report.find_problems` walks the same code to the end.
+Weights of the base and of experts stay in their files until somebody asks for them. `load_checkpoint` stops at the
+first defect; `report.find_problems` walks the same code to the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FIL
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import LoraWeights
-from service.checkpoint.weights.tensors import StoredTensor, TensorFile, WeightFile, WeightHasher, read_header
+from service.checkpoint.weights.tensors import StoredTensor, TensorFile, read_header
+from service.checkpoint.weights.weight_files import WeightFile, WeightFiles
 
 NO_OVERRIDES = Overrides()
 InspectBase = Callable[[BaseModel], Any]
@@ -56,8 +57,9 @@ class Checkpoint:
     classifier: ClassifierWeights
     gate_profile: dict[str, Any] | None
     draft_head: DraftHeadWeights | None
-    weights_sha256: str  # over the hashes of all weight files, sorted by label
-    weight_files: tuple[WeightFile, ...] = ()
+    weights_sha256: str | None  # over the hashes of all weight files, sorted by label; None: not known yet
+    weight_files: tuple[WeightFile, ...] = ()  # as they were examined; empty: they were not
+    files: WeightFiles | None = None
     base_reference: str = ""  # the base as a hub id or an absolute path
     eos_token_ids: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()  # what is no defect, and worth knowing
@@ -81,15 +83,15 @@ def load_checkpoint(
     *,
     overrides: Overrides = NO_OVERRIDES,
     allow_outside: bool = False,
-    verify_hashes: bool = True,
+    examine_weights: bool = True,
     inspect_base: InspectBase | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint:
     """Read and check the checkpoint at `path`, a folder or a hub id. Raises CheckpointError for the first defect.
 
-    `verify_hashes=False` trusts the hashes in bundle.json: the base's weights are then not read at all, so NaN in them
-    is not found. `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie
-    anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is
+    `examine_weights` compares every weight file with its hash in bundle.json and looks for NaN in it. Without, the
+    weights of the base and of experts are not read; NaN is found when they are, and `files.verifying()` compares.
+    `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is
     called before any weights are read, and what it returns is kept as the checkpoint's `skeleton`. `on_progress`
     receives one line per weight file, and lines while files are downloaded.
     """
@@ -100,7 +102,7 @@ def load_checkpoint(
             overrides,
             defects,
             allow_outside=allow_outside,
-            verify_hashes=verify_hashes,
+            examine_weights=examine_weights,
             inspect_base=inspect_base,
             on_progress=on_progress,
         )
@@ -128,7 +130,7 @@ def read_checkpoint(
     defects: Defects,
     *,
     allow_outside: bool = False,
-    verify_hashes: bool = True,
+    examine_weights: bool = True,
     inspect_base: InspectBase | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
@@ -141,7 +143,7 @@ def read_checkpoint(
         raise defect(manifest.source, f"expected at most {MAX_EXPERTS:,} experts, found {manifest.expert_count:,}")
     locator = Locator(root, overrides, progress)
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
-    hasher = WeightHasher(root, manifest.sha256, manifest.source, defects, verify_hashes, progress)
+    files = WeightFiles(root, manifest.sha256, manifest.source)
     base: BaseModel | None = None
     skeleton: Any = None
     base_reference, errors_before = "", len(defects.errors)
@@ -149,23 +151,23 @@ def read_checkpoint(
         base_folder, base_reference = locator.base(manifest.base, manifest.source)
         base = read_base(root, base_folder, defects, eos_from_tokenizer=overrides.eos_from_tokenizer)
         for file in base.files:
-            hasher.add(f"base/{file.path.name}", file, trust_recorded=True)
+            files.add(f"base/{file.path.name}", file)
         if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
             skeleton = inspect_base(base)
     known_base = base if base is not None and base.complete else None
     gate: OpenGate | None = None
     with defects.guard():
-        gate = open_gate(root, manifest, base, hasher, overrides.gate_relu, defects)
+        gate = open_gate(root, manifest, base, files, overrides.gate_relu, defects)
     experts: list[Expert] = []
     for entry in manifest.experts:
         with defects.guard():
             folder = locator.expert(entry.name, entry.path, manifest.source)
-            experts.append(_read_expert(root, folder, entry, known_base, hasher, defects))
+            experts.append(_read_expert(root, folder, entry, known_base, files, defects))
     if overrides.base is None:
         _check_base_names(manifest, experts, defects)
     draft_head: DraftHeadWeights | None = None
     with defects.guard():
-        draft_head = _read_draft_head(root, manifest, base, hasher, defects)
+        draft_head = _read_draft_head(root, manifest, base, files, defects)
     classifier: ClassifierWeights | None = None
     with defects.guard():
         sites = _check_sites(manifest, experts, defects)
@@ -173,7 +175,7 @@ def read_checkpoint(
             classifier = read_classifier(gate.file, gate.config, gate.prefixes, manifest.gate, sites, defects)
     for warning in defects.warnings:
         progress(f"warning: {warning}")
-    hasher.run()
+    examined = files.examine(defects, progress) if examine_weights else []
     if defects.errors or base is None or gate is None or classifier is None:
         return None
     return Checkpoint(
@@ -186,8 +188,9 @@ def read_checkpoint(
         classifier=classifier,
         gate_profile=manifest.gate_profile,
         draft_head=draft_head,
-        weights_sha256=hasher.combined(),
-        weight_files=tuple(hasher.files),
+        weights_sha256=files.combined(examined) if examine_weights else files.stated,
+        weight_files=tuple(examined),
+        files=files,
         layout=manifest.layout,
         base_reference=base_reference,
         eos_token_ids=base.eos_token_ids,
@@ -202,7 +205,7 @@ def _read_expert(
     folder: Path,
     entry: ExpertEntry,
     base: BaseModel | None,
-    hasher: WeightHasher,
+    files: WeightFiles,
     defects: Defects,
 ) -> Expert:
     source = folder / lora.CONFIG_FILE
@@ -215,18 +218,18 @@ def _read_expert(
         weights = lora.read_lora_weights(file, config, source, base, defects, expert=entry.name)
     if len(defects.errors) > errors_before:
         weights = {}  # what the sites should be is then unknown
-    hasher.add(f"experts/{entry.name}/{file.path.name}", file)
+    files.add(f"experts/{entry.name}/{file.path.name}", file)
     return Expert(entry.name, entry.description, weights, config, folder)
 
 
 def _read_draft_head(
-    root: BundleRoot, manifest: Manifest, base: BaseModel | None, hasher: WeightHasher, defects: Defects
+    root: BundleRoot, manifest: Manifest, base: BaseModel | None, files: WeightFiles, defects: Defects
 ) -> DraftHeadWeights | None:
     if manifest.draft_head is None:
         return None
     folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
     file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
-    hasher.add(f"draft_head/{file.path.name}", file)
+    files.add(f"draft_head/{file.path.name}", file)
     return read_draft_head(file, None if base is None else base.hidden_size, defects)
 
 

@@ -204,7 +204,7 @@ def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | N
     for site, weights in expert.weights.items():
         pattern = "lora_embedding_{}" if weights.embedding else "lora_{}.weight"
         for side, tensor in (("A", weights.a), ("B", weights.b)):
-            tensors[f"base_model.model.{site}.{pattern.format(side)}"] = tensor
+            tensors[f"base_model.model.{site}.{pattern.format(side)}"] = tensor[...]
     write_adapter(folder, config, tensors, dtype)
 
 

@@ -23,7 +23,8 @@ from service.checkpoint.config import XLoraConfig, warn_of_unused
 from service.checkpoint.defects import Defects, defect, shorten
 from service.checkpoint.formats.manifest import GateFiles, Manifest
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.tensors import TensorFile, WeightHasher, read_header, read_tensors
+from service.checkpoint.weights.tensors import StoredTensor, TensorFile, read_header
+from service.checkpoint.weights.weight_files import WeightFiles
 
 MAX_LISTED = 6  # names of layers in one message
 INNER_NAME = re.compile(r"inner\.(\d{1,9})\.(weight|bias)")
@@ -86,8 +87,8 @@ def read_classifier(
             defects.add(defect(file.path, problem))
     if any(name not in places for name in expected):
         return None
-    loaded = {holder.path: read_tensors(holder) for holder, _ in places.values()}
-    tensors = {name: loaded[places[name][0].path][places[name][1]].float() for name in expected}
+    stored = {name: StoredTensor(holder, holder.tensors[key]) for name, (holder, key) in places.items()}
+    tensors = {name: stored[name][...].float() for name in expected}
     return ClassifierWeights(tuple((tensors[f"{p}.weight"], tensors.get(f"{p}.bias")) for p in prefixes))
 
 
@@ -230,7 +231,7 @@ def open_gate(
     root: BundleRoot,
     manifest: Manifest,
     base: BaseModel | None,
-    hasher: WeightHasher,
+    files: WeightFiles,
     relu: bool | None,
     defects: Defects,
 ) -> OpenGate:
@@ -241,7 +242,7 @@ def open_gate(
     data = root.json(source)
     config = _check_xlora_config(data, source, manifest, base, defects)
     file = read_header(root.weights(folder, gate.weights))
-    hasher.add(f"classifier/{file.path.name}", file)
+    files.add(f"classifier/{file.path.name}", file)
     prefixes = layer_prefixes(file, config, gate)
     relu = has_relu(file, gate, data.get("enable_relu_and_dropout") if relu is None else relu)
     return OpenGate(replace(config, enable_relu_and_dropout=relu), file, prefixes)

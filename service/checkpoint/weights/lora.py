@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from service.checkpoint.base import BaseModel
 from service.checkpoint.config import warn_of_unused
 from service.checkpoint.defects import Defects, defect, did_you_mean, shorten
 from service.checkpoint.weights.lora_names import match_patterns, pair_names
-from service.checkpoint.weights.tensors import TensorFile, read_tensors
+from service.checkpoint.weights.tensors import StoredTensor, TensorFile
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -79,10 +79,10 @@ LOSS = "PEFT 0.20 and later drop tensors when they save an X-LoRA model"
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """One expert at one site: its update of y is `scale * b @ (a @ x)`."""
+    """One expert at one site: its update of y is `scale * b @ (a @ x)`. `a[...]` and `b[...]` read the file."""
 
-    a: torch.Tensor  # [R, in]
-    b: torch.Tensor  # [out, R]
+    a: torch.Tensor | StoredTensor  # [R, in]
+    b: torch.Tensor | StoredTensor  # [out, R]
     scale: float  # lora_alpha / R, or lora_alpha / sqrt(R) with rsLoRA
     embedding: bool = False  # of an Embedding: x is one-hot, in is the vocabulary
 
@@ -90,6 +90,10 @@ class LoraWeights:
     def rank(self) -> int:
         """R."""
         return self.a.shape[0]
+
+    def loaded(self, device: torch.device, dtype: torch.dtype) -> LoraWeights:
+        """The same in memory."""
+        return replace(self, a=self.a[...].to(device, dtype), b=self.b[...].to(device, dtype))
 
 
 def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defects) -> None:
@@ -142,7 +146,7 @@ def read_lora_weights(
         _check_targets(set(pairs), config, file, base, defects, loss_hint)
     if len(defects.errors) > errors_before:
         return {}
-    tensors = read_tensors(file)
+    tensors = {name: StoredTensor(file, info) for name, info in file.tensors.items()}
     return {
         site: LoraWeights(tensors[names["A"]], tensors[names["B"]], settings[site][1], _is_embedding(names))
         for site, names in pairs.items()

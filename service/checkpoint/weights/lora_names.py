@@ -20,7 +20,7 @@ import torch
 
 from service.checkpoint.base import BaseModel
 from service.checkpoint.defects import Defects, defect
-from service.checkpoint.weights.tensors import TensorFile, iterate_tensors
+from service.checkpoint.weights.tensors import StoredTensor, TensorFile
 
 KINDS = r"(?P<site>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])"
 TENSOR_NAME = re.compile(rf"base_model\.model\.{KINDS}(\.(?P<adapter>[^.]+))?(?(kind)|\.weight)")
@@ -85,9 +85,9 @@ def _check_copies(copies: Sequence[tuple[str, str]], file: TensorFile, base: Bas
     """A copy of the base's tensor that has other values is a defect: the embedding was trained."""
     for held in base.files:
         pairs = [pair for pair in copies if pair[0] in held.tensors]
-        originals = iterate_tensors(held, [own for own, _ in pairs])
-        found = iterate_tensors(file, [name for _, name in pairs])
-        for (_, original), (name, copy) in zip(originals, found, strict=True):
+        for own, name in pairs:
+            original = StoredTensor(held, held.tensors[own])[...]
+            copy = StoredTensor(file, file.tensors[name])[...]
             if copy.shape != original.shape or not _is_copy(copy, original):
                 problem = f"tensor {name!r}: expected a copy of the base's {list(original.shape)}, found other values"
                 hint = "the embedding was trained or the vocabulary resized; merge it into the base"

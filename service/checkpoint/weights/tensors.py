@@ -1,5 +1,5 @@
-"""Reading safetensors: headers with exact errors, single tensors, and one pass that hashes and looks for NaN and Inf.
-The hashes are compared with bundle.json and combined into one.
+"""Reading safetensors: headers with exact errors, tensors that are read when they are asked for, and one pass over a
+whole file that hashes it and looks for NaN and Inf.
 
 Knows the file format, not what the tensors are for. Never holds more than one tensor or one buffer in memory.
 """
@@ -10,16 +10,15 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from service.checkpoint.defects import Defects, defect
-from service.checkpoint.weights.files import BundleRoot
+from service.checkpoint.defects import defect
+from service.contract.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAME = 1000  # characters of a tensor's name
@@ -69,17 +68,18 @@ def read_header(path: Path) -> TensorFile:
     return TensorFile(path, {info.name: info for info in infos}, 8 + length, size)
 
 
-def scan(file: TensorFile, defects: Defects) -> str:
-    """Hash the file and report every tensor with NaN or Inf, in one pass over the bytes; returns the SHA-256."""
+def scan(file: TensorFile) -> tuple[str, list[CheckpointError]]:
+    """The SHA-256 of the file, and an error for every tensor with NaN or Inf, in one pass over the bytes."""
     digest = hashlib.sha256()
     buffer = bytearray(BUFFER_BYTES)
+    errors: list[CheckpointError] = []
     with file.path.open("rb") as handle:
         digest.update(handle.read(file.data_start))
         for _, group in itertools.groupby(file.tensors.values(), key=lambda info: info.dtype):
             run = list(group)  # neighbours of one dtype are looked at as one: a file may have very many tensors
             if _scan_tensor(handle, run[0]._replace(end=run[-1].end), buffer, digest):
-                _name_damaged(file, run, buffer, defects)
-    return digest.hexdigest()
+                errors += _damaged(file, run, buffer)
+    return digest.hexdigest(), errors
 
 
 def file_sha256(path: Path) -> str:
@@ -88,36 +88,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _name_damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray, defects: Defects) -> None:
+def _damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray) -> Iterator[CheckpointError]:
     """Looks at each tensor of a run that holds NaN or Inf."""
     with file.path.open("rb") as handle:
         handle.seek(file.data_start + run[0].start)
         for info in run:
-            found = _scan_tensor(handle, info, buffer, hashlib.sha256())
-            if found:
-                problem = f"tensor {info.name!r}: expected finite values, found {found}"
-                defects.add(defect(file.path, problem, "the weights are damaged or training diverged"))
+            if found := _scan_tensor(handle, info, buffer, hashlib.sha256()):
+                yield _not_finite(file.path, info, found)
 
 
-def read_tensors(file: TensorFile) -> dict[str, torch.Tensor]:
-    """Every tensor of the file, on the CPU, in its own dtype."""
-    return dict(iterate_tensors(file, file.tensors))
-
-
-def iterate_tensors(file: TensorFile, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """These tensors of the file one after the other, on the CPU, in their own dtype."""
-    try:
-        with safe_open(file.path, framework="pt") as opened:
-            for name in names:
-                yield name, opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise defect(file.path, f"corrupt safetensors: {error}") from error
+def _not_finite(path: Path, info: TensorInfo, found: str) -> CheckpointError:
+    problem = f"tensor {info.name!r}: expected finite values, found {found}"
+    return defect(path, problem, "the weights are damaged or training diverged")
 
 
 class StoredTensor:
     """A tensor of a file, read when it is asked for: `stored[...]`, as safetensors' own slices are.
 
     It is read into memory of its own and not mapped, so a process holds what it has asked for and nothing of the file.
+    Its values are looked at as they are read: NaN and Inf raise CheckpointError, and so does a file that has become
+    shorter.
     """
 
     def __init__(self, file: TensorFile, info: TensorInfo) -> None:
@@ -128,18 +118,39 @@ class StoredTensor:
         """As it is stored."""
         return DTYPES[self._info.dtype]
 
+    @property
+    def shape(self) -> torch.Size:
+        """As it is stored."""
+        return torch.Size(self._info.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self._info.end - self._info.start
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """Raises CheckpointError where the file has become shorter."""
+        """The whole tensor is read, whatever part is taken."""
         tensor = torch.empty(self._info.shape, dtype=self.dtype)
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        values = tensor.view(-1)
+        view, first, found = memoryview(values.view(torch.uint8).numpy().data), 0, None
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._start)
-            while view:
-                count = file.readinto(view)
+            while first < len(view):
+                count = file.readinto(view[first : first + BUFFER_BYTES])
                 if not count:
                     raise defect(self._path, f"truncated: tensor {self._info.name!r} lies beyond the end")
-                view = view[count:]
+                item = self.dtype.itemsize
+                found = _worse(found, values[first // item : (first + count) // item])
+                first += count
+        if found:
+            raise _not_finite(self._path, self._info, found)
         return tensor[index]
+
+
+def read_tensors(file: TensorFile, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """These tensors of the file, or all, on the CPU and in their own dtype."""
+    wanted = file.tensors if names is None else names
+    return {name: StoredTensor(file, file.tensors[name])[...] for name in wanted}
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
@@ -188,81 +199,15 @@ def _scan_tensor(handle: BinaryIO, info: TensorInfo, buffer: bytearray, digest: 
         digest.update(view[:count])
         remaining -= count
         dtype = DTYPES[info.dtype]
-        low, high = torch.aminmax(torch.frombuffer(buffer, dtype=dtype, count=count // dtype.itemsize))  # NaN wins
-        if not math.isfinite(low) or not math.isfinite(high):
-            found = "NaN" if math.isnan(low) else found or "Inf"
+        found = _worse(found, torch.frombuffer(buffer, dtype=dtype, count=count // dtype.itemsize))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """A weight file: `label` is its place in the standard layout, wherever it really lies."""
-
-    label: str
-    size_bytes: int
-    sha256: str
-    verified: bool  # compared with bundle.json just now
-
-
-class WeightHasher:
-    """Hashes and checks each weight file once, and compares it with bundle.json."""
-
-    def __init__(
-        self,
-        root: BundleRoot,
-        sha256: Mapping[str, str],  # by file, as `source` has them
-        source: Path,
-        defects: Defects,
-        verify: bool,
-        on_progress: Callable[[str], None],
-    ) -> None:
-        self.root, self.sha256, self.source, self.defects, self.verify = root, sha256, source, defects, verify
-        self.on_progress = on_progress
-        self.files: list[WeightFile] = []
-        self.pending: list[tuple[str, TensorFile, bool]] = []
-        self.recorded = {(root.path / name).resolve(): name for name in sha256}
-        self.unmet = set(sha256)
-
-    def add(self, label: str, file: TensorFile, *, trust_recorded: bool = False) -> None:
-        """Notes one file to be scanned; with `trust_recorded` and verification off, a recorded hash replaces that."""
-        self.pending.append((label, file, trust_recorded))
-
-    def run(self) -> None:
-        """Scans the files, last of all: what is wrong without their values is known by then, however large they are."""
-        for label, file, trust_recorded in self.pending:
-            self._scan(label, file, trust_recorded)
-        self._check_remaining()
-
-    def _scan(self, label: str, file: TensorFile, trust_recorded: bool) -> None:
-        name = self.recorded.get(file.path.resolve(), "")
-        self.unmet.discard(name)
-        expected = self.sha256.get(name)
-        if expected and trust_recorded and not self.verify:
-            self.files.append(WeightFile(label, file.size_bytes, expected, verified=False))
-            return
-        self.on_progress(f"checking {label} ({file.size_bytes / 1e6:,.1f} MB)")
-        found = scan(file, self.defects)
-        if expected and self.verify:
-            self._compare(file.path, expected, found)
-        self.files.append(WeightFile(label, file.size_bytes, found, verified=bool(expected and self.verify)))
-
-    def _check_remaining(self) -> None:
-        """Files that bundle.json has a hash for and that no part of the bundle uses."""
-        for name in sorted(self.unmet):
-            path = self.root.path / name
-            with self.defects.guard():
-                self.root.require_inside(path, self.source, f"sha256[{name!r}]")
-                if not path.is_file():
-                    raise defect(self.source, f"sha256[{name!r}]: expected a file there, found nothing")
-                if self.verify:
-                    self._compare(path, self.sha256[name], file_sha256(path))
-
-    def combined(self) -> str:
-        """One hash over all weight files' hashes, sorted by label."""
-        lines = sorted(f"{file.label} {file.sha256}\n" for file in self.files)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def _compare(self, path: Path, expected: str, found: str) -> None:
-        if found != expected:
-            hint = "the file changed after the bundle was written; restore it or write the bundle again"
-            self.defects.add(defect(path, f"sha256: expected {expected}, found {found}", hint))
+def _worse(found: str | None, values: torch.Tensor) -> str | None:
+    """ "NaN" or "Inf" when they are among the values, NaN before what was `found` before them."""
+    if not len(values):
+        return found
+    low, high = torch.aminmax(values)  # NaN wins
+    if math.isfinite(low) and math.isfinite(high):
+        return found
+    return "NaN" if math.isnan(low) else found or "Inf"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -20,8 +21,9 @@ from service.model.loading.parallel_plan import Ranks
 from service.model.loading.quantised import Quantization, quantise
 from service.model.loading.rope import settle_longrope
 from service.model.loading.skeleton import build_skeleton, read_config, skeleton_of
+from service.model.loading.weights import place_weights
 from service.model.targets import resolve_sites
-from service.model.transfer import upcast_to_float32
+from service.model.transfer import narrowed
 from service.model.xlora_model import XLoraModel
 
 Keeps = Callable[[Any], Collection[str]]
@@ -61,40 +63,48 @@ def judge(loading: Loading) -> None:
 
 
 def read_weights(loading: Loading) -> None:
-    """Raises CheckpointError where a tensor is missing, which transformers would fill with random numbers.
-
-    Tensors are read one by one, each into the memory where it stays: the peak is what stays and a few of the largest.
-    """
-    base = loading.checkpoint.base_path
-    loading.on_progress(f"loading base model from {base}")
+    """Raises CheckpointError where a tensor is missing, which transformers would fill with random numbers."""
+    checkpoint = loading.checkpoint
+    loading.on_progress(f"loading base model from {checkpoint.base_path}")
     if loading.ranks is not None:
-        loading.causal_lm, report = _divided(loading)
-    else:
-        tensors = loading.checkpoint.base_tensors
-        is_bfloat16 = bool(loading.kept) and {one.dtype for one in tensors.values()} == {torch.bfloat16}
-        loading.causal_lm, report = _whole(loading, tensors, torch.bfloat16 if is_bfloat16 else loading.dtype)
-        if is_bfloat16 and any(buffer.dtype == torch.bfloat16 for buffer in loading.causal_lm.buffers()):
-            loading.causal_lm, report = _whole(loading, tensors, loading.dtype)  # a constant would be rounded
-    for defect in ("missing_keys", "mismatched_keys"):
-        if report[defect]:
-            names = ", ".join(sorted(map(str, report[defect]))[:3])
-            raise CheckpointError(f"{base}: {defect.replace('_', ' ')} in the base's weights: {names}")
+        loading.causal_lm = _divided(loading)
+        return
+    causal_lm = loading.causal_lm = build_skeleton(checkpoint.base_path, loading.dtype)
+    tensors = checkpoint.base_tensors
+    is_bfloat16 = {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    unseen = set() if is_bfloat16 else set(loading.kept)
+
+    def after_layer() -> None:
+        if loading.quantization is not None:
+            quantise(causal_lm, loading.quantization, loading.device)
+        _narrow(causal_lm, unseen)
+
+    place_weights(
+        causal_lm,
+        tensors,
+        loading.device,
+        stays_bfloat16=loading.kept if is_bfloat16 else (),
+        after_layer=after_layer,
+        on_progress=loading.on_progress,
+    )
 
 
-def _whole(loading: Loading, tensors: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The base with these tensors in `dtype`, and transformers' report."""
-    loading.causal_lm = None
-    config = read_config(loading.checkpoint.base_path)
-    return type(loading.skeleton).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **_quietly())
+def _narrow(causal_lm: Any, names: set[str]) -> None:
+    """Keeps weights that have come in bfloat16 if they lose nothing by it; they leave `names`."""
+    for name in sorted(names):
+        linear = causal_lm.get_submodule(name)
+        if not linear.weight.is_meta:
+            linear.weight = nn.Parameter(narrowed(linear.weight.detach()), requires_grad=False)
+            names.remove(name)
 
 
 def _divided(loading: Loading) -> Any:
-    """The same of this rank's part, which transformers cuts out as it reads."""
+    """This rank's part of the base, which transformers cuts out as it reads."""
     base, ranks = loading.checkpoint.base_path, loading.ranks
     assert ranks is not None
     plan = DistributedConfig(tp_plan="auto", tp_size=ranks.size)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, config=read_config(base), dtype=loading.dtype, distributed_config=plan, **_quietly()
         )
     except ValueError as error:  # older versions want more to be divisible than check_plan does
@@ -102,6 +112,12 @@ def _divided(loading: Loading) -> Any:
             f"{base}: transformers {transformers.__version__} does not divide it: {error}",
             hint="use a newer version, or another --tensor-parallel",
         ) from error
+    causal_lm, report = loaded
+    for defect in ("missing_keys", "mismatched_keys"):
+        if report[defect]:
+            names = ", ".join(sorted(map(str, report[defect]))[:3])
+            raise CheckpointError(f"{base}: {defect.replace('_', ' ')} in the base's weights: {names}")
+    return causal_lm
 
 
 def _quietly() -> dict[str, Any]:
@@ -113,13 +129,6 @@ def _quietly() -> dict[str, Any]:
         "generation_config": GenerationConfig(),  # type: ignore[no-untyped-call]  # nothing reads it, nor its file
         "output_loading_info": True,
     }
-
-
-def upcast(loading: Loading) -> None:
-    """To the arithmetic's dtype, all but the linears that steps read in bfloat16."""
-    if loading.kept:
-        upcast_to_float32(loading.causal_lm, {f"{name}.weight" for name in loading.kept})
-        loading.causal_lm.config.dtype = loading.dtype
 
 
 def outline(loading: Loading) -> None:
@@ -138,13 +147,13 @@ def settle_rope(loading: Loading) -> None:
 
 
 def quantise_linears(loading: Loading) -> None:
-    """Linears in 8 or 4 bit."""
+    """Linears in 8 or 4 bit, of modules without weights."""
     if loading.quantization is not None:
         quantise(loading.causal_lm, loading.quantization, loading.device)
 
 
 def move(loading: Loading) -> None:
-    """To the device, for inference."""
+    """What is not there yet to the device, and all for inference."""
     loading.causal_lm.to(loading.device).eval().requires_grad_(False)
 
 
@@ -158,17 +167,17 @@ def assemble(loading: Loading) -> None:
     """Experts on their modules, and a tap around the decoder."""
     checkpoint, device, dtype = loading.checkpoint, loading.device, loading.dtype
     loading.on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
-    loading.model = XLoraModel(checkpoint, loading.causal_lm, device=device, dtype=dtype, shards=loading.shards)
+    loading.model = XLoraModel(
+        checkpoint, loading.causal_lm, device=device, dtype=dtype, shards=loading.shards, kept_bfloat16=loading.kept
+    )
 
 
 Passes = Sequence[Callable[[Loading], None]]
 BASE_PASSES: Passes = (
     judge,  # first: this takes milliseconds, and reading weights minutes
-    read_weights,
-    upcast,  # first of all changes, for those compute with values
+    read_weights,  # to the device, quantised layer by layer: neither holds the whole base in a wider dtype
     attend,  # while all modules are still transformers' own, which it walks through
     settle_rope,  # before the move: computed on the CPU, frequencies are the same for every device
-    quantise_linears,  # before the move: linear by linear, for the whole base may not fit on the device
     move,
 )
 MODEL_PASSES: Passes = (

@@ -21,6 +21,7 @@ from service.model.targets import as_linear, is_plain_linear
 
 Quantization = Literal["int8", "int4"]
 BLOCK = 64  # weights that share a scale
+BITS = {"int8": 8.5, "int4": 4.13}  # of a weight, with its share of the scales
 
 
 class QuantisedLinear(nn.Module):
@@ -69,10 +70,11 @@ class QuantisedLinear(nn.Module):
 
 
 def quantise(causal_lm: nn.Module, kind: Quantization, device: torch.device) -> None:
-    """Replaces every plain linear of the decoder but the head, one at a time, and moves it to `device`."""
+    """Replaces every plain linear of the decoder but the head that has its weights on `device`, one at a time."""
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(causal_lm.named_modules()):
-        if is_plain_linear(module) and module is not head:
+        is_ready = is_plain_linear(module) and module.weight.device.type == device.type
+        if is_ready and module is not head:
             causal_lm.set_submodule(name, QuantisedLinear(as_linear(module), kind, device))
     if device.type == "meta":  # the library has kept a table of its own there, and would use it for real weights
         load_bitsandbytes().functional.name2qmap.pop("dynamic", None)

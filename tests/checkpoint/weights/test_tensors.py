@@ -9,15 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from service.checkpoint.defects import Defects
 from service.checkpoint.weights.tensors import BUFFER_BYTES, StoredTensor, read_header, read_tensors, scan
 from service.contract.errors import CheckpointError
 
 
 def scanned(path: Path) -> tuple[str, list[str]]:
-    defects = Defects(keep_going=True)
-    digest = scan(read_header(path), defects)
-    return digest, [str(error) for error in defects.errors]
+    digest, errors = scan(read_header(path))
+    return digest, [str(error) for error in errors]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -34,6 +32,12 @@ def test_one_bad_value_anywhere(tmp_path: Path, dtype: torch.dtype, position: in
         "(hint: the weights are damaged or training diverged)"
     ]
     assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    file = read_header(tmp_path / "x.safetensors")
+    assert torch.equal(
+        StoredTensor(file, file.tensors["good"])[...], torch.full((5,), torch.finfo(dtype).max, dtype=dtype)
+    )
+    with pytest.raises(CheckpointError, match=f"'bad': expected finite values, found {name}"):
+        StoredTensor(file, file.tensors["bad"])[...]
 
 
 def test_nan_is_named_even_after_inf(tmp_path: Path) -> None:
@@ -64,7 +68,8 @@ def test_a_stored_tensor_is_read_when_asked_for(tmp_path: Path, dtype: torch.dty
     file = read_header(path)
     stored = {name: StoredTensor(file, info) for name, info in file.tensors.items()}
     for name, expected in tensors.items():
-        assert stored[name].dtype == dtype
+        assert (stored[name].dtype, stored[name].shape) == (dtype, expected.shape)
+        assert stored[name].nbytes == expected.nbytes
         assert torch.equal(stored[name][...], expected)
     assert torch.equal(stored["matrix"][1:3], tensors["matrix"][1:3])
     path.write_bytes(path.read_bytes()[:-1])

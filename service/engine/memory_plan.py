@@ -1,0 +1,217 @@
+"""What a model takes of a machine's memory, told before it is loaded: defaults are chosen by it, and `check --plan`
+prints it.
+
+The arithmetic is the loader's own: the model is built on the meta device by the code that builds it in earnest, and the
+KV pool is divided and allocated there too. Knows sizes; no weight is read, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from service.checkpoint import Checkpoint
+from service.contract.errors import StartupError
+from service.contract.options import EngineOptions
+from service.engine.machine import Memory, host_memory
+from service.engine.sizing import CUDA_KV_SHARE, MIN_CONTEXT, allocate_cache, as_text, divide_memory, resolve_dtype
+from service.model.adapted import AdaptedModule
+from service.model.loading.context import read_context
+from service.model.loading.passes import outline_model
+from service.model.loading.quantised import BITS, QuantisedLinear
+from service.model.targets import is_plain_linear
+from service.model.xlora_model import XLoraModel
+
+# Of a CPU: the processes themselves (450 MB of the demo's server, its weights and pool apart) and activations.
+PROCESS_BYTES = 768 << 20
+MEMORY_SHARE = 0.8  # of a CPU's memory, where the operator does not say how long texts are
+ExpectBfloat16 = Callable[[XLoraModel, Checkpoint, EngineOptions], Sequence[Tensor]]
+
+_EXPERT_BUFFERS = ("lora_a", "lora_b_t")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """What the weights take in memory."""
+
+    base: int
+    experts: int  # their stacks
+    classifier: int
+    draft_head: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.base + self.experts + self.classifier + self.draft_head
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory of one engine, in bytes and tokens."""
+
+    device: str  # cpu or cuda
+    dtype: str  # of the arithmetic
+    kept_dtypes: tuple[str, str]  # of the linears' weights where they are not quantised, and of the experts' stacks
+    quantization: str | None
+    memory: Memory
+    weights: WeightBytes
+    max_model_len: int
+    base_max_model_len: int  # what the base is made for
+    max_num_seqs: int
+    block_size: int
+    kv_slot_bytes: int  # keys and values of one position of one stream
+    gate_row_bytes: int  # of one slot
+    num_blocks: int
+    blocks_per_request: int  # of max_model_len tokens
+    pool_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions that fit, each in two streams."""
+        return self.num_blocks // 2 * self.block_size
+
+    @property
+    def full_requests(self) -> int:
+        """Requests of max_model_len tokens that fit at once."""
+        return self.num_blocks // self.blocks_per_request
+
+    @property
+    def reserve_bytes(self) -> int | None:
+        """What is left of a GPU for activations and captured graphs."""
+        return None if self.device == "cpu" else self.memory.total - self.weights.total - self.pool_bytes
+
+
+def plan_memory(
+    checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None, expect_bfloat16: ExpectBfloat16
+) -> MemoryPlan:
+    """The plan for a GPU of which `gpu_bytes` are free before loading, or for this machine's CPU (None).
+    `expect_bfloat16` tells which tensors of a model a CPU will keep in bfloat16 under float32 arithmetic.
+
+    Raises CheckpointError and SettingsError as loading would, StartupError where the model does not fit.
+    """
+    device = torch.device("cpu" if gpu_bytes is None else "cuda")
+    memory = host_memory() if gpu_bytes is None else Memory(gpu_bytes, "the GPU")
+    dtype = resolve_dtype(options.dtype, checkpoint, device)
+    model = outline_model(checkpoint, dtype=dtype, quantization=options.quantization)
+    halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
+    weights = weight_bytes(model, halved)
+    usable = usable_bytes(memory, options, device)
+    try:
+        if weights.total >= usable:
+            raise StartupError(f"the weights need {as_text(weights.total)}")
+        sizes = divide_memory(model, options, device, usable - weights.total)
+    except StartupError as error:
+        given = f"{as_text(usable)} of {as_text(memory.total)} for weights and keys and values"
+        hint = _what_fits(model, options, weights.total, halved, usable, memory, device)
+        raise StartupError(f"{error.message}; {memory.origin} has {given}", hint=hint) from None
+    plan = MemoryPlan(
+        device=device.type,
+        dtype=_name(dtype),
+        kept_dtypes=(_kept(model, "weight", halved), _kept(model, "lora_a", halved)),
+        quantization=options.quantization,
+        memory=memory,
+        weights=weights,
+        max_model_len=sizes.max_model_len,
+        base_max_model_len=read_context(model.config).usual,
+        max_num_seqs=options.max_num_seqs,
+        block_size=options.block_size,
+        kv_slot_bytes=sizes.layout.kv_slot_bytes,
+        gate_row_bytes=sizes.layout.gate_row_bytes,
+        num_blocks=sizes.num_blocks,
+        blocks_per_request=sizes.layout.blocks_for(sizes.max_model_len),
+        pool_bytes=allocate_cache(model, sizes).bytes,
+    )
+    if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
+        raise StartupError(
+            f"--kv-memory leaves {as_text(plan.reserve_bytes)} of {as_text(memory.total)} for activations",
+            hint=f"leave --kv-memory out: it then takes {CUDA_KV_SHARE:.0%} of what the weights leave",
+        )
+    return plan
+
+
+def usable_bytes(memory: Memory, options: EngineOptions, device: torch.device) -> int:
+    """What weights and KV pool may take together."""
+    if device.type == "cuda":
+        return memory.total
+    share = MEMORY_SHARE if options.max_model_len is None else 1.0
+    return int(memory.total * share) - PROCESS_BYTES
+
+
+def _what_fits(
+    model: XLoraModel,
+    options: EngineOptions,
+    weights: int,
+    halved: Sequence[Tensor],
+    usable: int,
+    memory: Memory,
+    device: torch.device,
+) -> str:
+    """Settings with which the model would fit, told from sizes alone."""
+    layout = model.kv_layout(options.block_size)
+    wanted = options.max_model_len or min(read_context(model.config).usual, MIN_CONTEXT)
+    needed = layout.blocks_for(wanted) * layout.block_bytes
+    everything = usable_bytes(memory, replace(options, max_model_len=wanted), device)
+    tokens = (everything - weights) // layout.block_bytes // 2 * layout.block_size
+    found = [f"--max-model-len {tokens}"] if tokens >= layout.block_size else []
+    if options.dtype == "float32":
+        found.append("--dtype auto")
+    smallest = weights
+    if options.quantization is None:
+        half = {id(tensor) for tensor in halved}
+        linears = [linear.weight for linear in _quantisable(model)]
+        others = weights - sum(tensor.nbytes // 2 if id(tensor) in half else tensor.nbytes for tensor in linears)
+        for kind, bits in BITS.items():
+            smallest = others + int(sum(tensor.numel() for tensor in linears) * bits / 8)
+            if smallest + needed <= usable:
+                found.append(f"--quantization {kind}")
+                break
+    if found:
+        return f"this fits: {' or '.join(found)}"
+    return f"nothing does: the least that its weights can take is {as_text(smallest)}"
+
+
+def _quantisable(model: XLoraModel) -> Iterator[Any]:
+    """The linears of the decoder but the head, adapted or not."""
+    for module in model.decoder.modules():
+        is_adapted = isinstance(module, AdaptedModule) and module.base is None
+        if is_adapted or (not isinstance(module, AdaptedModule) and is_plain_linear(module)):
+            yield module
+
+
+def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightBytes:
+    """What the model's tensors take, each counted once however many modules share it; half of it those that will be
+    kept in bfloat16.
+    """
+    half = {id(tensor) for tensor in halved}
+    experts = base = 0
+    for name, tensor in _tensors(model.causal_lm):
+        taken = tensor.nbytes // 2 if id(tensor) in half else tensor.nbytes
+        if name.rpartition(".")[2] in _EXPERT_BUFFERS:
+            experts += taken
+        else:
+            base += taken
+    quantised = (module for module in model.causal_lm.modules() if isinstance(module, QuantisedLinear))
+    base += sum(module.bytes - module.get_buffer("packed").nbytes for module in quantised)
+    classifier = sum(tensor.nbytes for _, tensor in _tensors(model.classifier))
+    draft_head = 0 if model.draft_head is None else sum(tensor.nbytes for tensor in model.draft_head.tensors)
+    return WeightBytes(base, experts, classifier, draft_head)
+
+
+def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:
+    """The narrowest dtype in which tensors of that name are kept."""
+    half = {id(tensor) for tensor in halved}
+    own = [tensor for full, tensor in _tensors(model.causal_lm) if full.rpartition(".")[2] == name]
+    return "bfloat16" if any(id(tensor) in half for tensor in own) else _name(model.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
