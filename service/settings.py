@@ -110,7 +110,8 @@ class Settings(BaseSettings):
         "auto", description="auto (float32 on a CPU, the model's own on a GPU), float32, bfloat16 or float16"
     )
     quantization: Literal["int8", "int4"] | None = Field(
-        None, description="int8 or int4: the base's weights in 8 or 4 bit (needs bitsandbytes); default: as --dtype"
+        None,
+        description="int8 or int4: the base's weights in 8 or 4 bit (on a GPU by bitsandbytes); default: as --dtype",
     )
     max_model_len: PositiveInt | None = Field(
         None, description="longest prompt + output in tokens; default: the model's"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from service.checkpoint import Checkpoint
 from service.checkpoint.base import stored_dtype
-from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.engine.memory_plan import ExpectBfloat16, MemoryPlan, plan_memory
-from service.engine.sizing import as_text
+from service.engine.sizing import NoRoom, as_text
 
 
 def settle(
@@ -24,14 +24,14 @@ def settle(
     """The options with a dtype that fits, and the plan; on a CPU also with the context and the KV pool. A GPU's are
     divided when the weights are there, by what they leave.
 
-    Raises StartupError with the arithmetic where the model does not fit in any dtype that may be chosen.
+    Raises NoRoom with the arithmetic where the model does not fit in any dtype that may be chosen.
     """
-    refusal: StartupError | None = None
+    refusal: NoRoom | None = None
     for dtype in _dtypes(options, checkpoint, device):
         chosen = replace(options, dtype=dtype)
         try:
             plan = plan_memory(checkpoint, chosen, gpu_bytes, expect_bfloat16)
-        except StartupError as error:
+        except NoRoom as error:
             refusal = error
             continue
         if device.type == "cpu":
@@ -40,6 +40,10 @@ def settle(
             chosen = replace(chosen, max_model_len=plan.max_model_len, kv_memory_bytes=pool_bytes)
         return chosen, plan
     assert refusal is not None
+    if options.dtype != "auto":
+        with suppress(NoRoom):
+            _, other = settle(checkpoint, replace(options, dtype="auto"), device, gpu_bytes, expect_bfloat16)
+            refusal = NoRoom(refusal.message, hint=f"this fits: --dtype {other.dtype}")
     raise refusal
 
 
@@ -47,6 +51,8 @@ def _dtypes(options: EngineOptions, checkpoint: Checkpoint, device: torch.device
     """What --dtype may become, the best first: on a CPU float32 is exact and no slower, a GPU takes the base's own."""
     if options.dtype != "auto":
         return [options.dtype]
+    if device.type == "cpu" and options.quantization is not None:
+        return ["bfloat16"]  # what torch's operators for packed weights are made for
     stored = stored_dtype(checkpoint.base_path)
     return list(dict.fromkeys(["float32", stored])) if device.type == "cpu" else [stored]
 

@@ -223,7 +223,7 @@ def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOp
 
 
 def plan_for(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None) -> MemoryPlan:
-    """The memory plan of an engine with these options, on a GPU with `gpu_bytes` free or on this machine's CPU (None)."""
+    """The memory plan of an engine with these options on a GPU with `gpu_bytes` free, or on this CPU (None)."""
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
     return settle(checkpoint, options, device, gpu_bytes, expect_bfloat16)[1]
 

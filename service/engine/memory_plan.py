@@ -18,7 +18,15 @@ from service.checkpoint import Checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.engine.machine import Memory, host_memory
-from service.engine.sizing import CUDA_KV_SHARE, MIN_CONTEXT, allocate_cache, as_text, divide_memory, resolve_dtype
+from service.engine.sizing import (
+    CUDA_KV_SHARE,
+    MIN_CONTEXT,
+    NoRoom,
+    allocate_cache,
+    as_text,
+    divide_memory,
+    resolve_dtype,
+)
 from service.model.adapted import AdaptedModule
 from service.model.loading.context import read_context
 from service.model.loading.passes import outline_model
@@ -96,18 +104,21 @@ def plan_memory(
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
     memory = host_memory() if gpu_bytes is None else Memory(gpu_bytes, "the GPU")
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    model = outline_model(checkpoint, dtype=dtype, quantization=options.quantization)
+    model = outline_model(checkpoint, dtype=dtype, is_for_cpu=gpu_bytes is None, quantization=options.quantization)
     halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
     weights = weight_bytes(model, halved)
     usable = usable_bytes(memory, options, device)
     try:
         if weights.total >= usable:
-            raise StartupError(f"the weights need {as_text(weights.total)}")
+            raise NoRoom(f"the weights need {as_text(weights.total)}")
         sizes = divide_memory(model, options, device, usable - weights.total)
-    except StartupError as error:
-        given = f"{as_text(usable)} of {as_text(memory.total)} for weights and keys and values"
+    except NoRoom as error:
+        if options.kv_memory_bytes is not None and weights.total < usable:
+            raise  # the operator's own number
+        given = as_text(usable) + (f" of {as_text(memory.total)}" if usable < memory.total else "")
         hint = _what_fits(model, options, weights.total, halved, usable, memory, device)
-        raise StartupError(f"{error.message}; {memory.origin} has {given}", hint=hint) from None
+        message = f"{error.message}; {memory.origin} has {given} for weights, keys and values"
+        raise NoRoom(message, hint=hint) from None
     plan = MemoryPlan(
         device=device.type,
         dtype=_name(dtype),
@@ -155,10 +166,8 @@ def _what_fits(
     wanted = options.max_model_len or min(read_context(model.config).usual, MIN_CONTEXT)
     needed = layout.blocks_for(wanted) * layout.block_bytes
     everything = usable_bytes(memory, replace(options, max_model_len=wanted), device)
-    tokens = (everything - weights) // layout.block_bytes // 2 * layout.block_size
+    tokens = min((everything - weights) // layout.block_bytes // 2 * layout.block_size, wanted)
     found = [f"--max-model-len {tokens}"] if tokens >= layout.block_size else []
-    if options.dtype == "float32":
-        found.append("--dtype auto")
     smallest = weights
     if options.quantization is None:
         half = {id(tensor) for tensor in halved}

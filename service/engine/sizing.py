@@ -29,6 +29,10 @@ MIN_CONTEXT = (
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
+class NoRoom(StartupError):
+    """A model that does not fit the memory as the options want it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """The sizes of one engine."""
@@ -124,12 +128,12 @@ def free_device_bytes(device: torch.device) -> int | None:
 def plan_blocks(layout: KVLayout, max_model_len: int, max_num_seqs: int, budget: int) -> int:
     """How many KV blocks fit the budget in bytes, and never more than max_num_seqs requests of full length could use.
 
-    Raises StartupError when not even one request of max_model_len fits.
+    Raises NoRoom when not even one request of max_model_len fits.
     """
     one = layout.blocks_for(max_model_len)
     blocks = min(one * max_num_seqs, max(budget, 0) // layout.block_bytes)
     if blocks < one:
-        raise StartupError(
+        raise NoRoom(
             f"one request of {max_model_len} tokens needs {one * layout.block_bytes / _MIB:.0f} MiB of KV memory "
             f"(two streams), and there are {max(budget, 0) / _MIB:.0f} MiB",
             hint="raise --kv-memory or lower --max-model-len",

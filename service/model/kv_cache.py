@@ -63,9 +63,7 @@ class KVCache:
     def allocate(cls, layout: KVLayout, num_blocks: int, dummy_row: Tensor) -> KVCache:
         """`dummy_row` [S, E] is the gate row of the scaling pass; the cache lives on its device."""
         shape = (num_blocks + 1, layout.block_size, layout.kv_heads, layout.head_dim)
-        keys, values = (
-            [_zeros(shape, layout.dtype, dummy_row.device) for _ in range(layout.layers)] for _ in range(2)
-        )
+        keys, values = ([_zeros(shape, layout.dtype, dummy_row.device) for _ in range(layout.layers)] for _ in range(2))
         slots = shape[0] * shape[1]
         gate_rows = _zeros((slots + 1, layout.gate_sites, layout.experts), torch.float32, dummy_row.device)
         gate_rows[-1] = dummy_row
@@ -112,7 +110,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take memory only where something is written: NumPy's come from calloc, torch's from memset."""
+    """Zeros that on a CPU take memory only where something is written: NumPy's come from calloc."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

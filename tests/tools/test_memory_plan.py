@@ -90,7 +90,7 @@ def test_a_gpu_is_divided_as_the_loader_divides_it(tied: Path) -> None:
 
 
 def test_what_does_not_fit_is_said_with_its_numbers(tied: Path) -> None:
-    with pytest.raises(StartupError, match=r"the weights need .* and the GPU has 100\.00 KiB"):
+    with pytest.raises(StartupError, match=r"the weights need .*; the GPU has 100\.00 KiB for weights"):
         plan_of(EngineOptions(str(tied)), 100 << 10)
     with pytest.raises(StartupError, match="one request of 1024 tokens needs"):
         plan_of(EngineOptions(str(tied)), plan_of(EngineOptions(str(tied))).weights.total + 1000)

@@ -91,9 +91,10 @@ def load_checkpoint(
 
     `examine_weights` compares every weight file with its hash in bundle.json and looks for NaN in it. Without, the
     weights of the base and of experts are not read; NaN is found when they are, and `files.verifying()` compares.
-    `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie anywhere. `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is
-    called before any weights are read, and what it returns is kept as the checkpoint's `skeleton`. `on_progress`
-    receives one line per weight file, and lines while files are downloaded.
+    `allow_outside` lets base, experts and files lie outside the folder; what `overrides` names may lie anywhere.
+    `inspect_base` raises CheckpointError for what this package cannot know of a base (skeleton.py); it is called before
+    any weights are read, and what it returns is kept as the checkpoint's `skeleton`. `on_progress` receives one line
+    per weight file, and lines while files are downloaded.
     """
     checkpoint, defects = None, Defects()
     with defects.guard():

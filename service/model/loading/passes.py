@@ -42,6 +42,7 @@ class Loading:
     dtype: torch.dtype
     quantization: Quantization | None = None
     max_model_len: int | None = None  # None: as many tokens as the base takes
+    is_for_cpu: bool = False  # of an outline on the meta device
     ranks: Ranks | None = None  # every rank must load at the same time
     names_kept_bfloat16: Keeps | None = None  # which of the skeleton's linears may stay as they are stored
     on_progress: Callable[[str], None] = _quiet
@@ -76,7 +77,7 @@ def read_weights(loading: Loading) -> None:
 
     def after_layer() -> None:
         if loading.quantization is not None:
-            quantise(causal_lm, loading.quantization, loading.device)
+            quantise(causal_lm, loading.quantization, loading.device, for_cpu=loading.device.type == "cpu")
         _narrow(causal_lm, unseen)
 
     place_weights(
@@ -149,7 +150,7 @@ def settle_rope(loading: Loading) -> None:
 def quantise_linears(loading: Loading) -> None:
     """Linears in 8 or 4 bit, of modules without weights."""
     if loading.quantization is not None:
-        quantise(loading.causal_lm, loading.quantization, loading.device)
+        quantise(loading.causal_lm, loading.quantization, loading.device, for_cpu=loading.is_for_cpu)
 
 
 def move(loading: Loading) -> None:
@@ -202,19 +203,28 @@ def load_model(
     """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
     afterwards: stacks are copies. Raises CheckpointError as the passes do.
     """
-    loading = Loading(checkpoint, device, dtype, quantization, max_model_len, ranks, names_kept_bfloat16, on_progress)
+    loading = Loading(
+        checkpoint,
+        device,
+        dtype,
+        quantization,
+        max_model_len,
+        ranks=ranks,
+        names_kept_bfloat16=names_kept_bfloat16,
+        on_progress=on_progress,
+    )
     run(loading, MODEL_PASSES)
     assert loading.model is not None
     return loading.model
 
 
 def outline_model(
-    checkpoint: Checkpoint, *, dtype: torch.dtype, quantization: Quantization | None = None
+    checkpoint: Checkpoint, *, dtype: torch.dtype, is_for_cpu: bool, quantization: Quantization | None = None
 ) -> XLoraModel:
-    """What load_model would build, on the meta device: every module and its size, and no weight of the base is read.
+    """What load_model would build, on the meta device: every module and its size, and no weight is read.
     Raises CheckpointError as load_model does for what the weights' values do not decide.
     """
-    loading = run(Loading(checkpoint, torch.device("meta"), dtype, quantization), OUTLINE_PASSES)
+    loading = run(Loading(checkpoint, torch.device("meta"), dtype, quantization, is_for_cpu=is_for_cpu), OUTLINE_PASSES)
     assert loading.model is not None
     return loading.model
 

@@ -1,0 +1,151 @@
+"""Defaults that fit: dtype, context and KV pool by the memory there is, and refusals that say what would fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service.checkpoint import Checkpoint, load_checkpoint
+from service.contract.errors import StartupError
+from service.contract.options import EngineOptions
+from service.engine import machine, memory_plan
+from service.engine.defaults import settle, summarise
+from service.engine.loader import expect_bfloat16, load_engine
+from service.engine.machine import Memory, host_memory
+from service.engine.memory_plan import MEMORY_SHARE, MemoryPlan
+from tests.support.bundles import make_bundle
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+PROCESSES = MIB
+V1_NONE = "9223372036854771712"  # what cgroup v1 says where there is no limit
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Some 11 MB of linears in bfloat16, half a megabyte of KV memory for 1,024 tokens, made for 8,192 tokens."""
+    path = tmp_path_factory.mktemp("defaults") / "bundle"
+    wide = {"intermediate_size": 20_000, "max_position_embeddings": 8192}
+    return load_checkpoint(make_bundle(path, hidden=64, base_config=wide, dtype=torch.bfloat16), examine_weights=False)
+
+
+@pytest.fixture(autouse=True)
+def small_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "PROCESS_BYTES", PROCESSES)
+
+
+def settled(
+    checkpoint: Checkpoint, total: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[EngineOptions, MemoryPlan]:
+    """What is chosen on a machine with `total` bytes."""
+    monkeypatch.setattr(memory_plan, "host_memory", lambda: Memory(total, "the container"))
+    chosen = EngineOptions(str(checkpoint.path), "cpu", **options)
+    return settle(checkpoint, chosen, CPU, None, expect_bfloat16)
+
+
+def test_where_there_is_room_the_context_is_the_bases(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, plan = settled(checkpoint, 4096 * MIB, monkeypatch)
+    assert (options.dtype, options.max_model_len) == ("float32", 8192)
+    assert plan.kept_dtypes[0] == "bfloat16"
+    assert "texts of 8,192 tokens: weights" in summarise(plan)
+
+
+def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 80 % of the memory; one more block a stream would be over."""
+    weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
+    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    options, plan = settled(checkpoint, total, monkeypatch)
+    assert options.dtype == "float32"
+    assert options.max_model_len == plan.max_model_len
+    assert 1024 < plan.max_model_len < 8192
+    assert plan.max_model_len % plan.block_size == 0
+    block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size
+    assert options.kv_memory_bytes == plan.num_blocks * block_bytes
+    left = int(total * MEMORY_SHARE) - PROCESSES - weights
+    assert plan.num_blocks * block_bytes <= left < plan.num_blocks * block_bytes + 2 * block_bytes
+    assert "the longest that fit (the base takes 8,192)" in summarise(plan)
+
+
+def test_an_operator_may_ask_for_more_than_the_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is refused by the arithmetic where that is more than there is."""
+    weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
+    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    assert settled(checkpoint, total, monkeypatch, max_model_len=8192)[0].max_model_len == 8192
+    tight = weights + PROCESSES + MIB
+    with pytest.raises(StartupError, match=r"one request of 8192 tokens needs .* the container has") as refused:
+        settled(checkpoint, tight, monkeypatch, max_model_len=8192)
+    assert refused.value.hint is not None
+    most = int(refused.value.hint.split("--max-model-len ")[1].split()[0])
+    assert settled(checkpoint, tight, monkeypatch, max_model_len=most)[0].max_model_len == most
+    with pytest.raises(StartupError):
+        settled(checkpoint, tight, monkeypatch, max_model_len=most + 16)
+
+
+def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without kernels that read bfloat16, float32 takes twice the memory."""
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    elsewhere = {"native_cache": "/nonexistent"}
+    wide = settled(checkpoint, 4096 * MIB, monkeypatch, **elsewhere)[1]
+    assert wide.dtype == "float32"
+    narrow = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1]
+    total = int((narrow.weights.total + PROCESSES + 4 * MIB) / MEMORY_SHARE)
+    options, plan = settled(checkpoint, total, monkeypatch, **elsewhere)
+    assert (options.dtype, plan.dtype) == ("bfloat16", "bfloat16")
+    with pytest.raises(StartupError, match="the weights need") as refused:
+        settled(checkpoint, total, monkeypatch, dtype="float32", **elsewhere)
+    assert refused.value.hint == "this fits: --dtype bfloat16"
+
+
+def test_what_fits_is_named_and_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1].weights.total
+    total = int((0.75 * weights + PROCESSES) / MEMORY_SHARE)
+    with pytest.raises(StartupError, match="the weights need") as refused:
+        settled(checkpoint, total, monkeypatch)
+    assert refused.value.hint == "this fits: --quantization int8"
+    options, plan = settled(checkpoint, total, monkeypatch, quantization="int8")
+    assert plan.quantization == "int8"
+    assert options.dtype == "bfloat16"
+    with pytest.raises(StartupError) as refused:
+        settled(checkpoint, int((0.1 * weights + PROCESSES) / MEMORY_SHARE), monkeypatch)
+    assert str(refused.value.hint).startswith("nothing does: the least that its weights can take is")
+
+
+def test_the_engine_takes_what_was_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
+    lines: list[str] = []
+    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    _, plan = settled(checkpoint, total, monkeypatch)
+    engine = load_engine(EngineOptions(str(checkpoint.path), "cpu", threads=1), lines.append)
+    assert engine.info.max_model_len == plan.max_model_len
+    assert engine.info.kv_blocks_total == plan.num_blocks
+    assert summarise(plan) in lines
+    assert lines.index(summarise(plan)) < next(i for i, line in enumerate(lines) if line.startswith("loading base"))
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/", {"memory.max": "1073741824\n"}, 1 << 30),  # v2 in a container, which sees its own cgroup as the root
+        ("0::/a/b", {"a/memory.max": "2147483648", "a/b/memory.max": "max"}, 2 << 30),  # v2, a limit further out
+        ("5:cpu:/\n4:memory:/docker/x", {"memory/memory.limit_in_bytes": "536870912"}, 512 * MIB),  # v1 in a container
+        ("4:memory:/k/x", {"memory/k/memory.limit_in_bytes": V1_NONE, "memory/k/x/memory.limit_in_bytes": "99"}, 99),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": V1_NONE}, None),
+        ("0::/", {"memory.max": "max"}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_containers_limit_is_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str], expected: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+    memory = host_memory()
+    assert memory.origin == ("this machine" if expected is None else "the container")
+    assert expected in (None, memory.total)
