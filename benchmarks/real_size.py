@@ -1,15 +1,23 @@
-"""A bundle of the published X-LoRA's shape behind the real server with default flags: is it ready, in which memory?
+"""A bundle of the published X-LoRA's shape: the real server with default flags, and its speed over the base.
 
-    python -m benchmarks.real_size [--layers 6] [--work DIR] [-- FLAGS OF SERVE]
+    python -m benchmarks.real_size [--layers 4] [--bundle DIR] [--threads 1] [--quantization int4] [-- FLAGS OF SERVE]
 
-Zephyr-7B's shape (Mistral, 4096 wide, 9 experts of rank 16 on all seven linears, saved in float32, base in bfloat16)
-with random weights and `--layers` of its 32 layers. `peak_bytes` is the sum of VmHWM over the server's processes, pages
-of mapped files included; `files_bytes` all weight files. The answer is one streamed request, its first token apart.
+    server         ready after so many seconds, peak memory of all its processes (sum of VmHWM), a streamed answer, exit
+                   code of SIGTERM. Beside it what `check --plan` says, a read of all weights, a SHA-256 of the largest
+                   file, and transformers' from_pretrained of the base alone in a process of its own
+    engine         tokens/s of X-LoRA with drafts that agree and miss, over the plain base in the same engine; the
+                   limits are those of bytes: a forward reads the base's linears, a real one the experts as well
+    scalings       the same with `return_scalings: full`
+    transformers   generate with a static cache over the base in bfloat16, and a prompt of 512 tokens; same threads
+
+With --quantization there is no base of the same kind to compare with: the server's row and the engine's rates remain.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import json
 import socket
 import subprocess
@@ -18,77 +26,33 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from transformers import MistralConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.common import ROOT, emit, print_row
-from service.checkpoint import XLoraConfig, write_bundle
-from service.checkpoint.formats.writer import write_adapter
-from tests.support.bundles import make_tokenizer
+from benchmarks.common import ROOT, Bar, build_engines, emit, print_row, run_engine, use_threads
+from benchmarks.forced import script, use_plain_base
+from benchmarks.published_shape import make
+from benchmarks.vs_base import engine_side, take_turns
+from service.contract.options import EngineOptions
+from service.engine.engine import Engine
+from service.engine.loader import load_checkpoint_and_model, plan_for, read_checkpoint
+from service.engine.memory_plan import PROCESS_BYTES, weight_bytes
+from service.model.adapted import AdaptedModule
+from service.model.xlora_model import XLoraModel
 
-HIDDEN, INNER, KV, VOCABULARY, RANK, EXPERTS = 4096, 14336, 1024, 32000, 16, 9
-LINEARS = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-_READY_SECONDS = 900.0
-
-
-def make(path: Path, layers: int) -> int:
-    """Writes the bundle, a shard per layer. Returns the bytes of its weights."""
-    base = path / "base"
-    base.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-
-    def save(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
-        save_file(tensors, base / file)
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        tensors = {f"{prefix}{name}.weight": _random(*shape) for name, shape in LINEARS.items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        save(
-            layer + 1, tensors | {f"{prefix}{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in norms}
-        )
-    ends = {"model.embed_tokens.weight": _random(VOCABULARY, HIDDEN), "lm_head.weight": _random(VOCABULARY, HIDDEN)}
-    save(layers + 1, ends | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)})
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None,
-        architectures=["MistralForCausalLM"], dtype="bfloat16",
-    ).save_pretrained(base)  # fmt: skip
-    make_tokenizer(320).save_pretrained(base)
-    sites = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LINEARS]
-    names = [f"expert_{number}" for number in range(EXPERTS)]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "task_type": "CAUSAL_LM"}
-    config |= {"target_modules": [name.rpartition(".")[2] for name in LINEARS], "base_model_name_or_path": "../../base"}
-    for name in names:
-        tensors = {}
-        for site in sites:
-            out, depth = LINEARS[site.split(".", 3)[3]]
-            for side, shape in (("A", (RANK, depth)), ("B", (out, RANK))):
-                tensors[f"base_model.model.{site}.lora_{side}.weight"] = torch.randn(shape) / (4 * shape[-1] ** 0.5)
-        write_adapter(path / "experts" / name, config, tensors)
-    xlora = XLoraConfig.from_dict({"hidden_size": HIDDEN, "xlora_depth": 1, "layerwise_scalings": True}, path)
-    classifier = [(torch.randn(len(sites) * EXPERTS, HIDDEN) / 64, torch.zeros(len(sites) * EXPERTS))]
-    experts = [(name, "", f"experts/{name}") for name in names]
-    write_bundle(path, name="published-shape", experts=experts, sites=sites, xlora=xlora, classifier=classifier)
-    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return (torch.randn(shape) / shape[-1] ** 0.5).to(torch.bfloat16)
+_READY_SECONDS = 1800.0
+_PROMPT, _PREFILL = 16, 512
+_LOAD = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+started = time.perf_counter()
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+peak = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.perf_counter() - started, peak)
+"""
 
 
 def peak_bytes(process: int) -> int:
@@ -105,7 +69,7 @@ def serve(path: Path, flags: list[str]) -> dict[str, Any]:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "service", "serve", "--model", str(path), "--port", str(port), *flags]
     url, started = f"http://127.0.0.1:{port}", time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=None) as server:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as server:
         try:
             while not _is_ready(url):
                 if server.poll() is not None or time.perf_counter() - started > _READY_SECONDS:
@@ -140,19 +104,154 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def loading(path: Path, flags: list[str]) -> dict[str, Any]:
+    """The server's start beside what bounds it: the plan, the files, and transformers' own loading of the base."""
+    files = list(path.rglob("*.safetensors"))
+    row: dict[str, Any] = {"files_bytes": sum(file.stat().st_size for file in files), **serve(path, flags)}
+    started = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as handle:
+            while handle.read(1 << 24):
+                pass
+    row["read_seconds"] = time.perf_counter() - started
+    with max(files, key=lambda file: file.stat().st_size).open("rb") as handle:
+        started = time.perf_counter()
+        hashlib.file_digest(handle, "sha256")
+    row["sha256_seconds"] = time.perf_counter() - started
+    command = [sys.executable, "-c", _LOAD, str(path / "base")]
+    loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    row |= {"from_pretrained_seconds": float(loaded[0]), "from_pretrained_peak_bytes": int(loaded[1])}
+    return row
+
+
+def engines_of(path: Path, quantization: str | None) -> tuple[dict[str, Engine], XLoraModel]:
+    """Engines for one request over one model."""
+    options = EngineOptions(
+        str(path),
+        dtype="auto" if quantization is None else "bfloat16",
+        quantization=quantization,  # type: ignore[arg-type]
+        max_model_len=1024,
+        max_num_seqs=1,
+        prefix_cache=False,
+        speculative_tokens=0,
+    )
+    model, checkpoint = load_checkpoint_and_model(options)
+    names = ("base", "agree", "miss")
+    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
+    for name, engine in engines.items():
+        script(engine, drafts_agree=name == "agree")
+    use_plain_base(engines["base"])
+    return engines, model
+
+
+def decoding(engines: dict[str, Engine], tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens/s of all sides in turns, and of a prompt of 512 tokens."""
+    prompt = list(range(100, 100 + _PROMPT))
+    sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
+
+    def with_scalings() -> tuple[float, list[int]]:
+        done = run_engine(engines["agree"], [prompt], tokens, {"return_scalings": "full"})
+        return done.decode_tokens_per_second, done.tokens["0"]
+
+    for side in sides.values():
+        side()  # warms up
+    rates, _ = take_turns({**sides, "scalings": with_scalings}, repeats)
+    long = [100 + number % 300 for number in range(_PREFILL)]
+    prefill = {name: run_engine(engines[name], [long], 1).first_token_seconds for name in ("agree", "base")}
+    return {
+        **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
+        "agree_over_base": rates["agree"] / rates["base"],
+        "miss_over_base": rates["miss"] / rates["base"],
+        "scalings_over_agree": rates["scalings"] / rates["agree"],
+        "prefill_seconds": prefill["agree"],
+        "base_prefill_seconds": prefill["base"],
+    }
+
+
+def byte_limits(model: XLoraModel) -> dict[str, float]:
+    """X-LoRA over the base if reading weights is all that a step costs."""
+    sizes = weight_bytes(model)
+    embedding: Any = model.decoder.get_input_embeddings()  # type: ignore[operator]
+    looked_up = embedding.weight.nbytes if not isinstance(embedding, AdaptedModule) else 0
+    base, experts = sizes.base - looked_up, sizes.experts
+    return {"agree_limit": base / (base + experts), "miss_limit": base / (2 * base + experts)}
+
+
+@torch.inference_mode()
+def transformers_side(base: Path, tokens: int, repeats: int) -> dict[str, Any]:
+    """generate with a static cache, and one forward over a prompt."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
+    prompt = torch.arange(100, 100 + _PROMPT)[None]
+    settings: dict[str, Any] = {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    rates = []
+    for _ in range(repeats + 1):
+        seconds = []
+        for count in (1, tokens):
+            config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, pad_token_id=0, **settings)
+            started = time.perf_counter()
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            seconds.append(time.perf_counter() - started)
+        rates.append((tokens - 1) / (seconds[1] - seconds[0]))
+    long = torch.tensor([[100 + number % 300 for number in range(_PREFILL)]])
+    started = time.perf_counter()
+    model(input_ids=long, use_cache=True, logits_to_keep=1)
+    return {
+        "transformers_tokens_per_second": median(rates[1:]),  # the first warms up
+        "transformers_prefill_seconds": time.perf_counter() - started,
+    }
+
+
+def bars_of(row: dict[str, Any]) -> list[Bar]:
+    """What a run on a machine with nothing else to do must show."""
+    bound = max(row["read_seconds"], row["sha256_seconds"])
+    stays = row["plan_bytes"]
+    ready = row["ready_seconds"] / (1.3 * bound + 8)
+    bars = [
+        Bar("ready, over 1.3 times the longer of a read and a hash, + 8 s", "<=", 1.0, ready),
+        Bar("peak over what check --plan says stays", "<=", 1.1, row["peak_bytes_after"] / stays),
+    ]
+    if "transformers_tokens_per_second" in row:
+        for name in ("agree", "miss"):
+            share = row[f"{name}_over_base"] / row[f"{name}_limit"]
+            bars.append(Bar(f"X-LoRA over base, drafts {name}, over the limit of bytes", ">=", 0.95, share))
+        over = row["agree_tokens_per_second"] / row["transformers_tokens_per_second"]
+        bars.append(Bar("X-LoRA over transformers' plain base", ">=", 1.0, over))
+    return bars
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--work", type=Path, default=None, help="where the bundle is made; default: a temporary folder")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--scale", type=int, default=1, help="divides all widths")
+    parser.add_argument(
+        "--bundle", type=Path, help="where the bundle is, or is made and kept; default: a temporary one"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantization", choices=["int8", "int4"])
     parser.add_argument("flags", nargs="*", help="flags of serve, after --")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as work:
-        path = Path(work) / "bundle"
-        files = make(path, args.layers)
-        row = {"layers": args.layers, "files_bytes": files} | serve(path, args.flags)
-    row["peak_over_files"] = row["peak_bytes"] / files
-    print_row(row)
-    emit({"benchmark": "real_size", "flags": args.flags, "rows": [row]})
+    flags = [*args.flags, *(["--quantization", args.quantization] if args.quantization else [])]
+    with tempfile.TemporaryDirectory() as work:
+        path = args.bundle or Path(work) / "bundle"
+        if not path.exists():
+            make(path, args.layers, args.scale)
+        options = EngineOptions(str(path), quantization=args.quantization)
+        plan = plan_for(read_checkpoint(options), options, None)
+        stays = plan.weights.total + plan.pool_bytes + PROCESS_BYTES
+        row = {"layers": args.layers, "dtype": plan.dtype, "max_model_len": plan.max_model_len, "plan_bytes": stays}
+        row |= loading(path, flags)
+        print_row(row)
+        engines, model = engines_of(path, args.quantization)
+        use_threads(args.threads)
+        row |= decoding(engines, args.tokens, args.repeats) | byte_limits(model)
+        del engines, model
+        gc.collect()
+        if args.quantization is None:
+            row |= transformers_side(path / "base", args.tokens, args.repeats)
+        print_row(row)
+    emit({"benchmark": "real_size", "flags": flags, "threads": args.threads, "rows": [row]}, bars_of(row))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 TextList = Annotated[list[str], NoDecode, BeforeValidator(split_list)]
 Origins = Annotated[list[str], NoDecode, BeforeValidator(parse_origins)]
 PositiveInt = Annotated[int, Field(ge=1)]
+AutoInt = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if value == "auto" else value)]
 
 
 class Settings(BaseSettings):
@@ -113,8 +114,8 @@ class Settings(BaseSettings):
         None,
         description="int8 or int4: the base's weights in 8 or 4 bit (on a GPU by bitsandbytes); default: as --dtype",
     )
-    max_model_len: PositiveInt | None = Field(
-        None, description="longest prompt + output in tokens; default: the model's"
+    max_model_len: AutoInt = Field(
+        None, description="longest prompt + output in tokens; auto: the base's own, or the longest that fits"
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
     max_num_batched_tokens: PositiveInt | None = Field(

@@ -313,7 +313,7 @@ def test_modules_of_commands_have_a_run() -> None:
 def test_check_prints_a_memory_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "model_store/demo", "--plan", "--gpu-memory", "1GiB", "--max-num-seqs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "memory       cuda, bfloat16, 1.00 GiB" in lines
+    assert "memory       cuda, bfloat16; the GPU has 1.00 GiB" in lines
     assert lines[-1].endswith("2 requests of 8,192 tokens at once (--max-num-seqs 2)")
 
 
@@ -325,7 +325,7 @@ def test_check_prints_a_memory_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--plan", "--gpu-memory", "1GiB", "--device", "cpu"], "error: --gpu-memory with --device cpu"),
         (["--gpu-memory", "1GiB"], "error: --gpu-memory with no --plan"),
         (["--verify", "--quantization", "int8"], "error: --quantization with no --plan"),
-        (["--plan", "--kv-memory", "1MiB"], "error: one request of 8192 tokens needs"),
+        (["--plan", "--kv-memory", "1MiB"], "error: one request of 1024 tokens needs"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

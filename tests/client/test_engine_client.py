@@ -66,6 +66,17 @@ async def collect(client: EngineClient, wanted: Request) -> list[int]:
         return [token.id async for output in outputs for token in output.tokens]
 
 
+def test_a_hash_that_comes_later_is_part_of_the_info(bundle: Path) -> None:
+    async def test(client: EngineClient) -> None:
+        while client.info.weights_sha256 is None:
+            assert client.info.fingerprint == "1" * 64
+            await asyncio.sleep(0.01)
+        assert client.info.weights_sha256 == "2" * 64
+        assert await collect(client, request("r", 3))
+
+    with_engine(bundle, test, "tests.support.fake_engine:load_unidentified_engine")
+
+
 def test_tokens_arrive_in_order_for_many_requests_at_once(bundle: Path) -> None:
     reply = build_tokenizer().encode("The answer is 42").ids
     steps: list[StepStats] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_an_answer(http: TestClient, path: str) -> None:
     assert (answer["xlora"]["seed"], answer["model"]) == (7, "fake")
     assert answer["xlora"]["forward_passes"] > 0
     assert "xlora" not in answer["choices"][0]
+    assert answer["system_fingerprint"] == "fp_" + "0" * 12
+
+
+def test_weights_that_are_not_hashed_yet_have_a_fingerprint_too(http: TestClient, client: ThreadClient) -> None:
+    """Of what is known without reading them."""
+    assert client._info is not None
+    client._info = replace(client._info, weights_sha256=None)
+    assert post(http, "/v1/completions", max_tokens=1)["system_fingerprint"] == "fp_" + "1" * 12
+    assert http.get("/info").json()["weights_sha256"] is None
 
 
 @pytest.mark.parametrize("path", ROUTES)
