@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantisation [--model DIR] [--examples 40] [--dtype float32]
 
-Needs the extra `quantization`. Perplexity is that of answers given their prompts, through the real pass; scalings drift
+What a CPU does is measured. Perplexity is that of answers given their prompts, through the real pass; scalings drift
 is the mean and the largest absolute difference to fp32 over all positions. `ratio` is int4's perplexity over fp32's.
 """
 
@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import DEMO, emit, print_row
 from service.checkpoint import load_checkpoint
+from service.engine.memory_plan import weight_bytes
 from service.model.loading.passes import load_model
 from service.model.xlora_model import XLoraModel
 from tests.support.tiny import CPU, run_once
@@ -33,16 +34,6 @@ def texts(model: Path, count: int) -> list[tuple[list[int], list[int]]]:
     prompts = [tokenizer.encode(example["prompt"]).ids for example in examples]
     answers = [tokenizer.encode(example["answer"] + "\n", add_special_tokens=False).ids for example in examples]
     return list(zip(prompts, answers, strict=True))
-
-
-def weight_bytes(model: XLoraModel) -> int:
-    """Every distinct tensor of the model: base, experts, embeddings, head."""
-    tensors = [*model.causal_lm.parameters(), *model.causal_lm.buffers()]
-    sizes = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    scales = sum(
-        module.bytes - module.packed.nbytes for module in model.causal_lm.modules() if hasattr(module, "packed")
-    )
-    return sum(sizes.values()) + scales
 
 
 def measure(model: XLoraModel, pairs: list[tuple[list[int], list[int]]]) -> tuple[float, Tensor]:
@@ -79,7 +70,7 @@ def main() -> None:
             "scalings_drift_mean": float(drift.mean()),
             "scalings_drift_max": float(drift.max()),
             "same_leading_expert": float((scalings.mean(1).argmax(-1) == reference.mean(1).argmax(-1)).float().mean()),
-            "weight_bytes": weight_bytes(model),
+            "weight_bytes": weight_bytes(model).total,
         }
         results.append(row)
         print_row(row)
