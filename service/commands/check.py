@@ -1,7 +1,7 @@
 """xlora-serve check DIR: a summary of a checkpoint, or everything that is wrong with it, one defect a line.
 
-With --verify the model is loaded as well, and compared with a plain computation. With --plan it is not loaded: what it
-would take of the memory is printed.
+With --verify the model is loaded as well, and compared with PEFT's own, or a plain computation where PEFT cannot do it.
+With --plan it is not loaded: what it would take of the memory is printed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
     """Raises SettingsError for flags that nothing would look at."""
     if not arguments.plan:
         for name in ("gpu_memory", *PLAN_FLAGS):
-            if getattr(arguments, name) is not None:
+            if getattr(arguments, name) is not None and not (name == "quantization" and arguments.verify):
                 raise SettingsError(f"--{name.replace('_', '-')} with no --plan", hint="it is for check DIR --plan")
     elif arguments.gpu_memory is not None and settings.device == "cpu":
         raise SettingsError("--gpu-memory with --device cpu", hint="it is for check DIR --plan on a GPU")
@@ -104,12 +104,25 @@ def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     sizing, verification = map(importlib.import_module, ("service.engine.sizing", "service.tools.verify"))
     device = sizing.resolve_device(settings.device)
     dtype = sizing.resolve_dtype(settings.dtype, checkpoint, device)
+    options = EngineOptions(
+        directory,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        quantization=settings.quantization,
+    )
     with Console(stderr=True).status("loading") as status:
-        options = verification.verify_options(directory)
-        found = verification.verify(checkpoint, options, device, dtype, status.update)
+        found = verification.verify(checkpoint, verification.verify_options(options), status.update)
     judged = str(dtype) == "torch.float32"
     verdict = "exact" if found.is_exact else "NOT exact" if judged else "not judged in half precision"
-    differences = f"scalings {found.scalings:.1e}, logprobs {found.logprobs:.1e}, other tokens {found.other_tokens}"
-    sys.stdout.write(f"parity       {found.tokens} greedy tokens on {device}, {dtype}: largest difference\n")
-    sys.stdout.write(f"             {differences}: {verdict}\n")
+    because = f", because {found.reason}" if found.reason else ""
+    kind = f"{dtype}" if settings.quantization is None else f"{settings.quantization}, {dtype}"
+    ties = found.tokens - found.equal_tokens - found.other_tokens
+    tokens = f"{found.equal_tokens} the same, {ties} near ties, {found.other_tokens} others"
+    lines = (
+        f"parity       with {found.source}{because}",
+        f"             {found.tokens} greedy tokens on {device}, {kind}: {tokens}",
+        f"             largest difference of logits {found.logits:.1e}, of scalings {found.scalings:.1e}: {verdict}",
+    )
+    sys.stdout.writelines(f"{line}\n" for line in lines)
     return 1 if judged and not found.is_exact else 0

@@ -109,4 +109,4 @@ def test_a_text_may_be_four_times_as_long(scaled: Tiny) -> None:
         choice = run(engine, [Request(str(length), prompt, sampling)])[str(length)]
         assert choice.tokens == scaled.oracle.greedy(prompt, 8)[0]
     with pytest.raises(SettingsError, match="--max-model-len 257 is over the 256 tokens"):
-        divide_memory(engine._runner.model, EngineOptions("", max_model_len=257), CPU, None)  # type: ignore[attr-defined]
+        divide_memory(engine.runner.model, EngineOptions("", max_model_len=257), CPU, None)  # type: ignore[attr-defined]

@@ -1,0 +1,141 @@
+"""What a loaded model is compared with: PEFT's own XLoraModel wherever PEFT can load the same files and memory allows,
+else the plain two-pass computation, and why.
+
+Knows what PEFT cannot load; how its model is put together is peft_model.py's.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from service.checkpoint import Checkpoint
+from service.checkpoint.defects import one_line
+from service.checkpoint.weights.lora import WEIGHTS_FILE
+from service.checkpoint.weights.tensors import read_header
+from service.model.loading.quantised import Quantization
+from service.tools.peft_model import PeftXLora
+from service.tools.two_pass import TwoPassModel, load_causal_lm
+
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+_GIB = 1 << 30
+_MAX_REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The numbers of a text that a model is compared with, and whose they are."""
+
+    logits: Tensor  # [T, V]
+    scalings: Tensor  # [T, S, E], after softmax and top-k
+    source: str
+    reason: str | None  # why they are not PEFT's
+
+
+def compute_expected(
+    checkpoint: Checkpoint,
+    tokens: Sequence[int],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> Expected:
+    """The whole text, twice, without caches: by PEFT where that can be, else plainly."""
+    reason = find_obstacle(checkpoint, device, dtype, quantization)
+    if reason is None:
+        on_progress("computing the same text with PEFT")
+        try:
+            return Expected(*_with_peft(checkpoint, tokens, device, dtype), f"{_peft()}'s own XLoraModel", None)
+        except Exception as error:  # PEFT and transformers have no common one for what they cannot do
+            reason = f"{_peft()} cannot compute it: {_told(error)}"
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    on_progress("computing the same text without caches, twice")
+    plain = TwoPassModel(checkpoint, device=device, dtype=dtype, quantization=quantization)
+    return Expected(*plain.forward(tokens), "the plain two-pass computation", reason)
+
+
+def find_obstacle(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> str | None:
+    """Why PEFT cannot compute the same, as far as it is known without trying."""
+    if quantization is not None:
+        return f"PEFT has no base in {quantization} as it is served"
+    if checkpoint.xlora.xlora_depth > 1 and not checkpoint.xlora.enable_relu_and_dropout:
+        return "PEFT's classifier has ReLU between its layers, and this one has none"
+    for expert in checkpoint.experts:
+        for name in read_header(expert.folder / WEIGHTS_FILE).tensors:
+            if not _finds(name):
+                return f"PEFT's X-LoRA finds no place for the tensor {name!r} of expert {expert.name!r}"
+    needed, free = _peft_bytes(checkpoint, dtype), _free_bytes(device)
+    if needed > free:
+        return f"PEFT would take {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} GiB are free"
+    return None
+
+
+def _with_peft(
+    checkpoint: Checkpoint, tokens: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Logits and scalings; PEFT reads the experts' files itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's own making, about names that transformers is to give up
+        model = PeftXLora(
+            load_causal_lm(checkpoint.base_path, dtype).to(device),
+            [expert.folder for expert in checkpoint.experts],
+            checkpoint.xlora.to_dict(),
+            checkpoint.classifier.layers,
+            checkpoint.sites,
+        )
+        return model.forward(tokens)
+
+
+def _finds(name: str) -> bool:
+    """Whether PEFT's X-LoRA finds a tensor's module: it takes parts off the front of the name until `model.` is left
+    (for ever, where that never comes) and takes every module to lie in the causal LM's `model`.
+    """
+    before, rest = "", name
+    while "." in rest and (not rest.startswith("model.") or rest.startswith("model.model.")):
+        before, _, rest = rest.partition(".")
+    return before == "model" and rest.startswith("model.")
+
+
+def _peft_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What PEFT's model takes: the base, and the experts in float32, one of them twice while it is read."""
+    base = sum(math.prod(info.shape) for file in checkpoint.base_files for info in file.tensors.values())
+    experts = [sum(w.a.numel() + w.b.numel() for w in one.weights.values()) for one in checkpoint.experts]
+    return base * dtype.itemsize + 4 * (sum(experts) + max(experts))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What the kernel, and the container's limit, would still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    free = 1024 * int(lines["MemAvailable"].split()[0])
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
+        return free if limit == "max" else min(free, int(limit) - int(used) + int(cached))
+    except (OSError, KeyError, ValueError):
+        return free  # no container, or an older kernel
+
+
+def _told(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:_MAX_REASON_CHARACTERS]
+
+
+def _peft() -> str:
+    try:
+        return f"PEFT {version('peft')}"
+    except PackageNotFoundError:
+        return "PEFT"
