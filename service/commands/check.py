@@ -115,12 +115,12 @@ def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
         found = verification.verify(checkpoint, verification.verify_options(options), status.update)
     judged = str(dtype) == "torch.float32"
     verdict = "exact" if found.is_exact else "NOT exact" if judged else "not judged in half precision"
-    because = f", because {found.reason}" if found.reason else ""
+    note = f", {found.note}" if found.note else ""
     kind = f"{dtype}" if settings.quantization is None else f"{settings.quantization}, {dtype}"
     ties = found.tokens - found.equal_tokens - found.other_tokens
     tokens = f"{found.equal_tokens} the same, {ties} near ties, {found.other_tokens} others"
     lines = (
-        f"parity       with {found.source}{because}",
+        f"parity       with {found.source}{note}",
         f"             {found.tokens} greedy tokens on {device}, {kind}: {tokens}",
         f"             largest difference of logits {found.logits:.1e}, of scalings {found.scalings:.1e}: {verdict}",
     )

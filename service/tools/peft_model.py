@@ -1,20 +1,26 @@
-"""PEFT's own XLoraModel, built in memory from adapters on disk, for PEFT's save and load of X-LoRA lose tensors.
+"""PEFT's own XLoraModel, built in memory from adapters, for PEFT's save and load of X-LoRA lose tensors.
 
-Knows PEFT's classes, and neither our checkpoints nor what PEFT cannot load (reference.py). PEFT is imported when a
+Knows PEFT's classes, neither our checkpoints nor what PEFT cannot do (reference.py). PEFT is imported when a
 model is built: nothing that serves needs it.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
+
 Layers = Sequence[tuple[Tensor, Tensor | None]]
+Weights = Mapping[str, tuple[Tensor, Tensor]]  # of one adapter, by site: A, B
 # Fields of its XLoraConfig: the rest is names and bookkeeping.
 _FIELDS = (
     *("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "softmax_temperature", "top_k_lora"),
@@ -31,23 +37,24 @@ class PeftXLora:
         adapters: Sequence[Path],
         config: Mapping[str, Any],
         layers: Layers,
+        *,
         sites: Sequence[str] | None = None,
+        weights: Sequence[Weights] | None = None,
     ) -> None:
         """`adapters` are folders in class order, `config` XLoraConfig's fields by name, `layers` the classifier's
-        (weight, bias) pairs. `sites` is the order of its rows and of the scalings, None for PEFT's own.
+        (weight, bias) pairs. `sites` is the order of its rows and of the scalings, None for PEFT's own. With `weights`
+        PEFT reads the adapters' configurations alone.
 
-        Raises ValueError where PEFT adapts other modules than `sites`, and whatever PEFT raises for what it cannot do.
+        Raises ValueError where PEFT adapts other modules than those, and whatever PEFT raises for what it cannot do.
         """
-        from peft import XLoraConfig, get_peft_model
-
         base.config.use_cache = False  # PEFT insists
-        places = {str(number): str(folder) for number, folder in enumerate(adapters)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            own = XLoraConfig(task_type="CAUSAL_LM", hidden_size=config["hidden_size"], adapters=places)
-            self.model: Any = get_peft_model(base, own).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            places = adapters if weights is None else _without_weights(adapters, Path(folder))
+            self.model: Any = _build(base, places, config["hidden_size"])
         self.xlora: Any = self.model.base_model
         found = _numbered_layers(base)
+        for number, tensors in enumerate(weights or ()):
+            _fill(found, str(number), tensors)
         self.sites = list(found if sites is None else sites)
         if set(self.sites) != set(found):
             odd = sorted(set(self.sites) ^ set(found))
@@ -102,6 +109,44 @@ class PeftXLora:
         """Rows [S * E, ...] of the classifier's last layer, in the order in which PEFT has numbered its layers."""
         order = torch.tensor([layer.layer_number for layer in self.layers]).argsort()
         return rows.view(len(order), -1, *rows.shape[1:])[order].flatten(0, 1)
+
+
+def _build(base: Any, adapters: Sequence[Path], hidden_size: int) -> Any:
+    from peft import XLoraConfig, get_peft_model
+
+    places = {str(number): str(folder) for number, folder in enumerate(adapters)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=hidden_size, adapters=places)
+        return get_peft_model(base, config).eval()
+
+
+def _without_weights(adapters: Sequence[Path], folder: Path) -> list[Path]:
+    """The same adapters with files that hold no tensors: PEFT then makes its layers, and fills none."""
+    copies = [folder / str(number) for number in range(len(adapters))]
+    for adapter, copy in zip(adapters, copies, strict=True):
+        copy.mkdir()
+        shutil.copyfile(adapter / CONFIG_FILE, copy / CONFIG_FILE)
+        save_file({}, copy / WEIGHTS_FILE)
+    return copies
+
+
+@torch.no_grad()
+def _fill(layers: Mapping[str, Any], adapter: str, tensors: Weights) -> None:
+    """Copies one adapter's A and B into PEFT's layers."""
+    targets = {site: layer.target for site, layer in layers.items()}
+    own = {site for site, one in targets.items() if adapter in one.lora_A or adapter in one.lora_embedding_A}
+    if own != set(tensors):
+        odd = sorted(own ^ set(tensors))
+        raise ValueError(f"it adapts {len(own)} modules and not {len(tensors)}: {', '.join(odd[:3])}")
+    for site, (a, b) in tensors.items():
+        target = targets[site]
+        if adapter in target.lora_A:
+            target.lora_A[adapter].weight.copy_(a)
+            target.lora_B[adapter].weight.copy_(b)
+        else:
+            target.lora_embedding_A[adapter].copy_(a)
+            target.lora_embedding_B[adapter].copy_(b)
 
 
 def _numbered_layers(base: nn.Module) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a loaded model is compared with: PEFT's own XLoraModel wherever PEFT can load the same files and memory allows,
+"""What a loaded model is compared with: PEFT's own XLoraModel wherever PEFT can compute the same and memory allows,
 else the plain two-pass computation, and why.
 
-Knows what PEFT cannot load; how its model is put together is peft_model.py's.
+Knows what PEFT cannot do; how its model is put together is peft_model.py's.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Expected:
     logits: Tensor  # [T, V]
     scalings: Tensor  # [T, S, E], after softmax and top-k
     source: str
-    reason: str | None  # why they are not PEFT's
+    note: str | None = None  # why they are not PEFT's, or not all of PEFT's making
 
 
 def compute_expected(
@@ -54,7 +54,7 @@ def compute_expected(
     if reason is None:
         on_progress("computing the same text with PEFT")
         try:
-            return Expected(*_with_peft(checkpoint, tokens, device, dtype), f"{_peft()}'s own XLoraModel", None)
+            return _by_peft(checkpoint, tokens, device, dtype)
         except Exception as error:  # PEFT and transformers have no common one for what they cannot do
             reason = f"{_peft()} cannot compute it: {_told(error)}"
         gc.collect()
@@ -62,7 +62,7 @@ def compute_expected(
             torch.cuda.empty_cache()
     on_progress("computing the same text without caches, twice")
     plain = TwoPassModel(checkpoint, device=device, dtype=dtype, quantization=quantization)
-    return Expected(*plain.forward(tokens), "the plain two-pass computation", reason)
+    return Expected(*plain.forward(tokens), "the plain two-pass computation", f"because {reason}")
 
 
 def find_obstacle(
@@ -73,20 +73,18 @@ def find_obstacle(
         return f"PEFT has no base in {quantization} as it is served"
     if checkpoint.xlora.xlora_depth > 1 and not checkpoint.xlora.enable_relu_and_dropout:
         return "PEFT's classifier has ReLU between its layers, and this one has none"
-    for expert in checkpoint.experts:
-        for name in read_header(expert.folder / WEIGHTS_FILE).tensors:
-            if not _finds(name):
-                return f"PEFT's X-LoRA finds no place for the tensor {name!r} of expert {expert.name!r}"
     needed, free = _peft_bytes(checkpoint, dtype), _free_bytes(device)
     if needed > free:
         return f"PEFT would take {needed / _GIB:.1f} GiB of memory, and {free / _GIB:.1f} GiB are free"
     return None
 
 
-def _with_peft(
-    checkpoint: Checkpoint, tokens: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Logits and scalings; PEFT reads the experts' files itself."""
+def _by_peft(checkpoint: Checkpoint, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> Expected:
+    """PEFT reads the experts' files itself, unless it would be lost among their tensors."""
+    note, weights = None, None
+    if lost := _find_lost(checkpoint):
+        note = f"which was given the experts' tensors because its loader finds no place for {lost}"
+        weights = [{site: (own.a, own.b) for site, own in one.weights.items()} for one in checkpoint.experts]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's own making, about names that transformers is to give up
         model = PeftXLora(
@@ -94,19 +92,26 @@ def _with_peft(
             [expert.folder for expert in checkpoint.experts],
             checkpoint.xlora.to_dict(),
             checkpoint.classifier.layers,
-            checkpoint.sites,
+            sites=checkpoint.sites,
+            weights=weights,
         )
-        return model.forward(tokens)
+        return Expected(*model.forward(tokens), f"{_peft()}'s own XLoraModel", note)
 
 
-def _finds(name: str) -> bool:
-    """Whether PEFT's X-LoRA finds a tensor's module: it takes parts off the front of the name until `model.` is left
-    (for ever, where that never comes) and takes every module to lie in the causal LM's `model`.
+def _find_lost(checkpoint: Checkpoint) -> str | None:
+    """A tensor of the experts' files that PEFT's X-LoRA does not find a module for.
+
+    It takes parts off the front of a name until `model.` is left (for ever, where that never comes), and takes every
+    module to lie in the causal LM's `model`.
     """
-    before, rest = "", name
-    while "." in rest and (not rest.startswith("model.") or rest.startswith("model.model.")):
-        before, _, rest = rest.partition(".")
-    return before == "model" and rest.startswith("model.")
+    for expert in checkpoint.experts:
+        for name in read_header(expert.folder / WEIGHTS_FILE).tensors:
+            before, rest = "", name
+            while "." in rest and (not rest.startswith("model.") or rest.startswith("model.model.")):
+                before, _, rest = rest.partition(".")
+            if before != "model" or not rest.startswith("model."):
+                return f"{name!r} of expert {expert.name!r}"
+    return None
 
 
 def _peft_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

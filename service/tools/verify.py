@@ -36,7 +36,7 @@ class Parity:
     """Largest absolute differences between the engine and what it is compared with."""
 
     source: str  # of the numbers that it is compared with
-    reason: str | None  # why they are not PEFT's
+    note: str | None  # why they are not PEFT's, or not all of PEFT's making
     tokens: int  # generated
     equal_tokens: int  # that are the other side's best as well
     other_tokens: int  # that it would clearly not have chosen; the rest are near ties
@@ -92,7 +92,7 @@ def _compare(found: _Generated, expected: Expected) -> Parity:
     behind = rows.amax(-1) - rows.gather(1, chosen[:, None])[:, 0]
     return Parity(
         source=expected.source,
-        reason=expected.reason,
+        note=expected.note,
         tokens=len(found.tokens),
         equal_tokens=int((rows.argmax(-1) == chosen).sum()),
         other_tokens=int((behind > NEAR_TIE).sum()),
