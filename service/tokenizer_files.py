@@ -80,6 +80,9 @@ class TokenizerFiles:
         """What transformers would make of the fields of tokenizer_config.json, and is not made here."""
         if self.kind is not None and self.kind not in CLASSES:
             yield f"tokenizer_class: {self.kind!r:.80} is not known here: {TOKENIZER_FILE} is taken as it is"
+        versions = self.config.get("fast_tokenizer_files")
+        if versions and versions != [TOKENIZER_FILE]:
+            yield f"fast_tokenizer_files: {versions!r:.80}: {TOKENIZER_FILE} is read, whichever version they are for"
         field = "clean_up_tokenization_spaces"
         if self.config.get(field) and (self.config.get(f"{field}{_EVEN_FOR_BPE}") or not _is_bpe(tokenizer)):
             yield f"{field}: {self.config[field]!r:.80} is not applied: texts are streamed as their tokens decode"

@@ -70,14 +70,16 @@ def test_classes_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", ["XGLMTokenizer", "CodeLlamaTokenizerFast"])
-def test_a_class_that_is_not_known_here_is_a_warning(tmp_path: Path, name: str) -> None:
-    """Its tokenizer.json is taken as it is, where transformers may build another one."""
+def test_what_is_not_followed_is_a_warning(tmp_path: Path, name: str) -> None:
+    """tokenizer.json is taken as it is, where transformers may build another one or read another file."""
     bundle = make_bundle(tmp_path / "tiny", experts=["a"])
     set_json("base/tokenizer_config.json", tokenizer_class=name)(bundle)
     expected = f"tokenizer_class: '{name.removesuffix('Fast')}' is not known here: tokenizer.json is taken as it is"
     assert [line for line in load_checkpoint(bundle).warnings if expected in line]
     set_json("base/tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")(bundle)
     assert load_checkpoint(bundle).warnings == ()
+    set_json("base/tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json", "tokenizer.json"])(bundle)
+    assert "fast_tokenizer_files: ['tokenizer.4.0.0.json'" in load_checkpoint(bundle).warnings[0]
 
 
 @pytest.mark.parametrize(
