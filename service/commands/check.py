@@ -58,8 +58,12 @@ def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
     """Raises SettingsError for flags that nothing would look at."""
     if not arguments.plan:
         for name in ("gpu_memory", *PLAN_FLAGS):
-            if getattr(arguments, name) is not None and not (name == "quantization" and arguments.verify):
-                raise SettingsError(f"--{name.replace('_', '-')} with no --plan", hint="it is for check DIR --plan")
+            flag = f"--{name.replace('_', '-')}"
+            if getattr(arguments, name) is None or (name == "quantization" and arguments.verify):
+                continue
+            if name == "quantization":
+                raise SettingsError(f"{flag} with neither --plan nor --verify", hint="it says how they load the model")
+            raise SettingsError(f"{flag} with no --plan", hint="it is for check DIR --plan")
     elif arguments.gpu_memory is not None and settings.device == "cpu":
         raise SettingsError("--gpu-memory with --device cpu", hint="it is for check DIR --plan on a GPU")
     elif settings.tensor_parallel > 1:
