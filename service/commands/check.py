@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -105,16 +106,11 @@ def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes:
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     """Prints the largest differences; 1 where they are more than rounding."""
-    sizing, verification = map(importlib.import_module, ("service.engine.sizing", "service.tools.verify"))
+    modules = ("service.engine.sizing", "service.api.state", "service.tools.verify")
+    sizing, state, verification = map(importlib.import_module, modules)
     device = sizing.resolve_device(settings.device)
     dtype = sizing.resolve_dtype(settings.dtype, checkpoint, device)
-    options = EngineOptions(
-        directory,
-        device=settings.device,
-        dtype=settings.dtype,
-        threads=settings.threads,
-        quantization=settings.quantization,
-    )
+    options = replace(state.engine_options(settings), model=directory)
     with Console(stderr=True).status("loading") as status:
         found = verification.verify(checkpoint, verification.verify_options(options), status.update)
     judged = str(dtype) == "torch.float32"

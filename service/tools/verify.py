@@ -143,6 +143,12 @@ class _Record:
 
 
 def verify_options(options: EngineOptions) -> EngineOptions:
-    """`options` of a small engine: one request, prefill in chunks, lookahead on."""
-    length = PROMPT_TOKENS + NEW_TOKENS
-    return replace(options, max_model_len=length, max_num_seqs=1, max_num_batched_tokens=CHUNK_ROWS, block_size=4)
+    """`options` of a small engine in this process: one request, prefill in chunks."""
+    return replace(
+        options,
+        max_model_len=PROMPT_TOKENS + NEW_TOKENS,
+        max_num_seqs=1,
+        max_num_batched_tokens=CHUNK_ROWS,
+        block_size=4,
+        tensor_parallel=1,
+    )
