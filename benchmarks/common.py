@@ -77,7 +77,7 @@ def build(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> 
     """
     engine = build_engine(model, checkpoint, options, wait_for_native=True)
     asked = uses_native(options, model.device, model.dtype)
-    if asked and not isinstance(engine._runner.step, NativeStep):
+    if asked and not isinstance(engine.runner.step, NativeStep):
         raise RuntimeError("there are no native kernels for it")
     return engine
 
@@ -87,7 +87,7 @@ def build_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOpti
     first = build(model, checkpoint, options)
     others = [build_engine(model, checkpoint, replace(options, native_kernels=False)) for _ in range(count - 1)]
     for engine in others:
-        engine._runner.step = first._runner.step
+        engine.runner.step = first.runner.step
     return [first, *others]
 
 

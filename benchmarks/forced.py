@@ -60,7 +60,7 @@ def _no_scalings(batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
 
 def use_plain_base(engine: Engine) -> None:
     """Makes `engine` run the plain base."""
-    runner = engine._runner
+    runner = engine.runner
     runner.model = plain = PlainBase(runner.model)
     runner.step = PlainNative(plain, runner.step._decoder) if isinstance(runner.step, NativeStep) else plain
 
@@ -89,4 +89,4 @@ class ScriptedRunner(ModelRunner):
 
 def script(engine: Engine, *, drafts_agree: bool) -> None:
     """Makes `engine` write by script, with drafts that always agree or always miss."""
-    engine._runner = ScriptedRunner(engine._runner, drafts_agree=drafts_agree)
+    engine.runner = ScriptedRunner(engine.runner, drafts_agree=drafts_agree)

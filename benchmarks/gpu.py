@@ -87,25 +87,25 @@ class Bench:
         )
         rows = 2 * most
         self.engine = build_engine(self.model, self.checkpoint, options)
-        cache = self.engine._runner.kv_cache
+        cache = self.engine.runner.kv_cache
         self.captured = captured_steps(self.model, cache, rows, self.context)
         # Its budget counts the scaling rows it drops: twice the budget is as many rows in a step.
         doubled = replace(options, max_num_batched_tokens=2 * self.engine.info.max_num_batched_tokens)
         self.base_engine = build_engine(self.model, self.checkpoint, doubled)
         self.plain = PlainBase(self.model)
-        base_cache = self.base_engine._runner.kv_cache
+        base_cache = self.base_engine.runner.kv_cache
         self.base_captured = captured_steps(self.plain, base_cache, rows, self.context)
 
     def xlora(self, agreement: float, *, graphs: bool = True) -> Engine:
         """The engine with drafts forced to agree that often."""
         step = self.captured if graphs else self.model
-        self.engine._runner.step = ForcedTokens(step, self.shape, self.device, agreement)
+        self.engine.runner.step = ForcedTokens(step, self.shape, self.device, agreement)
         return self.engine
 
     def base(self, *, graphs: bool = True) -> Engine:
         """The engine of the plain base."""
         step = RealRowsOnly(self.base_captured if graphs else self.plain, self.shape.vocabulary)
-        self.base_engine._runner.step = ForcedTokens(step, self.shape, self.device, 1.0)
+        self.base_engine.runner.step = ForcedTokens(step, self.shape, self.device, 1.0)
         return self.base_engine
 
     def synchronize(self) -> None:
@@ -156,7 +156,7 @@ class Bench:
                 ("xlora, draft", self.engine, self.captured, 2 * requests),
             ]
             for name, engine, steps, rows in sides:
-                cache = engine._runner.kv_cache
+                cache = engine.runner.kv_cache
                 batch = idle_batch(cache, rows, position=_PROMPT)
                 seconds = self.seconds(lambda steps=steps, batch=batch, cache=cache: steps.forward(batch, cache), 20)
                 read = weight_bytes(self.model, with_experts=name != "base") / seconds
@@ -307,7 +307,7 @@ class Bench:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        cache = self.engine._runner.kv_cache
+        cache = self.engine.runner.kv_cache
         batch = idle_batch(cache, 2, position=_PROMPT)
         self.model.forward(batch, cache)
         with torch.profiler.profile(activities=activities) as profile:
@@ -328,7 +328,7 @@ class Bench:
 
     def parity(self) -> dict[str, Any]:
         """Logits of the same rows, captured and eager: the largest difference over the largest logit."""
-        cache = self.engine._runner.kv_cache
+        cache = self.engine.runner.kv_cache
         batch = idle_batch(cache, 3, position=_PROMPT, scaling_rows=1)
         with torch.inference_mode():
             expected = self.model.forward(batch, cache).logits.float()
@@ -339,7 +339,7 @@ class Bench:
 
     def memory(self) -> dict[str, Any]:
         """In bytes."""
-        cache = self.engine._runner.kv_cache
+        cache = self.engine.runner.kv_cache
         pools = (*cache.keys, *cache.values, cache.gate_rows)
         return {
             "peak": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,

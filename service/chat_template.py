@@ -21,6 +21,10 @@ from service.contract.errors import InvalidRequestError
 from service.tokenizer_files import TokenizerFiles
 
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER, TEMPLATE_NAME = (
+    "additional_chat_templates",
+    "default",
+)  # of several, the one that chats are written with
 MAX_SOURCE = 100_000  # characters of a template; the longest in use have 30,000, and compiling 100,000 takes seconds
 _MAX_REASON_CHARACTERS = 300
 
@@ -68,17 +72,20 @@ class ChatTemplate:
 
         Raises jinja2.TemplateError for a template that is no Jinja; loading a checkpoint has refused those before.
         """
-        file = directory / TEMPLATE_FILE
-        return cls.of(TokenizerFiles.read(directory), file.read_text("utf-8") if file.exists() else None)
+        file = template_file(directory)
+        return cls.of(TokenizerFiles.read(directory), None if file is None else file.read_text("utf-8"))
 
     @classmethod
     def of(cls, files: TokenizerFiles, text: str | None) -> ChatTemplate | None:
-        """The same from what the files hold; `text` is the template's own file, where there is one.
+        """The same from what the files hold; `text` is that of `template_file`, where there is one. Files go before the
+        field of tokenizer_config.json, also where none of them is the one for chats.
 
         Raises jinja2.TemplateError for a template that is no Jinja, ValueError for a field of another type and for a
         template that is too long.
         """
-        source = _default(files.config.get("chat_template")) if text is None else text
+        source = text
+        if text is None and not other_templates(files.folder):
+            source = _default(files.config.get("chat_template"))
         if source is None:
             return None
         if len(source) > MAX_SOURCE:
@@ -93,6 +100,17 @@ class ChatTemplate:
             )
         except Exception as error:  # a template can fail in any of Python's ways
             raise refusal(_reason(error)) from None
+
+
+def template_file(directory: Path) -> Path | None:
+    """The file of the template that chats are written with, or None."""
+    files = (directory / TEMPLATE_FOLDER / f"{TEMPLATE_NAME}.jinja", directory / TEMPLATE_FILE)
+    return next((file for file in files if file.exists()), None)
+
+
+def other_templates(directory: Path) -> list[Path]:
+    """Files of templates for something else, such as tools."""
+    return sorted(file for file in (directory / TEMPLATE_FOLDER).glob("*.jinja") if file.stem != TEMPLATE_NAME)
 
 
 def _default(templates: Any) -> str | None:

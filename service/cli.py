@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(scalings, _ENGINE_FLAGS)
     check = _command(commands, "check", "service.commands.check", "check a checkpoint on disk")
     check.add_argument("directory", metavar="DIR", help="directory or hub id")
-    check.add_argument("--verify", action="store_true", help="load it, and compare with a plain uncached computation")
+    check.add_argument("--verify", action="store_true", help="load it, and compare its numbers with those of PEFT")
     check.add_argument("--plan", action="store_true", help="print what it takes of the memory, without loading it")
     check.add_argument(
         "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"

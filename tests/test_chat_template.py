@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from jinja2 import UndefinedError
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.chat_template import ChatTemplate
 from service.contract.errors import InvalidRequestError
@@ -82,6 +82,39 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
     found = ChatTemplate.load(tmp_path)
     assert found is not None
     assert found.render(TURNS) == "file"
+
+
+TEMPLATE, FOLDER = "chat_template.jinja", "additional_chat_templates"
+
+
+@pytest.mark.parametrize(
+    ("files", "has_field"),
+    [
+        ((TEMPLATE, f"{FOLDER}/tool_use.jinja"), True),
+        ((TEMPLATE, f"{FOLDER}/default.jinja"), True),
+        ((f"{FOLDER}/default.jinja",), True),
+        ((f"{FOLDER}/default.jinja", f"{FOLDER}/rag.jinja"), False),
+        ((f"{FOLDER}/tool_use.jinja",), True),
+        ((f"{FOLDER}/tool_use.jinja",), False),
+        ((f"{FOLDER}/tool_use.json",), True),
+        ((), True),
+    ],
+)
+def test_which_of_several_templates_as_transformers_chooses(
+    tmp_path: Path, files: tuple[str, ...], has_field: bool
+) -> None:
+    build_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "field"} if has_field else {}))
+    (tmp_path / FOLDER).mkdir()
+    for name in files:
+        (tmp_path / name).write_text(name)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), ChatTemplate.load(tmp_path)
+    if ours is None:
+        with pytest.raises(ValueError, match="multiple chat templates with no default"):
+            theirs.apply_chat_template(TURNS, tokenize=False)
+    else:
+        assert ours.render(TURNS) == theirs.apply_chat_template(TURNS, tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,8 @@ def test_check_prints_a_memory_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--plan", "--gpu-memory", "2MiB"], "error: the weights need"),
         (["--plan", "--gpu-memory", "1GiB", "--device", "cpu"], "error: --gpu-memory with --device cpu"),
         (["--gpu-memory", "1GiB"], "error: --gpu-memory with no --plan"),
-        (["--verify", "--quantization", "int8"], "error: --quantization with no --plan"),
+        (["--verify", "--block-size", "8"], "error: --block-size with no --plan"),
+        (["--quantization", "int8"], "error: --quantization with neither --plan nor --verify"),
         (["--plan", "--kv-memory", "1MiB"], "error: one request of 1024 tokens needs"),
     ],
 )

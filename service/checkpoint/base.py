@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.chat_template import TEMPLATE_FILE, ChatTemplate
+from service.chat_template import TEMPLATE_FILE, TEMPLATE_NAME, ChatTemplate, other_templates, template_file
 from service.checkpoint.defects import Defects, defect, naming, shorten
 from service.checkpoint.end_of_text import read_eos_token_ids
 from service.checkpoint.weights.files import BundleRoot
@@ -45,6 +45,7 @@ REFUSED_FIELDS = {
     "fusion_config": "it changes what the modules compute",
 }
 LAYER_NUMBER = re.compile(r"(.*?)\.(\d+)\.")
+UNUSUAL_TEXT = "a\N{SNOWMAN} \U000f0000"
 FAST_TOKENIZER = "save the base with a fast tokenizer: AutoTokenizer(...).save_pretrained"
 
 
@@ -219,17 +220,23 @@ def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> tuple[s
             files = TokenizerFiles.read(folder, root.json)
         with naming(path, "no tokenizer", FAST_TOKENIZER):
             tokenizer = files.open()
+            tokenizer.encode(UNUSUAL_TEXT)  # what the vocabulary lacks shows only now
+        for problem in files.unlike_transformers(tokenizer):
+            defects.warn(folder / CONFIG_FILE, problem)
         eos = files.special_tokens.get("eos_token")
         id = None if eos is None else tokenizer.token_to_id(eos)
         named = None if eos is None or id is None else (eos, id)
     with defects.guard():
         if files is not None:
-            _check_chat_template(root, files)
+            _check_chat_template(root, files, defects)
     return named
 
 
-def _check_chat_template(root: BundleRoot, files: TokenizerFiles) -> None:
-    config_path, template_path = files.folder / CONFIG_FILE, files.folder / TEMPLATE_FILE
-    text = root.text(template_path) if template_path.exists() else None
-    with naming(config_path if text is None else template_path, "no chat template"):
+def _check_chat_template(root: BundleRoot, files: TokenizerFiles, defects: Defects) -> None:
+    path, others = template_file(files.folder), other_templates(files.folder)
+    if path is None and others:
+        expected = f"expected {TEMPLATE_FILE} or {others[0].parent.name}/{TEMPLATE_NAME}.jinja"
+        defects.warn(others[0], f"{expected} beside it, which chats are written with: there is no chat")
+    text = None if path is None else root.text(path)
+    with naming(files.folder / CONFIG_FILE if path is None else path, "no chat template"):
         ChatTemplate.of(files, text)

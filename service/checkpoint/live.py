@@ -1,6 +1,6 @@
 """A live PEFT XLoraModel -> a bundle, without going through PEFT's own save (which drops tensors since 0.20).
 
-Knows the attributes of PEFT's classes and imports none of them: the service does not depend on PEFT. What the model
+Knows the attributes of PEFT's classes and imports none of them: nothing that serves loads PEFT. What the model
 computes is what is written: weights, scales and orders are read from the modules, not from configurations.
 """
 

@@ -1,7 +1,7 @@
 """xlora-serve check DIR: a summary of a checkpoint, or everything that is wrong with it, one defect a line.
 
-With --verify the model is loaded as well, and compared with a plain computation. With --plan it is not loaded: what it
-would take of the memory is printed.
+With --verify the model is loaded as well, and compared with PEFT's own, or a plain computation where PEFT cannot do it.
+With --plan it is not loaded: what it would take of the memory is printed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -58,8 +59,12 @@ def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
     """Raises SettingsError for flags that nothing would look at."""
     if not arguments.plan:
         for name in ("gpu_memory", *PLAN_FLAGS):
-            if getattr(arguments, name) is not None:
-                raise SettingsError(f"--{name.replace('_', '-')} with no --plan", hint="it is for check DIR --plan")
+            flag = f"--{name.replace('_', '-')}"
+            if getattr(arguments, name) is None or (name == "quantization" and arguments.verify):
+                continue
+            if name == "quantization":
+                raise SettingsError(f"{flag} with neither --plan nor --verify", hint="it says how they load the model")
+            raise SettingsError(f"{flag} with no --plan", hint="it is for check DIR --plan")
     elif arguments.gpu_memory is not None and settings.device == "cpu":
         raise SettingsError("--gpu-memory with --device cpu", hint="it is for check DIR --plan on a GPU")
     elif settings.tensor_parallel > 1:
@@ -101,15 +106,19 @@ def _plan(checkpoint: Checkpoint, directory: str, settings: Settings, gpu_bytes:
 
 def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     """Prints the largest differences; 1 where they are more than rounding."""
-    sizing, verification = map(importlib.import_module, ("service.engine.sizing", "service.tools.verify"))
-    device = sizing.resolve_device(settings.device)
-    dtype = sizing.resolve_dtype(settings.dtype, checkpoint, device)
+    state, verification = map(importlib.import_module, ("service.api.state", "service.tools.verify"))
+    options = replace(state.engine_options(settings), model=directory)
     with Console(stderr=True).status("loading") as status:
-        options = verification.verify_options(directory)
-        found = verification.verify(checkpoint, options, device, dtype, status.update)
-    judged = str(dtype) == "torch.float32"
-    verdict = "exact" if found.is_exact else "NOT exact" if judged else "not judged in half precision"
-    differences = f"scalings {found.scalings:.1e}, logprobs {found.logprobs:.1e}, other tokens {found.other_tokens}"
-    sys.stdout.write(f"parity       {found.tokens} greedy tokens on {device}, {dtype}: largest difference\n")
-    sys.stdout.write(f"             {differences}: {verdict}\n")
-    return 1 if judged and not found.is_exact else 0
+        found = verification.verify(checkpoint, verification.verify_options(options), status.update)
+    verdict = "exact" if found.is_exact else "NOT exact" if found.is_judged else "not judged in half precision"
+    note = f", {found.note}" if found.note else ""
+    kind = found.dtype if settings.quantization is None else f"{settings.quantization}, {found.dtype}"
+    ties = found.tokens - found.equal_tokens - found.other_tokens
+    tokens = f"{found.equal_tokens} the same, {ties} near ties, {found.other_tokens} others"
+    lines = (
+        f"parity       with {found.source}{note}",
+        f"             {found.tokens} greedy tokens on {found.device}, {kind}: {tokens}",
+        f"             largest difference of logits {found.logits:.1e}, of scalings {found.scalings:.1e}: {verdict}",
+    )
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 1 if found.is_judged and not found.is_exact else 0

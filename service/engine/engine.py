@@ -47,7 +47,7 @@ class Engine:
     ) -> None:
         self.info = info
         self._weight_files = weight_files
-        self._runner = runner
+        self.runner = runner
         self._reporter = reporter
         self._scheduler = scheduler
         self._eos: Collection[int] = frozenset(info.eos_token_ids)
@@ -90,7 +90,7 @@ class Engine:
         """The gate of the requests that are added from now on; the settings have been checked. Others keep theirs."""
         stored = stored_settings(self.info.xlora_config)
         weight = weight_ratio(settings, stored)
-        self._gate = AdmittedGate(self._runner.dummy_row(settings, weight), weight)
+        self._gate = AdmittedGate(self.runner.dummy_row(settings, weight), weight)
         self._top_k = settings.top_k_lora or len(self.info.experts)
         if settings.top_k_lora == stored.top_k_lora:
             self._top_k = None
@@ -120,7 +120,7 @@ class Engine:
             return StepOutput(refused, self._with_load(StepStats()))
         plan = self._scheduler.schedule()
         try:
-            results = self._runner.run(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
+            results = self.runner.run(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
         except OutOfMemory as error:
             logger.error("out of memory: %s", error)
             return self._shed(plan, started)
@@ -193,7 +193,7 @@ class Engine:
         """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
         sake. They run the same rows again.
         """
-        self._runner.free_memory()
+        self.runner.free_memory()
         _, number = max((one.rows, number) for number, one in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
         with suppress(RuntimeError, MemoryError):  # to read its last statistics takes memory as well

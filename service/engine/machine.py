@@ -9,6 +9,8 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_USAGES = ("memory.current", "memory.usage_in_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,24 @@ class Memory:
 def host_memory() -> Memory:
     """The machine's memory, or the least that a cgroup around this process allows (v1 or v2)."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = min(_cgroup_limits(), default=machine)
+    limit = min((limit for limit, _ in _cgroups()), default=machine)
     return Memory(limit, "the container") if limit < machine else Memory(machine, "this machine")
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """The limits of this process's memory cgroups, innermost first. A container may see its own cgroup as the root."""
+def free_host_bytes() -> int:
+    """What the kernel, and the cgroups around this process, would still give."""
+    free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
+    for limit, folder in _cgroups():
+        stat = _numbers(folder / "memory.stat")
+        used = next(filter(None, (_number(folder / name) for name in _USAGES)), 0)
+        free = min(free, limit - used + stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return max(free, 0)
+
+
+def _cgroups() -> Iterator[tuple[int, Path]]:
+    """The limits of this process's memory cgroups with their folders, innermost first. A container may see its own
+    cgroup as the root.
+    """
     try:
         lines = _OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -41,12 +55,27 @@ def _cgroup_limits() -> Iterator[int]:
         else:
             continue
         for root in roots:
-            for folder in (place := root / path.lstrip("/"), *place.parents):
+            place = root / path.lstrip("/")
+            for folder in (place, *place.parents):
                 if not folder.is_relative_to(root):
                     break
-                try:
-                    text = (folder / name).read_text().strip()
-                except OSError:
-                    continue
-                if text.isdecimal():  # v2 says "max" where there is none, v1 a number beyond any machine
-                    yield int(text)
+                if limit := _number(folder / name):
+                    yield limit, folder
+
+
+def _number(path: Path) -> int | None:
+    """A file with a number; where there is no limit, v2 says "max" and v1 a number beyond any machine."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Names and numbers, a pair a line."""
+    try:
+        words = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {each[0]: int(each[1]) for each in words if len(each) > 1}

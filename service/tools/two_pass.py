@@ -3,13 +3,15 @@
     scaling pass   transformers' own forward, every expert added in a loop with the dummy row
     real pass      the same with the scalings
 
-Knows transformers' modules and the checkpoint; shares no code with what serves requests but the classifier's formula.
-`xlora-serve check --verify` compares with it, `xlora-serve distill` learns from it.
+Knows transformers' modules and the checkpoint; shares no code with what serves requests but the classifier's formula
+and the linears of a quantised base. `xlora-serve check --verify` compares with it where PEFT cannot compute the same,
+`xlora-serve distill` learns from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,23 +22,38 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from service.checkpoint import Checkpoint, LoraWeights
 from service.model.classifier import Classifier
+from service.model.loading.quantised import Quantization, quantise
 from service.model.loading.skeleton import read_config
 from service.model.targets import resolve_sites
+
+
+def load_causal_lm(base: Path, dtype: torch.dtype) -> Any:
+    """The base as transformers loads it, on the CPU, with its plain attention; nothing is downloaded or run."""
+    return AutoModelForCausalLM.from_pretrained(
+        base,
+        config=read_config(base),
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
 
 
 class TwoPassModel:
     """The checkpoint in transformers' own modules on one device, with a hook on every adapted module."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
-        causal_lm: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.base_path,
-            config=read_config(checkpoint.base_path),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        causal_lm = load_causal_lm(checkpoint.base_path, dtype)
+        if quantization is not None:
+            quantise(causal_lm.to(device), quantization, device, for_cpu=device.type == "cpu")
         self.causal_lm = causal_lm.to(device).eval().requires_grad_(False)
         self.sites = resolve_sites(checkpoint, self.causal_lm)
         self.gate: Tensor | None = None  # [T, S, E] of the pass under way

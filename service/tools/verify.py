@@ -1,103 +1,166 @@
-"""A short parity check of a loaded model: greedy tokens through the engine against the plain two-pass computation.
+"""A short parity check of a model as it is served: greedy tokens through the engine, compared with PEFT's numbers or
+those of a plain computation.
 
-Knows both sides and how to compare them; the plain side is two_pass.py. The two are in memory one after the
-other, never together.
+Knows both sides and how to compare them; which the other side is, reference.py says. The two are in memory one after
+the other, never together.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from service.checkpoint import Checkpoint
+from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
-from service.engine.loader import build_engine
-from service.model.loading.passes import load_model
-from service.tools.two_pass import TwoPassModel
+from service.engine.defaults import settle
+from service.engine.loader import build_engine, expect_bfloat16, load_model_of
+from service.engine.memory_plan import MemoryPlan
+from service.engine.sizing import free_device_bytes, resolve_device, resolve_dtype
+from service.model.batch import Batch
+from service.model.kv_cache import KVCache
+from service.model.steps.step import ForwardOutput, Step
+from service.tools.reference import Expected, compute_expected
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_ROWS = 24, 16, 10
-TOLERANCE = 1e-3  # in float32; half precisions round differently in different orders, so there it is not judged
-NEAR_TIE = 1e-2  # nats between two tokens: either may win
+TOLERANCE = 1e-3  # in float32
+NEAR_TIE = 1e-2  # of two tokens' logits: either may win
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Largest absolute differences between the engine and the plain computation."""
+    """Largest absolute differences between the engine and what it is compared with."""
 
-    tokens: int  # compared
+    device: str
+    dtype: str  # of the arithmetic
+    source: str  # of the numbers that it is compared with
+    note: str | None  # why they are not PEFT's, or not all of PEFT's making
+    tokens: int  # generated
+    equal_tokens: int  # that are the other side's best as well
+    other_tokens: int  # that it would clearly not have chosen; the rest are near ties
+    logits: float  # of every position
     scalings: float  # after softmax and top-k
-    logprobs: float  # of the generated tokens, nats
-    other_tokens: int  # that the plain computation would clearly not have chosen
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether differences tell anything: half precisions round differently in different orders."""
+        return self.dtype == "float32"
 
     @property
     def is_exact(self) -> bool:
         """Within what float32 arithmetic in another order explains."""
-        return max(self.scalings, self.logprobs) <= TOLERANCE and not self.other_tokens
+        return self.logits <= TOLERANCE and self.scalings <= TOLERANCE and not self.other_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Generated:
+    """A prompt, its continuation and all numbers of it but those of the last token."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: Tensor  # [T, V]
+    scalings: Tensor  # [T, S, E]
+
+    @property
+    def read(self) -> list[int]:
+        """The T tokens that the model has read."""
+        return self.prompt + self.tokens[:-1]
 
 
 def verify(
-    checkpoint: Checkpoint,
-    options: EngineOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_progress: Callable[[str], None] = lambda _: None,
+    checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None
 ) -> Parity:
-    """Generates with lookahead and chunked prefill, then computes the same text plainly."""
+    """Generates with lookahead and chunked prefill, then has the same text computed without them."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    prompt, tokens, logprobs, scalings = _generate(checkpoint, options, device, dtype, on_progress)
-    on_progress("computing the same text without caches, twice")
-    plain = TwoPassModel(checkpoint, device=device, dtype=dtype)
-    logits, expected = plain.forward(prompt + tokens[:-1])
-    rows = logits[len(prompt) - 1 :].float().log_softmax(-1).cpu()
-    own = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-    return Parity(
-        tokens=len(tokens),
-        scalings=float((scalings - expected.cpu()).abs().max()),
-        logprobs=float((own - logprobs).abs().max()),
-        other_tokens=int((rows.amax(-1) - own > NEAR_TIE).sum()),
-    )
-
-
-def _generate(
-    checkpoint: Checkpoint,
-    options: EngineOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-    on_progress: Callable[[str], None],
-) -> tuple[list[int], list[int], Tensor, Tensor]:
-    """Prompt, generated tokens, their logprobs and the scalings [T, S, E] of the whole text but its last token."""
-    model = load_model(
+    device = resolve_device(options.device)
+    options, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+    dtype = resolve_dtype(options.dtype, checkpoint, device)
+    found = _generate(checkpoint, options, on_progress)
+    gc.collect()  # adapted linears know each other, and the engine's weights would stay beside the next model's
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    expected = compute_expected(
         checkpoint,
+        found.read,
         device=device,
         dtype=dtype,
-        max_model_len=options.max_model_len,
+        quantization=options.quantization,
         on_progress=on_progress,
     )
-    engine = build_engine(model, checkpoint, options, wait_for_native=True)
+    return _compare(found, expected, device, plan)
+
+
+def _compare(found: _Generated, expected: Expected, device: torch.device, plan: MemoryPlan) -> Parity:
+    logits = expected.logits.float().cpu()
+    rows, chosen = logits[len(found.prompt) - 1 :], torch.tensor(found.tokens)
+    behind = rows.amax(-1) - rows.gather(1, chosen[:, None])[:, 0]
+    return Parity(
+        device=str(device),
+        dtype=plan.dtype,
+        source=expected.source,
+        note=expected.note,
+        tokens=len(found.tokens),
+        equal_tokens=int((rows.argmax(-1) == chosen).sum()),
+        other_tokens=int((behind > NEAR_TIE).sum()),
+        logits=float((found.logits - logits).abs().max()),
+        scalings=float((found.scalings - expected.scalings.float().cpu()).abs().max()),
+    )
+
+
+def _generate(checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None]) -> _Generated:
+    """Loads the model as serving does, and has it write. Raises StartupError where it cannot."""
+    engine = build_engine(load_model_of(checkpoint, options, on_progress), checkpoint, options, wait_for_native=True)
+    engine.runner.step = record = _Record(engine.runner.step)
     on_progress("generating")
     vocabulary = engine.info.vocab_size
     prompt = [(7919 * number + 13) % vocabulary for number in range(PROMPT_TOKENS)]
-    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)
+    # prompt_logprobs: so that logits of all positions are computed
+    sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
     engine.add(Request("verify", prompt, sampling, return_scalings="full", scalings_start=0))
     tokens: list[int] = []
-    logprobs: list[float] = []
     rows: list[Tensor] = []
     while engine.has_work():
         for output in engine.step().outputs:
+            if output.error is not None:
+                raise StartupError(f"the model could not write {NEW_TOKENS} tokens: {output.error}")
             tokens += [token.id for token in output.tokens]
-            logprobs += [token.logprob or 0.0 for token in output.tokens]
             if output.gate is not None and output.gate.full is not None:
                 rows.append(torch.frombuffer(bytearray(output.gate.full), dtype=torch.float32))
     scalings = torch.cat(rows).view(-1, len(engine.info.sites), len(engine.info.experts))
-    return prompt, tokens, torch.tensor(logprobs), scalings
+    logits = torch.stack([record.logits[position] for position in range(len(scalings))])
+    return _Generated(prompt, tokens, logits, scalings)
 
 
-def verify_options(model: str) -> EngineOptions:
-    """A small engine: one request, prefill in chunks, lookahead on."""
-    length = PROMPT_TOKENS + NEW_TOKENS
-    return EngineOptions(model, max_model_len=length, max_num_seqs=1, max_num_batched_tokens=CHUNK_ROWS, block_size=4)
+class _Record:
+    """A step whose logits are kept by their position: a draft that was wrong is computed again, and the last counts."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self.logits: dict[int, Tensor] = {}  # [V] of real rows
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
+        """As the step has it."""
+        output = self._step.forward(batch, kv_cache)
+        rows = batch.logit_rows.tolist()
+        for position, row, logits in zip(batch.positions[batch.logit_rows].tolist(), rows, output.logits, strict=True):
+            if row >= batch.num_scaling_rows:
+                self.logits[position] = logits.to("cpu", torch.float32, copy=True)
+        return output
+
+
+def verify_options(options: EngineOptions) -> EngineOptions:
+    """`options` of a small engine in this process: one request, prefill in chunks."""
+    return replace(
+        options,
+        max_model_len=PROMPT_TOKENS + NEW_TOKENS,
+        max_num_seqs=1,
+        max_num_batched_tokens=CHUNK_ROWS,
+        block_size=4,
+        tensor_parallel=1,
+    )

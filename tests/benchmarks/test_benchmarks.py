@@ -123,7 +123,7 @@ def test_plain_base_writes_what_the_base_writes(bundle):
     run = run_engine(engine, [PROMPT], 12, BASE_REQUEST)
     assert run.tokens["0"] == written != xlora
     assert run.steps == 12
-    assert not engine._runner.model.gate.active
+    assert not engine.runner.model.gate.active
 
 
 @pytest.mark.parametrize(("agree", "steps"), [(True, 2 + 15), (False, 2 + 2 * 15)])

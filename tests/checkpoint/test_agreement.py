@@ -20,6 +20,7 @@ from tests.support.damage import Damage, edit_json, edit_tensors, link_outside, 
 CONFIG, GENERATION = "base/config.json", "base/generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "base/tokenizer.json", "base/tokenizer_config.json"
 TEMPLATE, WEIGHTS = "base/chat_template.jinja", "base/model.safetensors"
+ADDITIONAL = "base/additional_chat_templates/default.jinja"
 ADAPTER = "experts/alpha/adapter_config.json"
 BOM = b"\xef\xbb\xbf"
 
@@ -118,6 +119,19 @@ REFUSED: dict[str, tuple[Damage, str, str]] = {
     "tokenizer broken": (write(TOKENIZER, b'{"model": '), TOKENIZER, "broken JSON"),
     "tokenizer with BOM": (write(TOKENIZER, BOM + b"{}"), TOKENIZER, "found a byte order mark"),
     "tokenizer's model": (set_json(TOKENIZER, model={"type": "evil"}), TOKENIZER, "no tokenizer"),
+    "an unknown token that is unknown": (
+        edit_json(TOKENIZER, lambda data: [data["model"].update(unk_token="<evil>"), data.update(pre_tokenizer=None)]),
+        TOKENIZER,
+        "no tokenizer: Exception: Unk token `<evil>` not found in the vocabulary",
+    ),
+    "a template for chats no Jinja": (
+        lambda bundle: [
+            (bundle / ADDITIONAL).parent.mkdir(),
+            (bundle / ADDITIONAL).write_text("{% for %}"),
+        ],
+        ADDITIONAL,
+        "no chat template: TemplateSyntaxError",
+    ),
     "tokenizer config a list": (write(TOKENIZER_CONFIG, b"[]"), TOKENIZER_CONFIG, "expected a JSON object"),
     "tokenizer config empty": (write(TOKENIZER_CONFIG, b""), TOKENIZER_CONFIG, "broken JSON"),
     "tokenizer config with BOM": (write(TOKENIZER_CONFIG, BOM + b"{}"), TOKENIZER_CONFIG, "found a byte order mark"),
@@ -146,6 +160,11 @@ ACCEPTED: dict[str, Damage] = {
     "no eos": lambda bundle: [set_json(file, eos_token_id=None)(bundle) for file in (CONFIG, GENERATION)],
     "a generation config that nobody reads": set_json(GENERATION, temperature="hot", cache_implementation="evil"),
     "a constant that is never ready": write(TEMPLATE, b"{% if false %}{{ 9**9**9 }}{% endif %}"),
+    "templates of which none is for chats": lambda bundle: [
+        (bundle / TEMPLATE).rename(bundle / "base/tool_use"),
+        (bundle / "base/additional_chat_templates").mkdir(),
+        (bundle / "base/tool_use").rename(bundle / "base/additional_chat_templates/tool_use.jinja"),
+    ],
     "named templates": in_field([{"name": "default", "template": "x"}, {"name": "tool", "template": "y"}]),
     "an attention of the hub": set_json(CONFIG, attn_implementation="evil/kernels", _attn_implementation="evil/x"),
     "odd architectures": set_json(CONFIG, architectures=["Evil"]),

@@ -47,7 +47,7 @@ class CallAgain:
 
 
 def with_captured_steps(engine: Engine, capture: Callable[[Replay], Replay], max_rows: int = 16) -> CapturedSteps:
-    runner = engine._runner
+    runner = engine.runner
     steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256)
     runner.step = steps
     return steps
@@ -128,7 +128,7 @@ def test_warm_up_leaves_nothing_to_capture(engines: Engines) -> None:
     engine = engines.build()
     capture = CallAgain()
     steps = with_captured_steps(engine, capture, max_rows=6)
-    cache = engine._runner.kv_cache
+    cache = engine.runner.kv_cache
     before = [pool.clone() for pool in (*cache.keys, *cache.values, cache.gate_rows)]
     steps.warm_up()
     assert [rows for rows, _ in steps.captured] == steps.row_buckets == [1, 2, 4, 6]

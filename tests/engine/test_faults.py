@@ -110,15 +110,15 @@ def test_out_of_memory_ends_the_largest(
 ) -> None:
     """The step is too large for the memory as long as it has the large one's rows."""
     engine = engines.build()
-    forward, freed = engine._runner.step.forward, []
+    forward, freed = engine.runner.step.forward, []
 
     def run_out(batch: Any, cache: Any) -> Any:
         if batch.rows.shape[1] > 200:
             raise error
         return forward(batch, cache)
 
-    monkeypatch.setattr(engine._runner.step, "forward", run_out)
-    monkeypatch.setattr(engine._runner, "free_memory", lambda: freed.append(True))
+    monkeypatch.setattr(engine.runner.step, "forward", run_out)
+    monkeypatch.setattr(engine.runner, "free_memory", lambda: freed.append(True))
     requests = [*mixed_requests()[:2], greedy("large", words(1, 200), 4), *mixed_requests()[2:]]
     result = run(engine, requests)
     assert result["large"].finish_reason == "error"
@@ -136,7 +136,7 @@ def test_out_of_memory_for_everyone(engines: Engines, monkeypatch: pytest.Monkey
         def run_out(*_: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(engine._runner.step, "forward", run_out)
+        patch.setattr(engine.runner.step, "forward", run_out)
         result = run(engine, [greedy(str(i), words(i, 9), 4) for i in range(3)])
         ended = [output.request_id for step in result.steps for output in step.outputs]
         assert ended == ["2", "1", "0"]
@@ -150,11 +150,11 @@ def test_other_errors_of_the_model_are_not_swallowed(engines: Engines, monkeypat
     def fail(*_: Any) -> Any:
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr(engine._runner.step, "forward", fail)
+    monkeypatch.setattr(engine.runner.step, "forward", fail)
     engine.add(greedy("a", words(1, 9), 4))
     with pytest.raises(RuntimeError, match="do not fit"):
         engine.step()
 
 
 def test_memory_is_given_back(engines: Engines) -> None:
-    engines.build()._runner.free_memory()
+    engines.build().runner.free_memory()

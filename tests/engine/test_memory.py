@@ -57,7 +57,7 @@ def weight_bytes(bundle: str) -> None:
     gc.collect()
     storages = [tensor.untyped_storage() for tensor in gc.get_objects() if _is_tensor(tensor)]
     alive = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    model, cache = engine._runner.model, engine._runner.kv_cache
+    model, cache = engine.runner.model, engine.runner.kv_cache
     needed = [*model.causal_lm.parameters(), *model.causal_lm.buffers(), *model.classifier.parameters()]
     needed += [*cache.keys, *cache.values, cache.gate_rows]
     print(sum(alive.values()), sum({t.data_ptr(): t.nbytes for t in needed}.values()))

@@ -54,7 +54,7 @@ def test_fp32_equals_the_cpu(build: Build, cuda: torch.device, expected: Run, op
     """Tokens, greedy and sampled, and scalings; with and without graphs; varlen_attn's block size too."""
     engine = build(cuda, **options)
     assert_same(run(engine, requests()), expected)
-    step = engine._runner.step
+    step = engine.runner.step
     assert isinstance(step, CapturedSteps) == (options.get("cuda_graphs") is not False)
     if isinstance(step, CapturedSteps):
         assert step.captured, "nothing was captured: the log says why"

@@ -27,7 +27,7 @@ BUILT = Path(EngineOptions("").native_cache).expanduser()
 
 
 def is_native(engine: Engine) -> bool:
-    return isinstance(engine._runner.step, NativeStep)
+    return isinstance(engine.runner.step, NativeStep)
 
 
 def check_serves_without(engine: Engine) -> None:

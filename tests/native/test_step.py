@@ -210,7 +210,7 @@ def both(request: pytest.FixtureRequest, tiny: Tiny) -> Engines:
 
 def built(engines: Engines, **options: Any) -> Engine:
     engine = engines.build(**options)
-    assert isinstance(engine._runner.step, NativeStep)
+    assert isinstance(engine.runner.step, NativeStep)
     return engine
 
 
@@ -266,7 +266,7 @@ def test_equals_peft(tiny: Tiny, both: Engines) -> None:
 def test_a_slot_that_is_not_ours_is_left_alone(both: Engines) -> None:
     """A step that wrote one slot too far would spoil other requests."""
     engine = built(both)
-    cache = engine._runner.kv_cache
+    cache = engine.runner.kv_cache
     run(engine, [greedy("first", words(1, 9), 8)])
     for pool in (*cache.keys, *cache.values):
         pool[-1] = 7.0
@@ -282,4 +282,4 @@ def test_a_slot_that_is_not_ours_is_left_alone(both: Engines) -> None:
     assert others
     for pool, untouched in zip((*cache.keys, *cache.values), before, strict=True):
         assert torch.equal(pool[others], untouched[others])
-    assert torch.equal(cache.gate_rows[cache.dummy_slot], engine._runner.model.dummy_row)
+    assert torch.equal(cache.gate_rows[cache.dummy_slot], engine.runner.model.dummy_row)

@@ -44,7 +44,7 @@ def halved(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def model_of(tiny: Tiny, **options: Any) -> XLoraModel:
     """The model of an engine, as it is kept."""
-    return loaded(tiny, **options)._runner.model
+    return loaded(tiny, **options).runner.model
 
 
 def loaded(tiny: Tiny, **options: Any) -> Engine:
@@ -83,7 +83,7 @@ def test_the_engine_says_the_same(halved: Tiny) -> None:
     runs = []
     for native in (False, True):
         engine = loaded(halved, max_num_seqs=48, max_num_batched_tokens=200, native_kernels=native)
-        assert isinstance(engine._runner.step, NativeStep) == native
+        assert isinstance(engine.runner.step, NativeStep) == native
         runs.append((run(engine, requests), run(engine, requests[:1])))
     (wide, wide_alone), (narrow, narrow_alone) = runs
     for key, choice in (*wide.choices.items(), *wide_alone.choices.items()):
@@ -156,9 +156,9 @@ def test_experts_in_float32_on_a_base_in_bfloat16(tmp_path: Path) -> None:
     for native in (True, False):
         engine = loaded(tiny, native_kernels=native)
         runs.append(run(engine, [greedy("r", words(3, 12), 24, return_scalings="full")]))
-        assert dtypes(engine._runner.model, "lora_a") == {torch.float32}
+        assert dtypes(engine.runner.model, "lora_a") == {torch.float32}
         expected = torch.bfloat16 if native else torch.float32
-        assert {linear.weight.dtype for linear in linears(engine._runner.model)} == {expected}
+        assert {linear.weight.dtype for linear in linears(engine.runner.model)} == {expected}
     assert runs[0]["r"].tokens == runs[1]["r"].tokens
     np.testing.assert_allclose(runs[0]["r"].full, runs[1]["r"].full, atol=1e-4)
 
@@ -173,7 +173,7 @@ def test_without_kernels_that_upcast_all_is_of_the_arithmetics_dtype(
         monkeypatch.setattr("shutil.which", lambda _: None)
         options = {"native_cache": str(tmp_path)}
     engine = loaded(halved, **options)
-    model = engine._runner.model
+    model = engine.runner.model
     assert {linear.weight.dtype for linear in linears(model)} == {model.dtype}
     assert len(run(engine, [greedy("r", words(3, 9), 4)])["r"].tokens) == 4
 
@@ -183,8 +183,8 @@ def test_loading_waits_for_the_compiler(halved: Tiny, tmp_path: Path, monkeypatc
     built = library.library_in(Path(EngineOptions("").native_cache).expanduser())
     monkeypatch.setattr(library, "build", lambda path: shutil.copy(built, path))
     engine = loaded(halved, native_cache=str(tmp_path))
-    assert isinstance(engine._runner.step, NativeStep)
-    assert dtypes(engine._runner.model, "q_proj") == {torch.bfloat16}
+    assert isinstance(engine.runner.step, NativeStep)
+    assert dtypes(engine.runner.model, "q_proj") == {torch.bfloat16}
 
 
 def test_experts_alone_are_waited_for_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +205,9 @@ def test_experts_alone_are_waited_for_as_well(tmp_path: Path, monkeypatch: pytes
     built = library.library_in(Path(EngineOptions("").native_cache).expanduser())
     monkeypatch.setattr(library, "build", lambda path: shutil.copy(built, path))
     engine = build_engine(load_model_of(checkpoint, options, lambda _: None), checkpoint, options)
-    assert isinstance(engine._runner.step, NativeStep)
-    assert dtypes(engine._runner.model, "lora_a") == {torch.bfloat16}
-    assert dtypes(engine._runner.model, "q_proj") == {torch.float32}
+    assert isinstance(engine.runner.step, NativeStep)
+    assert dtypes(engine.runner.model, "lora_a") == {torch.bfloat16}
+    assert dtypes(engine.runner.model, "q_proj") == {torch.float32}
 
 
 def test_a_failed_build_changes_nothing(halved: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_a_failed_build_changes_nothing(halved: Tiny, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(library, "build", fail)
     engine = loaded(halved, native_cache=str(tmp_path))
-    assert dtypes(engine._runner.model, "q_proj") == {torch.float32}
+    assert dtypes(engine.runner.model, "q_proj") == {torch.float32}
     assert len(run(engine, [greedy("r", words(3, 9), 4)])["r"].tokens) == 4
 
 
@@ -233,7 +233,7 @@ def test_a_decoder_that_is_of_another_kind_after_all_is_upcast(halved: Tiny, mon
     expected = run(loaded(halved, native_kernels=False), [greedy("r", words(3, 9), 4)])["r"]
     monkeypatch.setattr(Decoder, "of", lambda model: None)
     engine = loaded(halved)
-    model = engine._runner.model
+    model = engine.runner.model
     assert {tensor.dtype for tensor in model.causal_lm.parameters()} == {torch.float32}
     found = run(engine, [greedy("r", words(3, 9), 4)])["r"]
     assert found.tokens == expected.tokens

@@ -71,7 +71,7 @@ def test_the_base_side_is_the_base() -> None:
     engine = build_engine(model, checkpoint, options)
     prompts = [[20 + i * j for j in range(1, length)] for i, length in enumerate((5, 19, 40), start=1)]
     different = run_engine(engine, prompts, 12).tokens
-    engine._runner.step = RealRowsOnly(PlainBase(model), TINY.vocabulary)  # type: ignore[assignment]
+    engine.runner.step = RealRowsOnly(PlainBase(model), TINY.vocabulary)  # type: ignore[assignment]
     for number, prompt in enumerate(prompts):
         params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
         engine.add(Request(str(number), prompt, params, freeze_after=1))

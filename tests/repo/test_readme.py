@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,13 @@ DOCUMENTS = sorted(path for path in ROOT.glob("**/*.md") if not any(part.startsw
 
 
 def test_from_peft_to_an_endpoint(tmp_path: Path) -> None:
-    """The script as it stands, on a free port, in a folder of its own."""
+    """The script as it stands, on a free port, in a folder of its own; it needs no more than serving needs."""
     section = (ROOT / "README.md").read_text().split("### From PEFT to an endpoint")[1]
     script = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert script is not None
+    runtime = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    installed = {"service", *sys.stdlib_module_names, *(re.split(r"\W", line)[0] for line in runtime)}
+    assert set(re.findall(r"^(?:import|from) (\w+)", script[1], re.MULTILINE)) <= installed
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

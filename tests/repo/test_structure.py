@@ -2,7 +2,7 @@
 
     commands, cluster -> api -> client -> contract
     commands -> tools -> engine -> native -> model -> checkpoint -> contract
-    observability, settings, grammar, chat_template -> tokenizer_files, contract
+    observability, settings, grammar, chat_template -> tokenizer_files -> tokenizer_classes, contract
 
 Knows the rooms and the few named exceptions below; knows nothing about what the modules do. Every rule is also run on
 a synthetic tree that breaks it.
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-_LEAVES = ("chat_template", "grammar", "observability", "settings", "tokenizer_files")
+_LEAVES = ("chat_template", "grammar", "observability", "settings", "tokenizer_classes", "tokenizer_files")
 # What each room, a folder or a module of the package, may import besides itself and the package's version.
 ROOMS: dict[str, tuple[str, ...]] = {
     "contract": (),
@@ -29,6 +29,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_LEAVES, ("contract",)),
     "chat_template": ("contract", "tokenizer_files"),
     "grammar": ("contract", "tokenizer_files"),
+    "tokenizer_classes": (),
+    "tokenizer_files": ("contract", "tokenizer_classes"),
     "checkpoint": ("contract", "chat_template", "tokenizer_files"),
     "model": ("contract", "checkpoint"),
     "native": ("contract", "checkpoint", "model"),
@@ -50,6 +52,7 @@ TORCH = {"torch", "accelerate", "peft", "safetensors.torch", "transformers.AutoT
 # What the GPU benchmarks and tests start from: the machines they run on have not even the message formats installed.
 BARE = ("service.engine.loader",)
 MESSAGES = {"msgspec", "orjson", "llguidance"}
+PEFT_TOOL = "service.tools.peft_model"
 
 # Modules that may import a first-party module inside a function, and why.
 DEFERRED: dict[str, str] = {}
@@ -184,6 +187,15 @@ def ray(tree: Tree) -> list[str]:
     ]
 
 
+def peft(tree: Tree) -> list[str]:
+    """Imports of PEFT outside the tool that builds its model: nothing that serves loads it."""
+    return [
+        f"{found.source}:{found.line} imports {found.target}"
+        for found in tree.imports
+        if found.target.split(".")[0] == "peft" and found.source != PEFT_TOOL
+    ]
+
+
 def native(tree: Tree) -> list[str]:
     """Imports of the CPU accelerator outside the loader, which hands its steps to others."""
     return [
@@ -216,7 +228,7 @@ def environment(tree: Tree) -> list[str]:
     return problems
 
 
-RULES = (direction, web, bare, torch, ray, native, deferred, environment)
+RULES = (direction, web, bare, torch, ray, peft, native, deferred, environment)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +245,7 @@ def test_rules_match(service):
     """A room, a module or an exception that is named above and gone would leave a rule without anything to judge."""
     modules = set(service.sources)
     assert {_room(name) for name in modules} - {""} == set(ROOMS)
-    for name in (*WEB_FREE, *TORCH_FREE, *SCHEDULING, *BARE, *ENVIRONMENT):
+    for name in (*WEB_FREE, *TORCH_FREE, *SCHEDULING, *BARE, *ENVIRONMENT, PEFT_TOOL):
         assert name in modules, name
     assert set(DEFERRED) <= {found.source for found in _first_party(service) if found.deferred}
 
@@ -283,6 +295,7 @@ VIOLATIONS = {
     "torch through a package": (torch, "engine/__init__.py", "from service.engine.engine import E"),
     "torch on try": (torch, "api/app.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
     "ray": (ray, "cli.py", "from ray import serve"),
+    "peft": (peft, "checkpoint/__init__.py", "def f():\n    from peft.tuners import lora"),
     "native": (native, "engine/engine.py", "from service.native import build"),
     "deferred": (deferred, "cli.py", "def f():\n    from service.engine import engine"),
     "deferred in a method": (

@@ -167,9 +167,9 @@ class Engines:
         chosen = EngineOptions(model=str(self.tiny.path), **settings)
         engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append, wait_for_native=wait)
         if shares:  # a model is made native once: its weights may be kept in bfloat16 then
-            engine._runner.step = self._native
-        elif isinstance(engine._runner.step, NativeStep):
-            self._native = engine._runner.step
+            engine.runner.step = self._native
+        elif isinstance(engine.runner.step, NativeStep):
+            self._native = engine.runner.step
         assert isinstance(engine.blocks, BlockManager)
         if not adaptive:
             engine._scheduler.row_cost = 0.0

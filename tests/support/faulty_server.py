@@ -29,7 +29,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     from service.engine import loader, model_runner, sequence
 
     engine = loader.load_engine(options, on_progress, on_lost)
-    fail_forwards(engine._runner.step)
+    fail_forwards(engine.runner.step)
     sample, accept = model_runner.sample, sequence.Sequence.accept
 
     def failing_sample(logits: Any, rows: Sequence[Any]) -> Any:

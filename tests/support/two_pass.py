@@ -58,8 +58,8 @@ class TwoPassOracle:
                 if str(e) in layer.lora_A:
                     y = y + weight * layer.lora_B[str(e)](layer.lora_A[str(e)](x))
                 elif str(e) in layer.lora_embedding_A:
-                    narrow = layer._embed(x, layer.lora_embedding_A[str(e)].T)
-                    y = y + weight * (narrow @ layer.lora_embedding_B[str(e)].T)
+                    narrow, scale = layer._embed(x, layer.lora_embedding_A[str(e)].T), layer._get_embed_scale()
+                    y = y + weight * (narrow @ layer.lora_embedding_B[str(e)].T) * (1.0 if scale is None else scale)
             return y
 
         return forward

@@ -215,6 +215,53 @@ ZOO: dict[str, Folder] = {
     "bos by the settings": Folder(
         byte_level, _config(bos_token="<s>", eos_token="</s>", add_bos_token=True, add_eos_token=True)
     ),
+    "Llama's class": Folder(sentencepiece, _config(tokenizer_class="LlamaTokenizerFast", pad_token="<pad>")),
+    "Llama's class, as before": Folder(
+        sentencepiece, _config(tokenizer_class="LlamaTokenizer", legacy=True, add_prefix_space=None, unk_token=None)
+    ),
+    "Llama's class without a first space": Folder(
+        sentencepiece, _config(tokenizer_class="LlamaTokenizer", add_prefix_space=False, eos_token="</s>")
+    ),
+    "Llama's class over bytes": Folder(byte_level, _config(tokenizer_class="LlamaTokenizer", eos_token="</s>")),
+    "Llama's class, misnamed": Folder(
+        byte_level, {"config.json": {"model_type": "qwen2"}, **_config(tokenizer_class="LlamaTokenizerFast")}
+    ),
+    "GPT-2's by type": Folder(byte_level, {"config.json": {"model_type": "gpt2"}}),
+    "GPT-2's with a first space": Folder(
+        byte_level, {"config.json": {"model_type": "opt"}, **_config(add_prefix_space=True, bos_token="</s>")}
+    ),
+    "GPT-NeoX's": Folder(
+        byte_level, _config(tokenizer_class="GPTNeoXTokenizerFast", add_bos_token=True, bos_token="</s>")
+    ),
+    "Qwen's": Folder(
+        byte_level,
+        _config(
+            tokenizer_class="Qwen2Tokenizer",
+            eos_token="<|im_end|>",
+            additional_special_tokens=["<|im_start|>"],
+            added_tokens_decoder={
+                "302": {"content": "<|im_start|>", **OLD, "special": True},
+                "303": {"content": "<|im_end|>", **STRIPPING, "special": True},
+            },
+        ),
+    ),
+    "Qwen 3.5's": Folder(byte_level, {"config.json": {"model_type": "qwen3_5_text"}}),
+    "Gemma's by type": Folder(sentencepiece, {"config.json": {"model_type": "gemma3"}}),
+    "Gemma's of images": Folder(
+        sentencepiece,
+        {
+            "config.json": {"model_type": "gemma3"},
+            **_config(tokenizer_class="GemmaTokenizer", extra_special_tokens={"image_token": "<img>"}),
+        },
+    ),
+    "Cohere's": Folder(
+        byte_level,
+        _config(tokenizer_class="CohereTokenizerFast", eos_token={**TAGGED, **STRIPPING, "content": "</s>"}),
+    ),
+    "a class that the type has not": Folder(
+        sentencepiece, {"config.json": {"model_type": "mistral"}, **_config(tokenizer_class="LlamaTokenizer")}
+    ),
+    "a class of nobody's": Folder(sentencepiece, _config(tokenizer_class="OurTokenizer", eos_token="</s>")),
     "nothing": Folder(byte_level, _config(eos_token=None, extra_special_tokens=[], added_tokens_decoder={})),
 }
 TEXTS = [

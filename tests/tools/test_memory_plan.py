@@ -51,7 +51,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) 
             threads=1,
         )
         plan, engine = plan_of(options), loader.load_engine(options)
-        runner = engine._runner
+        runner = engine.runner
         assert plan.weights == weight_bytes(runner.model), options
         assert plan.pool_bytes == runner.kv_cache.bytes, options
         assert plan.num_blocks == engine.info.kv_blocks_total, options
@@ -62,7 +62,7 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) 
 
 def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:
     """The oracle of the count itself: storages by address, so that nothing shared is counted twice."""
-    model = loader.load_engine(EngineOptions(str(tied), "cpu", threads=1))._runner.model
+    model = loader.load_engine(EngineOptions(str(tied), "cpu", threads=1)).runner.model
     assert model.draft_head is not None
     modules = model.causal_lm, model.classifier, model.draft_head
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

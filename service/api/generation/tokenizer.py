@@ -40,8 +40,6 @@ class ModelTokenizer:
     def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
         files = TokenizerFiles.read(Path(info.tokenizer_path).parent)
         self._tokenizer = files.open()
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._bos_id = self._tokenizer.token_to_id(files.special_tokens.get("bos_token", ""))
         self._chats = chats
         self._info = info

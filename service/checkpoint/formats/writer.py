@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from service.chat_template import TEMPLATE_FOLDER
 from service.checkpoint.base import INDEX_FILE, read_base
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect
@@ -32,7 +33,11 @@ from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
 from service.checkpoint.weights.tensors import TensorFile, file_sha256, read_tensors
 
-BASE_FILES = ("*.json", "*.jinja")  # configuration and tokenizer; weights are copied one by one
+BASE_FILES = (
+    "*.json",
+    "*.jinja",
+    f"{TEMPLATE_FOLDER}/*.jinja",
+)  # weights are copied one by one
 SAFE_NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -224,7 +229,9 @@ def copy_base(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     base = read_base(BundleRoot(source, allow_outside=True), source, Defects())
     for pattern in BASE_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
     for weights in base.files:
         copy_weights(weights, target / weights.path.name, dtype)
     if dtype is not None:

@@ -126,8 +126,11 @@ def read_lora_weights(
     *,
     expert: str = "NAME",
 ) -> dict[str, LoraWeights]:
-    """{site: LoraWeights}, empty where there is a defect. Shapes are checked against those of `base`, if known."""
-    pairs, from_xlora = pair_names(file, base, defects)
+    """{site: LoraWeights}, empty where there is a defect. Shapes are checked against those of `base`, if known.
+
+    `expert` is the adapter's name, which some saves take out of others.
+    """
+    pairs, from_xlora = pair_names(file, base, defects, expert)
     loss_hint = f"{LOSS}; give the expert's own folder with --expert {expert}=PATH" if from_xlora else None
     settings = ranks_and_scales(config, list(pairs), source)
     errors_before = len(defects.errors)

@@ -43,10 +43,12 @@ NAME = re.compile(r"(\w|-|\\?\.)*")  # letters, digits, hyphens and dots, escape
 PROCESS = Path(__file__).with_name("pattern_process.py")
 
 
-def pair_names(file: TensorFile, base: BaseModel | None, defects: Defects) -> tuple[dict[str, dict[str, str]], bool]:
+def pair_names(
+    file: TensorFile, base: BaseModel | None, defects: Defects, expert: str
+) -> tuple[dict[str, dict[str, str]], bool]:
     """{site: {"A": tensor name, "B": tensor name}}, and whether the file is part of a saved X-LoRA model."""
     from_xlora = any(name.startswith(XLORA_PREFIX) for name in file.tensors)
-    return _pair_xlora_names(file) if from_xlora else _pair_own_names(file, base, defects), from_xlora
+    return _pair_xlora_names(file, base, expert) if from_xlora else _pair_own_names(file, base, defects), from_xlora
 
 
 def _pair_own_names(file: TensorFile, base: BaseModel | None, defects: Defects) -> dict[str, dict[str, str]]:
@@ -100,13 +102,28 @@ def _is_copy(copy: torch.Tensor, original: torch.Tensor) -> bool:
     return any(torch.equal(copy, original.to(dtype).to(copy.dtype)) for dtype in loaded)
 
 
-def _pair_xlora_names(file: TensorFile) -> dict[str, dict[str, str]]:
+def _pair_xlora_names(file: TensorFile, base: BaseModel | None, expert: str) -> dict[str, dict[str, str]]:
     """The same for an expert's folder in PEFT's save of an X-LoRA model; tensors that are not the expert's are left."""
     pairs: dict[str, dict[str, str]] = {}
+    shortened = _shortened_modules(base, expert)
     for name in file.tensors:
         if match := XLORA_TENSOR_NAME.fullmatch(name):
-            pairs.setdefault(match["site"], {})[match["side"]] = name
+            pairs.setdefault(shortened.get(match["site"], match["site"]), {})[match["side"]] = name
     return pairs
+
+
+def _shortened_modules(base: BaseModel | None, expert: str) -> dict[str, str]:
+    """{a name that is no module: the module}. PEFT before 0.18 takes the adapter's name out of a tensor's wherever it
+    stands, and X-LoRA's adapters are numbers: of adapter "1", `layers.1.mlp` is `layers.mlp`, `layers.12.mlp` is
+    `layers2.mlp`.
+    """
+    if base is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    for module in base.modules:
+        found.setdefault(module.replace(f".{expert}", ""), []).append(module)
+    modules = set(base.modules)
+    return {short: own[0] for short, own in found.items() if len(own) == 1 and short not in modules}
 
 
 def match_patterns(patterns: Mapping[str, Any], sites: Sequence[str], source: Path, field: str) -> dict[str, Any]:

@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from service.checkpoint import Overrides, find_problems, load_checkpoint
+from service.checkpoint.base import BaseModel
+from service.checkpoint.defects import Defects
 from service.checkpoint.report import describe
+from service.checkpoint.weights.lora_names import pair_names
+from service.checkpoint.weights.tensors import TensorFile, TensorInfo
 from service.cli import main
 from service.contract.errors import CheckpointError, SettingsError
 from service.model.loading.passes import load_model
@@ -21,6 +25,7 @@ from tests.support.make_fixtures import CASES, EXPERTS, ORIGINAL_CASES, ORIGINAL
 from tests.support.tiny import run_once
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+EARLY = FIXTURES / "peft-0.13.2"
 SOUND, DAMAGED, ORIGINAL = FIXTURES / "peft-0.19.1", FIXTURES / "peft-0.21.2", FIXTURES / "original"
 BASE = Overrides(base=str(FIXTURES / "base"))
 FROM_ELSEWHERE = Overrides(str(FIXTURES / "base"), {str(n): str(FIXTURES / f"experts/e{n}") for n in range(EXPERTS)})
@@ -40,6 +45,25 @@ def test_sound_peft_save(case: str) -> None:
     """From the folder alone (PEFT's folders of the experts), and with the experts that it names."""
     assert_equals_live(SOUND / case, SOUND / case, overrides=BASE)
     assert_equals_live(SOUND / case, SOUND / case, allow_outside=True)
+
+
+def test_early_peft_save() -> None:
+    """Tensors of adapter "1" have lost every ".1" of their names, the layer's number with it; so has every other."""
+    names = load_file(EARLY / "depth2/1/adapter_model.safetensors")
+    assert "base_model.lora_model.model.model.layers.self_attn.q_proj.lora_A.weight" in names
+    assert_equals_live(EARLY / "depth2", EARLY / "depth2", overrides=BASE)
+
+
+@pytest.mark.parametrize("expert", ["0", "1", "2", "11", "12"])
+def test_names_of_many_layers_come_back(expert: str) -> None:
+    modules = [f"model.layers.{layer}.mlp.{name}" for layer in range(130) for name in ("up_proj", "down_proj")]
+    base = BaseModel(Path(), {}, (), dict.fromkeys((f"{module}.weight" for module in modules), (8, 8)))
+    sides = [f"base_model.lora_model.model.{module}.lora_{side}.{expert}.weight" for module in modules for side in "AB"]
+    tensors = {name.replace(f".{expert}", ""): TensorInfo(name, "F32", (8, 8), 0, 0) for name in sides}
+    found, from_xlora = pair_names(TensorFile(Path(), tensors, 0, 0), base, Defects(), expert)
+    assert from_xlora
+    assert set(found) == set(modules)
+    assert all(names.keys() == {"A", "B"} for names in found.values())
 
 
 @pytest.mark.parametrize("case", ORIGINAL_CASES)

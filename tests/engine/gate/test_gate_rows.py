@@ -214,7 +214,7 @@ def test_statistics_of_a_dropped_request(
     stats = [engine.step().stats.gate for _ in range(steps)]
     final = sequence.final
     if shed:
-        monkeypatch.setattr(engine._runner, "run", run_out)
+        monkeypatch.setattr(engine.runner, "run", run_out)
         stats.append(engine.step().stats.gate)
     else:
         engine.abort("a")

@@ -11,10 +11,13 @@ from transformers import AutoConfig
 from service.contract.errors import CheckpointError, SettingsError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
-from service.engine.loader import load_engine
+from service.engine.loader import build_engine, load_checkpoint_and_model
 from service.engine.sizing import divide_memory
 from service.model.loading.context import MAX_TOKENS, Context, read_context
 from service.model.xlora_model import XLoraModel
+from service.native.step import NativeStep
+from tests.support.bundles import make_bundle
+from tests.support.damage import edit_json
 from tests.support.driver import run, words
 from tests.support.tiny import CPU, Tiny, assert_same, load_base, run_once
 
@@ -22,10 +25,12 @@ LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0
 KINDS: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "original_max_position_embeddings": 64},
     "yarn without its original length": {"rope_type": "yarn"},
+    "yarn, attention scaled": {"rope_type": "yarn", "mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False},
     "llama3": {**LLAMA3, "original_max_position_embeddings": 64},
     "linear": {"rope_type": "linear", "original_max_position_embeddings": 64},
     "linear without its original length": {"rope_type": "linear"},
 }
+OLDER = ("linear", "yarn")  # whose config.json is written as older libraries wrote it
 
 
 def config_of(stated: int, model_type: str = "llama", **rope: Any) -> Any:
@@ -89,7 +94,17 @@ def scaled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Trained on 64 tokens and made for 256 by its RoPE."""
     rope = {"rope_theta": 10000.0, "factor": 4.0, **KINDS[request.param]}
     config = {"rope_parameters": rope, "max_position_embeddings": 64}
-    return Tiny(tmp_path_factory.mktemp("scaled") / "bundle", base_config=config, head=1.5)
+    path = make_bundle(tmp_path_factory.mktemp("scaled") / "bundle", base_config=config, head=1.5)
+    if request.param in OLDER:
+        edit_json("base/config.json", write_as_before)(path)
+    return Tiny(path)
+
+
+def write_as_before(config: dict[str, Any]) -> None:
+    """RoPE as it stands in most files on the hub: two fields, and another name for the kind."""
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
 
 
 def test_numbers_are_those_of_transformers_past_the_original_length(scaled: Tiny) -> None:
@@ -100,13 +115,16 @@ def test_numbers_are_those_of_transformers_past_the_original_length(scaled: Tiny
 
 
 def test_a_text_may_be_four_times_as_long(scaled: Tiny) -> None:
-    """Greedy tokens from short of the original length to past it, and from past it."""
-    options = EngineOptions(str(scaled.path), "cpu", max_model_len=256, max_num_seqs=2, native_kernels=False)
-    engine = load_engine(options)
-    for length in (60, 220):
-        prompt = words(length, length)
-        sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-        choice = run(engine, [Request(str(length), prompt, sampling)])[str(length)]
-        assert choice.tokens == scaled.oracle.greedy(prompt, 8)[0]
+    """Greedy tokens from short of the original length to past it, and from past it, by both ways to compute a step."""
+    expected = {length: scaled.oracle.greedy(words(length, length), 8)[0] for length in (60, 220)}
+    for is_native in (True, False):
+        options = EngineOptions(str(scaled.path), "cpu", max_model_len=256, max_num_seqs=2, native_kernels=is_native)
+        model, checkpoint = load_checkpoint_and_model(options)
+        engine = build_engine(model, checkpoint, options, wait_for_native=True)
+        assert isinstance(engine.runner.step, NativeStep) == is_native
+        for length in (60, 220):
+            sampling = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+            choice = run(engine, [Request(str(length), words(length, length), sampling)])[str(length)]
+            assert choice.tokens == expected[length]
     with pytest.raises(SettingsError, match="--max-model-len 257 is over the 256 tokens"):
-        divide_memory(engine._runner.model, EngineOptions("", max_model_len=257), CPU, None)  # type: ignore[attr-defined]
+        divide_memory(model, EngineOptions("", max_model_len=257), CPU, None)
