@@ -263,15 +263,18 @@ struct Narrow {
     int64_t stride, rank;
 };
 
-// out [ROWS][VECTORS * kLanes] += the rows of `narrow` times columns of b [rank, stride].
-template <int ROWS, int VECTORS, typename W>
-inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out) {
+constexpr int64_t kRanksAhead = 8;  // of B: how early what comes from memory is fetched
+
+// out [ROWS][VECTORS * kLanes], rows `out_stride` apart, += the rows of `narrow` times columns of b [rank, stride].
+template <int ROWS, int VECTORS, bool FAR, typename W>
+inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out, int64_t out_stride) {
     constexpr int kRanks = std::clamp(12 / (ROWS * VECTORS), 1, 4);  // at once: additions take longer than they are apart
     Vec total[kRanks][ROWS][VECTORS];
     for (auto& own : total)
         for (int m = 0; m < ROWS; m++)
             for (int v = 0; v < VECTORS; v++) own[m][v] = Vec{};
     const auto add = [&](Vec (&own)[ROWS][VECTORS], int64_t r) {
+        if (FAR && r + kRanksAhead < narrow.rank) prefetch(b + (r + kRanksAhead) * stride, VECTORS * kLanes);
         for (int v = 0; v < VECTORS; v++) {
             const Vec weight = load(b + r * stride + v * kLanes);
             for (int m = 0; m < ROWS; m++) own[m][v] += narrow.data[m * narrow.stride + r] * weight;
@@ -283,24 +286,35 @@ inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out) 
     for (; r < narrow.rank; r++) add(total[0], r);
     for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++) {
-            Vec sum = load(out + m * kChunk + v * kLanes);
+            float* const to = out + m * out_stride + v * kLanes;
+            Vec sum = load(to);
             for (int i = 0; i < kRanks; i++) sum += total[i][m][v];
-            std::memcpy(out + m * kChunk + v * kLanes, &sum, sizeof sum);
+            std::memcpy(to, &sum, sizeof sum);
         }
 }
 
-template <int ROWS, typename W>
-void widen_chunk(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out) {
-    constexpr int kVectors = kChunk / kLanes;
+// The same of `count` columns, VECTORS at a time.
+template <int ROWS, int VECTORS, bool FAR, typename W>
+void widen_all(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out, int64_t out_stride) {
     int64_t n = 0;
-    for (; n + kVectors * kLanes <= count; n += kVectors * kLanes) widen<ROWS, kVectors>(narrow, b + n, stride, out + n);
-    for (; n + kLanes <= count; n += kLanes) widen<ROWS, 1>(narrow, b + n, stride, out + n);
+    const auto some = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        for (; n + kVectors * kLanes <= count; n += kVectors * kLanes)
+            widen<ROWS, kVectors, FAR>(narrow, b + n, stride, out + n, out_stride);
+    };
+    some(std::integral_constant<int, VECTORS>());
+    some(std::integral_constant<int, 1>());
     for (; n < count; n++)
         for (int m = 0; m < ROWS; m++)
             for (int64_t r = 0; r < narrow.rank; r++)
-                out[m * kChunk + n] =
-                    std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * kChunk + n]);
+                out[m * out_stride + n] =
+                    std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * out_stride + n]);
 }
+
+// B comes from memory in pieces of its rows: of as many columns as there are registers for, so that pieces are long.
+constexpr int kWideVectors = kManyRegisters ? 24 : 12;
+constexpr int64_t kChunksOfPiece = kWideVectors * kLanes / kChunk, kPiece = kChunksOfPiece * kChunk;
+constexpr int64_t kFewGated = 2;  // rows that experts act on, for which that pays
 
 template <typename E>
 struct Experts {
@@ -339,7 +353,7 @@ void linear(
     if (gated) {
         const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
             const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
-            multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, false, block);
+            multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, far, block);
         };
         const auto place = [&](int64_t chunk, const float* block) {
             const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
@@ -349,25 +363,46 @@ void linear(
         };
         in_chunks(shares_narrow, (rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, compute, place, keep);
     }
-    const auto compute = [=, all_b_t = experts.b_t](int64_t chunk, float* block) {
-        const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
-        const E* const b_t = all_b_t + first;
-        if (gated)  // a few outputs of every rank: little of each row of B, so nothing else fetches it in time
-            for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * width, count);
-        multiply(floats, rows, depth, weight + first * depth, count, far, block);
-        float* const own = block + first_row * kChunk;
-        Narrow some{narrow, rank, rank};
-        int64_t m = 0;
-        for (; m + 2 <= gated; m += 2, some.data += 2 * rank) widen_chunk<2>(some, b_t, width, count, own + m * kChunk);
-        if (m < gated) widen_chunk<1>(some, b_t, width, count, own + m * kChunk);
+    const bool in_pieces = far && gated > 0 && gated <= kFewGated;
+    const int64_t together = in_pieces ? kChunksOfPiece : 1, outputs = together * kChunk;  // chunks and outputs of a task
+    const auto compute = [=, all_b_t = experts.b_t](int64_t task, float* blocks) {
+        const int64_t start = task * outputs, end = std::min(start + outputs, width);
+        float pieces[kFewGated][kPiece];
+        for (int64_t m = 0; in_pieces && m < gated; m++) {
+            std::fill_n(pieces[m], kPiece, 0.0f);
+            const Narrow own{narrow + m * rank, rank, rank};
+            widen_all<1, kWideVectors, true>(own, all_b_t + start, width, end - start, pieces[m], kPiece);
+        }
+        for (int64_t first = start; first < end; first += kChunk) {
+            const int64_t count = std::min(kChunk, end - first), offset = first - start;
+            const E* const b_t = all_b_t + first;
+            float* const block = blocks + offset * rows;
+            if (gated && !in_pieces)  // little of each row of B, so nothing else fetches it in time
+                for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * width, count);
+            multiply(floats, rows, depth, weight + first * depth, count, far, block);
+            float* const own = block + first_row * kChunk;
+            for (int64_t m = 0; in_pieces && m < gated; m++)
+                for (int64_t n = 0; n < count; n++) own[m * kChunk + n] += pieces[m][offset + n];
+            if (in_pieces) continue;
+            constexpr int kVectors = kChunk / kLanes;
+            Narrow some{narrow, rank, rank};
+            int64_t m = 0;
+            for (; m + 2 <= gated; m += 2, some.data += 2 * rank)
+                widen_all<2, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
+            if (m < gated) widen_all<1, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
+        }
     };
-    const auto place = [&](int64_t chunk, const float* block) {
-        const int64_t first = chunk * kChunk, count = std::min(kChunk, width - first);
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t n = 0; n < count; n++)
-                y[row * width + first + n] = block[row * kChunk + n] + (bias ? bias[first + n] : 0.0f);
+    const auto place = [&](int64_t task, const float* blocks) {
+        const int64_t start = task * outputs, end = std::min(start + outputs, width);
+        for (int64_t first = start; first < end; first += kChunk) {
+            const int64_t count = std::min(kChunk, end - first);
+            const float* const block = blocks + (first - start) * rows;
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t n = 0; n < count; n++)
+                    y[row * width + first + n] = block[row * kChunk + n] + (bias ? bias[first + n] : 0.0f);
+        }
     };
-    in_chunks(shares, (width + kChunk - 1) / kChunk, rows * kChunk, compute, place, keep);
+    in_chunks(shares, (width + outputs - 1) / outputs, rows * outputs, compute, place, keep);
 }
 
 }  // namespace
