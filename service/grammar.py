@@ -22,8 +22,8 @@ from service.tokenizer_files import open_tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Every way to write a text in tokens is allowed. Where a grammar leaves no choice, the library would else allow only the
-# tokens in which the tokenizer writes it, and those may be special ones or lie beyond the model's vocabulary.
+# Every way to write a text in tokens is allowed. Where a grammar leaves no choice, the library would else allow only
+# the tokens in which the tokenizer writes it, and those may be special ones or lie beyond the model's vocabulary.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
 _CACHED = 64  # grammars kept, the last used ones
 # Of the lexer and the parser, at each step: a mask takes some 30 ms at worst.
@@ -35,7 +35,7 @@ _MAX_SYMBOLS = 100_000
 _REHEARSALS = 4
 _REHEARSED_TOKENS = 128
 _REHEARSED_STATES = 6_000
-_REHEARSED_FUEL = 100_000
+_REHEARSED_FUEL = 200_000
 _MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives the lexer new fuel
 
 
@@ -117,26 +117,31 @@ class Cursor:
         except InvalidRequestError:
             pass  # it will be raised again if the text comes here
         self._ahead, self._taken = None, ()
-        return b"\xff" * self._grammar.mask_bytes
+        return self._grammar.anything
 
     def _mask(self, matcher: LLMatcher) -> bytes:
-        mask = matcher.compute_bitmask()[: self._grammar.mask_bytes]
+        mask = self._grammar.cut(matcher.compute_bitmask())
         if matcher.is_error() or not any(mask):
             raise _exhausted(matcher)
         return mask
 
 
 class Grammar:
-    """A compiled form of text. Its cursors share a lexer, which keeps its states; when it has too many, there is a new one."""
+    """A compiled form of text. Its cursors share a lexer, which keeps its states; one with too many is replaced."""
 
-    def __init__(self, make: Callable[[], LLMatcher], mask_bytes: int) -> None:
+    def __init__(self, make: Callable[[], LLMatcher], vocab_size: int) -> None:
         self._make = make
         self._version, self._matcher = 0, make()
-        self.mask_bytes = mask_bytes
+        self.anything = ((1 << vocab_size) - 1).to_bytes(-(-vocab_size // 8), "little")  # a mask of all tokens
 
     def start(self) -> Cursor:
         """A cursor at the beginning."""
         return Cursor(self)
+
+    def cut(self, mask: bytes) -> bytes:
+        """A mask without the tokens beyond the model's vocabulary, which are never sampled."""
+        size = len(self.anything)
+        return mask[: size - 1] + bytes([mask[size - 1] & self.anything[-1]])
 
     def matcher(self, after: int = -1) -> tuple[int, LLMatcher]:
         """A matcher at the beginning and the version of its lexer, which is a later one than `after`."""
@@ -157,7 +162,7 @@ class GrammarCompiler:
     def compile(self, form: TextForm) -> Grammar:
         """Raises InvalidRequestError for what is no grammar, is too complex, or fits no text of this vocabulary."""
         source = _source(form)
-        grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), -(-self._vocab_size // 8))
+        grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), self._vocab_size)
         grammar.start().allowed()
         return grammar
 
@@ -206,9 +211,10 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            text = open_tokenizer(Path(self._tokenizer_path)).to_str()
+            tokenizer = open_tokenizer(Path(self._tokenizer_path))
+            size = max(self._vocab_size, *(id + 1 for id in tokenizer.get_vocab().values()))
             try:
-                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+                self._tokenizer = LLTokenizer(tokenizer.to_str(), size, eos_token=self._eos_token_ids or None)
             except ValueError as error:
                 raise refusal(f"this model's tokenizer cannot be held to a form of text: {error}") from None
         return self._tokenizer

@@ -157,7 +157,8 @@ class Settings(BaseSettings):
         32,
         ge=0,
         le=1_000_000,
-        description="most items of an array, and properties that no schema names, whose JSON Schema says none; 0: any number",
+        description="most items of an array, and properties without a name in the schema, whose JSON Schema says none; "
+        "0: any number",
     )
     json_max_digits: int = Field(
         20, ge=0, le=1000, description="most digits of a number in an answer with a JSON Schema; 0: any number"

@@ -17,18 +17,20 @@ import jsonschema
 from service.grammar import Cursor
 
 NAMES = ["a", "b", "c", "é", "a b", "<s>", 'x"y', "\\", "\n", "\x00", "🙂", "ab", "a1", "__proto__"]
-NUMBERS = [0, 1, -1, 2, 5, 12, 100, -40, 0.5, -0.25, 0.1, 1.0, 16.0, 1e-7, 3.14, 1e23, 2**53 + 1, -(2**53) - 1, 2**63 + 1,
-           12345678901234567890, 1e300, -1e300, -0.0]  # fmt: skip
-STRINGS = ["", "a", "abc", "é", "🙂🙂", 'say "no"', "back\\slash", "\n", "\x00\x1f", "\x7f", "\u2028", "<s>", "</s>", "<pad>",
-           "2024-02-29", "12", "ab1", "/", "a/b"]  # fmt: skip
-PATTERNS = ["^[a-c]{1,3}$", "^\\d+$", "a", "^x|y$", "^(?:ab|c)+$", "^[^\"a]{2}$", "\\\\", "^\\S+$", "^.{0,4}$", "^[\\w.-]+@b$",
-            "^\\p{L}+$", "^a", "1$", "^[A-Z]\\s?[0-9]{2,4}$", "^[\\]\\[]+$", "^/x/$", "^\\W\\D$", "^$"]  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 5, 12, 100, -40, 0.5, -0.25, 0.1, 1.0, 16.0, 1e-7, 3.14, 1e23, 2**53 + 1, -(2**53) - 1,
+           2**63 + 1, 12345678901234567890, 1e300, -1e300, -0.0]  # fmt: skip
+STRINGS = ["", "a", "abc", "é", "🙂🙂", 'say "no"', "back\\slash", "\n", "\x00\x1f", "\x7f", "\u2028", "<s>", "</s>",
+           "<pad>", "2024-02-29", "12", "ab1", "/", "a/b"]  # fmt: skip
+PATTERNS = ["^[a-c]{1,3}$", "^\\d+$", "a", "^x|y$", "^(?:ab|c)+$", "^[^\"a]{2}$", "\\\\", "^\\S+$", "^.{0,4}$",
+            "^[\\w.-]+@b$", "^\\p{L}+$", "^a", "1$", "^[A-Z]\\s?[0-9]{2,4}$", "^[\\]\\[]+$", "^/x/$", "^\\W\\D$",
+            "^$"]  # fmt: skip
 FORMATS = ["date", "time", "date-time", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "duration", "soup", "int32"]
 NOTES: dict[str, Any] = {
     "title": "t", "description": "d", "default": 3, "example": None, "examples": [1], "deprecated": True,
     "readOnly": True, "writeOnly": False, "$comment": "c", "x-order": {"type": "no schema"}, "nullable": False,
     "uniqueItems": False, "contentMediaType": "text/plain", "contentEncoding": "base64", "unevaluatedProperties": True,
-    "dependentRequired": {}, "format": "soup", "pattern": None, "maxLength": None, "enum": None, "propertyNames": {"type": "string"},
+    "dependentRequired": {}, "format": "soup", "pattern": None, "maxLength": None, "enum": None,
+    "propertyNames": {"type": "string"},
     "discriminator": {"propertyName": "a"}, "externalDocs": {"url": "u"}, "allOf": [], "not": None, "minContains": 2,
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
@@ -197,9 +199,7 @@ class RandomSchemas:
         return {name: value for name, value in schema.items() if name != "type"}
 
 
-def random_text(
-    cursor: Cursor, texts: list[bytes], eos: int, chance: random.Random, most: int = 400
-) -> bytes | None:
+def random_text(cursor: Cursor, texts: list[bytes], eos: int, chance: random.Random, most: int = 400) -> bytes | None:
     """A text from random choices among what a cursor allows; None where it has no end after so many tokens.
 
     Raises InvalidRequestError where it cannot go on.
@@ -271,7 +271,16 @@ def keywords(schema: Any) -> Iterator[str]:
             yield name
             if name in ("properties", "patternProperties", "$defs"):
                 yield from (found for one in value.values() for found in keywords(one))
-            elif name in ("items", "additionalProperties", "propertyNames", "anyOf", "oneOf", "allOf", "prefixItems", "not"):
+            elif name in (
+                "items",
+                "additionalProperties",
+                "propertyNames",
+                "anyOf",
+                "oneOf",
+                "allOf",
+                "prefixItems",
+                "not",
+            ):
                 yield from keywords(value)
 
 

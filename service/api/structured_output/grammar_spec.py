@@ -1,4 +1,4 @@
-"""From `response_format` to the TextForm the engine enforces: bounds, keywords, and a grammar from a process of its own.
+"""From `response_format` to the TextForm the engine enforces: bounds, keywords, a grammar from a process of its own.
 
 Everything that can be wrong with a form is found here, before the engine hears of the request. This file knows no HTTP
 and no vocabulary.

@@ -1,8 +1,8 @@
 """A conjunction of schemas as branches: each is one type of value, with all that the conjunction says of it.
 
-`allOf`, `$ref` and neighbouring keywords are conjunctions, `anyOf`, `oneOf` and types are alternatives. The parts of arrays and
-objects are conjunctions again, named by the indices of their schemas, so that recursion ends. This file knows no
-grammar but the terminals in which scalars and names are written.
+`allOf`, `$ref` and neighbouring keywords are conjunctions, `anyOf`, `oneOf` and types are alternatives. The parts of
+arrays and objects are conjunctions again, named by the indices of their schemas, so that recursion ends. This file
+knows no grammar but the terminals in which scalars and names are written.
 """
 
 from __future__ import annotations
@@ -13,50 +13,26 @@ from dataclasses import dataclass, field, replace
 from math import lcm
 
 from service.api.structured_output import terminals
+from service.api.structured_output.branches import Array, Branch, Conjunction, Object, Scalar, holds, needed
 from service.api.structured_output.number_regex import Range
-from service.api.structured_output.schema import ANYTHING, MAX_MULTIPLE, NOTHING, TYPES, Schema, Schemas, is_number, refuse
+from service.api.structured_output.schema import (
+    ANYTHING,
+    MAX_MULTIPLE,
+    NOTHING,
+    TYPES,
+    Schema,
+    Schemas,
+    is_number,
+    refuse,
+)
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler
 
-Conjunction = tuple[int, ...]  # every one of these schemas; none of them: any value
 _MAX_CONJUNCTIONS = 20_000
 _MAX_ALTERNATIVES = 1000  # of one conjunction
 _MAX_NAME_KINDS = 64
 _MAX_NAME_CHARACTERS = 64  # of a name that the schema does not give; patterns of long ones take long at every token
-
-
-@dataclass(frozen=True)
-class Scalar:
-    """A null, booleans, numbers or strings, as a terminal or, where it cannot be one, a rule."""
-
-    kind: str
-    text: str
-    is_terminal: bool = True
-
-
-@dataclass(frozen=True)
-class Array:
-    """Items: those at the beginning, and all that follow."""
-
-    prefix: list[Conjunction]
-    tail: Conjunction
-    least: int
-    most: int | None
-
-
-@dataclass(frozen=True)
-class Object:
-    """Properties: those with names, in order, and others by the terminals of their names."""
-
-    named: dict[str, Conjunction]
-    required: frozenset[str]
-    others: list[tuple[str, Conjunction]]
-    least: int
-    most: int | None
-
-
-Branch = Scalar | Array | Object
 
 
 @dataclass
@@ -85,7 +61,7 @@ class NormalForm:
             parts, pending = {conjunction: None}, [conjunction]
             while pending:
                 for branch in self.branches(pending.pop()):
-                    for part in self._needed(branch):
+                    for part in needed(branch):
                         if part not in parts and part not in self._satisfiable:
                             parts[part] = None
                             pending.append(part)
@@ -93,7 +69,7 @@ class NormalForm:
             while more := [
                 one
                 for one in parts
-                if one not in fitting and any(_holds(branch, fitting.__contains__) for branch in self._branches[one])
+                if one not in fitting and any(holds(branch, fitting.__contains__) for branch in self._branches[one])
             ]:
                 fitting.update(more)
             self._satisfiable |= {one: one in fitting for one in parts}
@@ -104,7 +80,7 @@ class NormalForm:
         seen: set[Conjunction] = set()
         while not self.is_satisfiable(conjunction):
             seen.add(conjunction)
-            parts = {part for branch in self.branches(conjunction) for part in self._needed(branch)}
+            parts = {part for branch in self.branches(conjunction) for part in needed(branch)}
             culprits = [part for part in parts if part not in seen and not self.is_satisfiable(part)]
             if len(culprits) != 1 or len(self.branches(conjunction)) != 1:
                 refuse(self.schemas.all[conjunction[0]].path, "allows no value at all")
@@ -112,9 +88,9 @@ class NormalForm:
 
     def holds(self, branch: Branch) -> bool:
         """Whether some finite value fits a branch."""
-        for part in self._needed(branch):
+        for part in needed(branch):
             self.is_satisfiable(part)
-        return _holds(branch, self._satisfiable.__getitem__)
+        return holds(branch, self._satisfiable.__getitem__)
 
     def check_one_of(self) -> None:
         """Refuses what more than one alternative of a `oneOf` allows, of all that has been looked at."""
@@ -126,16 +102,6 @@ class NormalForm:
                     if any(self.is_satisfiable(_joined([rest, first, second])) for first in options[:i]):
                         hint = "let a constant in each tell them apart, or use anyOf"
                         refuse(f"{schema.path}.oneOf.{i}", "may allow what an alternative before it allows", hint)
-
-    def _needed(self, branch: Branch) -> Iterable[Conjunction]:
-        """The parts that decide whether a branch holds."""
-        if isinstance(branch, Array):
-            return _first_items(branch)
-        if isinstance(branch, Object):
-            if branch.least <= len(branch.required):
-                return [branch.named[name] for name in branch.required]
-            return [*branch.named.values(), *(part for _, part in branch.others)]
-        return []
 
     # -- alternatives --
 
@@ -272,7 +238,9 @@ class NormalForm:
         for schema in schemas:
             found = [schema.properties[name]] if name in schema.properties else []
             found += [
-                child for one, child in schema.by_pattern if self.vocabulary.fits(terminals.all_of([text, terminals.regex(one)]))
+                child
+                for one, child in schema.by_pattern
+                if self.vocabulary.fits(terminals.all_of([text, terminals.regex(one)]))
             ]
             parts += found or [schema.additional]
             if schema.names != ANYTHING:
@@ -287,7 +255,11 @@ class NormalForm:
         keys = [terminals.characters(0, min(own, _MAX_NAME_CHARACTERS) if own else None)]
         for schema in schemas:
             if schema.names != ANYTHING:
-                branches = [one.text for one in self.branches((schema.names,)) if isinstance(one, Scalar) and one.kind == "string"]
+                branches = [
+                    one.text
+                    for one in self.branches((schema.names,))
+                    if isinstance(one, Scalar) and one.kind == "string"
+                ]
                 if not branches:
                     return []
                 keys.append(terminals.any_of(branches))
@@ -311,7 +283,7 @@ class NormalForm:
             excluded += [terminals.regex(one) for one in patterns if one not in kind]
             text = terminals.all_of([*keys, *map(terminals.regex, kind)])
             text = terminals.without(text, excluded)
-            if part != (NOTHING,) and (len(keys) == 1 and not patterns or self.vocabulary.fits(text)):
+            if part != (NOTHING,) and ((len(keys) == 1 and not patterns) or self.vocabulary.fits(text)):
                 found.append((text, part))
         if patterns and found:
             self.vocabulary.rehearse([text for text, _ in found])
@@ -343,26 +315,3 @@ def _is_in(value: object, lists: list[list[object]]) -> bool:
     """Whether every list has a value, as JSON compares them: 1 is 1.0, and not true."""
     kind = isinstance(value, bool)
     return all(any(one == value and isinstance(one, bool) == kind for one in values) for values in lists)
-
-
-def _first_items(branch: Array) -> list[Conjunction]:
-    """What there must be, each kind once."""
-    return [*branch.prefix, branch.tail] if branch.least > len(branch.prefix) else branch.prefix[: branch.least]
-
-
-def _holds(branch: Branch, fits: Callable[[Conjunction], bool]) -> bool:
-    """Whether some value fits a branch, where it is known of its parts."""
-    if isinstance(branch, Array):
-        if branch.most is not None and branch.most < branch.least:
-            return False
-        return all(map(fits, _first_items(branch)))
-    if isinstance(branch, Object):
-        if branch.most is not None and branch.most < branch.least:
-            return False
-        if not all(fits(branch.named[name]) for name in branch.required):
-            return False
-        if branch.least <= len(branch.required):
-            return True
-        different = sum(map(fits, branch.named.values())) + any(fits(part) for _, part in branch.others)
-        return different >= branch.least
-    return True

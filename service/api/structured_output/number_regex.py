@@ -15,7 +15,6 @@ INTEGER = "(?:0|-?[1-9][0-9]*)"
 DECIMAL = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?"
 TEXT = rf"{DECIMAL}(?:[eE][+-]?[0-9]{{1,2}})?"
 
-_EXACT_DIGITS = 15  # two decimals of so many significant digits that differ are two doubles that differ
 MAX_DIGITS = 40  # of a number that is still written out
 _ANY_DIGITS = 1000  # more than any double has
 
@@ -57,25 +56,18 @@ class Range:
     def normal(self, multiple: int = 1) -> Range | None:
         """The same numbers, their bounds included and among them where they are integers; None: there is none.
 
-        Doubles decide whether a fraction fits, and a fraction next to a bound may be the bound itself as a double. So
-        a bound that is excluded is rounded inward to digits that doubles tell apart, and no number has more.
+        A fraction is compared as a double, and one next to a bound may be the bound itself as a double. So a bound
+        that is excluded, or is no double, becomes the next double inward.
         """
         digits = self.digits
         if digits is not None:
-            digits = max([digits, *(_digits_before_point(one) + 1 for one in (self.least, self.most) if one is not None)])
+            bounds = [one for one in (self.least, self.most) if one is not None]
+            digits = max([digits, *(_digits_before_point(one) + 1 for one in bounds)])
         if self.integral:
             return self._integers(multiple, digits)
-        least, most, above, below = self.least, self.most, self.above, self.below
-        if above or below:
-            digits = _EXACT_DIGITS if digits is None else min(digits, _EXACT_DIGITS)
-        significant = _EXACT_DIGITS if above or below else None
-        if least is not None:
-            rounded = _rounded_inward(least, ROUND_CEILING, significant)
-            least, above = rounded, above and rounded == least
-        if most is not None:
-            rounded = _rounded_inward(most, ROUND_FLOOR, significant)
-            most, below = rounded, below and rounded == most
-        made = Range(least, most, above, below, False, digits)
+        least = None if self.least is None else _inward(self.least, self.above, inf)
+        most = None if self.most is None else _inward(self.most, self.below, -inf)
+        made = Range(least, most, digits=digits)
         return made if made._has_one() else None
 
     def _integers(self, multiple: int, digits: int | None) -> Range | None:
@@ -91,17 +83,13 @@ class Range:
         return Range(least, most, integral=True, digits=digits)
 
     def _has_one(self) -> bool:
-        """Whether a decimal of few enough digits lies between the bounds."""
-        if self.least is None or self.most is None:
-            return True
+        """Whether a decimal of few enough digits lies between the bounds, which are included."""
+        if self.least is None or self.most is None or self.least <= 0 <= self.most:
+            return self.least is None or self.most is None or self.least <= self.most
         least, most = Fraction(self.least), Fraction(self.most)
-        if least <= 0 <= most and not (least == 0 and self.above) and not (most == 0 and self.below):
-            return True
         for places in range((self.digits or MAX_DIGITS) + 1):
             unit = Fraction(1, 10**places)
             first, last = ceil(least / unit) * unit, floor(most / unit) * unit
-            first += unit if self.above and first == least else 0
-            last -= unit if self.below and last == most else 0
             if first <= last and (self._is_short(first, places) or self._is_short(last, places)):
                 return True
         return False
@@ -114,9 +102,9 @@ class Range:
         bounded = self.least is not None or self.most is not None
         found = [INTEGER if self.integral else DECIMAL if bounded else TEXT]
         if self.least is not None:
-            found.append(_at_least(self.least, self.above, self.integral))
+            found.append(_at_least(self.least, self.integral))
         if self.most is not None:
-            found.append(_at_most(self.most, self.below, self.integral))
+            found.append(_at_most(self.most, self.integral))
         if self.digits is not None:
             found.append(f"[^0-9]*(?:[0-9][^0-9]*){{1,{self.digits}}}")
         return found
@@ -127,65 +115,57 @@ def exact(bound: int | float) -> Decimal:
     return Decimal(int(bound)) if bound == int(bound) else Decimal(repr(bound))
 
 
-def is_too_long(number: int | float) -> bool:
+def is_too_long(number: int | float | Decimal) -> bool:
     """Whether a number has more digits before its point than are written out."""
-    return abs(number) >= 10**MAX_DIGITS
+    return bool(abs(number) >= 10**MAX_DIGITS)
 
 
 def _digits_before_point(value: Decimal) -> int:
     return min(MAX_DIGITS, max(1, value.adjusted() + 1))
 
 
-def _rounded_inward(value: Decimal, rounding: str, significant: int | None) -> Decimal:
-    """The next number that has few enough digits and, where fractions are no longer told apart, is a double."""
-    if abs(value) >= 2**53:
-        double = float(value)
-        towards = inf if rounding == ROUND_CEILING else -inf
-        short = double < value if towards > 0 else double > value
-        value = exact(nextafter(double, towards) if short else double)
-    value = Context(prec=significant or _ANY_DIGITS, rounding=rounding).plus(value)
+def _inward(value: Decimal, strict: bool, towards: float) -> Decimal:
+    """The nearest bound inward that is included, is a double where the value is none, and is short enough to write."""
+    double = float(value)
+    is_short = double < value if towards > 0 else double > value
+    if strict or abs(value) >= 2**53:
+        moves = is_short or (strict and exact(double) == value)
+        value = exact(nextafter(double, towards) if moves else double)
     exponent = value.as_tuple().exponent
     if isinstance(exponent, int) and exponent < -MAX_DIGITS:
+        rounding = ROUND_CEILING if towards > 0 else ROUND_FLOOR
         return value.quantize(Decimal(1).scaleb(-MAX_DIGITS), rounding, Context(prec=_ANY_DIGITS))
     return value
 
 
-def _at_least(bound: Decimal, strict: bool, integral: bool) -> str:
+def _at_least(bound: Decimal, integral: bool) -> str:
     fraction = "" if integral else r"(?:\.[0-9]+)?"
     if bound < 0:
-        return f"(?:[0-9.]+|-{_magnitude_at_most(-bound, strict, fraction)})"
-    if bound == 0 and not strict:
-        return "[0-9.]+"
-    return _magnitude_at_least(bound, strict, fraction)
+        return f"(?:[0-9.]+|-{_magnitude_at_most(-bound, fraction)})"
+    return "[0-9.]+" if bound == 0 else _magnitude_at_least(bound, fraction)
 
 
-def _at_most(bound: Decimal, strict: bool, integral: bool) -> str:
+def _at_most(bound: Decimal, integral: bool) -> str:
     fraction = "" if integral else r"(?:\.[0-9]+)?"
-    if bound > 0 or (bound == 0 and not strict):
-        return f"(?:-[0-9.]+|{_magnitude_at_most(bound, strict, fraction)})"
-    return f"-{_magnitude_at_least(-bound, strict, fraction)}"
+    if bound < 0:
+        return f"-{_magnitude_at_least(-bound, fraction)}"
+    return f"(?:-[0-9.]+|{_magnitude_at_most(bound, fraction)})"
 
 
-def _magnitude_at_least(bound: Decimal, strict: bool, fraction: str) -> str:
+def _magnitude_at_least(bound: Decimal, fraction: str) -> str:
     whole, places = _parts(bound)
-    rest: str = ""
-    if fraction and places:
-        rest = rf"{whole}\.{_places_over(places, strict)}"
-    elif fraction and strict:
-        rest = rf"{whole}\.[0-9]*[1-9][0-9]*"
-    elif not strict:
-        rest = f"{whole}{fraction}"
-    return f"(?:{_integers_from(int(whole) + 1)}{fraction}{'|' + rest if rest else ''})"
+    rest = rf"{whole}\.{_places_over(places)}" if places else f"{whole}{fraction}"
+    return f"(?:{_integers_from(int(whole) + 1)}{fraction}|{rest})"
 
 
-def _magnitude_at_most(bound: Decimal, strict: bool, fraction: str) -> str:
-    if bound >= 10**MAX_DIGITS:
+def _magnitude_at_most(bound: Decimal, fraction: str) -> str:
+    if is_too_long(bound):
         return f"[0-9]{{1,{MAX_DIGITS}}}{fraction}"
     whole, places = _parts(bound)
     found = [f"{_integers_to(int(whole) - 1)}{fraction}"] if int(whole) else []
-    if fraction and places:
-        found.append(rf"{whole}(?:\.{_places_under(places, strict)})?")
-    elif not strict:
+    if places:
+        found.append(rf"{whole}(?:\.{_places_under(places)})?")
+    else:
         found.append(rf"{whole}(?:\.0+)?" if fraction else whole)
     return f"(?:{'|'.join(found)})"
 
@@ -214,16 +194,14 @@ def _integers_to(most: int) -> str:
     return f"(?:{'|'.join(found)})"
 
 
-def _places_over(places: str, strict: bool) -> str:
-    """Decimal places that make at least as much as these, or more."""
+def _places_over(places: str) -> str:
+    """Decimal places that make at least as much as these."""
     found = [f"{places[:i]}[{int(d) + 1}-9][0-9]*" for i, d in enumerate(places) if d != "9"]
-    found.append(f"{places}[0-9]*[1-9][0-9]*" if strict else f"{places}[0-9]*")
-    return f"(?:{'|'.join(found)})"
+    return f"(?:{'|'.join([*found, f'{places}[0-9]*'])})"
 
 
-def _places_under(places: str, strict: bool) -> str:
-    """Decimal places that make at most as much as these, or less."""
+def _places_under(places: str) -> str:
+    """Decimal places that make at most as much as these."""
     found = [f"{places[:i]}[0-{int(d) - 1}][0-9]*" for i, d in enumerate(places) if d != "0"]
     found += [places[:i] for i in range(1, len(places))]
-    found += [] if strict else [f"{places}0*"]
-    return f"(?:{'|'.join(found)})"
+    return f"(?:{'|'.join([*found, f'{places}0*'])})"

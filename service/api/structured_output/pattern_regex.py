@@ -1,4 +1,4 @@
-"""A schema's `pattern`, an expression of ECMAScript, as one of llguidance that matches the JSON string as it is written.
+"""A schema's `pattern`, an expression of ECMAScript, as one of llguidance that matches the JSON string as written.
 
 JSON writes a quote, a backslash and the control characters as escapes; every string here has exactly one spelling, so
 that what is written can be compared. Where ECMAScript, Python and the library differ about what a class contains, only
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 # A character of a string as JSON writes it.
 CHARACTER = r'(?:[^"\\\x00-\x1f]|\\["\\bfnrt]|\\u00(?:0[0-7bef]|1[0-9a-f]))'
 
+_MAX_DEPTH = 50  # of groups
 _ESCAPED = [*map(chr, range(0x20)), '"', "\\"]  # what JSON does not write as it is
 _NOT_RAW = r'"\\\x00-\x1f'
 _WHITE = {"\t", "\n", "\v", "\f", "\r"}
@@ -22,7 +23,7 @@ _ALL_SPACES = r"\s\x{feff}\x{180e}"
 _WHITE_FOR_SOME = _WHITE | set(map(chr, range(0x1C, 0x20)))
 _ANY = set(_ESCAPED)
 
-# A class by its letter: what certainly belongs to it, and what may; each as a class of raw characters, and escaped ones.
+# A class by its letter: what certainly belongs to it, and what may; each as raw characters, and escaped ones.
 _CERTAIN: dict[str, tuple[str, set[str]]] = {
     "d": ("0-9", set()),
     "w": ("0-9A-Za-z_", set()),
@@ -67,6 +68,7 @@ class _Reader:
     """Reads a pattern from left to right."""
 
     def __init__(self, pattern: str) -> None:
+        self._depth = 0  # of the groups that are open
         self._tokens = [match[0] for match in _TOKEN.finditer(pattern)]
         self._at = 0
 
@@ -129,10 +131,14 @@ class _Reader:
     def _group(self, opening: str) -> str:
         if opening not in ("(", "(?:") and not opening.endswith(">"):
             raise PatternError(f"has {opening!r}: there is no looking around, and there are no flags")
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise PatternError(f"has groups more than {_MAX_DEPTH} deep")
         options = [self._sequence()]
         while self._peek() == "|":
             self._at += 1
             options.append(self._sequence())
+        self._depth -= 1
         if self._peek() in ("^", "$"):
             raise PatternError(f"has {self._peek()!r} within a group")
         if self._next() != ")":
@@ -150,7 +156,7 @@ class _Reader:
     def _class(self) -> str:
         negated = self._peek() == "^"
         self._at += negated
-        raw, escaped = "", set()
+        raw, escaped = "", set[str]()
         while (token := self._next()) != "]":
             if len(token) > 1 and token[0] != "\\":  # a token of other places is characters here
                 self._tokens[self._at - 1 : self._at] = token

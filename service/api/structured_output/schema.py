@@ -50,6 +50,7 @@ NEUTRAL: dict[str, list[Any]] = {
     "dependencies": [{}],
     "not": [False],
 }
+_CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # of ECMAScript, in which [[] is one; or an escape
 _SHOWN_CHARACTERS = 60
 SCHEMA = "response_format.json_schema.schema"
 
@@ -153,9 +154,7 @@ class Schemas:
                 if not isinstance(value, dict):
                     refuse(place, "must be an object of schemas")
                 self._count_properties(len(value) if "roperties" in name else 0)
-                found[name] = {
-                    key: self._read(one, f"{place}.{shown(key)}", within_id) for key, one in value.items()
-                }
+                found[name] = {key: self._read(one, f"{place}.{shown(key)}", within_id) for key, one in value.items()}
             elif name in _LISTS or (name == "items" and isinstance(value, list)):
                 if not isinstance(value, list):
                     refuse(place, "must be a list of schemas")
@@ -177,9 +176,10 @@ class Schemas:
         schema.all_of = children.get("allOf", [])
         schema.any_of = [children["anyOf"]] if children.get("anyOf") else []
         schema.one_of = [children["oneOf"]] if children.get("oneOf") else []
-        for name, values in (("const", [given.get("const")]), ("enum", given.get("enum"))):
-            if name in given:
-                self._fill_values(schema, values, f"{path}.{name}")
+        if "const" in given:
+            self._fill_values(schema, [given["const"]], f"{path}.const")
+        if "enum" in given:
+            self._fill_values(schema, given["enum"], f"{path}.enum")
         schema.least, schema.most, schema.multiple = _bounds(given, path)
         schema.patterns = list(_patterns(given, path))
         counts = {name: min(int(given[name]), MAX_COUNT) for name in _COUNTS & given.keys()}
@@ -342,7 +342,7 @@ def _patterns(given: dict[str, Any], path: str) -> Iterator[str]:
 
 
 def _pattern(pattern: str, path: str) -> str:
-    check_regex_size(pattern, SCHEMA + path)
+    check_regex_size(_CLASS.sub(lambda match: "." if match[0][0] == "[" else match[0], pattern), SCHEMA + path)
     try:
         return pattern_regex(pattern)
     except PatternError as error:

@@ -27,7 +27,7 @@ def string(value: str) -> str:
     return text(literal(value))
 
 
-def constant(value: None | bool) -> str:
+def constant(value: bool | None) -> str:
     """null, true or false."""
     return text(json.dumps(value))
 
