@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,8 @@ PATTERNS = ["^[a-c]{1,3}$", "^\\d+$", "a", "^x|y$", "^(?:ab|c)+$", "^[^\"a]{2}$"
             "^[\\w.-]+@b$", "^\\p{L}+$", "^a", "1$", "^[A-Z]\\s?[0-9]{2,4}$", "^[\\]\\[]+$", "^/x/$", "^\\W\\D$",
             "^$"]  # fmt: skip
 FORMATS = ["date", "time", "date-time", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "duration", "soup", "int32"]
+VALUES = [None, True, False, *NUMBERS, *STRINGS, [], [None], [1], ["a", "b"], {}, {"a": 1}, {"a": "a"}, {"a": None},
+          {"kind": "u"}, {"kind": "v"}, {"a": {}, "b": {}}, {"extra": 1}]  # fmt: skip
 NOTES: dict[str, Any] = {
     "title": "t", "description": "d", "default": 3, "example": None, "examples": [1], "deprecated": True,
     "readOnly": True, "writeOnly": False, "$comment": "c", "x-order": {"type": "no schema"}, "nullable": False,
@@ -32,6 +33,8 @@ NOTES: dict[str, Any] = {
     "dependentRequired": {}, "format": "soup", "pattern": None, "maxLength": None, "enum": None,
     "propertyNames": {"type": "string"},
     "discriminator": {"propertyName": "a"}, "externalDocs": {"url": "u"}, "allOf": [], "not": None, "minContains": 2,
+    "maxContains": 3, "xml": {"name": "a"}, "contentSchema": {"type": "null"}, "unevaluatedItems": {},
+    "dependentSchemas": {}, "dependencies": {}, "id": "i",
 }  # fmt: skip
 REFUSED: dict[str, Any] = {
     "not": {"type": "null"}, "uniqueItems": True, "contains": {"const": 1}, "if": {"type": "null"}, "multipleOf": 0.1,
@@ -39,19 +42,37 @@ REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMAS = (
+    "items",
+    "additionalItems",
+    "prefixItems",
+    "additionalProperties",
+    "propertyNames",
+    "anyOf",
+    "oneOf",
+    "allOf",
+)
+
+
 class RandomSchemas:
     """Schemas from one seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
+        self._is_draft_7 = self._chance(0.15)
+        self._definitions = "definitions" if self._is_draft_7 else "$defs"
 
     def draw(self) -> dict[str, Any]:
         """A schema, mostly one that some value fits."""
         schema: Any = None
         while not isinstance(schema, dict):
             schema = self._schema(3)
-        for name in ("x", "y"):
-            schema.setdefault("$defs", {})[name] = self._schema(1)
+        schema[self._definitions] = {name: self._schema(1) for name in ("x", "y")}
+        if self._is_draft_7:
+            schema["$schema"] = "http://json-schema.org/draft-07/schema#"
+        else:
+            schema["$defs"]["z"] = {"$anchor": "here", **self._scalar(0)}
         if self._chance(0.1):
             schema["$id"] = "https://example.org/root"
         return schema
@@ -136,7 +157,11 @@ class RandomSchemas:
         if self._chance(0.75):
             schema["items"] = self._schema(depth - 1)
         if self._chance(0.3):
-            schema["prefixItems"] = [self._schema(depth - 1) for _ in range(self._random.randint(1, 3))]
+            first = [self._schema(depth - 1) for _ in range(self._random.randint(1, 3))]
+            if self._is_draft_7 and self._chance(0.7):
+                schema |= {"items": first, "additionalItems": schema.get("items", True)}
+            else:
+                schema["prefixItems"] = first
         if self._chance(0.4):
             schema["maxItems"] = self._random.choice([0, 1, 2, 4.0, 40])
         if self._chance(0.3):
@@ -189,10 +214,13 @@ class RandomSchemas:
         return schema | (kind(depth - 1) if self._chance(0.5) else {})
 
     def _reference(self, depth: int) -> dict[str, Any]:
-        schema: dict[str, Any] = {"$ref": self._random.choice(["#/$defs/x", "#/$defs/y", "#"])}
+        targets = [f"#/{self._definitions}/x", f"#/{self._definitions}/y", "#"]
+        schema: dict[str, Any] = {"$ref": self._random.choice(targets)}
+        if not self._is_draft_7 and self._chance(0.2):
+            schema = {"$ref": "#here"}
         if self._chance(0.5):  # where recursion may end
             return {"type": "array", "items": schema, "maxItems": 2}
-        return schema | (self._string(0) if self._chance(0.2) else {})
+        return schema | (self._string(0) if self._chance(0.2) and not self._is_draft_7 else {})
 
     def _untyped(self, depth: int) -> dict[str, Any]:
         schema = self._random.choice([self._object, self._array, self._number, self._string])(depth - 1)
@@ -243,7 +271,7 @@ def plain(schema: Any) -> Any:
     for name, value in schema.items():
         if name in ("const", "enum", "default", "example", "examples"):
             made |= {} if value is None and name == "enum" else {name: value}
-        elif name in ("properties", "patternProperties", "$defs"):
+        elif name in _MAPS:
             named = {_in_python(key) if name == "patternProperties" else key: one for key, one in value.items()}
             made[name] = {key: plain(one) for key, one in named.items()}
         elif name == "pattern" and value is not None:
@@ -269,31 +297,7 @@ def keywords(schema: Any) -> Iterator[str]:
     elif isinstance(schema, dict):
         for name, value in schema.items():
             yield name
-            if name in ("properties", "patternProperties", "$defs"):
+            if name in _MAPS:
                 yield from (found for one in value.values() for found in keywords(one))
-            elif name in (
-                "items",
-                "additionalProperties",
-                "propertyNames",
-                "anyOf",
-                "oneOf",
-                "allOf",
-                "prefixItems",
-                "not",
-            ):
+            elif name in _SCHEMAS:
                 yield from keywords(value)
-
-
-class Coverage:
-    """How often each keyword was in a schema that was taken, and in one that was refused."""
-
-    def __init__(self) -> None:
-        self.taken: Counter[str] = Counter()
-        self.refused: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
-
-    def count(self, schema: dict[str, Any], reason: str | None) -> None:
-        """One more schema."""
-        (self.taken if reason is None else self.refused).update(set(keywords(schema)))
-        if reason is not None:
-            self.reasons[reason] += 1

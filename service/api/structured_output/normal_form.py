@@ -149,33 +149,33 @@ class NormalForm:
     # -- scalars --
 
     def _numbers(self, schemas: list[Schema], values: list[list[object]], integral: bool) -> Iterator[Scalar]:
-        range_, multiple = Range(integral=integral, digits=self.limits.digits or None), 1
+        multiple = lcm(*(schema.multiple for schema in schemas if schema.multiple))
+        integral = integral or any(schema.multiple for schema in schemas)
+        wanted = Range(integral=integral, digits=self.limits.digits or None)
         for schema in schemas:
             for bound, strict in schema.least:
-                range_ = range_.at_least(bound, strict)
+                wanted = wanted.at_least(bound, strict)
             for bound, strict in schema.most:
-                range_ = range_.at_most(bound, strict)
-            multiple = lcm(multiple, schema.multiple)
+                wanted = wanted.at_most(bound, strict)
         if values:
-            numbers = [one for one in values[0] if is_number(one) and _is_in(one, values) and range_.has(one)]
+            numbers = [one for one in values[0] if is_number(one) and _is_in(one, values) and wanted.has(one)]
             texts = [terminals.number(one, integral) for one in numbers if multiple == 1 or one % multiple == 0]
             if texts:
                 yield Scalar("number", terminals.any_of(texts))
             return
+        normal = wanted.normal(multiple)
+        if normal is None:
+            return
         if multiple == 1:
-            normal = range_.normal()
-            if normal is not None:
-                yield Scalar("number", terminals.all_of(map(terminals.regex, normal.regexes())))
+            yield Scalar("number", terminals.all_of(map(terminals.regex, normal.regexes())))
             return
         path = _path_of(schemas, lambda schema: schema.multiple > 1) + ".multipleOf"
         if multiple > MAX_MULTIPLE:
             refuse(path, f"and others make {multiple} together; at most {MAX_MULTIPLE} is allowed")
-        normal = replace(range_, integral=True).normal(multiple)
-        if normal is not None:
-            rule = terminals.multiples(normal, multiple)
-            if rule is None:
-                refuse(path, f"goes only with bounds under {terminals.MAX_EXACT}")
-            yield Scalar("number", rule, is_terminal=False)
+        rule = terminals.multiples(normal, multiple)
+        if rule is None:
+            refuse(path, f"goes only with bounds under {terminals.MAX_EXACT}")
+        yield Scalar("number", rule, is_terminal=False)
 
     def _strings(self, schemas: list[Schema], values: list[list[object]]) -> Iterator[Scalar]:
         least = max((schema.min_length for schema in schemas), default=0)
@@ -225,8 +225,9 @@ class NormalForm:
             named = {name: self._property(schemas, name) for name in [*names, *required]}
         least = max([len(required), *(schema.min_properties for schema in schemas)])
         most = min((schema.max_properties for schema in schemas if schema.max_properties is not None), default=None)
+        has_room = most is None or most > len(required)
         with _blaming(path):
-            others = self._others(schemas, list(named), path) if most is None or most > len(required) else []
+            others = self._others(schemas, list(named), path) if has_room and _is_open(schemas, least) else []
         if least > len(named) + 1 and others and (most is None or most >= least):
             path = _path_of(schemas, lambda schema: schema.min_properties == least)
             reason = f"asks for {least} properties, and at most {len(named) + 1} of them can be known to be different"
@@ -242,7 +243,7 @@ class NormalForm:
                 for one, child in schema.by_pattern
                 if self.vocabulary.fits(terminals.all_of([text, terminals.regex(one)]))
             ]
-            parts += found or [schema.additional]
+            parts += found or [schema.additional or ANYTHING]
             if schema.names != ANYTHING:
                 key = self.schemas.equal_to(name, schema.path)
                 parts += [] if self.is_satisfiable(_joined([schema.names, key])) else [NOTHING]
@@ -277,7 +278,8 @@ class NormalForm:
             part = _joined(
                 child
                 for schema in schemas
-                for child in [child for one, child in schema.by_pattern if one in kind] or [schema.additional]
+                for child in [child for one, child in schema.by_pattern if one in kind]
+                or [schema.additional or ANYTHING]
             )
             excluded = [terminals.string(name) for name in taken]
             excluded += [terminals.regex(one) for one in patterns if one not in kind]
@@ -304,6 +306,15 @@ def _blaming(path: str) -> Iterator[None]:
         if error.param != "response_format":
             raise
         refuse(path, f"is too complex: {error.message}", "simplify its patterns")
+
+
+def _is_open(schemas: list[Schema], least: int) -> bool:
+    """Whether properties without a name may come: where some are named and nothing is said of others, none do, unless
+    there must be more.
+    """
+    named = {name for schema in schemas for name in schema.properties}
+    is_said = any(schema.additional is not None or schema.by_pattern or schema.names != ANYTHING for schema in schemas)
+    return is_said or not named or least > len(named)
 
 
 def _joined(indices: Iterable[int]) -> Conjunction:

@@ -50,6 +50,7 @@ NEUTRAL: dict[str, list[Any]] = {
     "dependencies": [{}],
     "not": [False],
 }
+_OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 _CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # of ECMAScript, in which [[] is one; or an escape
 _SHOWN_CHARACTERS = 60
 SCHEMA = "response_format.json_schema.schema"
@@ -69,7 +70,7 @@ class Schema:
     one_of: list[list[int]] = field(default_factory=list)  # exactly one of each
     least: list[tuple[Number, bool]] = field(default_factory=list)  # bounds, and whether they are excluded
     most: list[tuple[Number, bool]] = field(default_factory=list)
-    multiple: int = 1
+    multiple: int = 0
     patterns: list[str] = field(default_factory=list)  # expressions of `pattern_regex`
     min_length: int = 0
     max_length: int | None = None
@@ -79,7 +80,7 @@ class Schema:
     max_items: int | None = None
     properties: dict[str, int] = field(default_factory=dict)
     by_pattern: list[tuple[str, int]] = field(default_factory=list)  # with the expression of their names
-    additional: int = ANYTHING
+    additional: int | None = None
     names: int = ANYTHING
     required: list[str] = field(default_factory=list)
     min_properties: int = 0
@@ -93,6 +94,7 @@ class Schemas:
         """Raises InvalidRequestError for what cannot be held."""
         self.all: list[Schema] = [Schema(""), Schema("", types=frozenset())]
         self._root = root
+        self._is_old = any(draft in str(root.get("$schema")) for draft in _OLD_DRAFTS)
         self._indices: dict[int, int] = {}  # by identity
         self._anchors: dict[str, Any] = {}
         self._refs: list[tuple[int, str, str]] = []
@@ -191,12 +193,14 @@ class Schemas:
             schema.prefix, schema.items = items, children.get("additionalItems", ANYTHING)
         else:
             schema.prefix, schema.items = children.get("prefixItems", []), items
+            if self._is_old and items != ANYTHING:  # `items` is said of all of them, where `prefixItems` is unknown
+                schema.prefix = [self.add(Schema(path, all_of=[one, items])) for one in schema.prefix]
         schema.properties = children.get("properties", {})
         schema.by_pattern = [
             (_pattern(pattern, f"{path}.patternProperties.{shown(pattern)}"), child)
             for pattern, child in children.get("patternProperties", {}).items()
         ]
-        schema.additional = children.get("additionalProperties", ANYTHING)
+        schema.additional = children.get("additionalProperties")
         schema.names = children.get("propertyNames", ANYTHING)
         schema.required = given.get("required", [])
 
@@ -331,7 +335,7 @@ def _bounds(given: dict[str, Any], path: str) -> tuple[list[tuple[Number, bool]]
             found.append((given[strict], True))
         if any(is_too_long(bound) and bound * sign > 0 for bound, _ in found):
             refuse(f"{path}.{plain}", "leaves only numbers of over 40 digits")
-    return least, most, int(given.get("multipleOf", 1))
+    return least, most, int(given.get("multipleOf", 0))
 
 
 def _patterns(given: dict[str, Any], path: str) -> Iterator[str]:

@@ -19,7 +19,6 @@ from service.api.schemas.fields import ResponseFormat
 from service.api.structured_output.grammar_spec import MAX_SCHEMA_BYTES, TextForms, question_of
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.regex_size import regex_size
-from service.api.structured_output.schema import KEYWORDS, NEUTRAL
 from service.api.structured_output.validation_process import Verdict
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
@@ -217,7 +216,8 @@ def test_a_deep_schema_is_refused(http: TestClient, depth: int) -> None:
 
 
 NO_NUMBERS = {
-    "401 digits": 10**400, "minus 401 digits": -(10**400), "5,000 digits": 10**5000, "41 digits": 10**40, "inf": math.inf, "-inf": -math.inf, "nan": math.nan,
+    "401 digits": 10**400, "minus 401 digits": -(10**400), "5,000 digits": 10**5000, "41 digits": 10**40,
+    "inf": math.inf, "-inf": -math.inf, "nan": math.nan,
 }  # fmt: skip
 
 
