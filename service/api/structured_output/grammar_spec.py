@@ -15,9 +15,10 @@ from typing import Any
 
 from service.api.processes.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
 from service.api.schemas.fields import ResponseFormat
+from service.api.structured_output.keywords import refuse, shown
 from service.api.structured_output.number_regex import MAX_DIGITS, is_too_long
 from service.api.structured_output.regex_size import check_regex_size
-from service.api.structured_output.schema import Schemas, refuse, shown
+from service.api.structured_output.schema import Schemas
 from service.api.structured_output.validation_process import Question, Verdict
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError

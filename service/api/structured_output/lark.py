@@ -10,8 +10,9 @@ from typing import Any
 
 from service.api.structured_output import terminals
 from service.api.structured_output.branches import Array, Conjunction, Object, Scalar
+from service.api.structured_output.keywords import refuse
 from service.api.structured_output.normal_form import NormalForm
-from service.api.structured_output.schema import Schemas, refuse
+from service.api.structured_output.schema import Schemas
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler
 

@@ -14,17 +14,9 @@ from math import lcm
 
 from service.api.structured_output import terminals
 from service.api.structured_output.branches import Array, Branch, Conjunction, Object, Scalar, holds, needed
+from service.api.structured_output.keywords import MAX_MULTIPLE, TYPES, is_number, refuse
 from service.api.structured_output.number_regex import Range
-from service.api.structured_output.schema import (
-    ANYTHING,
-    MAX_MULTIPLE,
-    NOTHING,
-    TYPES,
-    Schema,
-    Schemas,
-    is_number,
-    refuse,
-)
+from service.api.structured_output.schema import ANYTHING, NOTHING, Schema, Schemas
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler

@@ -6,56 +6,34 @@ is `normal_form.py`. This file knows no grammar.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeGuard
+from typing import Any
 
 from service.api.structured_output.formats import FORMATS
+from service.api.structured_output.keywords import (
+    COUNTS,
+    LISTS,
+    MAPS,
+    MAX_COUNT,
+    MAX_PROPERTIES,
+    NOTES,
+    ONE,
+    SCHEMA,
+    TYPES,
+    Number,
+    refuse,
+    says_something,
+    shown,
+)
 from service.api.structured_output.number_regex import is_too_long
 from service.api.structured_output.pattern_regex import PatternError, pattern_regex
 from service.api.structured_output.regex_size import check_regex_size
-from service.contract.errors import InvalidRequestError
 
-MAX_PROPERTIES = 400  # of one schema, at all depths
-MAX_MULTIPLE = 1000
-MAX_COUNT = 1_000_000  # characters, items, properties; more are never written
 ANYTHING, NOTHING = 0, 1  # the schemas true and false
-
-TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
-_ONE = frozenset({"items", "additionalItems", "additionalProperties", "propertyNames"})  # keywords with a schema ...
-_LISTS = frozenset({"prefixItems", "anyOf", "oneOf", "allOf"})  # ... a list of schemas ...
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # ... or schemas by name
-_COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
-_BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
-_TEXTS = frozenset({"$ref", "pattern", "format"})
-_VALUES = _COUNTS | _BOUNDS | _TEXTS | {"type", "nullable", "enum", "const", "required"}
-# They say nothing about what fits; `discriminator` only repeats what the alternatives say.
-NOTES = frozenset(
-    {
-        *("title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly"),
-        *("$comment", "$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$vocabulary", "discriminator", "xml"),
-        *("externalDocs", "contentMediaType", "contentEncoding", "contentSchema", "minContains", "maxContains"),
-    }
-)
-KEYWORDS = _ONE | _LISTS | _MAPS | _VALUES | NOTES
-# Keywords that are not enforced, at the values at which there is nothing to enforce.
-NEUTRAL: dict[str, list[Any]] = {
-    "uniqueItems": [False],
-    "unevaluatedItems": [True, {}],
-    "unevaluatedProperties": [True, {}],
-    "dependentRequired": [{}],
-    "dependentSchemas": [{}],
-    "dependencies": [{}],
-    "not": [False],
-}
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 _CLASS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)  # of ECMAScript, in which [[] is one; or an escape
-_SHOWN_CHARACTERS = 60
-SCHEMA = "response_format.json_schema.schema"
-
-Number = int | float
 
 
 @dataclass
@@ -132,7 +110,7 @@ class Schemas:
         given = {name: value for name, value in raw.items() if value is not None or name in ("const", *NOTES)}
         index = self._indices[id(raw)] = self.add(Schema(path))
         for name, value in [*given.items()]:
-            if not _is_known(name, value, given, path):
+            if not says_something(name, value, given, path):
                 del given[name]
         if isinstance(given.get("$anchor"), str):
             self._anchors[given["$anchor"]] = raw
@@ -148,16 +126,16 @@ class Schemas:
     def _children(self, given: dict[str, Any], path: str, within_id: bool) -> dict[str, Any]:
         """The indices of the schemas under each keyword that has some."""
         found: dict[str, Any] = {}
-        for name in _ONE | _LISTS | _MAPS:
+        for name in ONE | LISTS | MAPS:
             value, place = given.get(name), f"{path}.{name}"
             if name not in given:
                 continue
-            if name in _MAPS:
+            if name in MAPS:
                 if not isinstance(value, dict):
                     refuse(place, "must be an object of schemas")
                 self._count_properties(len(value) if "roperties" in name else 0)
                 found[name] = {key: self._read(one, f"{place}.{shown(key)}", within_id) for key, one in value.items()}
-            elif name in _LISTS or (name == "items" and isinstance(value, list)):
+            elif name in LISTS or (name == "items" and isinstance(value, list)):
                 if not isinstance(value, list):
                     refuse(place, "must be a list of schemas")
                 found[name] = [self._read(one, f"{place}.{i}", within_id) for i, one in enumerate(value)]
@@ -184,7 +162,7 @@ class Schemas:
             self._fill_values(schema, given["enum"], f"{path}.enum")
         schema.least, schema.most, schema.multiple = _bounds(given, path)
         schema.patterns = list(_patterns(given, path))
-        counts = {name: min(int(given[name]), MAX_COUNT) for name in _COUNTS & given.keys()}
+        counts = {name: min(int(given[name]), MAX_COUNT) for name in COUNTS & given.keys()}
         schema.min_length, schema.max_length = counts.get("minLength", 0), counts.get("maxLength")
         schema.min_items, schema.max_items = counts.get("minItems", 0), counts.get("maxItems")
         schema.min_properties, schema.max_properties = counts.get("minProperties", 0), counts.get("maxProperties")
@@ -252,66 +230,10 @@ class Schemas:
             yield from options
 
 
-def refuse(path: str, reason: str, hint: str | None = None) -> NoReturn:
-    """Raises the error for what stands at a path of the schema."""
-    param = SCHEMA + path
-    raise InvalidRequestError(f"`{param}` {reason}", param=param, hint=hint, code="invalid_response_format")
-
-
-def shown(text: str) -> str:
-    """A name of the schema, as far as a message shows it."""
-    return text[:_SHOWN_CHARACTERS]
-
-
 def _unescaped(name: str) -> str:
     """A part of a JSON pointer within a URI."""
     plain = re.sub("%([0-9a-fA-F]{2})", lambda match: chr(int(match[1], 16)), name)
     return plain.replace("~1", "/").replace("~0", "~")
-
-
-def _is_known(name: str, value: Any, given: dict[str, Any], path: str) -> bool:
-    """Whether a keyword says something; refuses what it cannot say."""
-    place = f"{path}.{shown(name)}"
-    if name.startswith("x-") or name in NOTES:
-        return name in ("$id", "$anchor")
-    if any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ())):
-        return False
-    if name == "uniqueItems" and value is True and given.get("maxItems") in (0, 1):
-        return False
-    if name not in KEYWORDS:
-        close = difflib.get_close_matches(shown(name), KEYWORDS, n=1, cutoff=0.8)
-        hint = f"did you mean `{close[0]}`?" if close else "leave it out, and check the answer for it"
-        refuse(place, "is a keyword that this server does not enforce", hint)
-    problem = _problem(name, value)
-    if problem:
-        refuse(place, problem)
-    return True
-
-
-def _problem(name: str, value: Any) -> str | None:
-    """What is wrong with the value of a keyword that has no schema."""
-    if name in _COUNTS and not (is_number(value) and value >= 0 and value == int(value)):
-        return "must be an integer, and not negative"
-    if name in _COUNTS and name.startswith("min") and value > MAX_COUNT:
-        return f"must be at most {MAX_COUNT}"
-    if name == "multipleOf" and not (is_number(value) and value == int(value) and 1 <= value <= MAX_MULTIPLE):
-        return f"must be an integer from 1 to {MAX_MULTIPLE}"
-    if name in _BOUNDS and not is_number(value) and not (name.startswith("exclusive") and isinstance(value, bool)):
-        return "must be a number"
-    if name in _TEXTS and not isinstance(value, str):
-        return "must be a string"
-    if name == "nullable" and not isinstance(value, bool):
-        return "must be true or false"
-    if name == "enum" and not (isinstance(value, list) and value):
-        return "must be a list of at least one value"
-    if name == "required" and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-        return "must be a list of names"
-    return None
-
-
-def is_number(value: Any) -> TypeGuard[Number]:
-    """Whether a value of JSON is a number; true is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _types(given: Any, nullable: bool, path: str) -> frozenset[str]:

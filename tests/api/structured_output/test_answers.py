@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
 from service.api.structured_output.lark import schema_grammar
-from service.api.structured_output.schema import KEYWORDS, NEUTRAL
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
 from service.grammar import Grammar, GrammarCompiler
