@@ -403,3 +403,23 @@ def test_few_grammars_are_kept(compiler: GrammarCompiler) -> None:
     assert slow.compiled == 70
     grammars.find(TextForm(regex="a{1}")).result()
     assert slow.compiled == 71
+
+
+def test_texts_of_one_grammar_never_fill_its_lexer(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its states are shared by all texts and kept: when they are too many, a text goes on with new ones."""
+    form = TextForm(regex="[a-z]{1,40}(a[a-z]{3}b)?([a-y]{1,20}|[b-z]{1,20})!")
+    plain, chance = compiler.compile(form), torch.Generator().manual_seed(3)
+    monkeypatch.setattr("service.grammar._MAX_STATES", 300)
+    grammar = compiler.compile(form)
+    for _ in range(30):
+        cursor, expected = grammar.start(), plain.start()
+        while not cursor.finished:
+            allowed = sorted(tokens_of(cursor.allowed()))
+            assert cursor.allowed() == expected.allowed()
+            token = allowed[int(torch.randint(len(allowed), (), generator=chance))]
+            assert cursor.allowed([token]) == expected.allowed([token])
+            cursor.accept(token)
+            expected.accept(token)
+    assert grammar.matcher()[0] > 2, "the lexer was never renewed: the test shows nothing"

@@ -21,7 +21,7 @@ from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler
 
-_MAX_CONJUNCTIONS = 20_000
+_MAX_CONJUNCTIONS = 10_000
 _MAX_ALTERNATIVES = 1000  # of one conjunction
 _MAX_NAME_KINDS = 64
 _MAX_NAME_CHARACTERS = 64  # of a name that the schema does not give; patterns of long ones take long at every token
@@ -57,11 +57,15 @@ class NormalForm:
                         if part not in parts and part not in self._satisfiable:
                             parts[part] = None
                             pending.append(part)
-            fitting = {one for one, fits in self._satisfiable.items() if fits}
+            fitting: set[Conjunction] = set()
+
+            def fits(part: Conjunction) -> bool:
+                return part in fitting or self._satisfiable.get(part, False)
+
             while more := [
                 one
                 for one in parts
-                if one not in fitting and any(holds(branch, fitting.__contains__) for branch in self._branches[one])
+                if one not in fitting and any(holds(branch, fits) for branch in self._branches[one])
             ]:
                 fitting.update(more)
             self._satisfiable |= {one: one in fitting for one in parts}
@@ -173,28 +177,28 @@ class NormalForm:
         least = max((schema.min_length for schema in schemas), default=0)
         mosts = [schema.max_length for schema in schemas if schema.max_length is not None]
         patterns = [terminals.regex(one) for schema in schemas for one in schema.patterns]
-        if values:
-            texts = [
-                terminals.string(one)
-                for one in values[0]
-                if isinstance(one, str) and _is_in(one, values) and least <= len(one) <= min(mosts, default=len(one))
-            ]
-            texts = [one for one in texts if not patterns or self.vocabulary.fits(terminals.all_of([one, *patterns]))]
-            if texts:
-                yield Scalar("string", terminals.any_of(texts))
-            return
         own = self.limits.string_characters
         most = min(mosts) if mosts else max(own, least) if own else None
-        if most is not None and most < least:
+        if values:
+            found = [one for one in values[0] if isinstance(one, str) and _is_in(one, values)]
+            texts = [terminals.string(one) for one in found if least <= len(one) <= min([len(one), *mosts])]
+            if not texts:
+                return
+            text = terminals.any_of(texts)
+        elif most is not None and most < least:
             return
-        text = terminals.all_of([terminals.characters(least, most), *patterns])
+        else:
+            text = terminals.characters(least, most)
         if patterns:
+            fitting = terminals.all_of([text, *patterns])
             with _blaming(_path_of(schemas, lambda schema: bool(schema.patterns))):
-                if not mosts and not self.vocabulary.fits(text):  # the pattern's own bound is over ours
-                    text = terminals.all_of([terminals.characters(least, None), *patterns])
-                if not self.vocabulary.fits(text):
+                if not (values or mosts or self.vocabulary.fits(fitting)):  # the pattern's own bound is over ours
+                    fitting = terminals.all_of([terminals.characters(least, None), *patterns])
+                if not self.vocabulary.fits(fitting):
                     return
-                self.vocabulary.rehearse([text])
+                if not values:
+                    self.vocabulary.rehearse([fitting])
+            text = fitting
         yield Scalar("string", text)
 
     # -- arrays and objects --
