@@ -390,3 +390,13 @@ def test_who_waits_for_a_verdict_when_the_server_stops_hears_so(client: ThreadCl
             assert "retry-after" in response.headers
         assert process._child is None
         assert post(http, {"type": "json_object"}).status_code == 200  # judged before
+
+
+def test_an_operator_s_bounds_are_in_the_grammar(client: ThreadClient) -> None:
+    fresh = ThreadClient(FakeEngine(client.engine.info))
+    with serving(fresh, json_max_characters=7, json_max_items=0, json_max_digits=3) as http:
+        for schema in ({"type": "string"}, {"type": "array", "items": {"type": "integer"}}):
+            assert post(http, json_schema(schema)).status_code == 200
+            sampling = fresh.engine.requests[-1].sampling
+            assert sampling is not None
+            assert sampling.form == grammar_of(schema, FormLimits(7, 0, 3)) != grammar_of(schema)
