@@ -6,13 +6,17 @@ what must be refused is a small share of them, by reason.
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 import re
 from collections import Counter
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import pydantic
 import pytest
 
 from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
@@ -174,6 +178,22 @@ def test_what_an_answer_may_be(vocabulary: Vocabulary, schema: dict[str, Any], e
     assert answers
     for answer in answers:
         assert re.fullmatch(expected, answer.decode()), answer
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("date", datetime.date), ("time", datetime.time), ("date-time", datetime.datetime), ("duration", None),
+        ("email", None), ("hostname", None), ("ipv4", IPv4Address), ("ipv6", IPv6Address), ("uuid", UUID),
+        ("uri", pydantic.AnyUrl),
+    ],
+)  # fmt: skip
+def test_formats_are_what_readers_take(vocabulary: Vocabulary, name: str, kind: Any) -> None:
+    """pydantic's, whose days are those that there are; where it has no reader of a format, the texts only end."""
+    answers = vocabulary.answers({"type": "string", "format": name}, 40, FormLimits())
+    assert len(answers) > 30
+    for answer in answers if kind is not None else ():
+        pydantic.TypeAdapter(kind).validate_json(answer)
 
 
 def test_what_has_no_bound_has_ours_and_a_schema_s_own_bound_wins(vocabulary: Vocabulary) -> None:
