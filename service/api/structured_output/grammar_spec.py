@@ -1,7 +1,7 @@
-"""From `response_format` to the TextForm the engine enforces: bounds, keywords, a grammar from a process of its own.
+"""From `response_format` to the TextForm the engine enforces: bounds here, all else in a process of its own.
 
-Everything that can be wrong with a form is found here, before the engine hears of the request. This file knows no HTTP
-and no vocabulary.
+Everything that can be wrong with a form is found before the engine hears of the request. This file knows no HTTP, no
+keyword and no vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from service.api.schemas.fields import ResponseFormat
 from service.api.structured_output.keywords import refuse, shown
 from service.api.structured_output.number_regex import MAX_DIGITS, is_too_long
 from service.api.structured_output.regex_size import check_regex_size
-from service.api.structured_output.schema import Schemas
 from service.api.structured_output.validation_process import Question, Verdict
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
@@ -105,7 +104,6 @@ def _checked_schema(schema: dict[str, Any]) -> str:
     size = len(text.encode())
     if size > MAX_SCHEMA_BYTES:
         refuse("", f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
-    Schemas(schema)
     return text
 
 

@@ -16,6 +16,7 @@ from service.api.structured_output.schema import Schemas
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler
 
+_MAX_GRAMMAR_CHARACTERS = 1_000_000
 _MAX_STATES = 20_000  # of one object: which property is next, and how many there are
 _PUNCTUATION = r"""
 OPEN: /\{ ?/
@@ -51,7 +52,11 @@ class _Writer:
             self._rule(name, self._options(name, conjunction))
         self._form.check_one_of()
         written = [f"{name}: {text}" for text, name in self._terminals.items()]
-        return "\n".join([f"start: {start}", _PUNCTUATION.strip(), *written, *self._rules])
+        grammar = "\n".join([f"start: {start}", _PUNCTUATION.strip(), *written, *self._rules])
+        if len(grammar) > _MAX_GRAMMAR_CHARACTERS:
+            reason = f"makes a grammar of {len(grammar)} characters; at most {_MAX_GRAMMAR_CHARACTERS} are allowed"
+            refuse("", reason, "simplify it")
+        return grammar
 
     def _symbol(self, conjunction: Conjunction) -> str:
         """The name of a conjunction's terminal or rule."""

@@ -40,6 +40,9 @@ _POSSIBLE: dict[str, tuple[str, set[str]]] = {
     "W": ("[^0-9A-Za-z_]", _ANY),
     "S": (f"[^{_SPACES}]", _ANY - _WHITE),
 }
+_OF_LETTERS = re.compile(
+    r"\\[pP]\{(?:L|N|M|Script=)"
+)  # properties of letters, digits, marks: of nothing that is escaped
 _CONTROLS = {"t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "0": "\0"}
 _TOKEN = re.compile(
     r"""
@@ -147,11 +150,12 @@ class _Reader:
 
     def _character(self, token: str) -> str:
         if token == ".":
-            return _written(r"[^\n\r\x{2028}\x{2029}]", _ANY - {"\n", "\r"})
-        if token[0] == "\\":
-            raw, escaped = _escape(token, _CERTAIN)
-            return _written(f"[{raw}]" if raw else "", escaped)
-        return _written("" if token in _ESCAPED else f"[{_hex(token)}]", {token} & _ANY)
+            return _NO_LINE_BREAK
+        single = _single(token)
+        if single is not None:
+            return _written("", {single}) if single in _ANY else _hex(single)
+        raw, escaped = _escape(token, _CERTAIN)
+        return _written(f"[{raw}]", escaped)
 
     def _class(self) -> str:
         negated = self._peek() == "^"
@@ -193,7 +197,9 @@ def _hex(character: str) -> str:
 
 def _single(token: str) -> str | None:
     """The character that a token is; None: it is a class."""
-    if token[0] != "\\" or len(token) == 1:
+    if token == "\\":
+        raise PatternError("ends with a backslash")
+    if token[0] != "\\":
         return token
     kind, rest = token[1], token[2:]
     if kind in "dDwWsSpP":
@@ -213,18 +219,25 @@ def _single(token: str) -> str | None:
 
 
 def _escape(token: str, classes: dict[str, tuple[str, set[str]]]) -> tuple[str, set[str]]:
-    single = _single(token)
-    if single is not None:
-        return (_hex(single), {single} & _ANY)
-    if token[1] in "pP":
-        if len(token) == 2:
-            raise PatternError(f"has {token!r} without a property")
-        return token, set() if classes is _CERTAIN else _ANY
-    return classes[token[1]]
+    if token[1] not in "pP":
+        return classes[token[1]]
+    if len(token) == 2:
+        raise PatternError(f"has {token!r} without a property")
+    are_known = _OF_LETTERS.match(token) is not None
+    if classes is _CERTAIN:
+        return token, _ANY if are_known and token[1] == "P" else set()
+    return token, set() if are_known and token[1] == "p" else _ANY
 
 
 def _written(raw: str, escaped: set[str]) -> str:
     """The characters of a class as JSON writes them."""
     parts = [f"[{raw}&&[^{_NOT_RAW}]]"] if raw else []
-    parts += ["".join(f"\\x{ord(one):02x}" for one in literal(escape)[1:-1]) for escape in sorted(escaped)]
+    spellings = [literal(one)[2:-1] for one in sorted(escaped)]  # behind the backslash
+    letters = "".join(re.escape(one) for one in spellings if len(one) == 1)
+    parts += [rf"\\[{letters}]"] if letters else []
+    codes = "|".join(one[3:] for one in spellings if len(one) > 1)
+    parts += [rf"\\u00(?:{codes})"] if codes else []
     return f"(?:{'|'.join(parts)})" if parts else "[^\\x{0}-\\x{10ffff}]"
+
+
+_NO_LINE_BREAK = _written(r"[^\n\r\x{2028}\x{2029}]", _ANY - {"\n", "\r"})
