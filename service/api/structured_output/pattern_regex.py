@@ -40,9 +40,7 @@ _POSSIBLE: dict[str, tuple[str, set[str]]] = {
     "W": ("[^0-9A-Za-z_]", _ANY),
     "S": (f"[^{_SPACES}]", _ANY - _WHITE),
 }
-_OF_LETTERS = re.compile(
-    r"\\[pP]\{(?:L|N|M|Script=)"
-)  # properties of letters, digits, marks: of nothing that is escaped
+_OF_LETTERS = re.compile(r"\\[pP]\{(?:L|N|M|Script=)")  # of letters, digits and marks, none of which is escaped
 _CONTROLS = {"t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r", "0": "\0"}
 _TOKEN = re.compile(
     r"""

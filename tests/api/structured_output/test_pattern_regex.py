@@ -68,9 +68,11 @@ def test_it_matches_what_the_pattern_matches(compiler: GrammarCompiler, pattern:
     ("pattern", "words"),
     [
         ("(?=a)", "looking around"), ("(?<!a)b", "looking around"), ("(?i)a", "nothing to repeat"),
-        ("(^a|b)$", "within"), ("a$b", "where only"), ("a**", "nothing to repeat"), ("*", "nothing to repeat"), ("a{,3}", "to some"),
+        ("(^a|b)$", "within"), ("a$b", "where only"), ("a**", "nothing to repeat"), ("*", "nothing to repeat"),
+        ("a{,3}", "to some"),
         ("(a", "ends within"), ("a)", "without its ("), ("[a", "ends within"), ("[]", "empty class"),
-        ("[b-a]", "range"), (r"\1", "does not know"), (r"\bx", "does not know"), (r"\p", "property"), ("\\", "backslash"),
+        ("[b-a]", "range"), (r"\1", "does not know"), (r"\bx", "does not know"), (r"\p", "property"),
+        ("\\", "backslash"),
         (r"\ud800", "no character"), (r"[a-\d]", "end of a range"), ("(" * 60 + ")" * 60, "50 deep"),
     ],
 )  # fmt: skip
