@@ -31,7 +31,7 @@ _MAX_STATES = 50_000
 _MAX_FUEL = 500_000
 _MAX_ITEMS = 20_000
 _MAX_SYMBOLS = 100_000
-# Of terminals alone in short texts: that leaves room for long ones, and for what else stands in the grammar.
+# Of a part alone in short texts: that leaves room for long ones, and for what else stands in the grammar.
 _REHEARSALS = 4
 _REHEARSED_TOKENS = 128
 _REHEARSED_STATES = 6_000
@@ -170,15 +170,15 @@ class GrammarCompiler:
         """Whether a terminal of a grammar can be written at all. Raises InvalidRequestError for one that is none, or
         is too complex.
         """
-        matcher = self._matcher(_terminals_source([terminal]), _MAX_STATES, _MAX_FUEL)
+        matcher = self._matcher(f"{_OPTIONS}start: TERMINAL\nTERMINAL: {terminal}", _MAX_STATES, _MAX_FUEL)
         matcher.compute_bitmask()
         if matcher.is_error() and not _has_no_text(matcher):
             raise _exhausted(matcher)
         return not matcher.is_error()
 
-    def rehearse(self, terminals: Sequence[str]) -> None:
-        """Writes texts of the terminals. Raises InvalidRequestError where long ones would be too complex."""
-        source = _terminals_source(terminals)
+    def rehearse(self, form: TextForm) -> None:
+        """Writes short texts of a form. Raises InvalidRequestError where long ones would be too complex."""
+        source = _source(form)
         for seed in range(_REHEARSALS):
             chance = random.Random(seed)
             matcher = self._matcher(source, _REHEARSED_STATES, _REHEARSED_FUEL)
@@ -237,12 +237,6 @@ class Grammars:
         if len(self._found) > _CACHED:
             self._found.popitem(last=False)
         return found
-
-
-def _terminals_source(terminals: Sequence[str]) -> str:
-    names = [f"T{number}" for number in range(len(terminals))]
-    rules = [f"{name}: {terminal}" for name, terminal in zip(names, terminals, strict=True)]
-    return f"{_OPTIONS}start: {' | '.join(names)}\n" + "\n".join(rules)
 
 
 def _source(form: TextForm) -> str:

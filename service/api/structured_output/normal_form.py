@@ -18,7 +18,7 @@ from service.api.structured_output.keywords import MAX_MULTIPLE, TYPES, is_numbe
 from service.api.structured_output.number_regex import Range
 from service.api.structured_output.schema import ANYTHING, NOTHING, Schema, Schemas
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits
+from service.contract.request import FormLimits, TextForm
 from service.grammar import GrammarCompiler
 
 _MAX_CONJUNCTIONS = 10_000
@@ -197,7 +197,7 @@ class NormalForm:
                 if not self.vocabulary.fits(fitting):
                     return
                 if not values:
-                    self.vocabulary.rehearse([fitting])
+                    self.vocabulary.rehearse(TextForm(grammar=terminals.choice([fitting])))
             text = fitting
         yield Scalar("string", text)
 
@@ -284,7 +284,7 @@ class NormalForm:
             if part != (NOTHING,) and ((len(keys) == 1 and not patterns) or self.vocabulary.fits(text)):
                 found.append((text, part))
         if patterns and found:
-            self.vocabulary.rehearse([text for text, _ in found])
+            self.vocabulary.rehearse(TextForm(grammar=terminals.choice([text for text, _ in found])))
         return found
 
 

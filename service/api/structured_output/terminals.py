@@ -69,3 +69,9 @@ def without(part: str, excluded: Iterable[str]) -> str:
     """What fits a part and nothing that is excluded."""
     found = list(excluded)
     return f"({part} & ~{any_of(found) if len(found) > 1 else f'({found[0]})'})" if found else part
+
+
+def choice(parts: list[str]) -> str:
+    """The grammar of texts that are one of the terminals, each by itself."""
+    rules = [f"T{number}: {part}" for number, part in enumerate(parts)]
+    return "\n".join([f"start: {' | '.join(f'T{number}' for number in range(len(parts)))}", *rules])

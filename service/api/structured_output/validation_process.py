@@ -52,7 +52,10 @@ def _judge(compiler: GrammarCompiler, asked: Question) -> Verdict:
     try:
         schema = asked.json_schema
         grammar = None if schema is None else schema_grammar(json.loads(schema), asked.limits, compiler)
-        compiler.compile(TextForm(grammar=grammar, regex=asked.regex))
+        form = TextForm(grammar=grammar, regex=asked.regex)
+        compiler.compile(form)
+        if asked.regex is not None:
+            compiler.rehearse(form)
     except InvalidRequestError as error:
         return Verdict(error=error.message, param=error.param or "response_format", hint=error.hint)
     return Verdict(grammar)
