@@ -28,6 +28,7 @@ _ENGINE_FLAGS = (
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
+    *("json_max_characters", "json_max_items", "json_max_digits"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )

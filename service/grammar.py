@@ -8,13 +8,12 @@ are not accepted yet (drafts) is looked up on a copy: a wrong draft leaves nothi
 from __future__ import annotations
 
 import json
+import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tokenizers import Tokenizer
 
 from service.contract.errors import InvalidRequestError
 from service.contract.request import TextForm
@@ -22,16 +21,22 @@ from service.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
-# Between the parts of JSON. A model that was not trained on JSON would go on with spaces and line breaks for ever.
-_JSON: JsonCompileOptions = {"whitespace_pattern": " ?"}
+# Every way to write a text in tokens is allowed. Where a grammar leaves no choice, the library would else allow only
+# the tokens in which the tokenizer writes it, and those may be special ones or lie beyond the model's vocabulary.
+_OPTIONS = '%llguidance {"no_forcing": true}\n'
 _CACHED = 64  # grammars kept, the last used ones
-# Of the lexer and the parser, at each step: a mask takes some 10 ms at worst.
-_MAX_STATES = 20_000
-_MAX_FUEL = 200_000
+# Of the lexer and the parser, at each step: a mask takes some 30 ms at worst.
+_MAX_STATES = 50_000
+_MAX_FUEL = 500_000
 _MAX_ITEMS = 20_000
 _MAX_SYMBOLS = 100_000
+# Of a part alone in short texts: that leaves room for long ones, and for what else stands in the grammar.
+_REHEARSALS = 4
+_REHEARSED_TOKENS = 128
+_REHEARSED_STATES = 6_000
+_REHEARSED_FUEL = 200_000
+_MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives the lexer new fuel
 
 
 def refusal(message: str, hint: str | None = None) -> InvalidRequestError:
@@ -39,12 +44,17 @@ def refusal(message: str, hint: str | None = None) -> InvalidRequestError:
     return InvalidRequestError(message, param="response_format", code="invalid_response_format", hint=hint)
 
 
+class _LexerError(InvalidRequestError):
+    """The lexer of a grammar has as many states as it may have, or a step of it took too long. It is of no more use."""
+
+
 class Cursor:
     """How far one text has come in its grammar."""
 
-    def __init__(self, matcher: LLMatcher, mask_bytes: int) -> None:
-        self._matcher = matcher
-        self._mask_bytes = mask_bytes
+    def __init__(self, grammar: Grammar) -> None:
+        self._grammar = grammar
+        self._version, self._matcher = grammar.matcher()
+        self._accepted: list[int] = []
         self._masks: dict[tuple[int, ...], bytes] = {}  # after these pending tokens
         self._ahead: LLMatcher | None = None  # a copy that has taken in the pending tokens below
         self._taken: tuple[int, ...] = ()
@@ -56,8 +66,9 @@ class Cursor:
 
     def accept(self, token: int) -> None:
         """Moves on. Raises InvalidRequestError where the grammar cannot go on."""
+        self._accepted.append(token)
         if not self._matcher.consume_token(token):
-            raise _exhausted(self._matcher)
+            self._renew()
         self._masks = {key[1:]: mask for key, mask in self._masks.items() if key[:1] == (token,)}
         self._ahead, self._taken = None, ()
 
@@ -69,14 +80,29 @@ class Cursor:
         """
         key = tuple(pending)
         if key not in self._masks:
-            self._masks[key] = self._look_ahead(key) if key else self._mask(self._matcher)
+            try:
+                self._masks[key] = self._look(key)
+            except _LexerError:
+                self._renew()
+                self._masks[key] = self._look(key)
         return self._masks[key]
 
     def fitting(self, tokens: list[int]) -> int:
         """How many of `tokens` the grammar allows, from the first on."""
         return self._matcher.validate_tokens(tokens)
 
-    def _look_ahead(self, pending: tuple[int, ...]) -> bytes:
+    def _renew(self) -> None:
+        """Begins again with an empty lexer. Raises InvalidRequestError where this text alone fills it."""
+        self._version, self._matcher = self._grammar.matcher(after=self._version)
+        self._ahead, self._taken = None, ()
+        for start in range(0, len(self._accepted), _MASKED_TOKENS):
+            self._matcher.compute_bitmask()
+            if not self._matcher.consume_tokens(self._accepted[start : start + _MASKED_TOKENS]):
+                raise _exhausted(self._matcher)
+
+    def _look(self, pending: tuple[int, ...]) -> bytes:
+        if not pending:
+            return self._mask(self._matcher)
         if self._ahead is None or pending[: len(self._taken)] != self._taken:
             self._ahead, self._taken = self._matcher.deep_copy(), ()
         new = list(pending[len(self._taken) :])
@@ -84,28 +110,44 @@ class Cursor:
             if self._ahead.try_consume_tokens(new) == len(new):
                 self._taken = pending
                 return self._mask(self._ahead)
+            if self._ahead.is_error():
+                raise _exhausted(self._ahead)
+        except _LexerError:
+            raise
         except InvalidRequestError:
             pass  # it will be raised again if the text comes here
         self._ahead, self._taken = None, ()
-        return b"\xff" * self._mask_bytes
+        return self._grammar.anything
 
     def _mask(self, matcher: LLMatcher) -> bytes:
-        mask = matcher.compute_bitmask()[: self._mask_bytes]
+        mask = self._grammar.cut(matcher.compute_bitmask())
         if matcher.is_error() or not any(mask):
             raise _exhausted(matcher)
         return mask
 
 
 class Grammar:
-    """A compiled form of text."""
+    """A compiled form of text. Its cursors share a lexer, which keeps its states; one with too many is replaced."""
 
-    def __init__(self, matcher: LLMatcher, mask_bytes: int) -> None:
-        self._matcher = matcher
-        self._mask_bytes = mask_bytes
+    def __init__(self, make: Callable[[], LLMatcher], vocab_size: int) -> None:
+        self._make = make
+        self._version, self._matcher = 0, make()
+        self.anything = ((1 << vocab_size) - 1).to_bytes(-(-vocab_size // 8), "little")  # a mask of all tokens
 
     def start(self) -> Cursor:
         """A cursor at the beginning."""
-        return Cursor(self._matcher.deep_copy(), self._mask_bytes)
+        return Cursor(self)
+
+    def cut(self, mask: bytes) -> bytes:
+        """A mask without the tokens beyond the model's vocabulary, which are never sampled."""
+        size = len(self.anything)
+        return mask[: size - 1] + bytes([mask[size - 1] & self.anything[-1]])
+
+    def matcher(self, after: int = -1) -> tuple[int, LLMatcher]:
+        """A matcher at the beginning and the version of its lexer, which is a later one than `after`."""
+        if after == self._version:
+            self._version, self._matcher = self._version + 1, self._make()
+        return self._version, self._matcher.deep_copy()
 
 
 class GrammarCompiler:
@@ -119,37 +161,60 @@ class GrammarCompiler:
 
     def compile(self, form: TextForm) -> Grammar:
         """Raises InvalidRequestError for what is no grammar, is too complex, or fits no text of this vocabulary."""
+        source = _source(form)
+        grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), self._vocab_size)
+        grammar.start().allowed()
+        return grammar
+
+    def fits(self, terminal: str) -> bool:
+        """Whether a terminal of a grammar can be written at all. Raises InvalidRequestError for one that is none, or
+        is too complex.
+        """
+        matcher = self._matcher(f"{_OPTIONS}start: TERMINAL\nTERMINAL: {terminal}", _MAX_STATES, _MAX_FUEL)
+        matcher.compute_bitmask()
+        if matcher.is_error() and not _has_no_text(matcher):
+            raise _exhausted(matcher)
+        return not matcher.is_error()
+
+    def rehearse(self, form: TextForm) -> None:
+        """Writes short texts of a form. Raises InvalidRequestError where long ones would be too complex."""
+        source = _source(form)
+        for seed in range(_REHEARSALS):
+            chance = random.Random(seed)
+            matcher = self._matcher(source, _REHEARSED_STATES, _REHEARSED_FUEL)
+            for _ in range(_REHEARSED_TOKENS):
+                mask = matcher.compute_bitmask()
+                if matcher.is_error():
+                    raise _exhausted(matcher)
+                start = chance.randrange(len(mask))
+                place = next((one for one in (*range(start, len(mask)), *range(start)) if mask[one]), 0)
+                token = 8 * place + mask[place].bit_length() - 1
+                if token in self._eos_token_ids or not matcher.consume_token(token) or matcher.is_stopped():
+                    break
+
+    def _matcher(self, source: str, max_states: int, max_fuel: int) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            step_lexer_fuel=_MAX_FUEL,
+            step_lexer_fuel=max_fuel,
             step_max_items=_MAX_ITEMS,
-            max_lexer_states=_MAX_STATES,
+            max_lexer_states=max_states,
             max_grammar_size=_MAX_SYMBOLS,
             verbose_errors=False,
         )
-        try:
-            source = (
-                LLMatcher.grammar_from_regex(form.regex or "")
-                if form.json_schema is None
-                else LLMatcher.grammar_from_json_schema(form.json_schema, overrides=_JSON)
-            )
-        except ValueError as error:  # what its reader of JSON does not take
-            raise refusal(_one_line(str(error))) from None
         matcher = LLMatcher(self._load_tokenizer(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise refusal(_reason(matcher))
-        grammar = Grammar(matcher, -(-self._vocab_size // 8))
-        grammar.start().allowed()
-        return grammar
+        return matcher
 
     def _load_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            text = _sampled_tokens(open_tokenizer(Path(self._tokenizer_path)), self._vocab_size)
+            tokenizer = open_tokenizer(Path(self._tokenizer_path))
+            size = max(self._vocab_size, *(id + 1 for id in tokenizer.get_vocab().values()))
             try:
-                self._tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None)
+                self._tokenizer = LLTokenizer(tokenizer.to_str(), size, eos_token=self._eos_token_ids or None)
             except ValueError as error:
                 raise refusal(f"this model's tokenizer cannot be held to a form of text: {error}") from None
         return self._tokenizer
@@ -174,43 +239,29 @@ class Grammars:
         return found
 
 
-def _sampled_tokens(tokenizer: Tokenizer, vocab_size: int) -> str:
-    """tokenizer.json without the tokens beyond the model's vocabulary: they are never sampled. Were they only masked
-    out, llguidance would still write a text that a grammar leaves no choice about with them, and allow nothing else.
-    """
-    if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
-        return tokenizer.to_str()
-    content: dict[str, Any] = json.loads(tokenizer.to_str())  # with the ids that the tokens really have
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
-    model: dict[str, Any] = content["model"]
-    if isinstance(model["vocab"], list):  # Unigram: a token's place is its id
-        model["vocab"] = model["vocab"][:vocab_size]
-    else:
-        model["vocab"] = {token: id for token, id in model["vocab"].items() if id < vocab_size}
-    if "merges" in model:
-        prefix: str = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [
-            (left, right)
-            for left, right in model["merges"]
-            if {left, right, left + right.removeprefix(prefix)} <= model["vocab"].keys()
-        ]
-    return json.dumps(content)
+def _source(form: TextForm) -> str:
+    """What the library compiles."""
+    from llguidance import LLMatcher
+
+    if form.grammar is not None:
+        return _OPTIONS + form.grammar
+    made: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(form.regex or ""))  # which knows what to escape
+    return _OPTIONS + str(made["grammars"][0]["lark_grammar"])
 
 
 def _exhausted(matcher: LLMatcher) -> InvalidRequestError:
-    reason = _reason(matcher) if matcher.is_error() else "NoExtension"
-    if not reason.startswith("NoExtension"):
-        return refusal(f"the form of text is too complex: {reason}", hint="simplify it")
-    return refusal("no text of this model's vocabulary has the form asked for")
+    if not matcher.is_error() or _has_no_text(matcher):
+        return refusal("no text of this model's vocabulary has the form asked for")
+    kind = _LexerError if "lexer error" in _reason(matcher) else InvalidRequestError
+    message = f"the form of text is too complex: {_reason(matcher)}"
+    return kind(message, param="response_format", code="invalid_response_format", hint="simplify it")
+
+
+def _has_no_text(matcher: LLMatcher) -> bool:
+    return _reason(matcher).startswith("NoExtension")
 
 
 def _reason(matcher: LLMatcher) -> str:
     """The first line of what llguidance says, without its own advice."""
     message = matcher.get_error().replace("\n<non-verbose/>", "").strip()
-    if message.startswith("oneOf constraints"):
-        return "oneOf is supported only where it is plain that at most one alternative fits; use anyOf"
-    return _one_line(message)
-
-
-def _one_line(message: str) -> str:
     return " ".join(message.split())[:300]

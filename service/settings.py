@@ -152,6 +152,19 @@ class Settings(BaseSettings):
     request_timeout: float = Field(
         600.0, ge=1, le=86_400, description="seconds a request may take; its own `timeout` may be shorter"
     )
+    json_max_characters: int = Field(
+        1024, ge=0, le=1_000_000, description="most characters of a string whose JSON Schema says none; 0: any number"
+    )
+    json_max_items: int = Field(
+        32,
+        ge=0,
+        le=1_000_000,
+        description="most items of an array, and properties without a name in the schema, whose JSON Schema says none; "
+        "0: any number",
+    )
+    json_max_digits: int = Field(
+        20, ge=0, le=1000, description="most digits of a number in an answer with a JSON Schema; 0: any number"
+    )
     write_timeout: float = Field(
         30.0, ge=1, le=86_400, description="seconds in which a client must take some of its answer; it is cut off else"
     )

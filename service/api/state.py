@@ -22,7 +22,7 @@ from service.contract.engine_info import EngineInfo
 from service.contract.errors import EngineLostError, RequestError, StartupError, UnavailableError
 from service.contract.options import EngineOptions
 from service.contract.output import StepStats
-from service.contract.request import Request, SamplingParams
+from service.contract.request import FormLimits, Request, SamplingParams
 from service.contract.steering import GateSettings
 from service.observability.metrics import Metrics
 from service.settings import Settings
@@ -86,7 +86,7 @@ class Service:
     def forms(self) -> TextForms:
         """The judge of forms of text; made when it is first needed."""
         if self._forms is None:
-            self._forms = TextForms(self.info)
+            self._forms = TextForms(self.info, form_limits(self.settings))
         return self._forms
 
     @property
@@ -148,6 +148,11 @@ class Service:
                         raise StartupError(f"the warm-up generation failed: {output.error}")
         except RequestError as error:
             raise StartupError(f"the warm-up generation failed: {error.message}") from None
+
+
+def form_limits(settings: Settings) -> FormLimits:
+    """What bounds JSON where its schema does not."""
+    return FormLimits(settings.json_max_characters, settings.json_max_items, settings.json_max_digits)
 
 
 def engine_options(settings: Settings) -> EngineOptions:

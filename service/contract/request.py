@@ -12,10 +12,19 @@ _GREEDY_BELOW = 1e-5  # dividing by less overflows fp32
 
 
 @dataclass(frozen=True, slots=True)
+class FormLimits:
+    """Bounds of what a JSON Schema does not bound itself; 0: none."""
+
+    string_characters: int = 1024
+    items: int = 32  # of an array, and properties of an object that no schema names
+    digits: int = 20  # of a number
+
+
+@dataclass(frozen=True, slots=True)
 class TextForm:
     """What a generated text must be, from its first token to its last: exactly one of the two."""
 
-    json_schema: str | None = None  # JSON that fits this schema
+    grammar: str | None = None  # a text of this grammar, in llguidance's Lark
     regex: str | None = None  # a match of this expression
 
 

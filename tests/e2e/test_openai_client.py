@@ -140,6 +140,21 @@ def test_parse_gives_an_object(client: openai.OpenAI) -> None:
             assert stream.get_final_completion().choices[0].message.parsed == choice.message.parsed
 
 
+class Tale(pydantic.BaseModel):
+    """As most models are: nothing is said of how long its texts are."""
+
+    title: str
+    years: list[int]
+
+
+def test_parse_has_an_end_where_a_model_closes_no_string(client: openai.OpenAI) -> None:
+    wishes = {"model": "demo", "messages": MESSAGES, "response_format": Tale, "max_completion_tokens": 1500}
+    choice = client.chat.completions.parse(**wishes, **GREEDY).choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.message.parsed is not None
+    assert len(choice.message.parsed.title) == 1024
+
+
 def test_a_form_is_the_same_on_every_route(client: openai.OpenAI, demo: Server) -> None:
     form = {"type": "regex", "pattern": "Sum: [0-9]{1,4}\\."}
     text = client.completions.create(

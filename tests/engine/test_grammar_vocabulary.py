@@ -20,7 +20,7 @@ PIECES = ["</s>", "<unk>", *LETTERS, *WORDS]
 FORMS = [
     TextForm(regex="<tool>[ab]{2}"),
     TextForm(regex="(theand|[a-c]){1,3}"),
-    TextForm(json_schema='{"type":"object","properties":{"theand":{"enum":["<tool>","the"]}},"required":["theand"]}'),
+    TextForm(grammar='start: "{" "\\"theand\\":" ("\\"<tool>\\"" | "\\"the\\"") "}"'),
 ]
 
 

@@ -1,67 +1,44 @@
-"""From `response_format` to the TextForm the engine enforces: bounds, keywords, and a trial in a process of its own.
+"""From `response_format` to the TextForm the engine enforces: bounds here, all else in a process of its own.
 
-Everything that can be wrong with a form is found here, before the engine hears of the request. What JSON Schema has
-and the grammar library would leave out is refused by name. This file knows no HTTP and no vocabulary.
+Everything that can be wrong with a form is found before the engine hears of the request. This file knows no HTTP, no
+keyword and no vocabulary.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 from service.api.processes.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
 from service.api.schemas.fields import ResponseFormat
-from service.api.structured_output.regex_size import regex_size
-from service.api.structured_output.validation_process import Verdict
+from service.api.structured_output.keywords import refuse, shown
+from service.api.structured_output.number_regex import MAX_DIGITS, is_too_long
+from service.api.structured_output.regex_size import check_regex_size
+from service.api.structured_output.validation_process import Question, Verdict
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import TextForm
-from service.grammar import refusal
+from service.contract.request import FormLimits, TextForm
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
-MAX_PROPERTIES = 400  # of one schema, at all depths
-MAX_MULTIPLE = 1000
-MAX_REGEX_CHARACTERS = 4096
-MAX_REGEX_SIZE = 10_000
 MAX_COMPILE_SECONDS = 3.0
 
 _CACHED = 256  # verdicts kept
 _MAX_ASKING = 16  # new forms at once
 _WAIT_SECONDS = 60.0  # for the others'
-_MAX_VERDICT_BYTES = 64 * 1024
-_SHOWN_CHARACTERS = 60
-
-_ONE = frozenset({"items", "additionalItems", "additionalProperties"})  # keywords whose value is a schema ...
-_LISTS = frozenset({"prefixItems", "anyOf", "oneOf", "allOf"})  # ... a list of schemas ...
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # ... or schemas by name
-_VALUES = frozenset(
-    {
-        *("type", "enum", "const", "$ref", "minLength", "maxLength", "pattern", "format", "minimum", "maximum"),
-        *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "minProperties"),
-        *("maxProperties", "required"),
-    }
-)
-_NOTES = frozenset(  # say nothing about what fits; `discriminator` only repeats what the alternatives say
-    {
-        *("title", "description", "default", "examples", "$comment", "$schema", "deprecated", "readOnly"),
-        *("writeOnly", "discriminator"),
-    }
-)
-KEYWORDS = _ONE | _LISTS | _MAPS | _VALUES | _NOTES
-_SCHEMA = "response_format.json_schema.schema"
-_PATTERN = "response_format.pattern"
+_MAX_VERDICT_BYTES = 4 * 1024 * 1024
 
 
 class TextForms:
     """Forms of text for one model. What has been judged once is remembered."""
 
-    def __init__(self, info: EngineInfo, compile_seconds: float = MAX_COMPILE_SECONDS) -> None:
+    def __init__(
+        self, info: EngineInfo, limits: FormLimits | None = None, compile_seconds: float = MAX_COMPILE_SECONDS
+    ) -> None:
         arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
         self._process = BoundedProcess(
             [sys.executable, "-m", "service.api.structured_output.validation_process", *arguments],
@@ -70,50 +47,54 @@ class TextForms:
             Verdict,
             Bounds(compile_seconds, _WAIT_SECONDS, _MAX_ASKING, _MAX_VERDICT_BYTES),
         )
-        self._verdicts: OrderedDict[TextForm, str | None] = OrderedDict()
+        self._limits = limits or FormLimits()
+        self._verdicts: OrderedDict[Question, Verdict] = OrderedDict()
 
     async def of(self, wanted: ResponseFormat | None) -> TextForm | None:
         """The form; None for any text. Raises InvalidRequestError for one that cannot be enforced as it is."""
-        form = None if wanted is None else text_form(wanted)
-        if form is None:
+        question = None if wanted is None else question_of(wanted, self._limits)
+        if question is None:
             return None
-        if form in self._verdicts:
-            self._verdicts.move_to_end(form)
+        if question in self._verdicts:
+            self._verdicts.move_to_end(question)
         else:
-            self._verdicts[form] = await self._judge(form)
+            self._verdicts[question] = await self._judge(question)
             if len(self._verdicts) > _CACHED:
                 self._verdicts.popitem(last=False)
-        error = self._verdicts[form]
-        if error is not None:
-            raise refusal(error)
-        return form
+        verdict = self._verdicts[question]
+        if verdict.error is not None:
+            raise InvalidRequestError(
+                verdict.error, param=verdict.param, hint=verdict.hint, code="invalid_response_format"
+            )
+        return TextForm(grammar=verdict.grammar, regex=question.regex)
 
     def close(self) -> None:
         """Ends the process, at once. Who still waits for a verdict, or comes later, hears that the server stops."""
         self._process.close()
 
-    async def _judge(self, form: TextForm) -> str | None:
-        """Why a form cannot be compiled; None: it can."""
+    async def _judge(self, question: Question) -> Verdict:
         try:
-            return (await self._process.ask(form)).error
+            return await self._process.ask(question)
         except TookTooLongError as error:
-            return f"the form of text {error} to compile; simplify it"
+            return Verdict(error=f"the form of text {error} to compile; simplify it")
         except ChildDiedError as error:
-            return f"compiling the form of text failed: its process {error}, perhaps for want of memory; simplify it"
+            return Verdict(
+                error=f"compiling the form of text failed: its process {error}, perhaps for want of memory; simplify it"
+            )
 
 
-def text_form(wanted: ResponseFormat) -> TextForm | None:
-    """The form as the engine takes it, checked as far as no vocabulary is needed. Raises InvalidRequestError."""
+def question_of(wanted: ResponseFormat, limits: FormLimits) -> Question | None:
+    """The form, checked as far as no vocabulary is needed; None for any text. Raises InvalidRequestError."""
     match wanted.type:
         case "json_object":
-            return TextForm(json_schema='{"type":"object"}')
+            return Question(json_schema='{"type":"object"}', limits=limits)
         case "json_schema":
             assert wanted.json_schema is not None
-            return TextForm(json_schema=_checked_schema(wanted.json_schema.schema_))
+            return Question(json_schema=_checked_schema(wanted.json_schema.schema_), limits=limits)
         case "regex":
             assert wanted.pattern is not None
-            _check_regex(wanted.pattern, _PATTERN)
-            return TextForm(regex=wanted.pattern)
+            check_regex_size(wanted.pattern, "response_format.pattern")
+            return Question(regex=wanted.pattern)
     return None
 
 
@@ -122,16 +103,7 @@ def _checked_schema(schema: dict[str, Any]) -> str:
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     size = len(text.encode())
     if size > MAX_SCHEMA_BYTES:
-        _refuse("", f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed", None)
-    properties, multiples = 0, set()
-    for path, one in _subschemas(schema, ""):
-        _check_keywords(path, one)
-        properties += sum(len(one[name]) for name in ("properties", "patternProperties") if name in one)
-        multiples |= {one["multipleOf"]} if "multipleOf" in one else set()
-    if properties > MAX_PROPERTIES:
-        _refuse("", f"has {properties} properties in all; at most {MAX_PROPERTIES} are allowed", None)
-    if math.prod(multiples) > MAX_MULTIPLE:
-        _refuse("", f"has values of multipleOf whose product is over {MAX_MULTIPLE}", None)
+        refuse("", f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
     return text
 
 
@@ -142,84 +114,29 @@ def _check_values(schema: dict[str, Any]) -> None:
     for _ in range(MAX_SCHEMA_DEPTH):
         size += sum(len(value) if isinstance(value, str | dict | list) else 1 for _, value in level)
         if size > MAX_SCHEMA_BYTES:
-            _refuse("", f"has over {MAX_SCHEMA_BYTES} bytes; at most {MAX_SCHEMA_BYTES} are allowed", None)
+            refuse("", f"has over {MAX_SCHEMA_BYTES} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
         for path, value in level:
             _check_value(path, value)
         level = [child for path, value in level for child in _children(path, value)]
         if not level:
             return
-    _refuse("", f"is nested more than {MAX_SCHEMA_DEPTH} deep", None)
+    refuse("", f"is nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def _check_value(path: str, value: Any) -> None:
-    if isinstance(value, int) and not -(2**63) < value < 2**64:
-        _refuse(path, f"is an integer of {value.bit_length()} bits", "integers go from -2^63 + 1 to 2^64 - 1")
+    if isinstance(value, int) and is_too_long(value):
+        refuse(path, f"is an integer of {value.bit_length()} bits", f"integers have at most {MAX_DIGITS} digits")
     if isinstance(value, float) and not math.isfinite(value):
-        _refuse(path, "is a number that JSON does not have", "the largest is 1.8e308")
+        refuse(path, "is a number that JSON does not have", "the largest is 1.8e308")
     for text in (value,) if isinstance(value, str) else value if isinstance(value, dict) else ():
         if not _is_text(text):
-            _refuse(path, "has half of a surrogate pair, which is no text", None)
+            refuse(path, "has half of a surrogate pair, which is no text")
 
 
 def _children(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        return ((f"{path}.{name[:_SHOWN_CHARACTERS]}", child) for name, child in value.items())
+        return ((f"{path}.{shown(name)}", child) for name, child in value.items())
     return ((f"{path}.{number}", child) for number, child in enumerate(value if isinstance(value, list) else ()))
-
-
-def _subschemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every schema in a schema, itself first, with its path. Raises InvalidRequestError where there should be one."""
-    if isinstance(schema, bool):
-        return
-    if not isinstance(schema, dict):
-        _refuse(path, "is not a schema: an object, true or false", None)
-    for name in _MAPS & schema.keys():
-        if not isinstance(schema[name], dict):
-            _refuse(f"{path}.{name}", "must be an object of schemas", None)
-    yield path, schema
-    for name in schema:
-        value, place = schema[name], f"{path}.{name}"
-        if name in _MAPS:
-            for key in value:
-                yield from _subschemas(value[key], f"{place}.{key[:_SHOWN_CHARACTERS]}")
-        elif name in _LISTS:
-            if not isinstance(value, list):
-                _refuse(place, "must be a list of schemas", None)
-            for number, one in enumerate(value):
-                yield from _subschemas(one, f"{place}.{number}")
-        elif name in _ONE:
-            yield from _subschemas(value, place)
-
-
-def _check_keywords(path: str, schema: dict[str, Any]) -> None:
-    for name in schema:
-        if name not in KEYWORDS:
-            close = difflib.get_close_matches(name[:_SHOWN_CHARACTERS], KEYWORDS, n=1, cutoff=0.8)
-            hint = f"did you mean `{close[0]}`?" if close else "leave it out, and check the answer for it"
-            _refuse(f"{path}.{name[:_SHOWN_CHARACTERS]}", "is a keyword that this server does not enforce", hint)
-    for name in ("pattern", *schema.get("patternProperties", ())):
-        pattern = schema.get(name) if name == "pattern" else name
-        if isinstance(pattern, str):
-            _check_regex(pattern, f"{_SCHEMA}{path}.pattern")
-    multiple = schema.get("multipleOf", 1)
-    if type(multiple) is not int or not 1 <= multiple <= MAX_MULTIPLE:
-        _refuse(f"{path}.multipleOf", f"must be an integer from 1 to {MAX_MULTIPLE}", None)
-
-
-def _check_regex(pattern: str, param: str) -> None:
-    if len(pattern) > MAX_REGEX_CHARACTERS:
-        raise InvalidRequestError(
-            f"`{param}` has {len(pattern)} characters; at most {MAX_REGEX_CHARACTERS} are allowed", param=param
-        )
-    if not _is_text(pattern):
-        raise InvalidRequestError(f"`{param}` has half of a surrogate pair, which is no text", param=param)
-    size = regex_size(pattern)
-    if size > MAX_REGEX_SIZE:
-        raise InvalidRequestError(
-            f"`{param}` has {size:.3g} parts with its repetitions written out; at most {MAX_REGEX_SIZE} are allowed",
-            param=param,
-            hint="use smaller counts, or * and +",
-        )
 
 
 def _is_text(value: str) -> bool:
@@ -228,8 +145,3 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse(path: str, reason: str, hint: str | None) -> NoReturn:
-    param = _SCHEMA + path
-    raise InvalidRequestError(f"`{param}` {reason}", param=param, hint=hint, code="invalid_response_format")

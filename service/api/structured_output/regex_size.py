@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 import re
 
+from service.contract.errors import InvalidRequestError
+
+MAX_CHARACTERS = 4096
+MAX_SIZE = 10_000
+
 _TOKEN = re.compile(
     r"""
       \\[pP]\{[^}]*\} | \\.                                 # one character, or a class of them ...
@@ -14,6 +19,21 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+
+
+def check_regex_size(pattern: str, param: str) -> None:
+    """Raises InvalidRequestError for an expression that would take too long to compile."""
+    if len(pattern) > MAX_CHARACTERS:
+        raise InvalidRequestError(
+            f"`{param}` has {len(pattern)} characters; at most {MAX_CHARACTERS} are allowed", param=param
+        )
+    size = regex_size(pattern)
+    if size > MAX_SIZE:
+        raise InvalidRequestError(
+            f"`{param}` has {size:.3g} parts with its repetitions written out; at most {MAX_SIZE} are allowed",
+            param=param,
+            hint="use smaller counts, or * and +",
+        )
 
 
 def regex_size(pattern: str) -> float:
