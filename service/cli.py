@@ -28,6 +28,7 @@ _ENGINE_FLAGS = (
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
+    *("served_model_name", "default_max_tokens", "generation_config"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
 )
@@ -35,6 +36,7 @@ _SERVE_FLAGS = (
 _OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "gate_relu", "allow_outside")
+_SEVERAL = ("served_model_name",)  # flags that take several values at once
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
 
@@ -163,7 +165,9 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             text = f"do not {text}" if field.default else text
             group.add_argument(flag, dest=name, action=action, default=None, help=text)
         elif field.annotation == list[str]:
-            group.add_argument(flag, dest=name, action="append", metavar=name.upper(), help=text)
+            several = "+" if name in _SEVERAL else None
+            action = "extend" if several else "append"
+            group.add_argument(flag, dest=name, action=action, nargs=several, metavar=name.upper(), help=text)
         else:
             choices = get_args(field.annotation) if name in ("dtype", "log_level", "log_format") else None
             default = "" if field.default is None else f" (default {field.default})"

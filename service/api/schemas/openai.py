@@ -7,11 +7,12 @@ are in messages.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from service.api.schemas.body import Body
+from service.api.schemas.body import UNSUPPORTED_FIELD, Body
 from service.api.schemas.fields import (
     INT32,
     Alternatives,
@@ -20,11 +21,17 @@ from service.api.schemas.fields import (
     XLoraFields,
 )
 from service.api.schemas.messages import NO_EFFECT, CacheControl, Message, Name
-from service.api.schemas.sizes import at_most, is_list_of, is_prompts
+from service.api.schemas.sizes import FINITE, at_most, is_list_of, is_prompts
+from service.chat_template import Chat
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024
 MAX_METADATA = 16
+MAX_VARIABLES = 64
+# What the template is given in any case, and what would replace it.
+_OWN_VARIABLES = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+)
 
 
 def _prompts(value: object) -> object:
@@ -117,6 +124,9 @@ class CompletionBody(OpenAIFields):
     max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
         None, description="As in the other bodies; 0, with echo, scores the prompt and generates nothing."
     )
+    max_completion_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
+        None, description="OpenAI's newer name of max_tokens."
+    )
     logprobs: Logprobs = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
@@ -126,7 +136,8 @@ class CompletionBody(OpenAIFields):
     @model_validator(mode="after")
     def _scoring_needs_echo(self) -> CompletionBody:
         if self.scores and not self.echo:
-            raise ValueError("max_tokens is 0, which only scores the prompt, and that needs echo true")
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise ValueError(f"{name} is 0, which only scores the prompt, and that needs echo true")
         if self.scores and (self.n or 1) > 1:
             raise ValueError("n must be 1 with max_tokens 0: nothing is generated that could differ")
         if self.scores and self.extension.return_scalings not in (None, "none"):
@@ -156,6 +167,34 @@ class ChatBody(OpenAIFields):
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=NO_EFFECT)
     tool_choice: Literal["none", "auto"] | None = Field(None, description=NO_EFFECT)
     parallel_tool_calls: bool | None = Field(None, description=NO_EFFECT)
+
+    chat_template_kwargs: (
+        Annotated[dict[Name, Any], Field(max_length=MAX_VARIABLES), at_most(MAX_VARIABLES), FINITE] | None
+    ) = Field(None, description="More variables for the model's chat template, as enable_thinking.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the prompt goes on to where the assistant begins; as continue_final_message says."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="The last message is unfinished, and the answer goes on with it; false when absent."
+    )
+
+    @model_validator(mode="after")
+    def _template_fields_agree(self) -> ChatBody:
+        for name in sorted(_OWN_VARIABLES & (self.chat_template_kwargs or {}).keys()):
+            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": f"chat_template_kwargs.{name}"})
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message goes with add_generation_prompt false alone")
+        return self
+
+    def chat(self) -> Chat:
+        """What the chat template is asked to write."""
+        continued = bool(self.continue_final_message)
+        return Chat(
+            [message.to_template() for message in self.messages],
+            add_generation_prompt=not continued and self.add_generation_prompt is not False,
+            continue_final_message=continued,
+            variables=self.chat_template_kwargs or {},
+        )
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatBody:

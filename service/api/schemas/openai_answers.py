@@ -20,6 +20,7 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: Annotated[int, Field(description="The context: tokens of prompt and answer together.")]
 
 
 class ModelList(TypedDict):

@@ -49,7 +49,7 @@ EMPTY = [
 NEUTRAL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({name: None}, tuple(BODIES)) for name in EMPTY if name != "seed"),
     ({"top_k": -1, "top_p": 1.0, "min_p": 0.0, "logit_bias": {}, "stop": [], "stop_token_ids": []}, tuple(BODIES)),
-    ({"stop": "", "repetition_penalty": 1, "response_format": {}}, tuple(BODIES)),
+    ({"stop": [""], "repetition_penalty": 1, "response_format": {}}, tuple(BODIES)),
     ({"response_format": {"type": "text", "json_schema": None, "pattern": None}}, tuple(BODIES)),
     ({"response_format": {"type": "text", "json_schema": {}, "pattern": ""}}, tuple(BODIES)),
     ({"stop": ["zz", "zz"], "cache_salt": ""}, ("/generate", "/compare")),
@@ -175,7 +175,7 @@ def test_stop_lists_are_long(http: TestClient) -> None:
     longest = ["x" * 1020 + f"{number:04d}" for number in range(64)]
     plain = answer_of(http, "/generate", BODIES["/generate"])
     assert answer_of(http, "/generate", BODIES["/generate"] | {"stop": longest + longest[:9]}) == plain
-    for stop in ([*longest, "y"], ["x" * 1025], ["a", ""], [["a"]]):
+    for stop in ([*longest, "y"], ["x" * 1025], ["a", None], [["a"]]):
         assert error_of(http.post("/generate", json=BODIES["/generate"] | {"stop": stop}))["param"] == "stop"
 
 
