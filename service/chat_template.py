@@ -36,7 +36,7 @@ def refusal(reason: str) -> InvalidRequestError:
 class Chat:
     """A conversation, and how it is to be written."""
 
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]]  # the arguments of tool calls may be JSON text: templates see what it says
     tools: list[dict[str, Any]] | None = None  # in OpenAI's form
     add_generation_prompt: bool = True  # the text goes on to where the assistant begins
     continue_final_message: bool = False  # the text ends with the last message's content, as if it were unfinished
@@ -104,7 +104,7 @@ class ChatTemplate:
             **self._special_tokens,
             "documents": None,
             **chat.variables,
-            "messages": _marked(chat.messages) if chat.continue_final_message else chat.messages,
+            "messages": list(map(_with_objects, _marked(chat) if chat.continue_final_message else chat.messages)),
             "tools": chat.tools,
             "add_generation_prompt": chat.add_generation_prompt,
         }
@@ -115,9 +115,30 @@ class ChatTemplate:
         return _cut(text, str(chat.messages[-1]["content"])) if chat.continue_final_message else text
 
 
-def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have objects as arguments, as templates expect them."""
+    if not message.get("tool_calls"):
+        return message
+    functions = [(call, call["function"]) for call in message["tool_calls"]]
+    calls = [
+        {**call, "function": {**function, "arguments": _arguments(function["arguments"])}}
+        for call, function in functions
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _arguments(arguments: Any) -> Any:
+    """What JSON text says, if that is an object or a list; else the text itself, as of a call that was cut off."""
+    try:
+        found = json.loads(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict | list) else arguments
+
+
+def _marked(chat: Chat) -> list[dict[str, Any]]:
     """The messages with a mark at the end of the last one's content, as transformers finds where it ends."""
-    *others, last = messages
+    *others, last = chat.messages
     return [*others, {**last, "content": f"{last['content']}{_END_OF_CONTENT}"}]
 
 

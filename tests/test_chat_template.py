@@ -73,6 +73,29 @@ def test_as_transformers_writes_it(name: str) -> None:
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
 
 
+def test_arguments_that_are_json_text_are_objects_to_a_template() -> None:
+    """As tests of models' templates write them; a text that is none, as of a call that was cut off, stays."""
+
+    def turns(*arguments: object) -> list[dict[str, object]]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
+        return [*TURNS, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "1"}]
+
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}({% if c.function.arguments is mapping %}{% for k, v in c.function.arguments.items() %}"
+        "{{ k }}={{ v | tojson }};{% endfor %}{% else %}{{ c.function.arguments | tojson }}{% endif %}){% endfor %}"
+        "{% endfor %}"
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=source)
+    objects = ({"b": 1, "a": {"x": [None, 1.5, "é"]}}, {}, [1], '{"cut', "5")
+    texts = ('{"b": 1, "a": {"x": [null, 1.5, "é"]}}', "{}", "[1]", '{"cut', "5")
+    expected = theirs.apply_chat_template(turns(*objects), tokenize=False)
+    for given in (objects, texts):
+        chat = Chat(turns(*given), add_generation_prompt=False)
+        assert ChatTemplate(source, {}).render(chat) == expected
+        assert chat.messages == turns(*given), "the caller's messages are the caller's"
+
+
 @pytest.mark.parametrize("content", ["Yes, it", " Yes, it \n", "a\n\nb ", ""])
 @pytest.mark.parametrize("name", ["demo", "chatml", "trimmed"])
 def test_a_last_message_is_continued_as_transformers_does(name: str, content: str) -> None:

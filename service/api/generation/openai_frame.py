@@ -60,7 +60,7 @@ def choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.Choic
     """What ends each choice of a whole answer, with its scalings where they are asked for."""
     reason = deltas[-1].finish_reason
     ours: answers.ChoiceDetails = {**run.scalings(index, deltas), **_end(reason)}
-    written: answers.ChoiceXLora = {"finish_reason": _openai_reason(reason)}
+    written: answers.ChoiceXLora = {"finish_reason": openai_reason(reason)}
     if ours:
         written["xlora"] = ours
     return written
@@ -69,13 +69,13 @@ def choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.Choic
 def delta_xlora(run: Run, delta: Delta) -> answers.DeltaXLora:
     """The same of what a delta adds to a choice."""
     ours: answers.DeltaDetails = {**run.scalings_delta(delta), **_end(delta.finish_reason)}
-    written: answers.DeltaXLora = {"finish_reason": _openai_reason(delta.finish_reason)}
+    written: answers.DeltaXLora = {"finish_reason": openai_reason(delta.finish_reason)}
     if ours:
         written["xlora"] = ours
     return written
 
 
-def _openai_reason(reason: str | None) -> answers.FinishReason | None:
+def openai_reason(reason: str | None) -> answers.FinishReason | None:
     """Who was cut short, by whatever it was, is cut short to OpenAI's clients."""
     if reason is None:
         return None

@@ -16,12 +16,15 @@ from service.api.generation.openai_frame import Frame, choice_xlora, delta_xlora
 from service.api.generation.openai_logprobs import chat_logprobs
 from service.api.generation.run import Run, respond
 from service.api.generation.sse import event
+from service.api.generation.tool_calls import CallReader
+from service.api.generation.tool_forms import tool_form
 from service.api.middleware.json_body import JsonRoute
 from service.api.openapi import GENERATION_ERRORS, answered, documented
 from service.api.schemas import examples
 from service.api.schemas import openai_answers as answers
 from service.api.schemas.openai import ChatBody
 from service.api.state import Service, service_of
+from service.contract.request import TextForm
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 
@@ -40,19 +43,22 @@ async def chat_completions(
     body: Annotated[ChatBody, Body(openapi_examples=examples.CHAT_BODIES)],
     service: ServiceDependency,
 ) -> Response:
-    """The messages become a prompt by the model's own chat template."""
+    """The messages become a prompt by the model's own chat template; with a tool_choice the answer is a call."""
     xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
     call = Call(http_request, service, "chatcmpl", body)
     async with before(call.deadline):
         prompt = await service.tokenizer.chat_ids(body.chat())
-        form = await service.forms.of(body.response_format)
+        if body.called:
+            form: TextForm | None = await tool_form(service.forms, body.called)
+        else:
+            form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     run = Run(call, [prompt], body, xlora, logprobs=logprobs, form=form)
     return await respond(run, ChatWriter(run, body), body.stream)
 
 
 class ChatWriter:
-    """OpenAI's chat format."""
+    """OpenAI's chat format; where a function is to be called, the text of each choice is its call."""
 
     echoed_tokens = 0
 
@@ -62,6 +68,10 @@ class ChatWriter:
         self._logprobs = bool(body.logprobs)
         self._frame = Frame(run, body)
         self._begun: set[int] = set()
+        names = [function.name for function in body.called.values()]
+        choices = run.generation.choices if names else ()
+        self._calls = {choice.index: CallReader(names) for choice in choices}
+        self._is_named = body.tool_choice is not None and body.tool_choice.mode == "function"
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
         """The answer as one document."""
@@ -70,16 +80,19 @@ class ChatWriter:
 
     def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first names the role."""
-        message: answers.ChatMessageDelta = {"content": delta.text}
+        message: answers.ChatMessageDelta = {}
         if delta.index not in self._begun:
             message["role"] = "assistant"
         self._begun.add(delta.index)
+        call = self._calls.get(delta.index)
         choice: answers.ChatDelta = {
             "index": delta.index,
-            "delta": message,
+            "delta": {**message, "content": delta.text} if call is None else _call_delta(call, delta, message),
             "logprobs": chat_logprobs(self._vocabulary, [delta]) if self._logprobs else None,
             **delta_xlora(self._run, delta),
         }
+        if call is not None:
+            choice["finish_reason"] = self._reason(call, choice["finish_reason"])
         chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
         return event(chunk)
 
@@ -91,9 +104,39 @@ class ChatWriter:
         return event(chunk)
 
     def _choice(self, index: int, deltas: list[Delta]) -> answers.ChatChoice:
-        return {
+        text, call = "".join(delta.text for delta in deltas), self._calls.get(index)
+        message: answers.ChatMessage = {"role": "assistant", "content": text, "refusal": None}
+        if call is not None:
+            call.push(text)
+            message["content"] = None
+            if calls := call.whole():
+                message["tool_calls"] = calls
+        choice: answers.ChatChoice = {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
+            "message": message,
             "logprobs": chat_logprobs(self._vocabulary, deltas) if self._logprobs else None,
             **choice_xlora(self._run, index, deltas),
         }
+        if call is not None:
+            choice["finish_reason"] = self._reason(call, choice["finish_reason"])
+        return choice
+
+    def _reason(self, call: CallReader, reason: answers.FinishReason | None) -> answers.FinishReason | None:
+        """As OpenAI has it: who asked for this very function is told "stop"."""
+        return "tool_calls" if reason == "stop" and call.complete and not self._is_named else reason
+
+
+def _call_delta(call: CallReader, delta: Delta, message: answers.ChatMessageDelta) -> answers.ChatMessageDelta:
+    """What a delta adds to a call: the first that knows the name tells it."""
+    known = call.name is not None and bool(call.arguments)
+    added = call.push(delta.text)
+    if "role" in message:
+        message["content"] = None
+    if call.name is None or not added:
+        return message
+    function: answers.CalledFunctionDelta = {"arguments": added}
+    told: answers.ToolCallDelta = {"index": 0, "function": function}
+    if not known:
+        told = {"index": 0, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
+    message["tool_calls"] = [told]
+    return message

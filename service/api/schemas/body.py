@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -39,6 +39,7 @@ class Body(BaseModel):
     meant: ClassVar[frozenset[str]] = frozenset()  # the fields whose empty value says something
     # OpenAI's fields that this server has not, each with the values, besides null and empty, that say nothing.
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    instead: ClassVar[Mapping[str, str]] = {}  # what to do in place of some of them
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +64,7 @@ class Body(BaseModel):
             raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": name})
         kinds = _NONE if name in cls.meant else _ALL
         if not cls._is_absent(value, kinds) and value not in cls.unsupported[name]:
-            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": name})
+            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": name, "hint": cls.instead.get(name)})
         return True
 
     @model_validator(mode="after")
@@ -119,6 +120,10 @@ def _kinds(annotation: Any) -> frozenset[type]:
 
 def _may_be_empty(schema: Mapping[str, Any], kind: type) -> bool:
     return schema.get("type") == _EMPTY[kind]["type"] and schema.keys().isdisjoint(_FILLED)
+
+
+# Of a list that some clients send as "" or {} where there is nothing in it.
+NOTHING_IS_ABSENT = BeforeValidator(lambda value: None if value in ("", {}) else value)
 
 
 def absent_at(neutral: int) -> AfterValidator:

@@ -274,7 +274,7 @@ def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> 
         ("/v1/completions", {"xlora": {"gate": {"top_k": 0}}}, "xlora.gate.top_k"),
         ("/v1/completions", {"experts": {"only": []}}, "experts"),
         ("/v1/completions", {"xlora": {"prompt": "a"}}, "xlora.prompt"),
-        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools[0].function"),
         ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
@@ -292,7 +292,7 @@ def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> 
         ),
         ("/v1/chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
         ("/v1/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
-        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ("/v1/chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam"),
         (
