@@ -13,7 +13,7 @@ from typing import Any
 
 from service.api.schemas.fields import JsonSchema, ResponseFormat
 from service.api.schemas.tools import Function
-from service.api.structured_output.grammar_spec import TextForms, text_form
+from service.api.structured_output.grammar_spec import TextForms
 from service.contract.errors import InvalidRequestError
 from service.contract.request import TextForm
 
@@ -56,10 +56,6 @@ def _parameters(place: int, function: Function) -> dict[str, Any]:
         raise InvalidRequestError(
             f'`{param}.type` is {kind!r:.60}; arguments are an object: "object"', param=f"{param}.type"
         )
-    try:
-        text_form(_format(stated))  # what can be wrong with it, before it is looked into here
-    except InvalidRequestError as error:
-        raise _renamed(error, param) from None
     schema = {**copy.deepcopy(stated), "type": "object"}
     if not any(_is_composed(one) for one in _schemas(schema)):
         for one in _schemas(schema):
@@ -72,9 +68,10 @@ def _calls(names: Mapping[int, str], schemas: Mapping[int, dict[str, Any]]) -> I
     """The schema of each call: its arguments' references are those of a schema that is no longer the whole."""
     for number, (place, alone) in enumerate(schemas.items()):
         schema = copy.deepcopy(alone)
+        schema.pop("$id", None)  # references begin at the whole
         root = f"#/anyOf/{number}/properties/{ARGUMENTS}"
         for one in _schemas(schema):
-            if isinstance(one.get("$ref"), str) and one["$ref"].startswith("#"):
+            if isinstance(one.get("$ref"), str) and (one["$ref"] == "#" or one["$ref"].startswith("#/")):
                 one["$ref"] = root + one["$ref"][1:]
         properties = {NAME: {"const": names[place]}, ARGUMENTS: schema}
         yield {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from pathlib import Path
 from typing import Any, cast
 
 import jsonschema_rs
@@ -16,11 +15,12 @@ from service.api.generation.tool_calls import CallReader
 from service.api.generation.tool_forms import tool_form
 from service.api.schemas.fields import ResponseFormat
 from service.api.schemas.tools import Function
-from service.api.structured_output.grammar_spec import TextForms, text_form
+from service.api.structured_output.grammar_spec import TextForms
+from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import TextForm
 from service.grammar import GrammarCompiler
-from tests.support.fake_engine import build_tokenizer, write_bundle
+from tests.support.fake_engine import build_tokenizer, fake_info, write_bundle
 
 WORD = {"type": "string", "maxLength": 3}
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
@@ -46,22 +46,38 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Forms:
-    """As TextForms, but nothing is tried out."""
-
-    async def of(self, wanted: ResponseFormat) -> TextForm | None:
-        return text_form(wanted)
+NOTHING: list[dict[str, Any] | None] = [None, {}, {"type": "object", "properties": {}}]
+CALLED = [list(FUNCTIONS), *([name] for name in FUNCTIONS)]
 
 
-def form_of(*functions: dict[str, Any]) -> TextForm:
-    given = {place: Function.model_validate(function) for place, function in enumerate(functions)}
-    return asyncio.run(tool_form(cast("TextForms", Forms()), given))
+async def form_of(forms: TextForms, *functions: dict[str, Any]) -> TextForm:
+    return await tool_form(forms, {place: Function.model_validate(one) for place, one in enumerate(functions)})
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
-    path: Path = write_bundle(tmp_path_factory.mktemp("fake")) / "tokenizer.json"
-    return GrammarCompiler(str(path), 259, [258])
+def info(tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+    return fake_info(write_bundle(tmp_path_factory.mktemp("fake")))
+
+
+@pytest.fixture(scope="module")
+def compiler(info: EngineInfo) -> GrammarCompiler:
+    return GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
+def made(info: EngineInfo) -> list[TextForm]:
+    """The forms of calls of CALLED, and of functions that take nothing."""
+    functions = [[{"name": name, "parameters": FUNCTIONS[name]} for name in names] for names in CALLED]
+    functions += [[{"name": "f", "parameters": parameters}] for parameters in NOTHING]
+
+    async def make() -> list[TextForm]:
+        forms = TextForms(info)
+        try:
+            return [await form_of(forms, *some) for some in functions]
+        finally:
+            forms.close()
+
+    return asyncio.run(make())
 
 
 def written(compiler: GrammarCompiler, form: TextForm, seed: int) -> list[str]:
@@ -84,11 +100,10 @@ def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
 
 
-@pytest.mark.parametrize("names", [list(FUNCTIONS), *([name] for name in FUNCTIONS)], ids=" ".join)
-def test_calls_fit_the_parameters(compiler: GrammarCompiler, names: list[str]) -> None:
+@pytest.mark.parametrize("names", CALLED, ids=" ".join)
+def test_calls_fit_the_parameters(compiler: GrammarCompiler, made: list[TextForm], names: list[str]) -> None:
     """Of every function, though definitions of several have one name and another meaning."""
-    form = form_of(*({"name": name, "parameters": FUNCTIONS[name]} for name in names))
-    called = set()
+    form, called = made[CALLED.index(names)], set()
     for seed in range(250 if len(names) > 1 else 4):
         reader, texts = CallReader(names), written(compiler, form, seed)
         added = [reader.push(text) for text in texts]
@@ -133,16 +148,27 @@ def test_a_call_is_read_however_it_is_cut(seed: int) -> None:
     assert CallReader(["f", "g"]).whole() == []
 
 
-def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler) -> None:
+class Recorder:
+    """Stands in for TextForms, and keeps the schema."""
+
+    schema: dict[str, Any] | None = None
+
+    async def of(self, wanted: ResponseFormat) -> TextForm:
+        assert wanted.json_schema is not None
+        self.schema = wanted.json_schema.schema_
+        return TextForm()
+
+
+def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler, made: list[TextForm]) -> None:
     """No arguments; and objects that may have any properties are those whose schema lists none, or says so."""
-    for parameters in (None, {}, {"type": "object", "properties": {}}):
-        form = form_of({"name": "f", "parameters": parameters})
+    for form in made[len(CALLED) :]:
         assert {"".join(written(compiler, form, seed)).replace(" ", "") for seed in range(9)} == {"{}"}
     opened = {"type": "object", "properties": {"a": DIGIT}, "additionalProperties": {"type": "null"}}
     both = {"type": "object", "allOf": [{"properties": {"a": DIGIT}}, {"properties": {"b": DIGIT}, "required": ["b"]}]}
     for parameters in (opened, both, {"type": "object"}, {"properties": {"a": DIGIT}, "required": ["c"]}):
-        form = form_of({"name": "f", "parameters": parameters})
-        assert json.loads(form.json_schema or "") == {**parameters, "type": "object"}
+        forms = Recorder()
+        asyncio.run(form_of(cast("TextForms", forms), {"name": "f", "parameters": parameters}))
+        assert forms.schema == {**parameters, "type": "object"}
 
 
 @pytest.mark.parametrize(
@@ -157,10 +183,18 @@ def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler) -> N
 )
 @pytest.mark.parametrize("others", [(), ("f",)])
 def test_parameters_that_cannot_be_enforced_are_named(
-    parameters: dict[str, Any], param: str, others: tuple[str, ...]
+    info: EngineInfo, parameters: dict[str, Any], param: str, others: tuple[str, ...]
 ) -> None:
     functions = [*({"name": name, "parameters": FUNCTIONS[name]} for name in others)]
+
+    async def ask() -> None:
+        forms = TextForms(info)
+        try:
+            await form_of(forms, *functions, {"name": "wrong", "parameters": parameters})
+        finally:
+            forms.close()
+
     with pytest.raises(InvalidRequestError) as caught:
-        form_of(*functions, {"name": "wrong", "parameters": parameters})
+        asyncio.run(ask())
     assert caught.value.param == f"tools[{len(others)}].function.parameters{param}"
     assert "response_format" not in caught.value.message
