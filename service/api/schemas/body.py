@@ -11,7 +11,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -37,6 +37,7 @@ class Body(BaseModel):
 
     null_is_meant: ClassVar[bool] = False  # of all fields
     meant: ClassVar[frozenset[str]] = frozenset()  # the fields whose empty value says something
+    any_empty: ClassVar[frozenset[str]] = frozenset()  # the lists for which clients also send "" and {}
     # OpenAI's fields that this server has not, each with the values, besides null and empty, that say nothing.
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     instead: ClassVar[Mapping[str, str]] = {}  # what to do in place of some of them
@@ -101,7 +102,11 @@ def _empty_kinds(model: type[Body]) -> Mapping[str, frozenset[type]]:
     never takes is refused, also when it is empty.
     """
     fields = {field.alias or name: field for name, field in model.model_fields.items() if not field.is_required()}
-    return {name: _kinds(field.annotation) for name, field in fields.items() if name not in model.meant}
+    return {
+        name: _ALL if name in model.any_empty else _kinds(field.annotation)
+        for name, field in fields.items()
+        if name not in model.meant
+    }
 
 
 def _kinds(annotation: Any) -> frozenset[type]:
@@ -120,10 +125,6 @@ def _kinds(annotation: Any) -> frozenset[type]:
 
 def _may_be_empty(schema: Mapping[str, Any], kind: type) -> bool:
     return schema.get("type") == _EMPTY[kind]["type"] and schema.keys().isdisjoint(_FILLED)
-
-
-# Of a list that some clients send as "" or {} where there is nothing in it.
-NOTHING_IS_ABSENT = BeforeValidator(lambda value: None if value in ("", {}) else value)
 
 
 def absent_at(neutral: int) -> AfterValidator:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schemas.body import MISSING_FIELD, NOTHING_IS_ABSENT, Body
+from service.api.schemas.body import MISSING_FIELD, Body
 from service.api.schemas.no_effect import NO_EFFECT, CacheControl, Name
 from service.api.schemas.sizes import is_list_of
 from service.api.schemas.tools import ToolCall
@@ -53,6 +53,7 @@ class Message(Body):
     """One turn of a conversation; a `developer` is a `system` to the template."""
 
     meant: ClassVar = frozenset({"content"})  # "" is a turn without words
+    any_empty: ClassVar = frozenset({"tool_calls"})
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
         ("function_call", "audio", "images", "thinking_blocks"), ()
     )
@@ -60,9 +61,9 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = Field(None, description="Only an assistant's may be absent: it then said nothing.")
-    tool_calls: Annotated[
-        Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)] | None, NOTHING_IS_ABSENT
-    ] = Field(None, description="What an assistant has called.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)] | None = Field(
+        None, description="What an assistant has called."
+    )
     tool_call_id: Name | None = Field(None, description="Of role tool: the call whose result the content is.")
     name: Name | None = Field(None, description="Given to the template, which may leave it out.")
     reasoning_content: str | None = Field(None, description="Given to the template, which may leave it out.")

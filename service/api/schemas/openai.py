@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schemas.body import NOTHING_IS_ABSENT, UNSUPPORTED_FIELD, Body
+from service.api.schemas.body import UNSUPPORTED_FIELD, Body
 from service.api.schemas.fields import (
     INT32,
     Alternatives,
@@ -165,14 +165,14 @@ class CompletionBody(OpenAIFields):
 class ChatBody(OpenAIFields):
     """POST /v1/chat/completions."""
 
+    any_empty: ClassVar = frozenset({"tools"})
+
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = Field(None, description="Each token's logprob, of the raw distribution.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives per token; needs logprobs.")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=NO_EFFECT)
-    tools: Annotated[Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None, NOTHING_IS_ABSENT] = (
-        Field(
-            None, description="Functions that the answer may call, in the template's view too; they need a tool_choice."
-        )
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the answer may call, in the template's view too; they need a tool_choice."
     )
     tool_choice: ToolChoice = Field(
         None,
