@@ -33,24 +33,24 @@ class CallReader:
 
     @property
     def complete(self) -> bool:
-        """Whether the arguments are whole."""
-        return self._depth == 0 and bool(self.arguments.strip())
+        """Whether the arguments, an object, are whole."""
+        return bool(self.arguments) and self._depth == 0
 
-    def push(self, text: str) -> str:
-        """Takes more text; returns what it adds to the arguments."""
+    def push(self, text: str) -> answers.ToolCallDelta | None:
+        """Takes more text; returns what it adds to the call, if anything: first of all the name."""
         if self.name is None:
             self._head += text
             match = _HEAD.match(self._head)
             if match is None:
-                return ""
+                return None
             self.name, text = json.loads(match[1]), self._head[match.end() :]
-        text = text if self.arguments else text.lstrip()
-        end = 0
-        while end < len(text) and not self.complete:
-            self._read(text[end])
-            self.arguments += text[end]
-            end += 1
-        return text[:end]
+        added = self._take(text if self.arguments else text.lstrip())
+        if not added:
+            return None
+        if self.arguments == added:
+            function: answers.CalledFunctionDelta = {"name": self.name, "arguments": added}
+            return {"index": 0, "id": self.id, "type": "function", "function": function}
+        return {"index": 0, "function": {"arguments": added}}
 
     def whole(self) -> list[answers.ToolCall]:
         """The call, as far as it has come; none before its arguments have begun."""
@@ -59,6 +59,15 @@ class CallReader:
         return [
             {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}},
         ]
+
+    def _take(self, text: str) -> str:
+        """Adds to the arguments as much of a text as is of them."""
+        end = 0
+        while end < len(text) and not (self._depth == 0 and (end or self.arguments)):
+            self._read(text[end])
+            end += 1
+        self.arguments += text[:end]
+        return text[:end]
 
     def _read(self, character: str) -> None:
         if self._in_string:

@@ -80,14 +80,16 @@ class ChatWriter:
 
     def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first names the role."""
-        message: answers.ChatMessageDelta = {}
-        if delta.index not in self._begun:
-            message["role"] = "assistant"
-        self._begun.add(delta.index)
         call = self._calls.get(delta.index)
+        message: answers.ChatMessageDelta = {} if call is not None else {"content": delta.text}
+        if delta.index not in self._begun:
+            message = {"role": "assistant", "content": None, **message}
+        self._begun.add(delta.index)
+        if call is not None and (told := call.push(delta.text)) is not None:
+            message["tool_calls"] = [told]
         choice: answers.ChatDelta = {
             "index": delta.index,
-            "delta": {**message, "content": delta.text} if call is None else _call_delta(call, delta, message),
+            "delta": message,
             "logprobs": chat_logprobs(self._vocabulary, [delta]) if self._logprobs else None,
             **delta_xlora(self._run, delta),
         }
@@ -124,19 +126,3 @@ class ChatWriter:
     def _reason(self, call: CallReader, reason: answers.FinishReason | None) -> answers.FinishReason | None:
         """As OpenAI has it: who asked for this very function is told "stop"."""
         return "tool_calls" if reason == "stop" and call.complete and not self._is_named else reason
-
-
-def _call_delta(call: CallReader, delta: Delta, message: answers.ChatMessageDelta) -> answers.ChatMessageDelta:
-    """What a delta adds to a call: the first that knows the name tells it."""
-    known = call.name is not None and bool(call.arguments)
-    added = call.push(delta.text)
-    if "role" in message:
-        message["content"] = None
-    if call.name is None or not added:
-        return message
-    function: answers.CalledFunctionDelta = {"arguments": added}
-    told: answers.ToolCallDelta = {"index": 0, "function": function}
-    if not known:
-        told = {"index": 0, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
-    message["tool_calls"] = [told]
-    return message
