@@ -28,9 +28,9 @@ _ENGINE_FLAGS = (
 )
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
-    *("served_model_name", "default_max_tokens", "generation_config"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
+    *("served_model_name", "default_max_tokens", "generation_config"),
 )
 # Where no proxy of Ray's stands before the server.
 _OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
