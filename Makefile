@@ -16,7 +16,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install serve test test-slow test-min fuzz check format bench demo image verify-image verify-compose clean
+.PHONY: help install serve test test-slow test-min fuzz clients check format bench demo image verify-image verify-compose clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -58,6 +58,9 @@ test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported 
 
 fuzz: .venv/.dev ## fuzz bodies (schemathesis), paths and headers of the server; ARGS="300" sets the cases per operation
 	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+clients: .venv/.dev ## try OpenAI clients, each in an environment of its own (docs/clients.md); ARGS="openai instructor" narrows them
+	@$(BIN)/python -m tests.clients $(ARGS)
 
 check: .venv/.dev ## lint, formatting and types
 	@$(BIN)/ruff check .

@@ -7,6 +7,8 @@ the oracle of the tests); transformers itself stays out of this process, and tor
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,18 +22,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from service.contract.errors import InvalidRequestError
 from service.tokenizer_files import TokenizerFiles
 
-TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATE_FOLDER, TEMPLATE_NAME = (
-    "additional_chat_templates",
-    "default",
-)  # of several, the one that chats are written with
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+CHAT, TOOLS = "default", "tool_use"  # of several templates by name, those for chats and for chats with tools
 MAX_SOURCE = 100_000  # characters of a template; the longest in use have 30,000, and compiling 100,000 takes seconds
 _MAX_REASON_CHARACTERS = 300
+_END_OF_CONTENT = "CONTINUE_FINAL_MESSAGE_TAG "  # as transformers has it; the space tells whether the template trims
 
 
 def refusal(reason: str) -> InvalidRequestError:
     """The template cannot make a text of these messages."""
     return InvalidRequestError(f"the model's chat template does not take these messages: {reason}", param="messages")
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, and how it is to be written."""
+
+    messages: list[dict[str, Any]]  # the arguments of tool calls may be JSON text: templates see what it says
+    tools: list[dict[str, Any]] | None = None  # in OpenAI's form
+    add_generation_prompt: bool = True  # the text goes on to where the assistant begins
+    continue_final_message: bool = False  # the text ends with the last message's content, as if it were unfinished
+    variables: dict[str, Any] = field(default_factory=dict)  # more names for the template
 
 
 class _Generation(Extension):
@@ -51,7 +62,8 @@ class _Generation(Extension):
 class ChatTemplate:
     """One model's template and the special tokens it may name."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], tool_source: str | None = None) -> None:
+        """`tool_source` is the template of chats with tools, where that is another."""
         # Without an optimizer, and with a `finalize` that wants the context, nothing is computed while parsing: a
         # constant such as 9**9**9 would take for ever before any request came.
         environment = ImmutableSandboxedEnvironment(
@@ -64,6 +76,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
         self._template = environment.from_string(source)
+        self._tool_template = self._template if tool_source is None else environment.from_string(tool_source)
         self._special_tokens = special_tokens
 
     @classmethod
@@ -72,56 +85,97 @@ class ChatTemplate:
 
         Raises jinja2.TemplateError for a template that is no Jinja; loading a checkpoint has refused those before.
         """
-        file = template_file(directory)
-        return cls.of(TokenizerFiles.read(directory), None if file is None else file.read_text("utf-8"))
+        texts = {name: path.read_text("utf-8") for name, path in template_files(directory).items()}
+        return cls.of(TokenizerFiles.read(directory), texts)
 
     @classmethod
-    def of(cls, files: TokenizerFiles, text: str | None) -> ChatTemplate | None:
-        """The same from what the files hold; `text` is that of `template_file`, where there is one. Files go before the
-        field of tokenizer_config.json, also where none of them is the one for chats.
+    def of(cls, files: TokenizerFiles, texts: Mapping[str, str]) -> ChatTemplate | None:
+        """The same from what the files hold; `texts` are those of `template_files`. Where there is any, the field of
+        tokenizer_config.json does not count, also where none of them is the one for chats.
 
         Raises jinja2.TemplateError for a template that is no Jinja, ValueError for a field of another type and for a
         template that is too long.
         """
-        source = text
-        if text is None and not other_templates(files.folder):
-            source = _default(files.config.get("chat_template"))
-        if source is None:
-            return None
-        if len(source) > MAX_SOURCE:
-            raise ValueError(f"expected at most {MAX_SOURCE:,} characters, found {len(source):,}")
-        return cls(source, files.special_tokens)
+        named = dict(texts) or _named(files.config.get("chat_template"))
+        source, tool_source = (_checked(named.get(name)) for name in (CHAT, TOOLS))
+        return None if source is None else cls(source, files.special_tokens, tool_source)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """The text with which the assistant's turn begins. Raises InvalidRequestError for what the template refuses."""
+    def render(self, chat: Chat) -> str:
+        """The text that the assistant goes on with. Raises InvalidRequestError for what the template refuses."""
+        template = self._template if chat.tools is None else self._tool_template
+        values = {
+            **self._special_tokens,
+            "documents": None,
+            **chat.variables,
+            "messages": list(map(_with_objects, _marked(chat) if chat.continue_final_message else chat.messages)),
+            "tools": chat.tools,
+            "add_generation_prompt": chat.add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                **self._special_tokens, messages=messages, tools=None, documents=None, add_generation_prompt=True
-            )
+            text = template.render(values)
         except Exception as error:  # a template can fail in any of Python's ways
             raise refusal(_reason(error)) from None
+        return _cut(text, str(chat.messages[-1]["content"])) if chat.continue_final_message else text
 
 
-def template_file(directory: Path) -> Path | None:
-    """The file of the template that chats are written with, or None."""
-    files = (directory / TEMPLATE_FOLDER / f"{TEMPLATE_NAME}.jinja", directory / TEMPLATE_FILE)
-    return next((file for file in files if file.exists()), None)
+def template_files(directory: Path) -> dict[str, Path]:
+    """Templates in files of their own, by name."""
+    named = {file.stem: file for file in sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))}
+    single = directory / TEMPLATE_FILE
+    return {CHAT: single, **named} if single.exists() else named
 
 
-def other_templates(directory: Path) -> list[Path]:
-    """Files of templates for something else, such as tools."""
-    return sorted(file for file in (directory / TEMPLATE_FOLDER).glob("*.jinja") if file.stem != TEMPLATE_NAME)
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have objects as arguments, as templates expect them."""
+    if not message.get("tool_calls"):
+        return message
+    functions = [(call, call["function"]) for call in message["tool_calls"]]
+    calls = [
+        {**call, "function": {**function, "arguments": _arguments(function["arguments"])}}
+        for call, function in functions
+    ]
+    return {**message, "tool_calls": calls}
 
 
-def _default(templates: Any) -> str | None:
-    """Some models have several named templates."""
+def _arguments(arguments: Any) -> Any:
+    """What JSON text says, if that is an object or a list; else the text itself, as of a call that was cut off."""
+    try:
+        found = json.loads(arguments)
+    except (TypeError, ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict | list) else arguments
+
+
+def _marked(chat: Chat) -> list[dict[str, Any]]:
+    """The messages with a mark at the end of the last one's content, as transformers finds where it ends."""
+    *others, last = chat.messages
+    return [*others, {**last, "content": f"{last['content']}{_END_OF_CONTENT}"}]
+
+
+def _cut(text: str, content: str) -> str:
+    """A text up to the mark; a template that trims contents has trimmed the unmarked one as well."""
+    mark = _END_OF_CONTENT.strip()
+    if mark not in text or content.strip() not in text:
+        raise refusal("continue_final_message: the last message's content is not in the text as it is")
+    end = text.rindex(mark)
+    return text[:end] if text.startswith(_END_OF_CONTENT, end) else text[:end].rstrip()
+
+
+def _named(templates: Any) -> dict[str, Any]:
+    """Some models have several templates, by name."""
     if isinstance(templates, list):
-        templates = {entry["name"]: entry["template"] for entry in templates}
-    if isinstance(templates, dict):
-        templates = templates.get("default")
-    if templates is not None and not isinstance(templates, str):
-        raise ValueError(f"chat_template: expected a text, found {templates!r:.80}")
-    return templates
+        return {entry["name"]: entry["template"] for entry in templates}
+    return templates if isinstance(templates, dict) else {CHAT: templates}
+
+
+def _checked(source: Any) -> str | None:
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"chat_template: expected a text, found {source!r:.80}")
+    if len(source) > MAX_SOURCE:
+        raise ValueError(f"expected at most {MAX_SOURCE:,} characters, found {len(source):,}")
+    return source
 
 
 def _reason(error: Exception) -> str:

@@ -31,11 +31,13 @@ _SERVE_FLAGS = (
     *("json_max_characters", "json_max_items", "json_max_digits"),
     *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
+    *("served_model_name", "default_max_tokens", "generation_config"),
 )
 # Where no proxy of Ray's stands before the server.
 _OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "gate_relu", "allow_outside")
+_SEVERAL = ("served_model_name",)  # flags that take several values at once
 _DTYPES = ("float32", "bfloat16", "float16")
 _INTERRUPTED = 130
 
@@ -164,7 +166,9 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             text = f"do not {text}" if field.default else text
             group.add_argument(flag, dest=name, action=action, default=None, help=text)
         elif field.annotation == list[str]:
-            group.add_argument(flag, dest=name, action="append", metavar=name.upper(), help=text)
+            several = "+" if name in _SEVERAL else None
+            action = "extend" if several else "append"
+            group.add_argument(flag, dest=name, action=action, nargs=several, metavar=name.upper(), help=text)
         else:
             choices = get_args(field.annotation) if name in ("dtype", "log_level", "log_format") else None
             default = "" if field.default is None else f" (default {field.default})"

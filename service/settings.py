@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.contract.errors import SettingsError
@@ -77,6 +77,16 @@ def _origin(text: str) -> str:
     return f"{match[1]}:{port}" if port not in (0, _DEFAULT_PORTS.get(match[2])) else match[1]
 
 
+def check_names(names: list[str]) -> list[str]:
+    """Names of the served model. Raises ValueError where two would be confused: NAME/base and NAME/EXPERT are names
+    too.
+    """
+    for name in names:
+        if not name or names.count(name) > 1 or any(name.startswith(f"{other}/") for other in names):
+            raise ValueError(f"{name!r}: names are not empty, all different, and none begins with another and a slash")
+    return names
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
 TextList = Annotated[list[str], NoDecode, BeforeValidator(split_list)]
 Origins = Annotated[list[str], NoDecode, BeforeValidator(parse_origins)]
@@ -116,6 +126,17 @@ class Settings(BaseSettings):
     )
     max_model_len: AutoInt = Field(
         None, description="longest prompt + output in tokens; auto: the base's own, or the longest that fits"
+    )
+    served_model_name: Annotated[TextList, AfterValidator(check_names)] = Field(
+        [], description="names that requests may give as `model`, the first also in answers; default: the bundle's own"
+    )
+    default_max_tokens: PositiveInt | None = Field(
+        None, description="most tokens of requests that do not say; default: what the context leaves"
+    )
+    generation_config: Literal["auto"] | None = Field(
+        None,
+        description="auto: sampling fields that a request leaves out are those of the base's generation_config.json; "
+        "default: those of the documentation",
     )
     max_num_seqs: int = Field(64, ge=1, description="most sequences in one step")
     max_num_batched_tokens: PositiveInt | None = Field(

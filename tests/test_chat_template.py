@@ -9,7 +9,7 @@ import pytest
 from jinja2 import UndefinedError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from service.chat_template import ChatTemplate
+from service.chat_template import Chat, ChatTemplate
 from service.contract.errors import InvalidRequestError
 from tests.support.fake_engine import build_tokenizer
 
@@ -59,7 +59,7 @@ def test_what_transformers_refuses(source: str, message: str) -> None:
     with pytest.raises((TypeError, UndefinedError), match=message):
         theirs.apply_chat_template(TURNS, tokenize=False)
     with pytest.raises(InvalidRequestError, match=message):
-        ChatTemplate(source, {}).render(TURNS)
+        ChatTemplate(source, {}).render(Chat(TURNS))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -67,21 +67,77 @@ def test_as_transformers_writes_it(name: str) -> None:
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=TEMPLATES[name], **tokens)
     expected = theirs.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
-    assert ChatTemplate(TEMPLATES[name], tokens).render(TURNS) == expected
+    assert ChatTemplate(TEMPLATES[name], tokens).render(Chat(TURNS)) == expected
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_arguments_that_are_json_text_are_objects_to_a_template() -> None:
+    """As tests of models' templates write them; a text that is none, as of a call that was cut off, stays."""
+
+    def turns(*arguments: object) -> list[dict[str, object]]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
+        return [*TURNS, {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "1"}]
+
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}({% if c.function.arguments is mapping %}{% for k, v in c.function.arguments.items() %}"
+        "{{ k }}={{ v | tojson }};{% endfor %}{% else %}{{ c.function.arguments | tojson }}{% endif %}){% endfor %}"
+        "{% endfor %}"
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=source)
+    objects = ({"b": 1, "a": {"x": [None, 1.5, "é"]}}, {}, [1], '{"cut', "5")
+    texts = ('{"b": 1, "a": {"x": [null, 1.5, "é"]}}', "{}", "[1]", '{"cut', "5")
+    expected = theirs.apply_chat_template(turns(*objects), tokenize=False)
+    for given in (objects, texts):
+        chat = Chat(turns(*given), add_generation_prompt=False)
+        assert ChatTemplate(source, {}).render(chat) == expected
+        assert chat.messages == turns(*given), "the caller's messages are the caller's"
+
+
+@pytest.mark.parametrize("content", ["Yes, it", " Yes, it \n", "a\n\nb ", ""])
+@pytest.mark.parametrize("name", ["demo", "chatml", "trimmed"])
+def test_a_last_message_is_continued_as_transformers_does(name: str, content: str) -> None:
+    trimmed = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"
+    source = TEMPLATES.get(name, trimmed)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=source, bos_token="<s>")
+    turns = [*TURNS, {"role": "assistant", "content": content}]
+    expected = theirs.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    chat = Chat(turns, add_generation_prompt=False, continue_final_message=True)
+    assert ChatTemplate(source, {"bos_token": "<s>"}).render(chat) == expected
+    assert expected.endswith(content if name != "trimmed" else content.strip())
+
+
+def test_a_template_that_leaves_the_last_message_out_cannot_continue_it() -> None:
+    for source in ("{{ messages[0].content }}", "{{ messages[-1].content | replace('Yes', 'No') }}"):
+        with pytest.raises(InvalidRequestError, match="continue_final_message"):
+            ChatTemplate(source, {}).render(Chat(TURNS[:3], continue_final_message=True))
+
+
+def test_tools_and_variables_are_those_of_transformers() -> None:
+    both = {"default": "d{{ tools }}{{ mood }}{{ documents }}", "tool_use": "t{{ tools | tojson }}{{ mood }}"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), chat_template=both)
+    ours = ChatTemplate(both["default"], {}, both["tool_use"])
+    for tools in (None, TOOLS):
+        for variables in ({}, {"mood": {"good": [1]}, "documents": [{"title": "x", "text": "y"}]}):
+            expected = theirs.apply_chat_template(TURNS, tokenize=False, tools=tools, **variables)
+            assert ours.render(Chat(TURNS, tools, add_generation_prompt=False, variables=variables)) == expected
 
 
 def test_where_a_template_is_found(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ bos_token }}d"}]
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}d"}]
     config = {"chat_template": named, "bos_token": {"content": "<s>"}, "eos_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     found = ChatTemplate.load(tmp_path)
     assert found is not None
-    assert found.render(TURNS) == "<s>d"
+    assert found.render(Chat(TURNS)) == "<s>d"
+    assert found.render(Chat(TURNS, TOOLS)) == "tools"
     (tmp_path / "chat_template.jinja").write_text("file")
     found = ChatTemplate.load(tmp_path)
     assert found is not None
-    assert found.render(TURNS) == "file"
+    assert found.render(Chat(TURNS)) == "file"
 
 
 TEMPLATE, FOLDER = "chat_template.jinja", "additional_chat_templates"
@@ -146,7 +202,7 @@ def test_which_of_several_templates_as_transformers_chooses(
 def test_a_template_that_refuses_is_the_caller_s_error(source: str) -> None:
     """In whichever of Python's ways it fails."""
     with pytest.raises(InvalidRequestError) as caught:
-        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+        ChatTemplate(source, {}).render(Chat([{"role": "user", "content": "x"}]))
     assert caught.value.param == "messages"
     assert caught.value.message.startswith("the model's chat template does not take these messages: ")
     assert len(caught.value.message.splitlines()) == 1
@@ -155,7 +211,7 @@ def test_a_template_that_refuses_is_the_caller_s_error(source: str) -> None:
 def test_what_went_wrong_is_named_in_few_words() -> None:
     def message_of(source: str) -> str:
         with pytest.raises(InvalidRequestError) as caught:
-            ChatTemplate(source, {}).render(TURNS)
+            ChatTemplate(source, {}).render(Chat(TURNS))
         return caught.value.message.partition("messages: ")[2]
 
     assert message_of("{{ raise_exception('roles must\n alternate') }}") == "roles must alternate"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from service.cli import build_parser, given_settings
 from service.contract.errors import SettingsError
 from service.settings import Settings, load_settings, parse_bytes
 
@@ -112,3 +113,14 @@ def test_what_no_browser_sends_is_refused_at_start(text: str) -> None:
 
 def test_every_setting_is_described() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_served_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several after one flag, or in a variable; no two that NAME/base and NAME/EXPERT could confuse."""
+    arguments = build_parser().parse_args(["serve", "--served-model-name", "a", "org/b", "--port", "1"])
+    assert load_settings(given_settings(arguments)).served_model_name == ["a", "org/b"]
+    monkeypatch.setenv("XLORA_SERVED_MODEL_NAME", "a,org/b")
+    assert load_settings().served_model_name == ["a", "org/b"]
+    for names in (["a", "a"], ["a", "a/math"], [""]):
+        with pytest.raises(SettingsError, match="--served-model-name"):
+            load_settings({"served_model_name": names})

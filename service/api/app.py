@@ -17,7 +17,7 @@ from service.api.middleware.error_boundary import ErrorBoundary
 from service.api.middleware.record import Recorder, SpanWriter
 from service.api.middleware.route_match import RouteMatch
 from service.api.middleware.security import BodyLimit, Guard, Keys
-from service.api.routes import admin, compare, generate, openai, ops, scalings, web
+from service.api.routes import admin, chat, compare, generate, openai, ops, scalings, web
 from service.api.state import Service, run_startup
 from service.client.engine_client import Client
 from service.observability.metrics import Metrics
@@ -68,7 +68,7 @@ def create_app(
     )
     app.state.service = service
     errors.install(app)
-    for module in (generate, compare, openai, scalings, ops, admin):
+    for module in (generate, compare, openai, chat, scalings, ops, admin):
         app.include_router(module.router)
     web.install(app)
     app.user_middleware = [  # outermost first

@@ -97,7 +97,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
     if first["type"] == UNKNOWN_FIELD:
         return _unknown_field([*location, first["ctx"]["name"]], path)
     if first["type"] == UNSUPPORTED_FIELD:
-        return _unsupported_field(_path([*location, first["ctx"]["name"]]))
+        return _unsupported_field(_path([*location, first["ctx"]["name"]]), first["ctx"].get("hint"))
     if first["type"] == MISSING_FIELD:
         location.append(first["ctx"]["name"])
     param = _path(location) or None
@@ -126,10 +126,9 @@ def _reason(error: Any) -> str:
     return _SUBJECT.sub("should", said)
 
 
-def _unsupported_field(param: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"`{param}` is not supported by this server", param=param, code="unsupported_field", hint="leave it out"
-    )
+def _unsupported_field(param: str, hint: str | None) -> InvalidRequestError:
+    message = f"`{param}` is not supported by this server"
+    return InvalidRequestError(message, param=param, code="unsupported_field", hint=hint or "leave it out")
 
 
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.api.schemas.fields import Experts, XLoraFields
@@ -17,22 +18,23 @@ class Virtual:
     experts: Experts | None = None  # None = as the gate decides
 
 
-def available(info: EngineInfo) -> list[Virtual]:
-    """Every name this server answers to. An expert called "base" has none of its own."""
-    base = Virtual(f"{info.model}/base", Experts.model_validate({"only": []}))
-    alone = [
-        Virtual(f"{info.model}/{name}", Experts.model_validate({"weights": {name: 1}}))
-        for expert in info.experts
-        if (name := expert["name"]) != "base"
-    ]
-    return [Virtual(info.model), base, *alone]
+def available(names: Sequence[str], info: EngineInfo) -> list[Virtual]:
+    """Every name this server answers to; `names` are those of the mixture. An expert called "base" has none of its
+    own.
+    """
+    experts = [expert["name"] for expert in info.experts if expert["name"] != "base"]
+    found: list[Virtual] = []
+    for model in names:
+        found += [Virtual(model), Virtual(f"{model}/base", Experts.model_validate({"only": []}))]
+        found += [Virtual(f"{model}/{name}", Experts.model_validate({"weights": {name: 1}})) for name in experts]
+    return found
 
 
-def resolve(name: str | None, info: EngineInfo) -> Virtual:
+def resolve(name: str | None, names: Sequence[str], info: EngineInfo) -> Virtual:
     """What a request's `model` means; the mixture when absent. Raises NotFoundError for other names."""
-    known = {virtual.id: virtual for virtual in available(info)}
+    known = {virtual.id: virtual for virtual in available(names, info)}
     if name is None:
-        return known[info.model]
+        return known[names[0]]
     if name not in known:
         raise NotFoundError(
             f"there is no model {name[:100]!r} here",

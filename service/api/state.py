@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import Request as HttpRequest
@@ -14,6 +15,7 @@ from fastapi import Request as HttpRequest
 from service.api.gate_views.scalings_log import ScalingsLog
 from service.api.generation.admission import Admission
 from service.api.generation.chat_renderer import ChatRenderer
+from service.api.generation.sampling_defaults import SamplingDefaults
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.structured_output.grammar_spec import TextForms
 from service.client.engine_client import Client
@@ -41,11 +43,13 @@ class Service:
         self.metrics = metrics
         self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics  # what /metrics answers
         self.started_at = time.monotonic()
+        self.sampling_defaults = SamplingDefaults()
         self.loaded_at = 0  # seconds since 1970
         self.draining = False  # told to stop: no longer ready
         self.refusing = False  # what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
+        self._info: EngineInfo | None = None
         self._tokenizer: ModelTokenizer | None = None
         self._gate: GateSettings | None = None
         self._scalings_log: ScalingsLog | None = None
@@ -91,8 +95,18 @@ class Service:
 
     @property
     def info(self) -> EngineInfo:
-        """What is served; raises UnavailableError before it is."""
-        return self.client.info
+        """What is served, under its first name; raises UnavailableError before it is."""
+        if self._info is None:
+            self._info = replace(self.client.info, model=self._names_of(self.client.info)[0])
+        return self._info
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what is served, the first in answers; raises UnavailableError before it is."""
+        return self._names_of(self.client.info)
+
+    def _names_of(self, info: EngineInfo) -> list[str]:
+        return self.settings.served_model_name or [info.model]
 
     @property
     def gate(self) -> GateSettings:
@@ -120,7 +134,8 @@ class Service:
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
         self._chats = ChatRenderer(Path(self.info.tokenizer_path).parent, self.settings.max_body_bytes)
         self._chats.start()
-        tokenizer = ModelTokenizer(self.info, self._chats)
+        self.sampling_defaults = SamplingDefaults.of(self.settings, self.info)
+        tokenizer = ModelTokenizer(self.info, self._chats, self.sampling_defaults)
         self.metrics.describe_engine(self.info)
         await self._warm_up()
         self.client.on_step = self._on_step

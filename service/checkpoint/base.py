@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from service.chat_template import TEMPLATE_FILE, TEMPLATE_NAME, ChatTemplate, other_templates, template_file
+from service.chat_template import CHAT, TEMPLATE_FILE, ChatTemplate, template_files
 from service.checkpoint.defects import Defects, defect, naming, shorten
 from service.checkpoint.end_of_text import read_eos_token_ids
 from service.checkpoint.weights.files import BundleRoot
@@ -233,10 +233,11 @@ def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> tuple[s
 
 
 def _check_chat_template(root: BundleRoot, files: TokenizerFiles, defects: Defects) -> None:
-    path, others = template_file(files.folder), other_templates(files.folder)
-    if path is None and others:
-        expected = f"expected {TEMPLATE_FILE} or {others[0].parent.name}/{TEMPLATE_NAME}.jinja"
-        defects.warn(others[0], f"{expected} beside it, which chats are written with: there is no chat")
-    text = None if path is None else root.text(path)
-    with naming(files.folder / CONFIG_FILE if path is None else path, "no chat template"):
-        ChatTemplate.of(files, text)
+    paths = template_files(files.folder)
+    if paths and CHAT not in paths:
+        other = next(iter(paths.values()))
+        expected = f"expected {TEMPLATE_FILE} or {other.parent.name}/{CHAT}.jinja"
+        defects.warn(other, f"{expected} beside it, which chats are written with: there is no chat")
+    texts = {name: root.text(path) for name, path in paths.items()}
+    with naming(paths.get(CHAT, files.folder / CONFIG_FILE), "no chat template"):
+        ChatTemplate.of(files, texts)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from rich.console import Console
 
+from service.api.generation.sampling_defaults import SamplingDefaults
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.state import engine_options
 from service.cli import given_settings
@@ -26,7 +27,7 @@ async def local_engine(arguments: argparse.Namespace) -> AsyncIterator[tuple[Cli
     try:
         with Console(stderr=True).status(f"loading {settings.model}") as status:
             await client.start(engine_options(settings), lambda text: status.update(text))
-        yield client, ModelTokenizer(client.info)
+        yield client, ModelTokenizer(client.info, defaults=SamplingDefaults.of(settings, client.info))
     finally:
         await client.close()
 

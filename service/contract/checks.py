@@ -72,6 +72,14 @@ def check_context(prompt_tokens: int, max_tokens: int, info: EngineInfo) -> None
         )
 
 
+def room_for_output(prompt_tokens: int, info: EngineInfo) -> int:
+    """The most tokens that may follow a prompt: what the context leaves, or the whole KV pool in two streams. At least
+    1, which `checked_request` refuses where there is no room.
+    """
+    pool = info.kv_blocks_total // 2 * info.block_size
+    return max(1, min(info.max_model_len, pool) - prompt_tokens)
+
+
 def checked_steering(steering: Steering | None, info: EngineInfo) -> Steering | None:
     """Steering in canonical form; equal gates are equal. Raises InvalidRequestError where it cannot be followed."""
     if steering is None:
@@ -150,6 +158,12 @@ def _check_lengths(request: Request) -> None:
         raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
     if request.sampling is not None and output < 1 and request.score_from is None:
         raise InvalidRequestError(f"max_tokens is {output}; at least 1 is needed", param="max_tokens")
+    if request.sampling is not None and request.sampling.min_tokens > output:
+        raise InvalidRequestError(
+            f"min_tokens is {request.sampling.min_tokens}, and at most {output} tokens are generated",
+            param="min_tokens",
+            hint="lower min_tokens, or raise max_tokens",
+        )
     if request.freeze_after is not None and (request.freeze_after < 1 or request.sampling is None):
         raise InvalidRequestError(
             f"freeze_after is {request.freeze_after}; it counts generated tokens, from 1 on",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,11 +34,12 @@ class SamplingParams:
     """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
 
     Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
-    forbids gets -inf), temperature, top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows
-    none.
+    forbids gets -inf), min_tokens (what ends the text gets -inf, unless the form allows nothing else), temperature,
+    top_k, top_p, min_p. Stop strings are not here: they are text, and the engine knows none.
     """
 
-    max_tokens: int = 128
+    max_tokens: int
+    min_tokens: int = 0  # so many come before any token or stop string that ends the text
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
@@ -63,7 +65,11 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether what is in the text already changes the logits, or the caller does."""
         penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        return self.repetition_penalty != 1.0 or penalised or bool(self.logit_bias)
+        return self.repetition_penalty != 1.0 or penalised or bool(self.logit_bias) or self.min_tokens > 0
+
+    def ends(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The tokens that end a text, for a model with these end-of-text tokens."""
+        return frozenset((*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)))
 
 
 @dataclass(frozen=True, slots=True)

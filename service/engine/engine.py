@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 
@@ -50,7 +50,6 @@ class Engine:
         self.runner = runner
         self._reporter = reporter
         self._scheduler = scheduler
-        self._eos: Collection[int] = frozenset(info.eos_token_ids)
         self._gate = CHECKPOINT_GATE  # of requests to come
         self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
@@ -72,7 +71,8 @@ class Engine:
         compiling = None if form is None else self._grammars.find(form)
         now = time.monotonic()
         self._sequences[request.id] = [
-            Sequence.of(request, index, now, self._gate) for index in range(request.num_choices)
+            Sequence.of(request, index, now, self._gate, self.info.eos_token_ids)
+            for index in range(request.num_choices)
         ]
         if compiling is None:
             self._queue(request.id)
@@ -265,12 +265,11 @@ class Engine:
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Whether a sequence ends with the token it has just accepted."""
-        params = sequence.sampling
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+        if token in sequence.ends:
             return "stop"
         if sequence.grammar is not None and sequence.grammar.finished:
             return "stop"
-        return "length" if sequence.output_len >= params.max_tokens else None
+        return "length" if sequence.output_len >= sequence.sampling.max_tokens else None
 
 
 def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:

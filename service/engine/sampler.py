@@ -48,6 +48,8 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
         logits = _process_history(logits.clone(), rows)
     if any(row.sequence.grammar is not None for row in rows):
         logits = _forbid(logits, rows)
+    if any(_is_held(row) for row in rows):
+        logits = _hold_ends(logits, rows)
     random = [i for i, row in enumerate(rows) if not row.sequence.sampling.is_greedy]
     if not random:
         return logits.argmax(-1)
@@ -114,6 +116,21 @@ def _forbid(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     index = to_device([i for i, _ in masks], logits.device)
     allowed = bits_to_device([mask for _, mask in masks], logits.shape[-1], logits.device)
     return logits.index_copy(0, index, logits.index_select(0, index).masked_fill_(~allowed, float("-inf")))
+
+
+def _is_held(row: SampleRow) -> bool:
+    """Whether the text may not end with this token: min_tokens are still to come."""
+    return row.output_position < row.sequence.sampling.min_tokens and bool(row.sequence.ends)
+
+
+def _hold_ends(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    """logits [n, V] with what would end a held row's text at -inf, unless its grammar allows nothing else."""
+    held = logits.clone()
+    for number, row in enumerate(rows):
+        if _is_held(row):
+            line = held[number].index_fill(0, to_device(sorted(row.sequence.ends), logits.device), float("-inf"))
+            held[number] = torch.where(line.amax() == float("-inf"), held[number], line)
+    return held
 
 
 def _filter(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:

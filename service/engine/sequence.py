@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,7 @@ class Sequence:
     prompt_len: int
     arrival_time: float  # seconds, monotonic
     gate: AdmittedGate = CHECKPOINT_GATE
+    ends: frozenset[int] = frozenset()  # tokens that end it
     drafts: list[int] = field(default_factory=list)
     drafters: list[Drafter] = field(default_factory=list)  # whose each draft is
     scaling: Stream = field(default_factory=Stream)
@@ -102,10 +104,18 @@ class Sequence:
         self._ngrams = NgramIndex(self.tokens)
 
     @classmethod
-    def of(cls, request: Request, index: int, arrival_time: float, gate: AdmittedGate = CHECKPOINT_GATE) -> Sequence:
-        """A fresh sequence of `request`."""
+    def of(
+        cls,
+        request: Request,
+        index: int,
+        arrival_time: float,
+        gate: AdmittedGate = CHECKPOINT_GATE,
+        eos_token_ids: Collection[int] = (),
+    ) -> Sequence:
+        """A fresh sequence of `request`, for a model with these end-of-text tokens."""
         tokens = list(request.prompt_token_ids)
-        return cls(request, index, tokens, len(tokens), arrival_time, gate)
+        ends = frozenset() if request.sampling is None else request.sampling.ends(eos_token_ids)
+        return cls(request, index, tokens, len(tokens), arrival_time, gate, ends)
 
     @property
     def sampling(self) -> SamplingParams:

@@ -71,7 +71,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
         ('{"prompt": "a", "logit_bias": {"1": NaN}}', "logit_bias"),
         ('{"prompt": "a", "logit_bias": {"' + "9" * 5000 + '": 1}}', "logit_bias"),
-        ('{"prompt": "a", "stop": [""]}', "stop"),
+        ('{"prompt": "a", "stop": [null]}', "stop"),
         ('{"prompt": "a", "stop": "' + "x" * 1025 + '"}', "stop"),
         ('{"prompt": "a", "stop": [' + ",".join(f'"{number}"' for number in range(65)) + "]}", "stop"),
         ('{"prompt": "a", "stop_token_ids": [259]}', "stop_token_ids"),

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from service.api.generation.detokenizer import Detokenizer
 from service.api.generation.vocabulary import Vocabulary
-from service.chat_template import ChatTemplate
+from service.chat_template import Chat, ChatTemplate
 from service.checkpoint import load_checkpoint
 from service.contract.errors import InvalidRequestError
 from service.tokenizer_classes import CLASSES, MISNAMED, REGISTERED
@@ -143,6 +143,6 @@ def test_chats_are_those_of_transformers(tmp_path: Path, kind: str, template: st
         expected = theirs.apply_chat_template(TURNS, add_generation_prompt=True, return_dict=False)
     except UndefinedError as error:  # a name that is not there, added to a text
         with pytest.raises(InvalidRequestError, match=re.escape(str(error))):
-            ours.render(TURNS)
+            ours.render(Chat(TURNS))
         return
-    assert tokenizer.encode(ours.render(TURNS), add_special_tokens=False).ids == expected
+    assert tokenizer.encode(ours.render(Chat(TURNS)), add_special_tokens=False).ids == expected

@@ -135,7 +135,7 @@ def test_what_cannot_be_served_never_leaves(bundle: Path) -> None:
     bad = [
         *(request("id", prompt=[40, id]) for id in (-1, 259, 2**70)),
         request("long", max_tokens=94),
-        replace(request("bias"), sampling=SamplingParams(logit_bias={-1: 1.0})),
+        replace(request("bias"), sampling=SamplingParams(max_tokens=1, logit_bias={-1: 1.0})),
         replace(request("steered"), steering=Steering(only=(3,))),
     ]
 
@@ -294,7 +294,9 @@ def test_the_client_needs_no_torch() -> None:
 
 def test_every_field_of_a_request_crosses() -> None:
     """A field that one side does not know would be lost without a word."""
-    sent = Request("id", [1, 2], SamplingParams(seed=2**63 - 1), "full", 1, cache_salt="salt", freeze_after=3)
+    sent = Request(
+        "id", [1, 2], SamplingParams(max_tokens=128, seed=2**63 - 1), "full", 1, cache_salt="salt", freeze_after=3
+    )
     [frame] = wire.FrameReader().feed(wire.FrameEncoder().encode(wire.Submit(sent)))
     assert msgspec.msgpack.Decoder(wire.ToEngine).decode(frame) == wire.Submit(sent)
 

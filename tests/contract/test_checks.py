@@ -41,9 +41,9 @@ def refused(made: Request, info: EngineInfo) -> InvalidRequestError:
 def test_ids_that_do_not_exist(info: EngineInfo, bad: int) -> None:
     """On a GPU an index out of range ends the process, and a negative one would bias another token."""
     for param, made in (
-        ("prompt", Request("a", [8, bad], SamplingParams())),
+        ("prompt", Request("a", [8, bad], SamplingParams(max_tokens=128))),
         ("prompt", Request("a", [8, bad], None)),
-        ("logit_bias", Request("a", [8], SamplingParams(logit_bias={3: 1.0, bad: 2.0}))),
+        ("logit_bias", Request("a", [8], SamplingParams(max_tokens=128, logit_bias={3: 1.0, bad: 2.0}))),
     ):
         error = refused(made, info)
         assert (error.param, error.code) == (param, "unknown_token")
@@ -80,7 +80,9 @@ def test_nothing_at_all(info: EngineInfo) -> None:
     assert refused(request(5, 0), info).param == "max_tokens"
 
 
-@pytest.mark.parametrize(("after", "sampling"), [(0, SamplingParams()), (-1, SamplingParams()), (2, None)])
+@pytest.mark.parametrize(
+    ("after", "sampling"), [(0, SamplingParams(max_tokens=128)), (-1, SamplingParams(max_tokens=128)), (2, None)]
+)
 def test_freezing_too_early(info: EngineInfo, after: int, sampling: SamplingParams | None) -> None:
     """No token 0 exists to freeze after, and a scaling pass alone generates none."""
     error = refused(Request("a", [7], sampling, freeze_after=after), info)

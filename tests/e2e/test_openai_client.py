@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -168,13 +169,76 @@ def test_a_form_is_the_same_on_every_route(client: openai.OpenAI, demo: Server) 
     assert (stopped["outputs"][0]["text"], stopped["outputs"][0]["finish_reason"]) == ("Sum", "stop")
 
 
+def tool(name: str, parameters: type[pydantic.BaseModel] | None = None) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": name, "description": "As it says.", "strict": True}
+    if parameters is not None:
+        function["parameters"] = parameters.model_json_schema()
+    return {"type": "function", "function": function}
+
+
+class Herd(pydantic.BaseModel):
+    """Of a kind, with a definition of its own."""
+
+    animals: Annotated[list[Animal], pydantic.Field(min_length=1, max_length=2)]
+
+
+TOOLS = [tool("tame"), tool("animal", Animal), tool("herd", Herd)]
+MODELS = {"animal": Animal, "herd": Herd}
+
+
+def calls_of(stream: Any) -> list[tuple[str, str, str | None]]:
+    """Name, arguments and end of every choice's call, as deltas are put together."""
+    found: dict[int, list[Any]] = {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            call = found.setdefault(choice.index, ["", "", None])
+            for delta in choice.delta.tool_calls or ():
+                assert delta.index == 0
+                assert (delta.id is not None) == (delta.function.name is not None) == (call[0] == "")
+                call[0] += delta.function.name or ""
+                call[1] += delta.function.arguments
+            assert not choice.delta.content
+            call[2] = choice.finish_reason
+    return [tuple(found[index]) for index in sorted(found)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [("required", "tool_calls"), ({"type": "function", "function": {"name": "herd"}}, "stop")],
+)
+def test_tools_are_called(client: openai.OpenAI, choice: Any, reason: str) -> None:
+    """Whole and streamed, in several choices; and the call goes back in with its result."""
+    called = set()
+    for seed in range(5):
+        wishes = {"model": "demo", "messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "n": 3, "seed": seed}
+        whole = client.chat.completions.create(**wishes, temperature=1.5)
+        streamed = calls_of(client.chat.completions.create(**wishes, temperature=1.5, stream=True))
+        for one, told in zip(whole.choices, streamed, strict=True):
+            [call] = one.message.tool_calls or ()
+            assert (call.function.name, call.function.arguments, one.finish_reason) == told
+            assert (one.message.content, one.finish_reason) == (None, reason)
+            if call.function.name in MODELS:
+                MODELS[call.function.name].model_validate_json(call.function.arguments)
+            else:
+                assert json.loads(call.function.arguments) == {}
+            called.add(call.function.name)
+    assert called == ({"tame", "animal", "herd"} if choice == "required" else {"herd"})
+    message = whole.choices[0].message
+    assert message.tool_calls is not None
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"}
+    history: list[Any] = [*MESSAGES, message.model_dump(), result]
+    parsed = client.chat.completions.parse(model="demo", messages=history, tools=TOOLS, tool_choice=choice, **GREEDY)
+    history += [parsed.choices[0].message.model_dump(), {**result, "content": [{"type": "text", "text": "x"}]}]
+    assert client.chat.completions.create(model="demo", messages=history, max_tokens=3).choices[0].message.content
+
+
 def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="demo", messages=MESSAGES, tools=[{"type": "function"}])
-    assert refused.value.param == "tools"
+        client.chat.completions.create(model="demo", messages=MESSAGES, tools=TOOLS)
+    assert (refused.value.param, "required" in refused.value.message) == ("tool_choice", True)
     with pytest.raises(openai.BadRequestError) as unknown:
         client.completions.create(model="demo", prompt="a", extra_body={"best": 1})
     assert (unknown.value.code, unknown.value.type) == ("unknown_field", "invalid_request_error")

@@ -73,6 +73,8 @@ def formed_requests() -> list[Request]:
         formed("choices", OBJECT, n=4),
         formed("digits", MAY_END, temperature=0.3),
         formed("cut", OBJECT, max_tokens=5),
+        formed("held", REPEATS, min_tokens=30),
+        formed("held at its end", MAY_END, min_tokens=40),
         formed("stopped", MAY_END, stop_token_ids=(20, 21)),
         replace(formed("frozen", REPEATS), freeze_after=3),
         replace(formed("free", OBJECT), sampling=SamplingParams(max_tokens=20, seed=4, ignore_eos=True)),

@@ -44,7 +44,9 @@ def row(
     **params: Any,
 ) -> SampleRow:
     """A row of logits to sample from, with its history."""
-    sequence = Sequence.of(Request("r", prompt or [1, 2, 3], SamplingParams(**params)), index, 0.0)
+    sequence = Sequence.of(
+        Request("r", prompt or [1, 2, 3], SamplingParams(**{"max_tokens": 128, **params})), index, 0.0
+    )
     for token in output or []:
         sequence.accept(token)
     return SampleRow(sequence, pending)

@@ -397,6 +397,22 @@ def test_seats_are_bounded() -> None:
     assert most == 3
 
 
+def test_nothing_is_reserved_for_an_answer_to_come() -> None:
+    """Four that might each fill the whole pool begin at once; those that end early never disturb anybody."""
+    engine, _, scheduler = build(blocks=64, block_size=4, seats=4, budget=64)
+    made = [request(str(number), 5, 123, stop_token_ids=(expected(request(str(number), 5))[7],)) for number in range(4)]
+    for one in made:
+        engine.add(one)
+    engine.step()
+    assert len(scheduler.running) == 4
+    ended, preemptions = 0, 0
+    while engine.has_work():
+        output = engine.step()
+        ended += sum(piece.finish_reason == "stop" for piece in output.outputs)
+        preemptions += output.stats.preemptions
+    assert (ended, preemptions) == (4, 0)
+
+
 def test_the_latest_is_preempted() -> None:
     """The earliest keeps its blocks; the victim starts again with the tokens it has and gets the same ones."""
     engine, _runner, scheduler = build(blocks=20, block_size=2, lookahead=False)

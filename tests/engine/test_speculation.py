@@ -46,6 +46,8 @@ def requests_of_few_tokens() -> list[Request]:
         of_few_tokens("cold", temperature=0.5, top_k=3, seed=5),
         of_few_tokens("choices", max_tokens=20, n=3, seed=6),
         of_few_tokens("stop", seed=8, stop_token_ids=(FEW[0],)),
+        of_few_tokens("held", seed=8, stop_token_ids=(FEW[0],), min_tokens=15),
+        of_few_tokens("held greedy", temperature=0.0, stop_token_ids=tuple(FEW[1:]), min_tokens=9),
         of_few_tokens("one", max_tokens=1),
         of_few_tokens("two", max_tokens=2, prompt=3),
         replace(of_few_tokens("frozen", seed=9), freeze_after=5),
@@ -98,6 +100,26 @@ def test_together_equals_plain(engines: Engines, plain: dict[tuple[str, int], Ch
     assert min(map(sum, zip(*verdicts, strict=True))) > 10, "hardly a copied draft was right, or wrong"
     if "blocks" in options:
         assert result.preemptions > 0
+
+
+def test_min_tokens_come_before_what_ends_a_text(engines: Engines, plain: dict[tuple[str, int], Choice]) -> None:
+    """As if the ends were forbidden so long, by a bias that nothing overcomes, and as ever afterwards."""
+    for name, least in (("held", 15), ("held greedy", 9)):
+        [request] = [one for one in requests_of_few_tokens() if one.id == name]
+        assert request.sampling is not None
+        stops = request.sampling.stop_token_ids
+        biased = replace(
+            request.sampling,
+            logit_bias={**ONLY_FEW, **dict.fromkeys(stops, -1000.0)},
+            max_tokens=least,
+            min_tokens=0,
+            stop_token_ids=(),
+        )
+        found = plain[(name, 0)].tokens
+        assert found[:least] == run(engines.build(**PLAIN), [replace(request, sampling=biased)])[name].tokens
+        assert not set(found[:-1]) & set(stops)
+        assert plain[(name, 0)].finish_reason == "stop"
+    assert plain[("stop", 0)].tokens.index(FEW[0]) < 15, "nothing was held back"
 
 
 def test_several_tokens_in_one_step(engines: Engines) -> None:

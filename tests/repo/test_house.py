@@ -52,8 +52,8 @@ def test_image_has_the_pinned_torch_and_the_version():
 
 
 def test_what_is_no_test_is_support():
-    """Beside the tests lie their conftest files; what several share is in support/, and fuzz/ is a program."""
+    """Beside the tests lie their conftest files; what several share is in support/, fuzz/ and clients/ are programs."""
     tests = ROOT / "tests"
-    shared = ("support", "fuzz")
+    shared = ("support", "fuzz", "clients")
     others = [path.relative_to(tests) for path in tests.rglob("*.py") if path.relative_to(tests).parts[0] not in shared]
     assert [path for path in others if not path.name.startswith("test_") and path.name != "conftest.py"] == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.api.generation.render_worker import Rendered
 from service.api.processes.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
-from service.chat_template import ChatTemplate, refusal
+from service.chat_template import Chat, ChatTemplate, refusal
 from service.contract.errors import InvalidRequestError
 
 MAX_RENDER_SECONDS = 2.0
@@ -41,8 +41,8 @@ class ChatRenderer:
         if self._process is not None:
             self._process.start()
 
-    async def render(self, messages: list[dict[str, str]]) -> str:
-        """The text up to where the assistant begins; the template writes the special tokens.
+    async def render(self, chat: Chat) -> str:
+        """The text that the assistant goes on with; the template writes the special tokens.
 
         Raises InvalidRequestError where the model has no template, or its template makes no text of these messages,
         and what BoundedProcess.ask raises.
@@ -52,9 +52,9 @@ class ChatRenderer:
                 "this model has no chat template", param="messages", code="no_chat_template", hint="use /v1/completions"
             )
         try:
-            rendered = await self._process.ask(messages)
+            rendered = await self._process.ask(chat)
         except UnicodeEncodeError:
-            raise InvalidRequestError("`messages` has a lone surrogate, which is no text", param="messages") from None
+            raise InvalidRequestError("the chat has a lone surrogate, which is no text", param="messages") from None
         except TookTooLongError as error:
             raise refusal(f"it {error}") from None
         except ChildDiedError as error:

@@ -60,6 +60,11 @@ class Choice:
         """Whether its last delta has been made."""
         return self.finish_reason is not None
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether a stop string counts that the latest token completes."""
+        return self.request.sampling is None or self.tokens > self.request.sampling.min_tokens
+
     def accept(self, output: SequenceOutput) -> Iterator[Delta]:
         """One delta per token up to the end, and one without a token when the end came alone."""
         if output.gate is not None:
@@ -81,7 +86,7 @@ class Choice:
     def end(self, reason: str) -> Delta:
         """The end without a token, with the text held back so far."""
         self.finish_reason = reason
-        text = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        text = self._stops.push(self._detokenizer.flush(), may_end=self._may_end) + self._stops.flush()
         return Delta(self.index, text, finish_reason=reason)
 
     def _delta(self, token: TokenOutput, reason: str | None) -> Delta:
@@ -93,7 +98,9 @@ class Choice:
             visible, own = self._detokenizer.push(token.id), ""
             if reason is not None:
                 visible += self._detokenizer.flush()
-        text = self._stops.push(visible)
+        text = self._stops.push(visible, may_end=self._may_end)
+        if token.id in self._tokenizer.vocabulary.special_ids:
+            text += self._stops.push_special(self._tokenizer.vocabulary.name(token.id), may_end=self._may_end)
         if self._stops.found:
             reason = "stop"
         elif reason is not None:
@@ -122,7 +129,7 @@ class Generation:
         self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
         self._first: dict[str, int] = {}  # index of each request's first choice
         self._client = client
-        patterns = Patterns(stops)
+        patterns = Patterns(stops, tokenizer.vocabulary.special_texts)
         for request in requests:
             self._first[request.id] = len(self.choices)
             ends = ends_of(client.info, request)
@@ -220,4 +227,4 @@ def ends_of(info: EngineInfo, request: Request) -> Collection[int]:
     """The tokens that end this request's choices."""
     if request.sampling is None:
         return ()
-    return {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else info.eos_token_ids)}
+    return request.sampling.ends(info.eos_token_ids)

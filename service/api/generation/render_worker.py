@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from service.api.processes.child_loop import answer_lines, limit_process
-from service.chat_template import ChatTemplate, refusal
+from service.chat_template import Chat, ChatTemplate, refusal
 from service.contract.errors import InvalidRequestError
 
 _MAX_MEMORY_BYTES = 1 << 30  # of address space
@@ -31,21 +31,21 @@ def main(argv: list[str]) -> int:
     limit_process(_MAX_MEMORY_BYTES)
     template, max_bytes = ChatTemplate.load(Path(argv[1])), int(argv[2])
     assert template is not None, "a model without a template needs no such process"
-    decoder = msgspec.json.Decoder(list[dict[str, str]])
+    decoder = msgspec.json.Decoder(Chat)
     answer_lines(lambda line: _answer(template, decoder.decode(line), max_bytes))
     return 0
 
 
-def _answer(template: ChatTemplate, messages: list[dict[str, str]], max_bytes: int) -> bytes:
+def _answer(template: ChatTemplate, chat: Chat, max_bytes: int) -> bytes:
     try:
-        return _rendered(template, messages, max_bytes)
+        return _rendered(template, chat, max_bytes)
     except InvalidRequestError as error:
         return msgspec.json.encode(Rendered(error=error.message))
 
 
-def _rendered(template: ChatTemplate, messages: list[dict[str, str]], max_bytes: int) -> bytes:
+def _rendered(template: ChatTemplate, chat: Chat, max_bytes: int) -> bytes:
     try:
-        answer = msgspec.json.encode(Rendered(template.render(messages)))
+        answer = msgspec.json.encode(Rendered(template.render(chat)))
     except UnicodeEncodeError:
         raise refusal("it writes half of a surrogate pair, which is no text") from None
     if len(answer) > max_bytes:

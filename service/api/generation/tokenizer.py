@@ -13,10 +13,12 @@ from pathlib import Path
 
 from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.detokenizer import Detokenizer
+from service.api.generation.sampling_defaults import SamplingDefaults
 from service.api.generation.vocabulary import Vocabulary
 from service.api.off_loop import off_loop
-from service.api.schemas.fields import DEFAULT_MAX_TOKENS, DRAWN_SEEDS, OneTextFields
-from service.contract.checks import check_context, check_token_ids
+from service.api.schemas.fields import DRAWN_SEEDS, OneTextFields
+from service.chat_template import Chat
+from service.contract.checks import check_context, check_token_ids, room_for_output
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
 from service.contract.request import SamplingParams, TextForm
@@ -37,12 +39,15 @@ _AS_GIVEN = {field.name for field in fields(SamplingParams)} - {
 class ModelTokenizer:
     """One model's tokenizer."""
 
-    def __init__(self, info: EngineInfo, chats: ChatRenderer | None = None) -> None:
+    def __init__(
+        self, info: EngineInfo, chats: ChatRenderer | None = None, defaults: SamplingDefaults | None = None
+    ) -> None:
         files = TokenizerFiles.read(Path(info.tokenizer_path).parent)
         self._tokenizer = files.open()
         self._bos_id = self._tokenizer.token_to_id(files.special_tokens.get("bos_token", ""))
         self._chats = chats
         self._info = info
+        self._defaults = defaults or SamplingDefaults()
         self.vocabulary = Vocabulary(self._tokenizer)
 
     @property
@@ -50,10 +55,10 @@ class ModelTokenizer:
         """The most tokens that one /tokenize or /detokenize may be about: a prompt always may."""
         return max(MAX_TOKENIZED, self._info.max_model_len)
 
-    async def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """A conversation as token ids, up to where the assistant begins. Raises what ChatRenderer.render does."""
+    async def chat_ids(self, chat: Chat) -> list[int]:
+        """A conversation as token ids, up to where the assistant goes on. Raises what ChatRenderer.render does."""
         assert self._chats is not None, "this tokenizer is for prompts"
-        return await self.encode(await self._chats.render(messages), False, "messages")
+        return await self.encode(await self._chats.render(chat), False, "messages")
 
     async def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt as token ids. Raises InvalidRequestError when it is empty, too long or not of this vocabulary."""
@@ -109,20 +114,24 @@ class ModelTokenizer:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         form: TextForm | None = None,
+        most: int | None = None,
     ) -> SamplingParams:
-        """The caller's wishes with defaults filled in. Raises InvalidRequestError for what this model cannot do."""
+        """The caller's wishes with defaults filled in; `most` bounds max_tokens where the caller does not say.
+
+        Raises InvalidRequestError for what this model cannot do.
+        """
         bias = {int(id): value for id, value in (body.logit_bias or {}).items()}
         check_token_ids(bias, "logit_bias", self._info)
         check_token_ids(body.stop_token_ids or (), "stop_token_ids", self._info)
         return SamplingParams(
-            max_tokens=self._max_tokens(body.wanted_tokens, prompt_tokens),
+            max_tokens=self._max_tokens(body, prompt_tokens, most),
             logit_bias=bias,
             stop_token_ids=(*(body.stop_token_ids or ()), *self._special_named(body.stop or ())),
             seed=draw_seed() if body.seed is None else body.seed,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             form=form,
-            **body.model_dump(exclude_none=True, include=_AS_GIVEN),
+            **{**self._defaults.fields, **body.model_dump(exclude_none=True, include=_AS_GIVEN)},
         )
 
     def _special_named(self, stops: Sequence[str]) -> list[int]:
@@ -130,9 +139,15 @@ class ModelTokenizer:
         ids = map(self._tokenizer.token_to_id, stops)
         return [id for id in ids if id in self.vocabulary.special_ids]
 
-    def _max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
-        room = max(1, self._info.max_model_len - prompt_tokens)
-        max_tokens = min(DEFAULT_MAX_TOKENS, room) if wanted is None else wanted
+    def _max_tokens(self, body: OneTextFields, prompt_tokens: int, most: int | None) -> int:
+        max_tokens = body.wanted_tokens
+        if max_tokens is None:
+            bounds = [room_for_output(prompt_tokens, self._info)]
+            if self._defaults.max_tokens is not None:
+                bounds.append(max(self._defaults.max_tokens, body.min_tokens or 0))
+            if most is not None:
+                bounds.append(max(1, most))
+            max_tokens = min(bounds)
         check_context(prompt_tokens, max_tokens, self._info)
         return max_tokens
 

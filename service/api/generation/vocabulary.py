@@ -31,6 +31,11 @@ class Vocabulary:
         self._characters = {byte: character for character, byte in self._alphabet.items()}
         self._names: dict[int, str] = {}
 
+    @functools.cached_property
+    def special_texts(self) -> list[str]:
+        """What the special tokens are called."""
+        return [text for id in sorted(self.special_ids) if (text := self._tokenizer.id_to_token(id))]
+
     def bytes_of(self, id: int, *, at_start: bool = False) -> bytes:
         """What a token adds to a text; none for a special token. `at_start`: no text stands before it, where some
         tokenizers drop a space.

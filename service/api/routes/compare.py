@@ -88,7 +88,8 @@ class Comparison:
     def __init__(self, call: Call, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
         self._call, self._body, self._prompt = call, body, prompt
         self._service = service = call.service
-        self._sampling = service.tokenizer.sampling(body, len(prompt), logprobs=0, form=form)
+        most = _most_tokens(body, len(service.info.sites) * len(service.info.experts))
+        self._sampling = service.tokenizer.sampling(body, len(prompt), logprobs=0, form=form, most=most)
         self._format = RowFormat(service.info, body.scalings_dtype)
         self._outputs: list[Output] = []
         requests = []
@@ -232,6 +233,17 @@ class Comparison:
                 code="too_large",
                 hint='lower max_tokens, or ask for "mean"',
             )
+
+
+def _most_tokens(body: CompareBody, weights_of_token: int) -> int:
+    """The longest outputs that are within the bounds of a call: what a caller gets who does not say."""
+    settings = len(body.settings)
+    given = sum(len(setting.token_ids or ()) for setting in body.settings)
+    written = max(1, sum(setting.token_ids is None for setting in body.settings))
+    most = (MAX_SCORED_TOKENS // settings - given) // written
+    if body.return_scalings == "full":
+        most = min(most, MAX_WEIGHTS // (written * weights_of_token))
+    return most
 
 
 @contextmanager

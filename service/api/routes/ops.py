@@ -97,6 +97,7 @@ async def info(service: ServiceDependency) -> Response:
             "vocab_size": engine.vocab_size,
             "max_body_bytes": service.settings.max_body_bytes,
         },
+        "sampling_defaults": {"max_tokens": service.sampling_defaults.max_tokens, **service.sampling_defaults.fields},
         "weights_sha256": engine.weights_sha256,
         "gate_profile": engine.gate_profile,
         "draft_head": engine.draft_head,

@@ -377,7 +377,11 @@ class Info(TypedDict):
     xlora_config: dict[str, Any]
     dummy_row: Annotated[list[list[float]], Field(description="The checkpoint's gate of the scaling pass.")]
     gate: Annotated[GateState, Field(description="As GET /gate.")]
-    limits: dict[str, int]
+    limits: Annotated[dict[str, int], Field(description="max_model_len is the context, prompt and answer together.")]
+    sampling_defaults: Annotated[
+        dict[str, Any],
+        Field(description="Values of absent fields where the operator has set others; max_tokens null: all that fits."),
+    ]
     weights_sha256: Annotated[
         str | None, Field(description="Over all weight files; null until it is known, soon after the start.")
     ]

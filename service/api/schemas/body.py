@@ -37,8 +37,10 @@ class Body(BaseModel):
 
     null_is_meant: ClassVar[bool] = False  # of all fields
     meant: ClassVar[frozenset[str]] = frozenset()  # the fields whose empty value says something
+    any_empty: ClassVar[frozenset[str]] = frozenset()  # the lists for which clients also send "" and {}
     # OpenAI's fields that this server has not, each with the values, besides null and empty, that say nothing.
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    instead: ClassVar[Mapping[str, str]] = {}  # what to do in place of some of them
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +65,7 @@ class Body(BaseModel):
             raise PydanticCustomError(UNKNOWN_FIELD, "unknown field", {"name": name})
         kinds = _NONE if name in cls.meant else _ALL
         if not cls._is_absent(value, kinds) and value not in cls.unsupported[name]:
-            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": name})
+            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": name, "hint": cls.instead.get(name)})
         return True
 
     @model_validator(mode="after")
@@ -100,7 +102,11 @@ def _empty_kinds(model: type[Body]) -> Mapping[str, frozenset[type]]:
     never takes is refused, also when it is empty.
     """
     fields = {field.alias or name: field for name, field in model.model_fields.items() if not field.is_required()}
-    return {name: _kinds(field.annotation) for name, field in fields.items() if name not in model.meant}
+    return {
+        name: _ALL if name in model.any_empty else _kinds(field.annotation)
+        for name, field in fields.items()
+        if name not in model.meant
+    }
 
 
 def _kinds(annotation: Any) -> frozenset[type]:

@@ -228,6 +228,27 @@ CHAT_BODIES: Any = {
         "summary": "One question",
         "value": {"model": "demo", "messages": [{"role": "user", "content": "Compute 48 + 87."}], "max_tokens": 8},
     },
+    "tool": {
+        "summary": "A function call, with arguments that fit its parameters",
+        "value": {
+            "messages": [{"role": "user", "content": "Compute 48 + 87."}],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "add",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+                            "required": ["a", "b"],
+                        },
+                    },
+                }
+            ],
+            "tool_choice": "required",
+            "max_tokens": 64,
+        },
+    },
     "stream": {
         "summary": "As server-sent events, with the usage",
         "value": {

@@ -34,7 +34,6 @@ DRAWN_SEEDS = 2**53  # a drawn one is below: JavaScript rounds larger integers, 
 MAX_EXPERTS = 1024
 MAX_GATE_WEIGHTS = 1024
 MAX_NAME_CHARACTERS = 512
-DEFAULT_MAX_TOKENS = 128
 
 INT32 = 2**31 - 1
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
@@ -48,17 +47,15 @@ def _prompt(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    if value is None or value == "":
-        return None
-    stops = [value] if isinstance(value, str) else value
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not is_list_of(stops, str):
         raise ValueError("must be a string or a list of strings")
-    stops = list(dict.fromkeys(stops))
+    stops = list(dict.fromkeys(filter(None, stops)))
     if len(stops) > MAX_STOPS:
         raise ValueError(f"has {len(stops)} different strings; at most {MAX_STOPS} are allowed")
-    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise ValueError(f"each string must have 1 to {MAX_STOP_CHARACTERS} characters")
-    return stops
+    if not all(len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise ValueError(f"each string must have at most {MAX_STOP_CHARACTERS} characters")
+    return stops or None
 
 
 def _logit_bias(value: object) -> object:
@@ -93,8 +90,8 @@ _STOP_SCHEMA = {
         {"type": "string", "maxLength": MAX_STOP_CHARACTERS},
         {
             "type": "array",
-            "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS},
-            "description": f"At most {MAX_STOPS} different strings.",
+            "items": {"type": "string", "maxLength": MAX_STOP_CHARACTERS},
+            "description": f"At most {MAX_STOPS} different strings; an empty one is none.",
         },
         {"type": "null"},
     ]
@@ -186,7 +183,14 @@ class OneTextFields(Body):
     """How one text is sampled; names and meanings are OpenAI's."""
 
     max_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(
-        None, description=f"Most tokens to generate; {DEFAULT_MAX_TOKENS} when absent, or what still fits the context."
+        None,
+        description="Most tokens to generate. When absent, what the context leaves, or the server's "
+        "--default-max-tokens; nothing is reserved for them.",
+    )
+    min_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
+        None,
+        description="So many tokens come before an end-of-text token, a stop token or a stop string; where "
+        "response_format leaves nothing more to say, the text ends all the same.",
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0 is greedy; 1 when absent.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
@@ -221,6 +225,12 @@ class OneTextFields(Body):
     def _a_form_has_an_end(self) -> OneTextFields:
         if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("ignore_eos goes with no response_format but text: the form says where the text ends")
+        return self
+
+    @model_validator(mode="after")
+    def _min_tokens_fit(self) -> OneTextFields:
+        if self.wanted_tokens is not None and (self.min_tokens or 0) > self.wanted_tokens:
+            raise ValueError("min_tokens must not be greater than max_tokens")
         return self
 
     @property

@@ -13,20 +13,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.schemas.body import MISSING_FIELD, Body
-from service.api.schemas.fields import MAX_NAME_CHARACTERS
+from service.api.schemas.no_effect import NO_EFFECT, CacheControl, Name
 from service.api.schemas.sizes import is_list_of
+from service.api.schemas.tools import ToolCall
 
 MAX_PARTS = 256
-NO_EFFECT = "Accepted because tools send it; changes nothing."
-
-Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
-
-
-class CacheControl(Body):
-    """Where a prompt should be cached, for servers that are told: this one caches every prompt."""
-
-    type: Literal["ephemeral"] | None = None
-    ttl: Name | None = None
+MAX_CALLS = 128  # of one turn
 
 
 class Part(Body):
@@ -61,12 +53,18 @@ class Message(Body):
     """One turn of a conversation; a `developer` is a `system` to the template."""
 
     meant: ClassVar = frozenset({"content"})  # "" is a turn without words
+    any_empty: ClassVar = frozenset({"tool_calls"})
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
-        ("tool_calls", "tool_call_id", "function_call", "audio", "images", "thinking_blocks"), ()
+        ("function_call", "audio", "images", "thinking_blocks"), ()
     )
+    instead: ClassVar = {"function_call": "use `tool_calls`, which OpenAI has in its place"}
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = Field(None, description="Only an assistant's may be absent: it then said nothing.")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_CALLS)] | None = Field(
+        None, description="What an assistant has called."
+    )
+    tool_call_id: Name | None = Field(None, description="Of role tool: the call whose result the content is.")
     name: Name | None = Field(None, description="Given to the template, which may leave it out.")
     reasoning_content: str | None = Field(None, description="Given to the template, which may leave it out.")
     reasoning: str | None = Field(None, description="Given to the template, which may leave it out.")
@@ -83,9 +81,23 @@ class Message(Body):
             raise PydanticCustomError(MISSING_FIELD, "missing", {"name": "content"})
         return self
 
-    def to_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _calls_have_their_roles(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("has tool_calls, which only an assistant's turn may have")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError("has a tool_call_id, which only a turn of role tool may have")
+        return self
+
+    def to_template(self) -> dict[str, Any]:
         """What a chat template sees."""
         text = "".join(part.text for part in self.content or ()) + (self.refusal or "")
         role = "system" if self.role == "developer" else self.role
-        shown = {"name": self.name, "reasoning_content": self.reasoning_content, "reasoning": self.reasoning}
+        shown = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "reasoning": self.reasoning,
+            "tool_calls": [call.to_template() for call in self.tool_calls] if self.tool_calls else None,
+            "tool_call_id": self.tool_call_id,
+        }
         return {"role": role, "content": text} | {name: value for name, value in shown.items() if value is not None}

@@ -7,11 +7,12 @@ are in messages.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
-from service.api.schemas.body import Body
+from service.api.schemas.body import UNSUPPORTED_FIELD, Body
 from service.api.schemas.fields import (
     INT32,
     Alternatives,
@@ -19,12 +20,20 @@ from service.api.schemas.fields import (
     SamplingFields,
     XLoraFields,
 )
-from service.api.schemas.messages import NO_EFFECT, CacheControl, Message, Name
-from service.api.schemas.sizes import at_most, is_list_of, is_prompts
+from service.api.schemas.messages import Message
+from service.api.schemas.no_effect import NO_EFFECT, CacheControl, Name
+from service.api.schemas.sizes import FINITE, at_most, is_list_of, is_prompts
+from service.api.schemas.tools import MAX_TOOLS, Function, Tool, ToolChoice
+from service.chat_template import Chat
 
 MAX_PROMPTS = 256
 MAX_MESSAGES = 1024
 MAX_METADATA = 16
+MAX_VARIABLES = 64
+# What the template is given in any case, and what would replace it.
+_OWN_VARIABLES = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+)
 
 
 def _prompts(value: object) -> object:
@@ -73,6 +82,10 @@ class OpenAIFields(SamplingFields):
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
     }
+    instead: ClassVar[Mapping[str, str]] = {
+        "functions": "use `tools`, which OpenAI has in their place",
+        "function_call": "use `tool_choice`, which OpenAI has in its place",
+    }
 
     model: Name | None = Field(None, description="A name from GET /v1/models; the served model when absent.")
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT32)] | None = Field(
@@ -117,6 +130,9 @@ class CompletionBody(OpenAIFields):
     max_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
         None, description="As in the other bodies; 0, with echo, scores the prompt and generates nothing."
     )
+    max_completion_tokens: Annotated[int, Field(ge=0, le=INT32)] | None = Field(
+        None, description="OpenAI's newer name of max_tokens."
+    )
     logprobs: Logprobs = Field(
         None, description="Alternatives per token; 0 gives the chosen token's own. Of the raw distribution."
     )
@@ -126,7 +142,8 @@ class CompletionBody(OpenAIFields):
     @model_validator(mode="after")
     def _scoring_needs_echo(self) -> CompletionBody:
         if self.scores and not self.echo:
-            raise ValueError("max_tokens is 0, which only scores the prompt, and that needs echo true")
+            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+            raise ValueError(f"{name} is 0, which only scores the prompt, and that needs echo true")
         if self.scores and (self.n or 1) > 1:
             raise ValueError("n must be 1 with max_tokens 0: nothing is generated that could differ")
         if self.scores and self.extension.return_scalings not in (None, "none"):
@@ -148,14 +165,80 @@ class CompletionBody(OpenAIFields):
 class ChatBody(OpenAIFields):
     """POST /v1/chat/completions."""
 
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {**OpenAIFields.unsupported, "tools": ()}
+    any_empty: ClassVar = frozenset({"tools"})
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = Field(None, description="Each token's logprob, of the raw distribution.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives per token; needs logprobs.")
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=NO_EFFECT)
-    tool_choice: Literal["none", "auto"] | None = Field(None, description=NO_EFFECT)
-    parallel_tool_calls: bool | None = Field(None, description=NO_EFFECT)
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the answer may call, in the template's view too; they need a tool_choice."
+    )
+    tool_choice: ToolChoice = Field(
+        None,
+        description='"required": the answer is a call of one of the tools; {"type": "function", "function": {"name": '
+        '...}}: of this one; "none": it is a text. "auto", OpenAI\'s default, is not supported beside tools. Where a '
+        "call is made there is no text that response_format could be about.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description=NO_EFFECT + " An answer has at most one call.")
+
+    chat_template_kwargs: (
+        Annotated[dict[Name, Any], Field(max_length=MAX_VARIABLES), at_most(MAX_VARIABLES), FINITE] | None
+    ) = Field(None, description="More variables for the model's chat template, as enable_thinking.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the prompt goes on to where the assistant begins; as continue_final_message says."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="The last message is unfinished, and the answer goes on with it; false when absent."
+    )
+
+    @model_validator(mode="after")
+    def _template_fields_agree(self) -> ChatBody:
+        for name in sorted(_OWN_VARIABLES & (self.chat_template_kwargs or {}).keys()):
+            raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": f"chat_template_kwargs.{name}"})
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message goes with add_generation_prompt false alone")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_have_a_choice(self) -> ChatBody:
+        names = [tool.function.name for tool in self.tools or ()]
+        mode = "auto" if self.tool_choice is None else self.tool_choice.mode
+        if names and mode == "auto":
+            raise ValueError(
+                'tool_choice "auto", which is the default beside tools, is not supported: send "required", {"type": '
+                '"function", "function": {"name": ...}} or "none"'
+            )
+        if not names and mode not in ("auto", "none"):
+            raise ValueError("tool_choice asks for a call, which needs tools")
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"tools has two functions named {double!r}")
+        for name in (self.tool_choice and self.tool_choice.names) or ():
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which is none of the tools: {', '.join(names)}")
+        if self.ignore_eos and self.called:
+            raise ValueError("ignore_eos goes with no tool call: the function's parameters say where that ends")
+        return self
+
+    @property
+    def called(self) -> dict[int, Function]:
+        """The functions of which the answer must call one, by their places in `tools`; none: it is a text."""
+        if self.tool_choice is None or self.tool_choice.mode in ("none", "auto"):
+            return {}
+        names = self.tool_choice.names
+        functions = [tool.function for tool in self.tools or ()]
+        return {place: one for place, one in enumerate(functions) if names is None or one.name in names}
+
+    def chat(self) -> Chat:
+        """What the chat template is asked to write."""
+        continued = bool(self.continue_final_message)
+        return Chat(
+            [message.to_template() for message in self.messages],
+            [tool.to_template() for tool in self.tools] if self.tools else None,
+            add_generation_prompt=not continued and self.add_generation_prompt is not False,
+            continue_final_message=continued,
+            variables=self.chat_template_kwargs or {},
+        )
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatBody:

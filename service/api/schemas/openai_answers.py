@@ -20,6 +20,7 @@ class Model(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: Annotated[int, Field(description="The context: tokens of prompt and answer together.")]
 
 
 class ModelList(TypedDict):
@@ -82,7 +83,7 @@ class OpenAIChunk(OpenAIHead, ChunkUsage):
     xlora: Annotated[AsUsed | XLoraAnswer, Field(description="What the engine did: in a last chunk with the usage.")]
 
 
-FinishReason = Literal["stop", "length"]  # OpenAI's words: its clients know no others
+FinishReason = Literal["stop", "length", "tool_calls"]  # OpenAI's words: its clients know no others
 
 
 class WithEnd(TypedDict):
@@ -175,12 +176,28 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class CalledFunction(TypedDict):
+    """What is called, with what."""
+
+    name: str
+    arguments: Annotated[str, Field(description="JSON that fits the function's parameters; cut off with the answer.")]
+
+
+class ToolCall(TypedDict):
+    """A function call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(TypedDict):
-    """What the model says."""
+    """What the model says, or calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: Annotated[str | None, Field(description="null where the answer is a call.")]
     refusal: None
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(description="Where the answer is a call; one.")]]
 
 
 class ChatChoice(ChoiceXLora):
@@ -198,11 +215,28 @@ class ChatAnswer(OpenAIAnswer):
     choices: list[ChatChoice]
 
 
+class CalledFunctionDelta(TypedDict):
+    """What one chunk adds to a function call."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What one chunk adds to a function call; its first names it."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
+
+
 class ChatMessageDelta(TypedDict):
     """What one chunk adds to the message; the first names the role."""
 
     role: NotRequired[Literal["assistant"]]
-    content: str
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatDelta(DeltaXLora):

@@ -5,9 +5,10 @@ Validation holds the event loop up, so that these come before any item is looked
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 _T = TypeVar("_T")
 
@@ -35,6 +36,21 @@ def at_most(members: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def check_finite(value: object) -> object:
+    """A value that JSON can write. Raises ValueError where it holds NaN or infinity, as 1e999 is."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError("has a number that JSON does not have; the largest is 1.8e308")
+        if isinstance(one, dict | list):
+            pending.extend(one.values() if isinstance(one, dict) else one)
+    return value
+
+
+FINITE = AfterValidator(check_finite)
 
 
 def check_schema_size(value: object) -> object:

@@ -22,7 +22,7 @@ PROMPT = list(range(40, 60))
 
 
 def request(id: str, tokens: int = 10, n: int = 1) -> Request:
-    return Request(id, [1] * tokens, SamplingParams(n=n))
+    return Request(id, [1] * tokens, SamplingParams(max_tokens=128, n=n))
 
 
 def admission(seats: int = 2, waiting: int = 3, tokens: int = 1000) -> Admission:

@@ -15,7 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from service.api.generation.chat_renderer import ChatRenderer
-from service.chat_template import ChatTemplate
+from service.chat_template import Chat, ChatTemplate
 from service.contract.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import error_of
@@ -34,8 +34,12 @@ TEMPLATE = """
 Test = Callable[[ChatRenderer], Coroutine[Any, Any, None]]
 
 
-def says(content: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": content}]
+def turn(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def says(content: str) -> Chat:
+    return Chat([turn(content)])
 
 
 def write_template(directory: Path, template: str | None) -> Path:
@@ -64,11 +68,15 @@ def run(tmp_path: Path) -> Callable[[Test], None]:
 def test_as_it_is_rendered_here(run: Callable[[Test], None], tmp_path: Path) -> None:
     chats = [
         says("Hi"),
-        [
-            *says('{"a": "\n\\"} 🙂 \u2028 \x00 </s>'),
-            {"role": "assistant", "content": "", "name": "é"},
-            *says("x" * 90),
-        ],
+        Chat(
+            [
+                turn('{"a": "\n\\"} 🙂 \u2028 \x00 </s>'),
+                {"role": "assistant", "content": "", "name": "é"},
+                turn("x" * 90),
+            ],
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {"maximum": 2**70}}}],
+            variables={"deep": [{"a": 1.5, "b": None}]},
+        ),
         says("naïve" * 100_000),
     ]
 
@@ -129,7 +137,7 @@ def chatting(directory: Path, template: str | None) -> Iterator[TestClient]:
 
 
 def chat(http: TestClient, content: str) -> Any:
-    return http.post("/v1/chat/completions", json={"messages": says(content), "max_tokens": 1})
+    return http.post("/v1/chat/completions", json={"messages": [turn(content)], "max_tokens": 1})
 
 
 def test_a_template_that_hangs_stops_nobody(tmp_path: Path) -> None:

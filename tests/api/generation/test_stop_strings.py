@@ -44,6 +44,30 @@ def test_what_may_begin_a_stop_string_is_held_back_and_nothing_else() -> None:
     assert matcher.found
 
 
+def test_special_tokens_count_for_the_stops_that_name_them() -> None:
+    """ "<e>" is one: it is not in the text, and a stop string may go on before and after it."""
+    patterns = Patterns(["<e>\n", "x<e>", "ab"], ["<e>", "<s>"])
+
+    def given(*pushes: str) -> tuple[list[str], bool]:
+        stops = StopStrings(patterns)
+        texts = [stops.push_special(push) if push[0] == "<" else stops.push(push) for push in pushes]
+        return [*texts, stops.flush()], stops.found
+
+    assert given("one", "<e>", "\ntwo") == (["one", "", "", ""], True)
+    assert given("one", "<e>", "two") == (["one", "", "two", ""], False)
+    assert given("one x", "<e>", "two") == (["one ", "", "", ""], True)
+    assert given("one x", "<s>", "<e>", "y") == (["one ", "x", "", "y", ""], False)
+    assert given("a", "<s>", "b") == (["", "", "", ""], True), "a special token is not in the text of other stops"
+    assert given("1", "<e>", "<e>", "\n") == (["1", "", "", "", ""], True)
+
+
+def test_a_stop_string_that_is_complete_too_early_is_passed_over() -> None:
+    for text, early, expected in (("ENDEND.", 3, "END"), ("ENDx", 3, "ENDx"), ("aEND", 3, "a"), ("ababab", 4, "abab")):
+        stops = StopStrings(Patterns(["END", "abab"]))
+        given = [stops.push(character, may_end=place >= early) for place, character in enumerate(text)]
+        assert "".join(given) + stops.flush() == (expected if expected != "abab" else "ab"), text
+
+
 def test_only_what_the_text_may_be_in_the_middle_of_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """64 strings of 1,024 characters cost no more than one."""
     looked: list[str] = []

@@ -32,7 +32,7 @@ BROKEN = b'{"prompt": '
 @contextmanager
 def full(book: Admission) -> Iterator[None]:
     """One runs and one waits, and no more may."""
-    with book.admit([Request("held", [1], SamplingParams(n=2))], 0.0):
+    with book.admit([Request("held", [1], SamplingParams(max_tokens=128, n=2))], 0.0):
         yield
 
 
@@ -99,7 +99,7 @@ def test_what_refuses_the_least_refuses_everything(choices: int, tokens: int) ->
     assert not refuses() or all(refuses(*ask) for ask in larger)
     assert refuses() == refuses(1, 1)
     if not refuses():
-        with book.admit([Request("least", [1], SamplingParams())], 0.0):
+        with book.admit([Request("least", [1], SamplingParams(max_tokens=128))], 0.0):
             assert book.choices == choices + 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,19 @@ from fastapi.testclient import TestClient
 
 from tests.api.conftest import ThreadClient, serving
 from tests.api.test_errors import error_of
-from tests.support.fake_engine import EXPERTS, FAULTY, REPLY, UNTAKEN, build_tokenizer, gate_row
+from tests.support.fake_engine import (
+    CHAT_TEMPLATE,
+    EXPERTS,
+    FAULTY,
+    MAX_MODEL_LEN,
+    REPLY,
+    UNTAKEN,
+    FakeEngine,
+    build_tokenizer,
+    fake_info,
+    gate_row,
+    write_bundle,
+)
 
 PROMPT = list(range(40, 60))
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -184,7 +197,8 @@ def test_without_tokens_to_generate_the_prompts_are_scored(
     http: TestClient, stream: bool, logprobs: int | None
 ) -> None:
     """Also one that is a single token, of which there is nothing to say."""
-    body = {"prompt": ["Once", "a"], "echo": True, "max_tokens": 0, "logprobs": logprobs}
+    name = "max_completion_tokens" if stream else "max_tokens"
+    body = {"prompt": ["Once", "a"], "echo": True, name: 0, "logprobs": logprobs}
     found = [post(http, "/v1/completions", **body)] if not stream else chunks(http, "/v1/completions", **body)
     choices = {choice["index"]: choice for part in found for choice in part["choices"]}
     assert [(choices[i]["text"], choices[i]["finish_reason"]) for i in (0, 1)] == [("Once", "length"), ("a", "length")]
@@ -270,12 +284,25 @@ def test_what_tools_always_send_changes_nothing(http: TestClient, path: str) -> 
         ("/v1/completions", {"xlora": {"gate": {"top_k": 0}}}, "xlora.gate.top_k"),
         ("/v1/completions", {"experts": {"only": []}}, "experts"),
         ("/v1/completions", {"xlora": {"prompt": "a"}}, "xlora.prompt"),
-        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+        ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools[0].function"),
         ("/v1/chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("/v1/chat/completions", {"reasoning_effort": "high"}, "reasoning_effort"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
-        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        (
+            "/v1/chat/completions",
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        (
+            "/v1/chat/completions",
+            {"chat_template_kwargs": {"chat_template": "x"}},
+            "chat_template_kwargs.chat_template",
+        ),
+        ("/v1/chat/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/completions", {"max_completion_tokens": 0}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam"),
         (
@@ -308,10 +335,47 @@ def test_models(http: TestClient) -> None:
         ["fake", "fake/base", *(f"fake/{name}" for name in EXPERTS)],
     )
     assert http.get("/v1/models/fake").json() == listed["data"][0]
+    assert {model["max_model_len"] for model in listed["data"]} == {MAX_MODEL_LEN}
     assert http.get("/v1/models/fake/math").json() == listed["data"][2]
     assert error_of(http.get("/v1/models/fake/maths"), 404)["code"] == "model_not_found"
     for path, body in ROUTES.items():
         assert error_of(http.post(path, json=body | {"model": "gpt-9"}), 404)["param"] == "model"
+
+
+def test_served_names(client: ThreadClient) -> None:
+    """All of them are models with experts; answers have the one that was asked for, or the first."""
+    with serving(client, served_model_name=["gpt", "org/mine"]) as http:
+        listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
+        assert listed == [
+            f"{name}{part}" for name in ("gpt", "org/mine") for part in ("", "/base", *(f"/{name}" for name in EXPERTS))
+        ]
+        for path in ROUTES:
+            assert post(http, path, max_tokens=1)["model"] == "gpt"
+            assert post(http, path, max_tokens=1, model="org/mine/math")["model"] == "org/mine/math"
+            assert error_of(http.post(path, json=ROUTES[path] | {"model": "fake"}), 404)["param"] == "model"
+        assert http.get("/info").json()["model"] == http.get("/health").json()["model"] == "gpt"
+        assert http.post("/generate", json={"prompt": "a", "max_tokens": 1}).json()["model"] == "gpt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "<user>x<assistant>The an:go"),
+        ({"add_generation_prompt": True, "continue_final_message": False}, "<user>x<assistant>The an:go"),
+        ({"add_generation_prompt": False, "chat_template_kwargs": {}}, "<user>x<assistant>The an"),
+        ({"continue_final_message": True}, "<user>x<assistant>The an"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<user>x<assistant>The an"),
+        ({"chat_template_kwargs": {"mood": [1.5, {"a": None}]}}, "<user>x<assistant>The an[1.5, {'a': None}]:go"),
+    ],
+)
+def test_what_the_template_is_asked(tmp_path: Path, fields: dict[str, Any], text: str) -> None:
+    template = CHAT_TEMPLATE + "{{ mood }}{% if add_generation_prompt %}:go{% endif %}"
+    client = ThreadClient(FakeEngine(fake_info(write_bundle(tmp_path))))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "The an"}]
+    with serving(client) as http:
+        post(http, "/v1/chat/completions", messages=messages, max_tokens=1, **fields)
+    assert build_tokenizer().decode(client.engine.requests[-1].prompt_token_ids) == text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -49,7 +49,7 @@ EMPTY = [
 NEUTRAL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({name: None}, tuple(BODIES)) for name in EMPTY if name != "seed"),
     ({"top_k": -1, "top_p": 1.0, "min_p": 0.0, "logit_bias": {}, "stop": [], "stop_token_ids": []}, tuple(BODIES)),
-    ({"stop": "", "repetition_penalty": 1, "response_format": {}}, tuple(BODIES)),
+    ({"stop": [""], "repetition_penalty": 1, "response_format": {}}, tuple(BODIES)),
     ({"response_format": {"type": "text", "json_schema": None, "pattern": None}}, tuple(BODIES)),
     ({"response_format": {"type": "text", "json_schema": {}, "pattern": ""}}, tuple(BODIES)),
     ({"stop": ["zz", "zz"], "cache_salt": ""}, ("/generate", "/compare")),
@@ -68,6 +68,7 @@ NEUTRAL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"logprobs": False, "best_of": 1, "echo": False}, (COMPLETION,)),
     ({"logprobs": False, "top_logprobs": 0}, (CHAT,)),
     ({"logprobs": None, "top_logprobs": 0, "tools": [], "tool_choice": "none", "modalities": []}, (CHAT,)),
+    ({"tools": {}, "tool_choice": {}, "parallel_tool_calls": True}, (CHAT,)),
 ]
 
 
@@ -130,6 +131,9 @@ def test_an_integer_may_have_a_point_in_a_schema(http: TestClient, client: Threa
     assert form_of(2.0) is not None
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -155,14 +159,29 @@ def test_an_integer_may_have_a_point_in_a_schema(http: TestClient, client: Threa
         (CHAT, {"function_call": {"name": "f"}}, "function_call"),
         (CHAT, {"web_search_options": {}}, "web_search_options"),
         (CHAT, {"prediction": {"type": "content"}}, "prediction"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
+        (CHAT, {"tools": [TOOL]}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "auto"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "auto"}}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"nam": "f"}}},
+         "tool_choice.function.nam"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL, TOOL], "tool_choice": "required"}, "tools"),
+        (CHAT, {"tools": [TOOL], "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        (CHAT, {"tools": [TOOL | {"custom": {"name": "x"}}], "tool_choice": "none"}, "tools[0].custom"),
+        (CHAT, {"tools": [{"type": "web_search"}], "tool_choice": "none"}, "tools[0].type"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "paramters": {}}}], "tool_choice": "none"},
+         "tools[0].function.paramters"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, {"metadata": {"a": 1}}, "metadata.a"),
         (CHAT, {"cache_control": {"type": "ephemeral", "tll": "5m"}}, "cache_control.tll"),
         (CHAT, {"cache_control": "ephemeral"}, "cache_control"),
         (CHAT, {"xlora": {"unheard_of": None}}, "xlora.unheard_of"),
     ],
-)
+)  # fmt: skip
 def test_what_says_something_is_named(http: TestClient, path: str, body: dict[str, Any], param: str) -> None:
     """In OpenAI's words, none of the validator's."""
     error = error_of(http.post(path, json=BODIES[path] | body))
@@ -175,7 +194,7 @@ def test_stop_lists_are_long(http: TestClient) -> None:
     longest = ["x" * 1020 + f"{number:04d}" for number in range(64)]
     plain = answer_of(http, "/generate", BODIES["/generate"])
     assert answer_of(http, "/generate", BODIES["/generate"] | {"stop": longest + longest[:9]}) == plain
-    for stop in ([*longest, "y"], ["x" * 1025], ["a", ""], [["a"]]):
+    for stop in ([*longest, "y"], ["x" * 1025], ["a", None], [["a"]]):
         assert error_of(http.post("/generate", json=BODIES["/generate"] | {"stop": stop}))["param"] == "stop"
 
 

@@ -37,6 +37,7 @@ def prompt_of(http: TestClient, client: ThreadClient, *messages: dict[str, Any])
     return str(build_tokenizer().decode(ids, skip_special_tokens=False))
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 NULLS = dict.fromkeys(
     ("tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations", "name", "parsed", "id",
      "reasoning_content", "reasoning", "cache_control", "provider_specific_fields", "images", "thinking_blocks"),
@@ -95,12 +96,27 @@ def test_answers_go_back_in(http: TestClient, client: ThreadClient) -> None:
     assert prompt_of(http, client, ASK, parsed.model_dump(), ASK) == said
 
 
+@pytest.mark.parametrize(
+    ("call", "seen"),
+    [
+        ({}, {}),
+        ({"index": 0, "custom": None, "provider_specific_fields": {"x": 1}}, {}),
+        ({"id": None, "type": None}, {"id": None}),
+        ({"function": {"name": "f", "arguments": "", "parsed_arguments": {"a": 1}}}, {}),
+        ({"function": {"name": "f", "arguments": None}}, {}),
+    ],
+)
+def test_templates_see_calls_and_results(call: dict[str, Any], seen: dict[str, Any]) -> None:
+    expected = {name: value for name, value in (CALL | seen).items() if value is not None}
+    message = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [CALL | call]})
+    assert message.to_template() == {"role": "assistant", "content": "", "tool_calls": [expected]}
+    result = Message.model_validate({"role": "tool", "content": "", "tool_call_id": "c"})
+    assert result.to_template() == {"role": "tool", "content": "", "tool_call_id": "c"}
+
+
 def test_templates_see_reasoning() -> None:
     message = Message.model_validate({"role": "assistant", "content": "4", "reasoning_content": "2+2", "name": "me"})
     assert message.to_template() == {"role": "assistant", "content": "4", "reasoning_content": "2+2", "name": "me"}
-
-
-CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.mark.parametrize(
@@ -112,9 +128,17 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
         ({"role": "user", "content": 5}, "content"),
         ({"role": "user", "content": ["a"]}, "content"),
         ({"content": "a"}, "role"),
-        ({"role": "tool", "content": "x"}, "role"),
-        ({"role": "tool", "content": "x", "tool_call_id": "c"}, "tool_call_id"),
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "function", "content": "x", "name": "f"}, "role"),
+        ({"role": "tool", "tool_call_id": "c"}, "content"),
+        ({"role": "user", "content": "x", "tool_call_id": "c"}, ""),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, ""),
+        ({"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}, "tool_calls[0].type"),
+        ({"role": "assistant", "tool_calls": [CALL | {"custom": {"name": "f"}}]}, "tool_calls[0].custom"),
+        ({"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": {}}}]},
+         "tool_calls[0].function.arguments"),
+        ({"role": "assistant", "tool_calls": [CALL | {"function": {"arguments": "{}"}}]},
+         "tool_calls[0].function.name"),
+        ({"role": "assistant", "tool_calls": "f"}, "tool_calls"),
         ({"role": "assistant", "content": None, "function_call": {"name": "f"}}, "function_call"),
         ({"role": "assistant", "content": "", "audio": {"id": "a"}}, "audio"),
         ({"role": "user", "content": "x", "nam": None}, "nam"),
@@ -132,7 +156,7 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
 def test_what_cannot_be_read_is_named(http: TestClient, message: dict[str, Any], param: str) -> None:
     """In OpenAI's words: no name of a class, no way through a union."""
     error = error_of(http.post(CHAT, json={"messages": [ASK, message]}))
-    assert error["param"] == f"messages[1].{param}"
+    assert error["param"] == f"messages[1].{param}".removesuffix(".")
     for word in ("Part", "Message", "instance", "validation", "List"):
         assert word not in error["message"]
 

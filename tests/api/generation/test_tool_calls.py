@@ -1,0 +1,212 @@
+"""Calls of functions: the form of their text, against jsonschema, and how it is read, however it is cut."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from typing import Any, cast
+
+import jsonschema_rs
+import pytest
+from tokenizers import Tokenizer
+
+from service.api.generation.tool_calls import CallReader
+from service.api.generation.tool_forms import tool_form
+from service.api.schemas.fields import ResponseFormat
+from service.api.schemas.tools import Function
+from service.api.structured_output.grammar_spec import TextForms
+from service.contract.engine_info import EngineInfo
+from service.contract.errors import InvalidRequestError
+from service.contract.request import TextForm
+from service.grammar import GrammarCompiler
+from tests.support.fake_engine import build_tokenizer, fake_info, write_bundle
+
+WORD = {"type": "string", "maxLength": 3}
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "f": {"type": "object", "properties": {"$ref": WORD, "const": DIGIT}, "required": ["const"]},
+    "f_with": {
+        "$defs": {"Part": {"type": "object", "properties": {"word": WORD}, "required": ["word"]}},
+        "type": "object",
+        "properties": {"part": {"$ref": "#/$defs/Part"}, "parts": {"type": "array", "items": {"$ref": "#/$defs/Part"}}},
+        "required": ["part"],
+    },
+    "f_other": {
+        "$defs": {"Part": {"type": "object", "properties": {"digit": DIGIT}, "required": ["digit"]}},
+        "$ref": "#/$defs/Part",
+    },
+    "tree": {"properties": {"left": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["left"]},
+    "either": {
+        "properties": {"a": DIGIT, "b": DIGIT},
+        "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        "additionalProperties": False,
+    },
+    "constant": {"type": "object", "properties": {"x": {"const": {"$ref": "#/x"}}}, "required": ["x"]},
+}
+
+
+NOTHING: list[dict[str, Any] | None] = [None, {}, {"type": "object", "properties": {}}]
+CALLED = [list(FUNCTIONS), *([name] for name in FUNCTIONS)]
+
+
+async def form_of(forms: TextForms, *functions: dict[str, Any]) -> TextForm:
+    return await tool_form(forms, {place: Function.model_validate(one) for place, one in enumerate(functions)})
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> EngineInfo:
+    return fake_info(write_bundle(tmp_path_factory.mktemp("fake")))
+
+
+@pytest.fixture(scope="module")
+def compiler(info: EngineInfo) -> GrammarCompiler:
+    return GrammarCompiler(info.tokenizer_path, info.vocab_size, info.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
+def made(info: EngineInfo) -> list[TextForm]:
+    """The forms of calls of CALLED, and of functions that take nothing."""
+    functions = [[{"name": name, "parameters": FUNCTIONS[name]} for name in names] for names in CALLED]
+    functions += [[{"name": "f", "parameters": parameters}] for parameters in NOTHING]
+
+    async def make() -> list[TextForm]:
+        forms = TextForms(info)
+        try:
+            return [await form_of(forms, *some) for some in functions]
+        finally:
+            forms.close()
+
+    return asyncio.run(make())
+
+
+def written(compiler: GrammarCompiler, form: TextForm, seed: int) -> list[str]:
+    """The pieces of a random text of a form: short ones, because it ends what it can."""
+    chance, tokenizer = random.Random(seed), build_tokenizer()
+    cursor, tokens = compiler.compile(form).start(), list[int]()
+    ends = [tokenizer.token_to_id(token) for token in ('"', "}", "]", "n")]
+    while not cursor.finished:
+        mask = cursor.allowed()
+        allowed = [id for id in range(258) if mask[id // 8] >> id % 8 & 1]
+        ending = [id for id in ends if id in allowed]
+        tokens.append(chance.choice(ending if ending and chance.random() < 0.5 else allowed))
+        cursor.accept(tokens[-1])
+        assert len(tokens) < 2000, "it does not end"
+    return pieces(tokenizer, tokens)
+
+
+def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    texts = [tokenizer.decode(tokens[: end + 1]).rstrip("\ufffd") for end in range(len(tokens))]
+    return [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
+
+
+def told_by(reader: CallReader, text: str) -> str:
+    """What one more text adds to the arguments; the first delta alone has the name."""
+    first = not reader.arguments
+    delta = reader.push(text)
+    if delta is None:
+        return ""
+    names = {"id": reader.id, "type": "function"} if first else {}
+    function = {"name": reader.name} if first else {}
+    assert delta == {"index": 0, **names, "function": {**function, "arguments": delta["function"]["arguments"]}}
+    return delta["function"]["arguments"]
+
+
+@pytest.mark.parametrize("names", CALLED, ids=" ".join)
+def test_calls_fit_the_parameters(compiler: GrammarCompiler, made: list[TextForm], names: list[str]) -> None:
+    """Of every function, though definitions of several have one name and another meaning."""
+    form, called = made[CALLED.index(names)], set()
+    for seed in range(250 if len(names) > 1 else 4):
+        reader, texts = CallReader(names), written(compiler, form, seed)
+        added = [told_by(reader, text) for text in texts]
+        [call] = reader.whole()
+        assert reader.complete
+        assert call["function"]["arguments"] == "".join(added)
+        whole = json.loads("".join(texts))
+        arguments = json.loads(call["function"]["arguments"])
+        assert whole == (arguments if len(names) == 1 else {"name": reader.name, "arguments": arguments})
+        assert reader.name is not None
+        jsonschema_rs.validator_for(FUNCTIONS[reader.name]).validate(arguments)
+        assert arguments.keys() <= {"part", "parts", "digit", "left", "a", "b", "x", "const", "$ref"}, "not closed"
+        called.add(reader.name)
+    assert called == set(names)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_call_is_read_however_it_is_cut(seed: int) -> None:
+    chance = random.Random(seed)
+    tricky = ['}"', "\\", '\\"', "a\\\\", "{[", "é🙂", "\n", '","arguments":{', ""]
+    value = {
+        one: [{one: chance.choice(tricky)}, chance.choice([1.5, None, {}, []])] for one in chance.sample(tricky, 4)
+    }
+    arguments = json.dumps(value, ensure_ascii=chance.random() < 0.5, indent=chance.choice([None, 1]))
+    name = chance.choice(["f", "f_with"])
+    text = f'{{ "name" :"{name}" , "arguments": {arguments} }}'
+    for names, whole in ((["f", "f_with"], text), ([name], f" {arguments}")):
+        reader, told, start = CallReader(names), "", 0
+        while start < len(whole):
+            end = start + chance.randrange(1, 9)
+            assert not reader.complete or reader.push(whole[start:end]) is None
+            told += told_by(reader, whole[start:end])
+            assert reader.name is None or told == reader.arguments
+            start = end
+        assert reader.whole() == [
+            {"id": reader.id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        ]
+        assert (told, reader.complete) == (arguments, True)
+        cut = CallReader(names)
+        cut.push(whole[: len(whole) - 3])
+        assert not cut.complete or len(names) == 2
+    assert CallReader(["f", "g"]).whole() == []
+
+
+class Recorder:
+    """Stands in for TextForms, and keeps the schema."""
+
+    schema: dict[str, Any] | None = None
+
+    async def of(self, wanted: ResponseFormat) -> TextForm:
+        assert wanted.json_schema is not None
+        self.schema = wanted.json_schema.schema_
+        return TextForm()
+
+
+def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler, made: list[TextForm]) -> None:
+    """No arguments; and objects that may have any properties are those whose schema lists none, or says so."""
+    for form in made[len(CALLED) :]:
+        assert {"".join(written(compiler, form, seed)).replace(" ", "") for seed in range(9)} == {"{}"}
+    opened = {"type": "object", "properties": {"a": DIGIT}, "additionalProperties": {"type": "null"}}
+    both = {"type": "object", "allOf": [{"properties": {"a": DIGIT}}, {"properties": {"b": DIGIT}, "required": ["b"]}]}
+    for parameters in (opened, both, {"type": "object"}, {"properties": {"a": DIGIT}, "required": ["c"]}):
+        forms = Recorder()
+        asyncio.run(form_of(cast("TextForms", forms), {"name": "f", "parameters": parameters}))
+        assert forms.schema == {**parameters, "type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param"),
+    [
+        ({"type": "string"}, ".type"),
+        ({"type": ["array", "null"]}, ".type"),
+        ({"properties": {"x": {"if": True}}}, ".properties.x.if"),
+        ({"properties": {"x": {"pattern": "a" * 5000}}}, ".properties.x.pattern"),
+        ({"properties": {"x": 5}}, ".properties.x"),
+    ],
+)
+@pytest.mark.parametrize("others", [(), ("f",)])
+def test_parameters_that_cannot_be_enforced_are_named(
+    info: EngineInfo, parameters: dict[str, Any], param: str, others: tuple[str, ...]
+) -> None:
+    functions = [*({"name": name, "parameters": FUNCTIONS[name]} for name in others)]
+
+    async def ask() -> None:
+        forms = TextForms(info)
+        try:
+            await form_of(forms, *functions, {"name": "wrong", "parameters": parameters})
+        finally:
+            forms.close()
+
+    with pytest.raises(InvalidRequestError) as caught:
+        asyncio.run(ask())
+    assert caught.value.param == f"tools[{len(others)}].function.parameters{param}"
+    assert "response_format" not in caught.value.message
