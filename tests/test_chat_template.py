@@ -170,7 +170,10 @@ def test_which_of_several_templates_as_transformers_chooses(
         with pytest.raises(ValueError, match="multiple chat templates with no default"):
             theirs.apply_chat_template(TURNS, tokenize=False)
     else:
-        assert ours.render(TURNS) == theirs.apply_chat_template(TURNS, tokenize=False)
+        assert ours.render(Chat(TURNS)) == theirs.apply_chat_template(TURNS, tokenize=False)
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+        theirs_with_tools = theirs.apply_chat_template(TURNS, tools=tools, tokenize=False)
+        assert ours.render(Chat(TURNS, tools=tools)) == theirs_with_tools
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class Service:
         self.refusing = False  # what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
         self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
-        self._info: EngineInfo | None = None
+        self._info: tuple[EngineInfo, EngineInfo] | None = None  # the engine's, and the same under the served name
         self._tokenizer: ModelTokenizer | None = None
         self._gate: GateSettings | None = None
         self._scalings_log: ScalingsLog | None = None
@@ -96,9 +96,10 @@ class Service:
     @property
     def info(self) -> EngineInfo:
         """What is served, under its first name; raises UnavailableError before it is."""
-        if self._info is None:
-            self._info = replace(self.client.info, model=self._names_of(self.client.info)[0])
-        return self._info
+        found = self.client.info
+        if self._info is None or self._info[0] is not found:  # the hash over the weights may come later
+            self._info = found, replace(found, model=self._names_of(found)[0])
+        return self._info[1]
 
     @property
     def names(self) -> list[str]:
