@@ -45,7 +45,8 @@ def naming(file: Path | str, problem: str, hint: str | None = None) -> Iterator[
     except (XLoraError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        said = " ".join(str(error).split())
+        # what Python says of a recursion depends on where it was when the stack was full
+        said = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise defect(file, f"{problem}: {type(error).__name__}: {said:.300}", hint) from error
 
 

@@ -36,20 +36,20 @@ class Reading:
         self._reported = self._started
         self._errors: list[CheckpointError] = []
 
-    def layers(self) -> Iterator[dict[str, Any]]:
-        """Tensors by layer, those of none first; raises CheckpointError for what was wrong with the last ones."""
-        groups: dict[int, dict[str, Any]] = {}
+    def layers(self) -> Iterator[dict[str, _Asked]]:
+        """Tensors by layer, those of none first."""
+        groups: dict[int, dict[str, _Asked]] = {}
         for name, tensor in self._tensors.items():
             found = LAYER_NUMBER.match(name)
             groups.setdefault(int(found[2]) if found else -1, {})[name] = _Asked(tensor, self._errors)
         for number in sorted(groups):
             yield groups[number]
-            if self._errors:
-                raise self._errors[0]
-            self._report(sum(asked.stored.nbytes for asked in groups[number].values()))
 
-    def _report(self, count: int) -> None:
-        self._done += count
+    def finish(self, layer: Mapping[str, _Asked]) -> None:
+        """Counts a layer. Raises CheckpointError for what was wrong with its tensors."""
+        if self._errors:
+            raise self._errors[0]
+        self._done += sum(asked.stored.nbytes for asked in layer.values())
         now = time.monotonic()
         if now - self._reported >= REPORT_SECONDS and self._done < self._total:
             self._reported = now
@@ -94,10 +94,12 @@ def place_weights(
     mapping: Any = get_model_conversion_mapping(causal_lm)
     config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping, **_dtypes(causal_lm))
     missing: set[str] | None = None
-    for layer in Reading(tensors, on_progress).layers():
+    reading = Reading(tensors, on_progress)
+    for layer in reading.layers():
         found, _ = convert_and_load_state_dict_in_model(
             model=causal_lm, state_dict=layer, load_config=config, disk_offload_index=None
         )
+        reading.finish(layer)
         missing = found.missing_keys if missing is None else missing & found.missing_keys
         wrong = [name for name, *_ in found.mismatched_keys] + list(found.conversion_errors)
         if wrong:

@@ -34,9 +34,9 @@ OLDER = ("linear", "yarn")  # whose config.json is written as older libraries wr
 
 
 def config_of(stated: int, model_type: str = "llama", **rope: Any) -> Any:
-    return AutoConfig.for_model(
-        model_type, max_position_embeddings=stated, rope_parameters={"rope_theta": 10000.0, **rope}
-    )
+    by_layer_type = any(isinstance(value, dict) for value in rope.values())
+    parameters = rope if by_layer_type else {"rope_theta": 10000.0, **rope}
+    return AutoConfig.for_model(model_type, max_position_embeddings=stated, rope_parameters=parameters)
 
 
 @pytest.mark.parametrize(
