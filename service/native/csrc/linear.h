@@ -52,6 +52,9 @@ struct Rows {
     const W* at(int64_t row, int64_t k) const { return data + row * stride + k; }
 };
 
+// To the second cache: in the nearest one it would be overwritten before it is used.
+inline void fetch_early(const void* numbers) { __builtin_prefetch(numbers, 0, 2); }
+
 // out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on; what is in `out` stays in it where there is
 // `more` than this.
 template <int ROWS, int COLUMNS, typename W>
@@ -84,7 +87,7 @@ inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool
             Vec rows[ROWS];
             for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
             for (int n = 0; n < COLUMNS; n++) {
-                if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kLanes);
+                if (AHEAD) fetch_early(w.data + COLUMNS * (w.stride + k) + n * kLanes);
                 const Vec weight = held(load(w.at(n, k)));
                 for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
             }
@@ -112,7 +115,7 @@ inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, b
             odd[m] = load(x.at(m, k + kLanes));
         }
         for (int n = 0; n < COLUMNS; n++) {
-            if (AHEAD) __builtin_prefetch(w.data + COLUMNS * (w.stride + k) + n * kPairs);
+            if (AHEAD) fetch_early(w.data + COLUMNS * (w.stride + k) + n * kPairs);
             IntVec words;
             std::memcpy(&words, w.at(n, k), sizeof words);
             const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
