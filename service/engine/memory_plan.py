@@ -149,7 +149,7 @@ def usable_bytes(memory: Memory, options: EngineOptions, device: torch.device) -
     if device.type == "cuda":
         return memory.total
     share = MEMORY_SHARE if options.max_model_len is None else 1.0
-    return int(memory.total * share) - PROCESS_BYTES
+    return min(int(memory.total * share), memory.total - PROCESS_BYTES)
 
 
 def _what_fits(

@@ -56,7 +56,7 @@ def test_where_there_is_room_the_context_is_the_bases(checkpoint: Checkpoint, mo
 def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 80 % of the memory; one more block a stream would be over."""
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
-    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
     options, plan = settled(checkpoint, total, monkeypatch)
     assert options.dtype == "float32"
     assert options.max_model_len == plan.max_model_len
@@ -64,7 +64,7 @@ def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatc
     assert plan.max_model_len % plan.block_size == 0
     block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size
     assert options.kv_memory_bytes == plan.num_blocks * block_bytes
-    left = int(total * MEMORY_SHARE) - PROCESSES - weights
+    left = int(total * MEMORY_SHARE) - weights
     assert plan.num_blocks * block_bytes <= left < plan.num_blocks * block_bytes + 2 * block_bytes
     assert "the longest that fit (the base takes 8,192)" in summarise(plan)
 
@@ -72,7 +72,7 @@ def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatc
 def test_an_operator_may_ask_for_more_than_the_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is refused by the arithmetic where that is more than there is."""
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
-    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
     assert settled(checkpoint, total, monkeypatch, max_model_len=8192)[0].max_model_len == 8192
     tight = weights + PROCESSES + MIB
     with pytest.raises(StartupError, match=r"one request of 8192 tokens needs .* the container has") as refused:
@@ -91,7 +91,7 @@ def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypat
     wide = settled(checkpoint, 4096 * MIB, monkeypatch, **elsewhere)[1]
     assert wide.dtype == "float32"
     narrow = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1]
-    total = int((narrow.weights.total + PROCESSES + 4 * MIB) / MEMORY_SHARE)
+    total = int((narrow.weights.total + 4 * MIB) / MEMORY_SHARE)
     options, plan = settled(checkpoint, total, monkeypatch, **elsewhere)
     assert (options.dtype, plan.dtype) == ("bfloat16", "bfloat16")
     with pytest.raises(StartupError, match="the weights need") as refused:
@@ -101,7 +101,7 @@ def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypat
 
 def test_what_fits_is_named_and_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1].weights.total
-    total = int((0.75 * weights + PROCESSES) / MEMORY_SHARE)
+    total = int(0.75 * weights / MEMORY_SHARE)
     with pytest.raises(StartupError, match="the weights need") as refused:
         settled(checkpoint, total, monkeypatch)
     assert refused.value.hint == "this fits: --quantization int8"
@@ -109,14 +109,14 @@ def test_what_fits_is_named_and_fits(checkpoint: Checkpoint, monkeypatch: pytest
     assert plan.quantization == "int8"
     assert options.dtype == "bfloat16"
     with pytest.raises(StartupError) as refused:
-        settled(checkpoint, int((0.1 * weights + PROCESSES) / MEMORY_SHARE), monkeypatch)
+        settled(checkpoint, int(0.1 * weights / MEMORY_SHARE) + PROCESSES, monkeypatch)
     assert str(refused.value.hint).startswith("nothing does: the least that its weights can take is")
 
 
 def test_the_engine_takes_what_was_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
     lines: list[str] = []
-    total = int((weights + PROCESSES + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
     _, plan = settled(checkpoint, total, monkeypatch)
     engine = load_engine(EngineOptions(str(checkpoint.path), "cpu", threads=1), lines.append)
     assert engine.info.max_model_len == plan.max_model_len

@@ -305,12 +305,13 @@ def _blaming(path: str) -> Iterator[None]:
 
 
 def _is_open(schemas: list[Schema], least: int) -> bool:
-    """Whether properties without a name may come: where some are named and nothing is said of others, none do, unless
-    there must be more.
+    """Whether properties without a name may come: where properties are listed and nothing is said of others, none do,
+    unless there must be more.
     """
-    named = {name for schema in schemas for name in schema.properties}
+    named = {name for schema in schemas for name in (*schema.properties, *schema.required)}
+    are_listed = any(schema.lists_properties for schema in schemas)
     is_said = any(schema.additional is not None or schema.by_pattern or schema.names != ANYTHING for schema in schemas)
-    return is_said or not named or least > len(named)
+    return is_said or not are_listed or least > len(named)
 
 
 def _joined(indices: Iterable[int]) -> Conjunction:

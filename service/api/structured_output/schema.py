@@ -57,6 +57,7 @@ class Schema:
     min_items: int = 0
     max_items: int | None = None
     properties: dict[str, int] = field(default_factory=dict)
+    lists_properties: bool = False  # also where the list is empty
     by_pattern: list[tuple[str, int]] = field(default_factory=list)  # with the expression of their names
     additional: int | None = None
     names: int = ANYTHING
@@ -173,7 +174,7 @@ class Schemas:
             schema.prefix, schema.items = children.get("prefixItems", []), items
             if self._is_old and items != ANYTHING:  # `items` is said of all of them, where `prefixItems` is unknown
                 schema.prefix = [self.add(Schema(path, all_of=[one, items])) for one in schema.prefix]
-        schema.properties = children.get("properties", {})
+        schema.properties, schema.lists_properties = children.get("properties", {}), "properties" in children
         schema.by_pattern = [
             (_pattern(pattern, f"{path}.patternProperties.{shown(pattern)}"), child)
             for pattern, child in children.get("patternProperties", {}).items()
