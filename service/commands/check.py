@@ -109,7 +109,7 @@ def _verify(checkpoint: Checkpoint, directory: str, settings: Settings) -> int:
     state, verification = map(importlib.import_module, ("service.api.state", "service.tools.verify"))
     options = replace(state.engine_options(settings), model=directory)
     with Console(stderr=True).status("loading") as status:
-        found = verification.verify(checkpoint, verification.verify_options(options), status.update)
+        found = verification.verify(checkpoint, options, status.update)
     verdict = "exact" if found.is_exact else "NOT exact" if found.is_judged else "not judged in half precision"
     note = f", {found.note}" if found.note else ""
     kind = found.dtype if settings.quantization is None else f"{settings.quantization}, {found.dtype}"

@@ -60,8 +60,9 @@ def load_engine(
     if options.tensor_parallel == 1:
         checkpoint = read_checkpoint(options, on_progress)
         device = resolve_device(options.device)
+        asked = options
         options, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
-        on_progress(summarise(plan))
+        on_progress(summarise(plan, asked))
         return build_engine(_verified_model(checkpoint, options, on_progress), checkpoint, options, None, on_progress)
     check_options(options)
     on_progress(f"starting {options.tensor_parallel} ranks")
@@ -106,7 +107,7 @@ def load_checkpoint_and_model(
 
 
 def read_checkpoint(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
-    """What the options name, without the weights of the base and of experts."""
+    """Read the checkpoint that the options name, without the weights of the base and of experts."""
     on_progress(f"reading {options.model}")
     overrides = Overrides.parse(
         options.base, options.experts, options.ordering, options.gate_relu, options.eos_from_tokenizer
@@ -124,7 +125,7 @@ def read_checkpoint(options: EngineOptions, on_progress: Callable[[str], None] =
 def _verified_model(
     checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
 ) -> XLoraModel:
-    """The same as load_model_of, from files that are compared with their hashes meanwhile."""
+    """Return the model, from files that are compared with their hashes meanwhile."""
     assert checkpoint.files is not None
     with checkpoint.files.verifying():
         return load_model_of(checkpoint, options, on_progress, ranks)

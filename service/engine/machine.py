@@ -1,4 +1,4 @@
-"""What the machine, or the container, lets an engine have of memory."""
+"""The memory that the machine, or the container, lets an engine have."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def host_memory() -> Memory:
 
 
 def free_host_bytes() -> int:
-    """What the kernel, and the cgroups around this process, would still give."""
+    """Return the bytes that the kernel, and the cgroups around this process, would still give."""
     free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
     for limit, folder in _cgroups():
         stat = _numbers(folder / "memory.stat")
@@ -47,7 +47,8 @@ def _cgroups() -> Iterator[tuple[int, Path]]:
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if not controllers:
             roots, name = [_CGROUPS, _CGROUPS / "unified"], "memory.max"
         elif "memory" in controllers.split(","):

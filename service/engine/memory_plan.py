@@ -44,7 +44,7 @@ _EXPERT_BUFFERS = ("lora_a", "lora_b_t")
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """What the weights take in memory."""
+    """The bytes of the weights in memory, by kind."""
 
     base: int
     experts: int  # their stacks
@@ -89,7 +89,7 @@ class MemoryPlan:
 
     @property
     def reserve_bytes(self) -> int | None:
-        """What is left of a GPU for activations and captured graphs."""
+        """The bytes of a GPU that are left for activations and captured graphs."""
         return None if self.device == "cpu" else self.memory.total - self.weights.total - self.pool_bytes
 
 
@@ -112,8 +112,14 @@ def plan_memory(
         if weights.total >= usable:
             raise NoRoom(f"the weights need {as_text(weights.total)}")
         sizes = divide_memory(model, options, device, usable - weights.total)
+        pool_bytes = allocate_cache(model, sizes).bytes
+        is_asked_for = device.type == "cpu" and options.kv_memory_bytes is not None
+        if is_asked_for and weights.total + pool_bytes > memory.total - PROCESS_BYTES:
+            needs = f"the weights need {as_text(weights.total)}, --kv-memory {as_text(pool_bytes)} more"
+            given = f"{memory.origin} has {as_text(memory.total - PROCESS_BYTES)} for both"
+            raise NoRoom(f"{needs}; {given}", hint="lower --kv-memory, or leave it out")
     except NoRoom as error:
-        if options.kv_memory_bytes is not None and weights.total < usable:
+        if error.hint is not None and options.kv_memory_bytes is not None:
             raise  # the operator's own number
         given = as_text(usable) + (f" of {as_text(memory.total)}" if usable < memory.total else "")
         hint = _what_fits(model, options, weights.total, halved, usable, memory, device)
@@ -134,7 +140,7 @@ def plan_memory(
         gate_row_bytes=sizes.layout.gate_row_bytes,
         num_blocks=sizes.num_blocks,
         blocks_per_request=sizes.layout.blocks_for(sizes.max_model_len),
-        pool_bytes=allocate_cache(model, sizes).bytes,
+        pool_bytes=pool_bytes,
     )
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
@@ -145,7 +151,7 @@ def plan_memory(
 
 
 def usable_bytes(memory: Memory, options: EngineOptions, device: torch.device) -> int:
-    """What weights and KV pool may take together."""
+    """Return the bytes that weights and KV pool may take together."""
     if device.type == "cuda":
         return memory.total
     share = MEMORY_SHARE if options.max_model_len is None else 1.0
@@ -163,11 +169,13 @@ def _what_fits(
 ) -> str:
     """Settings with which the model would fit, told from sizes alone."""
     layout = model.kv_layout(options.block_size)
+    if options.kv_memory_bytes is not None:
+        usable -= options.kv_memory_bytes
     wanted = options.max_model_len or min(read_context(model.config).usual, MIN_CONTEXT)
-    needed = layout.blocks_for(wanted) * layout.block_bytes
+    needed = 0 if options.kv_memory_bytes is not None else layout.blocks_for(wanted) * layout.block_bytes
     everything = usable_bytes(memory, replace(options, max_model_len=wanted), device)
     tokens = min((everything - weights) // layout.block_bytes // 2 * layout.block_size, wanted)
-    found = [f"--max-model-len {tokens}"] if tokens >= layout.block_size else []
+    found = [f"--max-model-len {tokens}"] if tokens >= layout.block_size and needed else []
     smallest = weights
     if options.quantization is None:
         half = {id(tensor) for tensor in halved}
@@ -192,8 +200,8 @@ def _quantisable(model: XLoraModel) -> Iterator[Any]:
 
 
 def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightBytes:
-    """What the model's tensors take, each counted once however many modules share it; half of it those that will be
-    kept in bfloat16.
+    """Return the bytes of the model's tensors, each counted once however many modules share it; those that will be kept in
+    bfloat16 as half of what they are.
     """
     half = {id(tensor) for tensor in halved}
     experts = base = 0

@@ -23,9 +23,8 @@ _MIB = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, or one request of full length if that is more
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
-MIN_CONTEXT = (
-    1024  # of a server whose operator does not say: fewer tokens are no use to most (the base's own, if shorter)
-)
+# Tokens at least of a server whose operator does not say, or the base's own: fewer are no use to most.
+MIN_CONTEXT = 1024
 CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
 
 
@@ -103,14 +102,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def possible_dtypes(
+    name: str, checkpoint: Checkpoint, device: torch.device, quantization: str | None = None
+) -> list[str]:
+    """The dtypes that --dtype may mean, the best first. `auto` is on a CPU float32, which is exact and no slower, and
+    the base's own where that does not fit; bfloat16 over packed weights, which torch's operators are made for. On CUDA
+    it is the base's own.
+    """
+    if name != "auto":
+        return [name]
+    if device.type == "cpu" and quantization is not None:
+        return ["bfloat16"]
+    stored = stored_dtype(checkpoint.base_path)
+    return list(dict.fromkeys(["float32", stored])) if device.type == "cpu" else [stored]
+
+
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on a CPU (exact, and no slower there) and the base's own on CUDA."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else stored_dtype(checkpoint.base_path)
+    """The best of `possible_dtypes`. Raises SettingsError for a name that is none."""
+    best = possible_dtypes(name, checkpoint, device)[0]
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise SettingsError(f"dtype {name!r} is not one of {', '.join(dtypes)}", hint="set --dtype")
-    return dtypes[name]
+    if best not in dtypes:
+        raise SettingsError(f"dtype {best!r} is not one of {', '.join(dtypes)}", hint="set --dtype")
+    return dtypes[best]
 
 
 def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from service.model.adapted import AdaptedModule
 from service.model.loading.context import read_context
 from service.model.loading.probe import mixed, probe
+from service.model.loading.skeleton import build_skeleton
+from service.model.loading.weights import compute_buffers
 from service.model.targets import is_plain_linear
 from service.model.xlora_model import HiddenStateTap, XLoraModel
 
@@ -111,7 +114,23 @@ class Decoder:
     def of(cls, model: XLoraModel) -> Decoder | None:
         """The model's decoder on a CPU, None where it computes anything else or not in float32."""
         decoder = cls.outline(model.causal_lm) if model.dtype == torch.float32 else None
-        return None if decoder is None else _probed(model, decoder)
+        if decoder is None:
+            return None
+        model.gate.clear()
+        model.gate.logit_rows = _positions(model.causal_lm)
+        try:
+            return _probed(model.causal_lm, decoder, batch=None)
+        finally:
+            model.gate.clear()
+
+    @classmethod
+    def of_base(cls, base: Path) -> tuple[Any, Decoder | None]:
+        """A base's modules on the meta device, and its decoder as `of` would find it, before any weight is read."""
+        causal_lm = build_skeleton(base, torch.float32)
+        compute_buffers(causal_lm)
+        _make_up_vectors(causal_lm)
+        decoder = cls.outline(causal_lm)
+        return causal_lm, None if decoder is None else _probed(causal_lm, decoder)
 
     @classmethod
     def outline(cls, causal_lm: Any) -> Decoder | None:
@@ -150,38 +169,35 @@ class Decoder:
 
 class StandIns(TorchFunctionMode):
     """Computes something else in the place of every linear's product, the same for the same weight: numbers of x chosen
-    by the weight's place in memory. It costs nothing however large the weight is, and whatever its dtype is.
+    by which weight it is. It costs nothing however large the weight is, whatever its dtype is, and wherever it is; an
+    embedding without weights is made up as well.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not F.linear:
-            return function(*args, **(kwargs or {}))
-        x, weight, *rest = args
-        bias = rest[0] if rest else (kwargs or {}).get("bias")
-        chosen = torch.arange(weight.shape[0]) * 7919 + weight.data_ptr() // weight.nbytes
-        y = x.index_select(-1, chosen % x.shape[-1])
-        return y if bias is None else y + bias
+        if function is F.linear:
+            x, weight, *rest = args
+            bias = rest[0] if rest else (kwargs or {}).get("bias")
+            chosen = torch.arange(weight.shape[0]) * 7919 + id(weight) // 16
+            y = x.index_select(-1, chosen % x.shape[-1])
+            return y if bias is None else y + bias
+        if function is F.embedding and args[1].is_meta:
+            return (args[0][..., None] * 31 + torch.arange(args[1].shape[1]) * 17) % 97 / 97 - 0.5
+        return function(*args, **(kwargs or {}))
 
 
 @torch.inference_mode()
-def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
-    """The decoder with how its layers attend, if it computes the formula. Its own norms and embeddings are run, and
-    stand-ins for its linears, which are known to be linears: what it computes shows in values only.
+def _probed(causal_lm: Any, decoder: Decoder, **arguments: Any) -> Decoder | None:
+    """The decoder with how its layers attend, if it computes the formula. Stand-ins are run for its linears, which are
+    known to be linears: what the rest computes shows in values only. `arguments` are the forward's own.
     """
-    config = model.config.get_text_config()
-    last = read_context(config).most - 1
-    positions = torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
-    ids = (positions * 7919 + torch.arange(len(positions))) % config.vocab_size
-    model.gate.clear()
-    model.gate.logit_rows = positions
+    positions = _positions(causal_lm)
+    ids = (positions * 7919 + torch.arange(len(positions))) % causal_lm.config.get_text_config().vocab_size
     try:
         with StandIns():
-            found = probe(model.causal_lm, ids, positions, batch=None)
+            found = probe(causal_lm, ids, positions, **arguments)
             ours = decoder.formula(ids[None], positions[None])
     except Exception:  # whatever it is made of, it is not this
         return None
-    finally:
-        model.gate.clear()
     in_order = [call.layer for call in found.calls] == list(range(len(decoder.layers)))
     alike = len({call.scaling for call in found.calls}) == 1 and all(call.softcap is None for call in found.calls)
     if not in_order or not alike or not torch.equal(ours, found.logits):
@@ -192,6 +208,22 @@ def _probed(model: XLoraModel, decoder: Decoder) -> Decoder | None:
         scaling=decoder.layers[0].head_dim ** -0.5 if scaling is None else scaling,
         windows=[call.window or 0 for call in found.calls],
     )
+
+
+def _positions(causal_lm: Any) -> Tensor:
+    """Positions of the probe's tokens, up to the last that the base knows."""
+    last = read_context(causal_lm.config.get_text_config()).most - 1
+    return torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
+
+
+def _make_up_vectors(causal_lm: nn.Module) -> None:
+    """Random norms and biases, where there are no weights."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in list(causal_lm.named_parameters()):
+        if parameter.ndim == 1:
+            module, _, own = name.rpartition(".")
+            vector = torch.rand(parameter.shape, generator=generator) + 0.5
+            setattr(causal_lm.get_submodule(module), own, nn.Parameter(vector, requires_grad=False))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

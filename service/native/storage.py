@@ -8,23 +8,21 @@ what may be kept so, which is known before anything is loaded; values decide, wh
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from service.checkpoint import Checkpoint
-from service.checkpoint.base import stored_dtype
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 from service.native.decoder import Decoder
 
 
-def names_of_linears(causal_lm: Any) -> set[str]:
-    """The linears of a base, with weights or without, whose weights a native step can read in bfloat16; none where its
-    modules' names are not those of Llama's kind.
+def names_of_linears(checkpoint: Checkpoint) -> set[str]:
+    """The linears of a checkpoint's base whose weights a native step can read in bfloat16; none where the base computes
+    anything but Llama's formula.
     """
-    decoder = Decoder.outline(causal_lm)
+    causal_lm, decoder = Decoder.of_base(checkpoint.base_path)
     if decoder is None:
         return set()
     tied = getattr(decoder.embed, "weight", None)
@@ -33,13 +31,16 @@ def names_of_linears(causal_lm: Any) -> set[str]:
 
 
 def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
-    """The tensors of a model on the meta device that will be kept so, as far as names and stored dtypes tell."""
+    """The tensors of a model on the meta device that will be kept so, as far as stored dtypes tell."""
     decoder = Decoder.outline(model.causal_lm)
-    if decoder is None:
+    if decoder is None or not names_of_linears(checkpoint):
         return []
     tied, tensors = getattr(decoder.embed, "weight", None), []
+    is_bfloat16 = checkpoint.base_dtypes == {torch.bfloat16}
     for linear in decoder.linears:
-        if linear.weight is not tied and stored_dtype(checkpoint.base_path) == "bfloat16":
+        if linear.weight is tied:
+            continue
+        if is_bfloat16:
             tensors.append(linear.weight)
         if isinstance(linear, AdaptedModule) and _are_bfloat16(checkpoint, model.sites[linear.site]):
             tensors += [linear.lora_a, linear.lora_b_t]

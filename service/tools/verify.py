@@ -79,7 +79,8 @@ def verify(
     """Generates with lookahead and chunked prefill, then has the same text computed without them."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
     device = resolve_device(options.device)
-    options, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+    settled, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+    options = _small(settled)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     found = _generate(checkpoint, options, on_progress)
     gc.collect()  # adapted linears know each other, and the engine's weights would stay beside the next model's
@@ -154,10 +155,11 @@ class _Record:
         return output
 
 
-def verify_options(options: EngineOptions) -> EngineOptions:
-    """`options` of a small engine in this process: one request, prefill in chunks."""
+def _small(options: EngineOptions) -> EngineOptions:
+    """The same options of a small engine in this process: one request, prefill in chunks."""
     return replace(
         options,
+        kv_memory_bytes=None,
         max_model_len=PROMPT_TOKENS + NEW_TOKENS,
         max_num_seqs=1,
         max_num_batched_tokens=CHUNK_ROWS,

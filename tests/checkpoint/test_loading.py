@@ -20,6 +20,7 @@ from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
 from service.contract.errors import CheckpointError
 from service.contract.options import EngineOptions
 from service.engine.loader import load_engine
+from service.model.loading.passes import load_model
 from tests.support.bundles import make_bundle
 from tests.support.damage import edit_json, edit_tensors, link_outside, poison
 
@@ -212,6 +213,13 @@ def test_a_hash_that_nobody_states_is_computed_later(bundle: Path) -> None:
     lazy.files.identify(known.put)
     assert known.get(timeout=30) == whole.weights_sha256
     assert lazy.files.fingerprint == load_checkpoint(bundle, examine_weights=False).files.fingerprint  # type: ignore[union-attr]
+
+
+def test_a_file_that_goes_away_before_it_is_read(bundle: Path) -> None:
+    checkpoint = load_checkpoint(bundle, examine_weights=False)
+    (bundle / "experts/beta/adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"beta/adapter_model.safetensors: not readable: No such file"):
+        load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

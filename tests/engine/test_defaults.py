@@ -37,6 +37,9 @@ def small_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "PROCESS_BYTES", PROCESSES)
 
 
+UNSAID = EngineOptions("any")
+
+
 def settled(
     checkpoint: Checkpoint, total: int, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[EngineOptions, MemoryPlan]:
@@ -50,7 +53,7 @@ def test_where_there_is_room_the_context_is_the_bases(checkpoint: Checkpoint, mo
     options, plan = settled(checkpoint, 4096 * MIB, monkeypatch)
     assert (options.dtype, options.max_model_len) == ("float32", 8192)
     assert plan.kept_dtypes[0] == "bfloat16"
-    assert "texts of 8,192 tokens: weights" in summarise(plan)
+    assert "texts of 8,192 tokens: weights" in summarise(plan, UNSAID)
 
 
 def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +69,16 @@ def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatc
     assert options.kv_memory_bytes == plan.num_blocks * block_bytes
     left = int(total * MEMORY_SHARE) - weights
     assert plan.num_blocks * block_bytes <= left < plan.num_blocks * block_bytes + 2 * block_bytes
-    assert "the longest that fit (the base takes 8,192)" in summarise(plan)
+    assert "the longest that fit (the base takes 8,192)" in summarise(plan, UNSAID)
 
 
 def test_an_operator_may_ask_for_more_than_the_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is refused by the arithmetic where that is more than there is."""
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
     total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
-    assert settled(checkpoint, total, monkeypatch, max_model_len=8192)[0].max_model_len == 8192
+    options, plan = settled(checkpoint, total, monkeypatch, max_model_len=8192)
+    assert options.max_model_len == 8192
+    assert "the longest that fit" not in summarise(plan, EngineOptions("any", max_model_len=8192))
     tight = weights + PROCESSES + MIB
     with pytest.raises(StartupError, match=r"one request of 8192 tokens needs .* the container has") as refused:
         settled(checkpoint, tight, monkeypatch, max_model_len=8192)
@@ -82,6 +87,20 @@ def test_an_operator_may_ask_for_more_than_the_share(checkpoint: Checkpoint, mon
     assert settled(checkpoint, tight, monkeypatch, max_model_len=most)[0].max_model_len == most
     with pytest.raises(StartupError):
         settled(checkpoint, tight, monkeypatch, max_model_len=most + 16)
+
+
+def test_a_pool_of_the_operators_size(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken at its word, as far as there is so much."""
+    weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
+    options, plan = settled(checkpoint, 4096 * MIB, monkeypatch, kv_memory_bytes=2 * MIB)
+    assert 1024 < plan.max_model_len < 8192
+    assert (options.kv_memory_bytes or 0) <= 2 * MIB
+    with pytest.raises(StartupError, match=r"one request of 1024 tokens needs .* there are 0 MiB"):
+        settled(checkpoint, 4096 * MIB, monkeypatch, kv_memory_bytes=MIB // 4)
+    total = int((weights + MIB) / MEMORY_SHARE)
+    with pytest.raises(StartupError, match=r"--kv-memory 64.* MiB more; the container has") as refused:
+        settled(checkpoint, total, monkeypatch, kv_memory_bytes=64 * MIB)
+    assert refused.value.hint == "lower --kv-memory, or leave it out"
 
 
 def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,8 +140,10 @@ def test_the_engine_takes_what_was_chosen(checkpoint: Checkpoint, monkeypatch: p
     engine = load_engine(EngineOptions(str(checkpoint.path), "cpu", threads=1), lines.append)
     assert engine.info.max_model_len == plan.max_model_len
     assert engine.info.kv_blocks_total == plan.num_blocks
-    assert summarise(plan) in lines
-    assert lines.index(summarise(plan)) < next(i for i, line in enumerate(lines) if line.startswith("loading base"))
+    assert summarise(plan, UNSAID) in lines
+    assert lines.index(summarise(plan, UNSAID)) < next(
+        i for i, line in enumerate(lines) if line.startswith("loading base")
+    )
 
 
 @pytest.mark.parametrize(

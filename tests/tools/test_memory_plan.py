@@ -16,6 +16,7 @@ from service.engine import loader, sizing
 from service.engine.memory_plan import weight_bytes
 from service.tools.memory_plan import describe_plan
 from tests.support.bundles import make_bundle
+from tests.support.damage import edit_json, edit_tensors
 
 DEMO = Path(__file__).parents[2] / "model_store/demo"
 MIB = 1 << 20
@@ -58,6 +59,34 @@ def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) 
         assert plan.max_model_len == engine.info.max_model_len
         assert engine.info.max_num_batched_tokens == (length or 256)
         assert (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size * plan.num_blocks == engine.info.kv_bytes
+
+
+def with_copied_head(path: Path) -> None:
+    edit_tensors("base/model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 1}))(
+        path
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        ({"architecture": "gemma2", "dtype": torch.bfloat16}, None),  # Llama's names, and another formula
+        ({"architecture": "granite", "dtype": torch.bfloat16}, None),
+        ({"dtype": torch.float32}, edit_json("base/config.json", lambda data: data.update(dtype="bfloat16"))),
+        ({"dtype": torch.bfloat16}, edit_json("base/config.json", lambda data: data.update(dtype="float32"))),
+        ({"dtype": torch.bfloat16, "base_config": {"tie_word_embeddings": True}}, with_copied_head),
+    ],
+    ids=["gemma2", "granite", "config says bfloat16", "config says float32", "a tied head in the file"],
+)
+def test_what_is_kept_in_bfloat16_is_known_before(tmp_path: Path, options: dict[str, Any], change: Any) -> None:
+    """By what the base computes and what its files hold, not by names and config.json."""
+    path = make_bundle(tmp_path / "bundle", **options)
+    if change is not None:
+        change(path)
+    edit_json("bundle.json", lambda data: data.pop("sha256", None))(path)
+    chosen = EngineOptions(str(path), "cpu", dtype="float32", threads=1)
+    model = loader.load_engine(chosen).runner.model
+    assert plan_of(chosen).weights == weight_bytes(model)
 
 
 def test_the_bytes_are_those_of_storages_that_exist(tied: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from service.checkpoint.base import BaseModel, read_base
 from service.checkpoint.config import XLoraConfig
 from service.checkpoint.defects import Defects, defect, did_you_mean
@@ -26,7 +28,7 @@ from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FIL
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import LoraWeights
-from service.checkpoint.weights.tensors import StoredTensor, TensorFile, read_header
+from service.checkpoint.weights.tensors import DTYPES, StoredTensor, TensorFile, read_header
 from service.checkpoint.weights.weight_files import WeightFile, WeightFiles
 
 NO_OVERRIDES = Overrides()
@@ -71,6 +73,11 @@ class Checkpoint:
     def base_tensors(self) -> dict[str, StoredTensor]:
         """Every tensor of the base, to be read one by one."""
         return {name: StoredTensor(file, info) for file in self.base_files for name, info in file.tensors.items()}
+
+    @property
+    def base_dtypes(self) -> set[torch.dtype]:
+        """In which the base's tensors are stored, whatever config.json says."""
+        return {DTYPES[info.dtype] for file in self.base_files for info in file.tensors.values()}
 
     @property
     def tokenizer_path(self) -> Path:

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -68,12 +69,21 @@ def read_header(path: Path) -> TensorFile:
     return TensorFile(path, {info.name: info for info in infos}, 8 + length, size)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Makes a defect of what the system says of a file."""
+    try:
+        yield
+    except OSError as error:
+        raise defect(path, f"not readable: {error.strerror or error}") from error
+
+
 def scan(file: TensorFile) -> tuple[str, list[CheckpointError]]:
     """The SHA-256 of the file, and an error for every tensor with NaN or Inf, in one pass over the bytes."""
     digest = hashlib.sha256()
     buffer = bytearray(BUFFER_BYTES)
     errors: list[CheckpointError] = []
-    with file.path.open("rb") as handle:
+    with readable(file.path), file.path.open("rb") as handle:
         digest.update(handle.read(file.data_start))
         for _, group in itertools.groupby(file.tensors.values(), key=lambda info: info.dtype):
             run = list(group)  # neighbours of one dtype are looked at as one: a file may have very many tensors
@@ -133,7 +143,7 @@ class StoredTensor:
         tensor = torch.empty(self._info.shape, dtype=self.dtype)
         values = tensor.view(-1)
         view, first, found = memoryview(values.view(torch.uint8).numpy().data), 0, None
-        with self._path.open("rb", buffering=0) as file:
+        with readable(self._path), self._path.open("rb", buffering=0) as file:
             file.seek(self._start)
             while first < len(view):
                 count = file.readinto(view[first : first + BUFFER_BYTES])

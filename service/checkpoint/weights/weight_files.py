@@ -18,7 +18,7 @@ from pathlib import Path
 
 from service.checkpoint.defects import Defects, defect
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.tensors import TensorFile, file_sha256, scan
+from service.checkpoint.weights.tensors import BUFFER_BYTES, TensorFile, file_sha256, readable, scan
 from service.contract.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -90,14 +90,16 @@ class WeightFiles:
         stated = {file.path: self._stated_hash(file) for _, file in self.files}
         expected = {path: sha256 for path, sha256 in stated.items() if sha256 is not None}
         expected |= dict(self._unused(defects))
+        stop = threading.Event()
         with _threads() as pool:
-            found: dict[Path, Future[str]] = {path: pool.submit(file_sha256, path) for path in expected}
+            found: dict[Path, Future[str]] = {path: pool.submit(_hash_until, stop, path) for path in expected}
             try:
                 yield
                 for path, sha256 in expected.items():
                     if sha256 != (actual := found[path].result()):
                         raise _mismatch(path, sha256, actual)
             finally:
+                stop.set()  # an error is not to wait for files of gigabytes
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def identify(self, on_known: Callable[[str], None]) -> None:
@@ -106,8 +108,8 @@ class WeightFiles:
         """
 
         def compute() -> None:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
             try:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
                 hashes = [self._stated_hash(file) or file_sha256(file.path) for _, file in self.files]
             except OSError as error:
                 logger.warning("the hash over all weights stays unknown: %s", error)
@@ -142,6 +144,15 @@ class WeightFiles:
 
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hashing")
+
+
+def _hash_until(stop: threading.Event, path: Path) -> str:
+    """The hash of a file, or of its beginning where nobody wants to know any more."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    with readable(path), path.open("rb", buffering=0) as file:
+        while not stop.is_set() and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _sha256_of(lines: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from service.model.targets import resolve_sites
 from service.model.transfer import narrowed
 from service.model.xlora_model import XLoraModel
 
-Keeps = Callable[[Any], Collection[str]]
+Keeps = Callable[[Checkpoint], Collection[str]]
 
 
 def _quiet(_: str) -> None:
@@ -44,7 +44,7 @@ class Loading:
     max_model_len: int | None = None  # None: as many tokens as the base takes
     is_for_cpu: bool = False  # of an outline on the meta device
     ranks: Ranks | None = None  # every rank must load at the same time
-    names_kept_bfloat16: Keeps | None = None  # which of the skeleton's linears may stay as they are stored
+    names_kept_bfloat16: Keeps | None = None  # which linears of a base may stay as they are stored
     on_progress: Callable[[str], None] = _quiet
     skeleton: Any = None  # the base's modules without weights, whole
     causal_lm: Any = None  # the base with weights, or this rank's part of it
@@ -53,8 +53,8 @@ class Loading:
 
     @cached_property
     def kept(self) -> Collection[str]:
-        """Linears whose weights may stay in bfloat16, if the files have them so."""
-        return () if self.names_kept_bfloat16 is None else self.names_kept_bfloat16(self.skeleton)
+        """Linears whose weights and experts may be kept in bfloat16, if they lose nothing by it."""
+        return () if self.names_kept_bfloat16 is None else self.names_kept_bfloat16(self.checkpoint)
 
 
 def judge(loading: Loading) -> None:
@@ -72,7 +72,7 @@ def read_weights(loading: Loading) -> None:
         return
     causal_lm = loading.causal_lm = build_skeleton(checkpoint.base_path, loading.dtype)
     tensors = checkpoint.base_tensors
-    is_bfloat16 = {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    is_bfloat16 = checkpoint.base_dtypes == {torch.bfloat16}
     unseen = set() if is_bfloat16 else set(loading.kept)
 
     def after_layer() -> None:

@@ -24,7 +24,7 @@ from service.model.targets import as_linear, is_plain_linear
 
 Quantization = Literal["int8", "int4"]
 BLOCK = 64  # weights that share a scale
-BITS = {"int8": 8.5, "int4": 4.6}  # at most of a weight, with its share of the scales
+BITS = {"int8": 8.5, "int4": 5.0}  # at most of a weight, with its share of the scales
 _OUTPUTS = 64  # that the packed layout of int4 is made of
 _FEW_ROWS = 8  # from here on int8 is upcast once for all of them
 
@@ -75,7 +75,7 @@ class QuantisedLinear(nn.Module):
 class PackedLinear(nn.Module):
     """The same on a CPU: `packed` and `scales` as torch's operators want them, W padded with zeros to their sizes."""
 
-    packed: Tensor  # int8 [out, in]; int4: uint8 [out, in / 2]
+    packed: Tensor  # int8 [out, in]; int4: uint8 [out, in / 2], in a multiple of BLOCK
     scales: Tensor  # int8: [out]; int4: scale and zero [in / BLOCK, out, 2]
 
     def __init__(self, linear: nn.Linear, kind: Quantization) -> None:
@@ -91,7 +91,7 @@ class PackedLinear(nn.Module):
     def dequantised(self) -> Tensor:
         """W [out, in] in the dtype that it had."""
         if self._kind == "int8":
-            return self.packed.to(self.scales.dtype) * self.scales[:, None]
+            return self.packed[:, : self.in_features].to(self.scales.dtype) * self.scales[:, None]
         identity = torch.eye(self.in_features, dtype=self.scales.dtype)
         return self._product(identity).T
 
@@ -107,16 +107,17 @@ class PackedLinear(nn.Module):
 
     def _product(self, rows: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
+        rows = F.pad(rows, (0, -self.in_features % BLOCK)).contiguous()
         if self._kind == "int8":
             y: Tensor = torch._weight_int8pack_mm(rows, self.packed, self.scales)
-            return y
-        rows = F.pad(rows, (0, 2 * self.packed.shape[1] - self.in_features))
-        y = torch._weight_int4pack_mm_for_cpu(rows.contiguous(), self.packed, BLOCK, self.scales)
-        return y[:, : self.out_features]
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, BLOCK, self.scales)[:, : self.out_features]
+        return y
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    wide = weight.float()
+    """Padded: torch's operator reads beyond rows that are no multiple of 16."""
+    wide = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK))
     scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(weight.dtype)
     return (wide / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
