@@ -200,8 +200,8 @@ def _quantisable(model: XLoraModel) -> Iterator[Any]:
 
 
 def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightBytes:
-    """Return the bytes of the model's tensors, each counted once however many modules share it; those in `halved`, which
-    will be kept in bfloat16, as half of what they are.
+    """Return the bytes of the model's tensors, each counted once however many modules share it; of those in `halved`,
+    which will be kept in bfloat16, half.
     """
     half = {id(tensor) for tensor in halved}
     experts = base = 0
