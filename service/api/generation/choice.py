@@ -72,7 +72,7 @@ class Choice:
         if output.usage is not None:
             self.usage = output.usage
         if output.finish_reason == "error" and output.error_param is not None:
-            raise InvalidRequestError(output.error or "", param=output.error_param)
+            raise InvalidRequestError(output.error or "", param=self._blamed(output.error_param))
         if output.finish_reason == "error":
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
@@ -82,6 +82,11 @@ class Choice:
                 return  # by a stop string, perhaps: tokens after it do not count
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
+
+    def _blamed(self, param: str) -> str:
+        """The field of the request that is to blame: the engine does not know which asked for the form."""
+        form = None if self.request.sampling is None else self.request.sampling.form
+        return form.param if form is not None and param == "response_format" else param
 
     def end(self, reason: str) -> Delta:
         """The end without a token, with the text held back so far."""

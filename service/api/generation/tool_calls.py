@@ -11,8 +11,8 @@ import secrets
 import string
 from collections.abc import Sequence
 
-from service.api.generation.tool_forms import ARGUMENTS, NAME
 from service.api.schemas import openai_answers as answers
+from service.api.structured_output.lark import ARGUMENTS, NAME
 
 _HEAD = re.compile(rf'\s*\{{\s*"{NAME}"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"{ARGUMENTS}"\s*:')
 _ID_CHARACTERS = string.ascii_letters + string.digits

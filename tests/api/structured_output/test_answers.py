@@ -21,6 +21,7 @@ import pytest
 
 from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
 from service.api.structured_output.lark import schema_grammar
+from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
 from service.grammar import Grammar, GrammarCompiler
@@ -51,7 +52,9 @@ class Vocabulary:
         self.texts = [tokenizer.decode_bytes([id]) for id in range(1024)]
 
     def grammar(self, schema: dict[str, Any], limits: FormLimits = SMALL) -> Grammar:
-        return self.compiler.compile(TextForm(grammar=schema_grammar(schema, limits, self.compiler)))
+        return self.compiler.compile(
+            TextForm(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
+        )
 
     def answers(self, schema: dict[str, Any], count: int = 4, limits: FormLimits = SMALL, seed: int = 0) -> list[bytes]:
         """Those that have an end; none of them may stop before it."""

@@ -19,6 +19,7 @@ from service.api.schemas.fields import ResponseFormat
 from service.api.structured_output.grammar_spec import MAX_SCHEMA_BYTES, TextForms, question_of
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.regex_size import regex_size
+from service.api.structured_output.schema import Document
 from service.api.structured_output.validation_process import Verdict
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
@@ -55,7 +56,9 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 def grammar_of(schema: dict[str, Any], limits: FormLimits | None = None) -> TextForm:
     """The form of a schema that has no patterns, for which no vocabulary is asked."""
-    return TextForm(grammar=schema_grammar(schema, limits or FormLimits(), GrammarCompiler("", 0, [])))
+    return TextForm(
+        grammar=schema_grammar(Document("schema", schema), limits or FormLimits(), GrammarCompiler("", 0, []))
+    )
 
 
 def form_of(schema: Any) -> Any:
@@ -108,8 +111,8 @@ def test_every_route_takes_it(
         ({"type": "json_schema", "json_schema": {"schema": {}}}, "response_format.json_schema.name", "missing"),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", "missing"),
         ({"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}, "response_format.json_schema.name", ""),
-        ({"type": "regex", "pattern": "(a"}, "response_format", "unclosed group"),
-        ({"type": "regex", "pattern": "(?=a)"}, "response_format", "look-around"),
+        ({"type": "regex", "pattern": "(a"}, "response_format.pattern", "unclosed group"),
+        ({"type": "regex", "pattern": "(?=a)"}, "response_format.pattern", "look-around"),
         ({"type": "regex", "pattern": "\ud800"}, None, "hex escape"),
         ({"type": "regex", "pattern": "a" * 5000}, "response_format.pattern", "4096"),
         ({"type": "regex", "pattern": "(a{1000}){1000}"}, "response_format.pattern", "10000"),
