@@ -383,3 +383,37 @@ def test_a_faulty_request_fails_alone(http: TestClient, stream: bool) -> None:
     body = {"prompt": [FAULTY], "stream": stream}
     assert "sampling" in error_of(http.post("/v1/completions", json=body), 500)["message"]
     post(http, "/v1/completions", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "arguments"),
+    [
+        (["name", "arguments", "f_other", 's":{', "} }"], '{"a":"x } y","b":{}}'),
+        (['"b"'], '{"a":"x } y",'),
+        ([" } "], '{"a":"x'),
+        (["{"], None),
+        (["}}"], '{"a":"x } y","b":{'),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_see_the_arguments_of_a_call_alone(
+    http: TestClient, client: ThreadClient, stop: list[str], arguments: str | None, stream: bool
+) -> None:
+    """As where the function is named: what is written about them is no one's text."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "f_other")]
+    written = '{"name":"f_other","arguments":{"a":"x } y","b":{}} }'
+    before, client.engine._reply = client.engine._reply, build_tokenizer().encode(written).ids
+    tokens = len(client.engine._reply)
+    wishes = {"messages": MESSAGES, "tools": tools, "tool_choice": "required", "stop": stop, "max_tokens": tokens}
+    answer = http.post("/v1/chat/completions", json=wishes | {"stream": stream})
+    client.engine._reply = before
+    choices = (
+        [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n")[:-2]]
+        if stream
+        else answer.json()["choices"]
+    )
+    calls = [call for one in choices for call in one.get("delta", one.get("message")).get("tool_calls", ())]
+    assert [call["function"]["name"] for call in calls[:1]] == ([] if arguments is None else ["f_other"])
+    assert "".join(call["function"]["arguments"] for call in calls) == (arguments or "")
+    is_whole = arguments == '{"a":"x } y","b":{}}'
+    assert choices[-1]["finish_reason"] == ("length" if is_whole else "stop")
