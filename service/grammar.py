@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,11 @@ _REHEARSALS = 4
 _REHEARSED_TOKENS = 128
 _REHEARSED_STATES = 6_000
 _REHEARSED_FUEL = 200_000
+# What llguidance adds to its errors: the place, the expression with a line that points into it, the source.
+_LISTING = re.compile(r"\n\s*\d+ \|.*", re.DOTALL)
+_OF_REGEX = re.compile(
+    r"at \d+\(\d+\): invalid regex .*(?:\nerror: |\(in regex\): )(.*?)(?: in regex /.*)?\s*", re.DOTALL
+)
 _MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives the lexer new fuel
 
 
@@ -263,6 +269,7 @@ def _has_no_text(matcher: LLMatcher) -> bool:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line of what llguidance says, without its own advice."""
-    message = matcher.get_error().replace("\n<non-verbose/>", "").strip()
-    return " ".join(message.split())[:300]
+    """What llguidance says, without its own advice and the grammar, which no caller has written."""
+    message = _LISTING.sub("", matcher.get_error().replace("\n<non-verbose/>", ""))
+    found = _OF_REGEX.fullmatch(message)
+    return " ".join((found[1] if found else message).split())[:300]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ MAX_ALL_BYTES = 512 * 1024  # of the schemas of all functions
 MAX_SCHEMA_DEPTH = 32
 MAX_COMPILE_SECONDS = 3.0
 
+_LONE_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")
 _CACHED = 256  # verdicts kept
 _MAX_ASKING = 16  # new forms at once
 _WAIT_SECONDS = 60.0  # for the others'
@@ -106,8 +108,11 @@ def question_of(wanted: ResponseFormat, limits: FormLimits) -> Question | None:
             return Question(sent.path, sent, limits=limits)
         case "regex":
             assert wanted.pattern is not None
-            check_regex_size(wanted.pattern, f"{FORMAT}.pattern")
-            return Question(f"{FORMAT}.pattern", regex=wanted.pattern)
+            path = f"{FORMAT}.pattern"
+            check_regex_size(wanted.pattern, path)
+            if _LONE_BACKSLASH.search(wanted.pattern):
+                refuse(path, "ends with a backslash")  # which the library would leave out
+            return Question(path, regex=wanted.pattern)
     return None
 
 

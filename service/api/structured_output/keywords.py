@@ -70,7 +70,7 @@ def says_something(name: str, value: Any, given: dict[str, Any], path: str) -> b
     if name == "uniqueItems" and value is True and given.get("maxItems") in (0, 1):
         return False
     if name not in KEYWORDS:
-        close = difflib.get_close_matches(shown(name), [*KEYWORDS, *NEUTRAL], n=1, cutoff=0.8)
+        close = difflib.get_close_matches(shown(name), {*KEYWORDS, *NEUTRAL} - {name}, n=1, cutoff=0.8)
         hint = f"did you mean `{close[0]}`?" if close else "leave it out, and check the answer for it"
         refuse(place, "is a keyword that this server does not enforce", hint)
     problem = _problem(name, value)

@@ -13,7 +13,7 @@ import sys
 import msgspec
 
 from service.api.processes.child_loop import answer_lines, limit_process
-from service.api.structured_output.keywords import FORMAT, TOOLS
+from service.api.structured_output.keywords import FORMAT, TOOLS, refuse
 from service.api.structured_output.lark import calls_grammar, schema_grammar
 from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
@@ -73,7 +73,7 @@ def judge(compiler: GrammarCompiler, asked: Question) -> Verdict:
     try:
         grammar = _grammar(asked, compiler)
         form = TextForm(grammar=grammar, regex=asked.regex)
-        compiler.compile(form)
+        _compile(compiler, form, asked)
         if asked.regex is not None:
             compiler.rehearse(form)
     except GrammarError as error:
@@ -81,6 +81,15 @@ def judge(compiler: GrammarCompiler, asked: Question) -> Verdict:
     except InvalidRequestError as error:
         return Verdict(error=error.message, param=error.param, hint=error.hint)
     return Verdict(grammar)
+
+
+def _compile(compiler: GrammarCompiler, form: TextForm, asked: Question) -> None:
+    try:
+        compiler.compile(form)
+    except GrammarError as error:
+        if asked.regex is None or error.hint is not None:
+            raise
+        refuse(asked.param, f"is no expression that can be held: {error.message}")
 
 
 def _grammar(asked: Question, compiler: GrammarCompiler) -> str | None:

@@ -84,6 +84,9 @@ def refused(http: TestClient, wanted: Any, **more: Any) -> dict[str, Any]:
         (None, None),
         ({"type": "json_object"}, grammar_of({"type": "object"})),
         ({"type": "regex", "pattern": "a+"}, TextForm(regex="a+")),
+        ({"type": "regex", "pattern": "a\\\\"}, TextForm(regex="a\\\\")),
+        ({"type": "regex", "pattern": ""}, TextForm(regex="")),
+        ({"type": "text", "pattern": ""}, None),
         (json_schema({"const": "é"}), grammar_of({"const": "é"})),
         (
             {"type": "json_schema", "json_schema": {"name": "a", "description": "b", "schema": SCHEMA, "strict": True}},
@@ -113,6 +116,10 @@ def test_every_route_takes_it(
         ({"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}, "response_format.json_schema.name", ""),
         ({"type": "regex", "pattern": "(a"}, "response_format.pattern", "unclosed group"),
         ({"type": "regex", "pattern": "(?=a)"}, "response_format.pattern", "look-around"),
+        *(
+            ({"type": "regex", "pattern": pattern}, "response_format.pattern", "ends with a backslash")
+            for pattern in ("\\", "a\\", "a\\\\\\")
+        ),
         ({"type": "regex", "pattern": "\ud800"}, None, "hex escape"),
         ({"type": "regex", "pattern": "a" * 5000}, "response_format.pattern", "4096"),
         ({"type": "regex", "pattern": "(a{1000}){1000}"}, "response_format.pattern", "10000"),
@@ -142,7 +149,7 @@ def test_every_route_takes_it(
         (
             json_schema({"items": {"type": "array", "uniqueItems": True}}),
             "response_format.json_schema.schema.items.uniqueItems",
-            "does not enforce",
+            "leave it out",
         ),
         (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "looking around"),
         (
@@ -202,6 +209,9 @@ def test_what_cannot_be_enforced_is_refused(
     error = error_of(response)
     assert error["param"] == param
     assert words in error["message"] + error.get("hint", "")
+    assert "llguidance" not in error["message"]
+    if param is not None and param.startswith(("response_format.pattern", "response_format.json_schema.schema.")):
+        assert error["code"] == "invalid_response_format"
     assert len(client.engine.requests) == before
 
 
@@ -360,6 +370,9 @@ def test_many_new_forms_at_once_are_too_many(http: TestClient) -> None:
     response = post(http, {"type": "regex", "pattern": "x"})
     assert error_of(response, 429)["param"] == "response_format"
     assert "Retry-After" in response.headers
+    call = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+    response = http.post("/v1/chat/completions", json=BODIES["/v1/chat/completions"] | call)
+    assert error_of(response, 429)["param"] == "tools"
     process._asking = 0
     assert post(http, {"type": "regex", "pattern": "x"}).status_code == 200
 
