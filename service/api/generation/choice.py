@@ -13,6 +13,7 @@ from service.api.generation.stop_strings import Patterns, StopStrings
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.generation.tool_calls import CallReader
 from service.api.schemas.answers import Cost, Usage
+from service.api.structured_output.keywords import FORMAT, code_of
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, InvalidRequestError, TimedOutError
@@ -80,7 +81,7 @@ class Choice:
         if output.usage is not None:
             self.usage = output.usage
         if output.finish_reason == "error" and output.error_param is not None:
-            raise InvalidRequestError(output.error or "", param=self._blamed(output.error_param))
+            raise self._refusal(output.error or "", output.error_param)
         if output.finish_reason == "error":
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
@@ -91,10 +92,12 @@ class Choice:
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
 
-    def _blamed(self, param: str) -> str:
-        """The field of the request that is to blame: the engine does not know which asked for the form."""
+    def _refusal(self, message: str, param: str) -> InvalidRequestError:
+        """What the engine says of a request; it does not know which field has asked for the form of the text."""
         form = None if self.request.sampling is None else self.request.sampling.form
-        return form.param if form is not None and param == "response_format" else param
+        if form is None or param != FORMAT:
+            return InvalidRequestError(message, param=param)
+        return InvalidRequestError(message, param=form.param, code=code_of(form.param))
 
     def end(self, reason: str) -> Delta:
         """The end without a token, with the text held back so far."""

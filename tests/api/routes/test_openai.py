@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,34 @@ def test_a_faulty_request_fails_alone(http: TestClient, stream: bool) -> None:
     body = {"prompt": [FAULTY], "stream": stream}
     assert "sampling" in error_of(http.post("/v1/completions", json=body), 500)["message"]
     post(http, "/v1/completions", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "param", "code"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format", "invalid_response_format"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+            "tools",
+            "invalid_tools",
+        ),
+    ],
+)
+def test_a_grammar_that_fails_is_the_fault_of_what_asked_for_it(
+    http: TestClient, wishes: dict[str, Any], param: str, code: str
+) -> None:
+    messages = [{"role": "user", "content": build_tokenizer().decode([FAULTY])}]
+    error = error_of(http.post("/v1/chat/completions", json={"messages": messages, **wishes}))
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_too_many_tokens_are_named_as_they_were_sent(http: TestClient, name: str) -> None:
+    for more in ({}, {"min_tokens": 9001}):
+        error = error_of(http.post("/v1/chat/completions", json={"messages": MESSAGES, name: 9000, **more}))
+        assert error["param"] == ("min_tokens" if more else name)
+        said = error["message"] + error.get("hint", "")
+        assert set(re.findall(r"max_\w+", said)) == {name}
 
 
 @pytest.mark.parametrize(
