@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,15 +37,22 @@ _REHEARSALS = 4
 _REHEARSED_TOKENS = 128
 _REHEARSED_STATES = 6_000
 _REHEARSED_FUEL = 200_000
+# What llguidance adds to its errors: the place, the expression with a line that points into it, the source.
+_LISTING = re.compile(r"\n\s*\d+ \|.*", re.DOTALL)
+_OF_REGEX = re.compile(
+    r"at \d+\(\d+\): invalid regex .*(?:\nerror: |\(in regex\): )(.*?)(?: in regex /.*)?\s*", re.DOTALL
+)
 _MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives the lexer new fuel
 
 
-def refusal(message: str, hint: str | None = None) -> InvalidRequestError:
-    """The form of text is at fault."""
-    return InvalidRequestError(message, param="response_format", code="invalid_response_format", hint=hint)
+class GrammarError(InvalidRequestError):
+    """A form of text is at fault. Who knows the field of the request that asks for it names that."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, param="response_format", code="invalid_response_format", hint=hint)
 
 
-class _LexerError(InvalidRequestError):
+class _LexerError(GrammarError):
     """The lexer of a grammar has as many states as it may have, or a step of it took too long. It is of no more use."""
 
 
@@ -65,7 +73,7 @@ class Cursor:
         return self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
-        """Moves on. Raises InvalidRequestError where the grammar cannot go on."""
+        """Moves on. Raises GrammarError where the grammar cannot go on."""
         self._accepted.append(token)
         if not self._matcher.consume_token(token):
             self._renew()
@@ -75,7 +83,7 @@ class Cursor:
     def allowed(self, pending: Sequence[int] = ()) -> bytes:
         """The tokens that may follow the accepted ones and `pending`, which may be wrong: bit i % 8 of byte i // 8.
 
-        After wrong ones anything may: what is sampled there is never used. Raises InvalidRequestError where the
+        After wrong ones anything may: what is sampled there is never used. Raises GrammarError where the
         grammar is too complex, or no token of the vocabulary fits.
         """
         key = tuple(pending)
@@ -92,7 +100,7 @@ class Cursor:
         return self._matcher.validate_tokens(tokens)
 
     def _renew(self) -> None:
-        """Begins again with an empty lexer. Raises InvalidRequestError where this text alone fills it."""
+        """Begins again with an empty lexer. Raises GrammarError where this text alone fills it."""
         self._version, self._matcher = self._grammar.matcher(after=self._version)
         self._ahead, self._taken = None, ()
         for start in range(0, len(self._accepted), _MASKED_TOKENS):
@@ -114,7 +122,7 @@ class Cursor:
                 raise _exhausted(self._ahead)
         except _LexerError:
             raise
-        except InvalidRequestError:
+        except GrammarError:
             pass  # it will be raised again if the text comes here
         self._ahead, self._taken = None, ()
         return self._grammar.anything
@@ -160,14 +168,14 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
 
     def compile(self, form: TextForm) -> Grammar:
-        """Raises InvalidRequestError for what is no grammar, is too complex, or fits no text of this vocabulary."""
+        """Raises GrammarError for what is no grammar, is too complex, or fits no text of this vocabulary."""
         source = _source(form)
         grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), self._vocab_size)
         grammar.start().allowed()
         return grammar
 
     def fits(self, terminal: str) -> bool:
-        """Whether a terminal of a grammar can be written at all. Raises InvalidRequestError for one that is none, or
+        """Whether a terminal of a grammar can be written at all. Raises GrammarError for one that is none, or
         is too complex.
         """
         matcher = self._matcher(f"{_OPTIONS}start: TERMINAL\nTERMINAL: {terminal}", _MAX_STATES, _MAX_FUEL)
@@ -177,7 +185,7 @@ class GrammarCompiler:
         return not matcher.is_error()
 
     def rehearse(self, form: TextForm) -> None:
-        """Writes short texts of a form. Raises InvalidRequestError where long ones would be too complex."""
+        """Writes short texts of a form. Raises GrammarError where long ones would be too complex."""
         source = _source(form)
         for seed in range(_REHEARSALS):
             chance = random.Random(seed)
@@ -204,7 +212,7 @@ class GrammarCompiler:
         )
         matcher = LLMatcher(self._load_tokenizer(), source, log_level=0, limits=limits)
         if matcher.is_error():
-            raise refusal(_reason(matcher))
+            raise GrammarError(_reason(matcher))
         return matcher
 
     def _load_tokenizer(self) -> LLTokenizer:
@@ -216,7 +224,7 @@ class GrammarCompiler:
             try:
                 self._tokenizer = LLTokenizer(tokenizer.to_str(), size, eos_token=self._eos_token_ids or None)
             except ValueError as error:
-                raise refusal(f"this model's tokenizer cannot be held to a form of text: {error}") from None
+                raise GrammarError(f"this model's tokenizer cannot be held to a form of text: {error}") from None
         return self._tokenizer
 
 
@@ -229,7 +237,7 @@ class Grammars:
         self._found: OrderedDict[TextForm, Future[Grammar]] = OrderedDict()
 
     def find(self, form: TextForm) -> Future[Grammar]:
-        """The grammar of a form, now or soon; its error is InvalidRequestError."""
+        """The grammar of a form, now or soon; its error is GrammarError."""
         found = self._found.pop(form, None)
         if found is None:
             found = self._thread.submit(self._compiler.compile, form)
@@ -249,12 +257,11 @@ def _source(form: TextForm) -> str:
     return _OPTIONS + str(made["grammars"][0]["lark_grammar"])
 
 
-def _exhausted(matcher: LLMatcher) -> InvalidRequestError:
+def _exhausted(matcher: LLMatcher) -> GrammarError:
     if not matcher.is_error() or _has_no_text(matcher):
-        return refusal("no text of this model's vocabulary has the form asked for")
-    kind = _LexerError if "lexer error" in _reason(matcher) else InvalidRequestError
-    message = f"the form of text is too complex: {_reason(matcher)}"
-    return kind(message, param="response_format", code="invalid_response_format", hint="simplify it")
+        return GrammarError("no text of this model's vocabulary has the form asked for")
+    kind = _LexerError if "lexer error" in _reason(matcher) else GrammarError
+    return kind(f"the form of text is too complex: {_reason(matcher)}", hint="simplify it")
 
 
 def _has_no_text(matcher: LLMatcher) -> bool:
@@ -262,6 +269,7 @@ def _has_no_text(matcher: LLMatcher) -> bool:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """The first line of what llguidance says, without its own advice."""
-    message = matcher.get_error().replace("\n<non-verbose/>", "").strip()
-    return " ".join(message.split())[:300]
+    """What llguidance says, without its own advice and the grammar, which no caller has written."""
+    message = _LISTING.sub("", matcher.get_error().replace("\n<non-verbose/>", ""))
+    found = _OF_REGEX.fullmatch(message)
+    return " ".join((found[1] if found else message).split())[:300]

@@ -52,8 +52,10 @@ def check_token_ids(ids: Collection[int], param: str, info: EngineInfo) -> None:
         )
 
 
-def check_context(prompt_tokens: int, max_tokens: int, info: EngineInfo) -> None:
-    """Raises InvalidRequestError where prompt and output are longer than the model's context."""
+def check_context(prompt_tokens: int, max_tokens: int, info: EngineInfo, field: str = "max_tokens") -> None:
+    """Raises InvalidRequestError where prompt and output are longer than the model's context; `field` is the request's
+    own name of max_tokens.
+    """
     room = info.max_model_len - prompt_tokens
     if room < min(1, max_tokens):
         raise InvalidRequestError(
@@ -64,11 +66,11 @@ def check_context(prompt_tokens: int, max_tokens: int, info: EngineInfo) -> None
         )
     if max_tokens > room:
         raise InvalidRequestError(
-            f"prompt ({prompt_tokens} tokens) + max_tokens ({max_tokens}) = {prompt_tokens + max_tokens} is over the "
+            f"prompt ({prompt_tokens} tokens) + {field} ({max_tokens}) = {prompt_tokens + max_tokens} is over the "
             f"context of {info.max_model_len} tokens",
-            param="max_tokens",
+            param=field,
             code="context_length_exceeded",
-            hint=f"lower max_tokens to {room} or shorten the prompt",
+            hint=f"lower {field} to {room} or shorten the prompt",
         )
 
 
@@ -180,7 +182,7 @@ def _check_pool(request: Request, info: EngineInfo) -> None:
         raise InvalidRequestError(
             f"the request needs {needed} KV blocks, and the server has {info.kv_blocks_total} in all",
             code="context_length_exceeded",
-            hint="shorten the prompt, lower max_tokens, or start the server with a larger --kv-memory",
+            hint="shorten the prompt, ask for fewer tokens, or start the server with a larger --kv-memory",
         )
 
 

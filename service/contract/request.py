@@ -23,10 +23,11 @@ class FormLimits:
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """What a generated text must be, from its first token to its last: exactly one of the two."""
+    """What a generated text must be, from its first token to its last: exactly one of grammar and expression."""
 
     grammar: str | None = None  # a text of this grammar, in llguidance's Lark
     regex: str | None = None  # a match of this expression
+    param: str = "response_format"  # the field of the request that asks for it
 
 
 @dataclass(frozen=True, slots=True)

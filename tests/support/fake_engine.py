@@ -43,7 +43,7 @@ MAX_MODEL_LEN = 96
 CHUNK = 8  # prompt positions per step
 POISON = 2  # a prompt with this token id makes step() raise
 UNTAKEN = 3  # add() raises for a prompt with this token id
-FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone
+FAULTY = 4  # a request with this token id in its prompt ends with finish_reason "error", alone; its text is "%"
 HANGING = 5  # a prompt with this token id makes step() never return
 Progress = Callable[[str], None]
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -158,6 +158,8 @@ class FakeEngine:
         output = SequenceOutput(request.id, choice.index, usage=choice.usage)
         if FAULTY in request.prompt_token_ids:
             output.finish_reason, output.error = "error", "its sampling failed"
+            if request.sampling is not None and request.sampling.form is not None:
+                output.error_param = "response_format"  # as of a grammar
         elif choice.computed == prompt and (request.sampling is None or request.score_from is not None):
             output.finish_reason = "length"
         elif choice.computed >= prompt:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
 from service.api.generation.stop_strings import Patterns, StopStrings
 from service.api.generation.tokenizer import ModelTokenizer
+from service.api.generation.tool_calls import CallReader
 from service.api.schemas.answers import Cost, Usage
+from service.api.structured_output.keywords import FORMAT, code_of
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, InvalidRequestError, TimedOutError
@@ -43,8 +45,10 @@ class Choice:
         stops: Patterns,
         ends: Collection[int],
         format: RowFormat,
+        call: CallReader | None,
     ) -> None:
         self.index = index
+        self.call = call  # where the text is a call of a function: the deltas' texts are its arguments
         self.request = request
         self.tokens = 0
         self.usage = SequenceUsage()
@@ -61,6 +65,11 @@ class Choice:
         return self.finish_reason is not None
 
     @property
+    def has_called(self) -> bool:
+        """Whether it is a whole call, of which no stop string has cut off the end."""
+        return self.call is not None and self.call.complete and not self._stops.found
+
+    @property
     def _may_end(self) -> bool:
         """Whether a stop string counts that the latest token completes."""
         return self.request.sampling is None or self.tokens > self.request.sampling.min_tokens
@@ -72,7 +81,7 @@ class Choice:
         if output.usage is not None:
             self.usage = output.usage
         if output.finish_reason == "error" and output.error_param is not None:
-            raise InvalidRequestError(output.error or "", param=output.error_param)
+            raise self._refusal(output.error or "", output.error_param)
         if output.finish_reason == "error":
             raise InternalError(output.error or "the engine could not go on with this request")
         last = len(output.tokens) - 1
@@ -83,11 +92,22 @@ class Choice:
         if last < 0 and output.finish_reason is not None:
             yield self.end(output.finish_reason)
 
+    def _refusal(self, message: str, param: str) -> InvalidRequestError:
+        """What the engine says of a request; it does not know which field has asked for the form of the text."""
+        form = None if self.request.sampling is None else self.request.sampling.form
+        if form is None or param != FORMAT:
+            return InvalidRequestError(message, param=param)
+        return InvalidRequestError(message, param=form.param, code=code_of(form.param))
+
     def end(self, reason: str) -> Delta:
         """The end without a token, with the text held back so far."""
         self.finish_reason = reason
-        text = self._stops.push(self._detokenizer.flush(), may_end=self._may_end) + self._stops.flush()
+        text = self._stopped(self._detokenizer.flush()) + self._stops.flush()
         return Delta(self.index, text, finish_reason=reason)
+
+    def _stopped(self, text: str) -> str:
+        """As much of the next text as certainly stands before a stop string; of a call, its arguments alone count."""
+        return self._stops.push(text if self.call is None else self.call.push(text), may_end=self._may_end)
 
     def _delta(self, token: TokenOutput, reason: str | None) -> Delta:
         self.tokens += 1
@@ -98,7 +118,7 @@ class Choice:
             visible, own = self._detokenizer.push(token.id), ""
             if reason is not None:
                 visible += self._detokenizer.flush()
-        text = self._stops.push(visible, may_end=self._may_end)
+        text = self._stopped(visible)
         if token.id in self._tokenizer.vocabulary.special_ids:
             text += self._stops.push_special(self._tokenizer.vocabulary.name(token.id), may_end=self._may_end)
         if self._stops.found:
@@ -123,7 +143,9 @@ class Generation:
         requests: Sequence[Request],
         stops: list[str],
         format: RowFormat,
+        called: Sequence[str] = (),
     ) -> None:
+        """`called` are the names of functions of which each choice is to call one."""
         self.requests = requests
         self.choices: list[Choice] = []
         self.prompt_logprobs: dict[str, list[TokenOutput]] = {request.id: [] for request in requests}
@@ -134,7 +156,8 @@ class Generation:
             self._first[request.id] = len(self.choices)
             ends = ends_of(client.info, request)
             for _ in range(request.sampling.n if request.sampling else 0):
-                self.choices.append(Choice(len(self.choices), request, tokenizer, patterns, ends, format))
+                call = CallReader(called) if called else None
+                self.choices.append(Choice(len(self.choices), request, tokenizer, patterns, ends, format, call))
 
     async def deltas(self, deadline: float | None = None) -> AsyncGenerator[list[Delta], None]:
         """Every delta as it comes; those that came together are one list, in order. At the deadline (in the time of the

@@ -44,6 +44,7 @@ class Run:
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         form: TextForm | None = None,
+        called: Sequence[str] = (),
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
         self.call = call
@@ -60,7 +61,9 @@ class Run:
             _request(f"{self.id}-{number}" if number else self.id, prompt, sampling, xlora, self.info)
             for number, (prompt, sampling) in enumerate(zip(prompts, self._sampling, strict=True))
         ]
-        self.generation = Generation(call.service.client, self.tokenizer, requests, body.stop or [], self._row_format)
+        self.generation = Generation(
+            call.service.client, self.tokenizer, requests, body.stop or [], self._row_format, called
+        )
 
     @property
     def seed(self) -> int:

@@ -22,6 +22,7 @@ GENERATION_FILE = "generation_config.json"
 # Fields of generation_config.json that say how a token is drawn. Where do_sample is false none of them counts but
 # repetition_penalty: transformers then takes the best token.
 _DRAWING = ("temperature", "top_p", "top_k", "min_p")
+_NAMES = {"max_tokens": "max_new_tokens"}  # of requests, and of the file
 _ALWAYS = ("repetition_penalty",)
 
 
@@ -48,14 +49,16 @@ def _read(path: Path) -> dict[str, Any]:
     fields = {name: stated[name] for name in names if stated.get(name) is not None}
     if stated.get("do_sample") is False:
         fields["temperature"] = 0.0
-    if stated.get("max_new_tokens") is not None:
-        fields["max_tokens"] = stated["max_new_tokens"]
+    for name, theirs in _NAMES.items():
+        if stated.get(theirs) is not None:
+            fields[name] = stated[theirs]
     try:
         checked = OneTextFields.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
+        name = str(first["loc"][0])
         raise StartupError(
-            f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg'].lower()}",
+            f"{path}: {_NAMES.get(name, name)} is {first['input']!r}: {first['msg'].lower()}",
             hint="correct the file, or leave --generation-config out",
         ) from None
     return checked.model_dump(include=set(fields), exclude_none=True)

@@ -148,7 +148,7 @@ class ModelTokenizer:
             if most is not None:
                 bounds.append(max(1, most))
             max_tokens = min(bounds)
-        check_context(prompt_tokens, max_tokens, self._info)
+        check_context(prompt_tokens, max_tokens, self._info, body.tokens_field)
         return max_tokens
 
     def _all_prompts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:

@@ -16,7 +16,6 @@ from service.api.generation.openai_frame import Frame, choice_xlora, delta_xlora
 from service.api.generation.openai_logprobs import chat_logprobs
 from service.api.generation.run import Run, respond
 from service.api.generation.sse import event
-from service.api.generation.tool_calls import CallReader
 from service.api.generation.tool_forms import tool_form
 from service.api.middleware.json_body import JsonRoute
 from service.api.openapi import GENERATION_ERRORS, answered, documented
@@ -53,7 +52,8 @@ async def chat_completions(
         else:
             form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    run = Run(call, [prompt], body, xlora, logprobs=logprobs, form=form)
+    called = [function.name for function in body.called.values()]
+    run = Run(call, [prompt], body, xlora, logprobs=logprobs, form=form, called=called)
     return await respond(run, ChatWriter(run, body), body.stream)
 
 
@@ -68,9 +68,7 @@ class ChatWriter:
         self._logprobs = bool(body.logprobs)
         self._frame = Frame(run, body)
         self._begun: set[int] = set()
-        names = [function.name for function in body.called.values()]
-        choices = run.generation.choices if names else ()
-        self._calls = {choice.index: CallReader(names) for choice in choices}
+        self._called: set[int] = set()  # choices whose function has been named
         self._is_named = body.tool_choice is not None and body.tool_choice.mode == "function"
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
@@ -80,21 +78,21 @@ class ChatWriter:
 
     def event(self, delta: Delta) -> bytes:
         """One chunk; a choice's first names the role."""
-        call = self._calls.get(delta.index)
+        call = self._run.generation.choices[delta.index].call
         message: answers.ChatMessageDelta = {} if call is not None else {"content": delta.text}
         if delta.index not in self._begun:
             message = {"role": "assistant", "content": None, **message}
         self._begun.add(delta.index)
-        if call is not None and (told := call.push(delta.text)) is not None:
-            message["tool_calls"] = [told]
+        if call is not None and delta.text:
+            message["tool_calls"] = [call.delta(delta.text, first=delta.index not in self._called)]
+            self._called.add(delta.index)
         choice: answers.ChatDelta = {
             "index": delta.index,
             "delta": message,
             "logprobs": chat_logprobs(self._vocabulary, [delta]) if self._logprobs else None,
             **delta_xlora(self._run, delta),
         }
-        if call is not None:
-            choice["finish_reason"] = self._reason(call, choice["finish_reason"])
+        choice["finish_reason"] = self._reason(delta.index, choice["finish_reason"])
         chunk: answers.ChatChunk = {**self._frame.chunk(delta), "object": "chat.completion.chunk", "choices": [choice]}
         return event(chunk)
 
@@ -106,12 +104,11 @@ class ChatWriter:
         return event(chunk)
 
     def _choice(self, index: int, deltas: list[Delta]) -> answers.ChatChoice:
-        text, call = "".join(delta.text for delta in deltas), self._calls.get(index)
+        text, call = "".join(delta.text for delta in deltas), self._run.generation.choices[index].call
         message: answers.ChatMessage = {"role": "assistant", "content": text, "refusal": None}
         if call is not None:
-            call.push(text)
             message["content"] = None
-            if calls := call.whole():
+            if calls := call.whole(text):
                 message["tool_calls"] = calls
         choice: answers.ChatChoice = {
             "index": index,
@@ -119,10 +116,10 @@ class ChatWriter:
             "logprobs": chat_logprobs(self._vocabulary, deltas) if self._logprobs else None,
             **choice_xlora(self._run, index, deltas),
         }
-        if call is not None:
-            choice["finish_reason"] = self._reason(call, choice["finish_reason"])
+        choice["finish_reason"] = self._reason(index, choice["finish_reason"])
         return choice
 
-    def _reason(self, call: CallReader, reason: answers.FinishReason | None) -> answers.FinishReason | None:
+    def _reason(self, index: int, reason: answers.FinishReason | None) -> answers.FinishReason | None:
         """As OpenAI has it: who asked for this very function is told "stop"."""
-        return "tool_calls" if reason == "stop" and call.complete and not self._is_named else reason
+        has_called = self._run.generation.choices[index].has_called
+        return "tool_calls" if reason == "stop" and has_called and not self._is_named else reason

@@ -163,6 +163,8 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """What the answer must be, from its first token to its last."""
 
+    meant: ClassVar = frozenset({"pattern"})  # "" matches the empty text
+
     type: Literal["text", "json_object", "json_schema", "regex"] = Field(
         description="Any text; some JSON object; JSON that fits `json_schema`; a match of `pattern`."
     )
@@ -173,6 +175,8 @@ class ResponseFormat(Body):
 
     @model_validator(mode="after")
     def _type_has_its_field(self) -> ResponseFormat:
+        if self.type != "regex":
+            self.pattern = self.pattern or None
         for field, type in (("json_schema", "json_schema"), ("pattern", "regex")):
             if (getattr(self, field) is not None) != (self.type == type):
                 raise ValueError(f'type "{type}" goes with `{field}`, and neither without the other')
@@ -230,13 +234,18 @@ class OneTextFields(Body):
     @model_validator(mode="after")
     def _min_tokens_fit(self) -> OneTextFields:
         if self.wanted_tokens is not None and (self.min_tokens or 0) > self.wanted_tokens:
-            raise ValueError("min_tokens must not be greater than max_tokens")
+            raise ValueError(f"min_tokens must not be greater than {self.tokens_field}")
         return self
 
     @property
     def wanted_tokens(self) -> int | None:
         """The most tokens the caller wants."""
         return self.max_tokens
+
+    @property
+    def tokens_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
 
 
 class SamplingFields(OneTextFields):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.schemas.body import UNSUPPORTED_FIELD, Body
@@ -35,6 +35,9 @@ _OWN_VARIABLES = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 
+# vLLM's ways to say what a text must be.
+_FORMS_OF_OTHERS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+
 
 def _prompts(value: object) -> object:
     """One message for a union of four types, where pydantic would give one per member."""
@@ -43,6 +46,14 @@ def _prompts(value: object) -> object:
     if value and is_prompts(value, MAX_PROMPTS):
         return value
     raise ValueError(f"must be a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of either kind")
+
+
+def _modalities(value: object) -> object:
+    """Names what is not text, before anything is said of how many there may be."""
+    for one in value if is_list_of(value, str) else ():
+        if one != "text":
+            raise ValueError(f'has {one[:20]!r}, which this server does not have: its answers are ["text"]')
+    return value
 
 
 _TEXT = {"type": "string"}
@@ -77,12 +88,14 @@ class OpenAIFields(SamplingFields):
 
     meant: ClassVar = frozenset({"web_search_options"})  # {} asks for a search
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
+        **dict.fromkeys(_FORMS_OF_OTHERS, ()),
         **dict.fromkeys(("suffix", "functions", "audio", "prediction", "moderation", "web_search_options"), ()),
         "function_call": ("none", "auto"),  # which is what OpenAI does without functions
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
     }
     instead: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_FORMS_OF_OTHERS, "use `response_format`, with type json_schema or regex"),
         "functions": "use `tools`, which OpenAI has in their place",
         "function_call": "use `tool_choice`, which OpenAI has in its place",
     }
@@ -122,6 +135,11 @@ class OpenAIFields(SamplingFields):
         """The most tokens the caller wants, under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def tokens_field(self) -> str:
+        """The name that was used."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
 
 class CompletionBody(OpenAIFields):
     """POST /v1/completions."""
@@ -142,10 +160,9 @@ class CompletionBody(OpenAIFields):
     @model_validator(mode="after")
     def _scoring_needs_echo(self) -> CompletionBody:
         if self.scores and not self.echo:
-            name = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-            raise ValueError(f"{name} is 0, which only scores the prompt, and that needs echo true")
+            raise ValueError(f"{self.tokens_field} is 0, which only scores the prompt, and that needs echo true")
         if self.scores and (self.n or 1) > 1:
-            raise ValueError("n must be 1 with max_tokens 0: nothing is generated that could differ")
+            raise ValueError(f"n must be 1 with {self.tokens_field} 0: nothing is generated that could differ")
         if self.scores and self.extension.return_scalings not in (None, "none"):
             raise ValueError("xlora asks for scalings, but nothing is generated: POST /scalings has a prompt's")
         return self
@@ -170,7 +187,9 @@ class ChatBody(OpenAIFields):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = Field(None, description="Each token's logprob, of the raw distribution.")
     top_logprobs: Alternatives | None = Field(None, description="Alternatives per token; needs logprobs.")
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = Field(None, description=NO_EFFECT)
+    modalities: Annotated[list[Literal["text"]], BeforeValidator(_modalities), Field(max_length=1)] | None = Field(
+        None, description=NO_EFFECT
+    )
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = Field(
         None, description="Functions that the answer may call, in the template's view too; they need a tool_choice."
     )
@@ -194,7 +213,7 @@ class ChatBody(OpenAIFields):
 
     @model_validator(mode="after")
     def _template_fields_agree(self) -> ChatBody:
-        for name in sorted(_OWN_VARIABLES & (self.chat_template_kwargs or {}).keys()):
+        for name in sorted(_OWN_VARIABLES & self._variables.keys()):
             raise PydanticCustomError(UNSUPPORTED_FIELD, "not supported", {"name": f"chat_template_kwargs.{name}"})
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message goes with add_generation_prompt false alone")
@@ -229,6 +248,11 @@ class ChatBody(OpenAIFields):
         functions = [tool.function for tool in self.tools or ()]
         return {place: one for place, one in enumerate(functions) if names is None or one.name in names}
 
+    @property
+    def _variables(self) -> dict[str, Any]:
+        """What the template is given besides; null is absent."""
+        return {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+
     def chat(self) -> Chat:
         """What the chat template is asked to write."""
         continued = bool(self.continue_final_message)
@@ -237,7 +261,7 @@ class ChatBody(OpenAIFields):
             [tool.to_template() for tool in self.tools] if self.tools else None,
             add_generation_prompt=not continued and self.add_generation_prompt is not False,
             continue_final_message=continued,
-            variables=self.chat_template_kwargs or {},
+            variables=self._variables,
         )
 
     @model_validator(mode="after")

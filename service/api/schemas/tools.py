@@ -14,6 +14,7 @@ from service.api.schemas.sizes import FINITE, check_schema_size
 MAX_TOOLS = 128
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+_OF_FUNCTIONS = ("name", "description", "parameters", "strict")  # which another API of OpenAI has beside `type`
 _WORDS = ("none", "auto", "required")
 
 
@@ -31,7 +32,10 @@ class Function(Body):
 class Tool(Body):
     """Something that an answer may call: a function."""
 
-    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"custom": ()}
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"custom": (), **dict.fromkeys(_OF_FUNCTIONS, ())}
+    instead: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        _OF_FUNCTIONS, 'put it within `function`, as {"type": "function", "function": {"name": ...}}'
+    )
 
     type: Literal["function"]
     function: Function
@@ -65,6 +69,11 @@ class AllowedTools(Body):
 
 class ToolChoiceBody(Body):
     """A word, or the functions of which one must be called."""
+
+    unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {"name": ()}
+    instead: ClassVar[Mapping[str, str]] = {
+        "name": 'put it within `function`, as {"type": "function", "function": {"name": ...}}'
+    }
 
     type: Literal["none", "auto", "required", "function", "allowed_tools"]
     function: NamedFunction | None = None

@@ -1,1 +1,1 @@
-"""response_format: from a schema or an expression to what the engine enforces."""
+"""`response_format`, and calls of functions: from schemas and expressions to what the engine enforces."""

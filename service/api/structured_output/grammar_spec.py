@@ -1,4 +1,5 @@
-"""From `response_format` to the TextForm the engine enforces: bounds here, all else in a process of its own.
+"""From `response_format`, or functions of which one is to be called, to the TextForm the engine enforces: bounds here,
+all else in a process of its own.
 
 Everything that can be wrong with a form is found before the engine hears of the request. This file knows no HTTP, no
 keyword and no vocabulary.
@@ -8,25 +9,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from service.api.processes.bounded_process import BoundedProcess, Bounds, ChildDiedError, TookTooLongError
 from service.api.schemas.fields import ResponseFormat
-from service.api.structured_output.keywords import refuse, shown
+from service.api.structured_output.keywords import FORMAT, TOOLS, code_of, refuse, shown
 from service.api.structured_output.number_regex import MAX_DIGITS, is_too_long
 from service.api.structured_output.regex_size import check_regex_size
-from service.api.structured_output.validation_process import Question, Verdict
+from service.api.structured_output.schema import Document
+from service.api.structured_output.validation_process import Question, SentSchema, Verdict
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import InvalidRequestError
+from service.contract.errors import InvalidRequestError, OverloadedError
 from service.contract.request import FormLimits, TextForm
 
 MAX_SCHEMA_BYTES = 64 * 1024
+MAX_ALL_BYTES = 512 * 1024  # of the schemas of all functions
 MAX_SCHEMA_DEPTH = 32
 MAX_COMPILE_SECONDS = 3.0
 
+_LONE_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")
 _CACHED = 256  # verdicts kept
 _MAX_ASKING = 16  # new forms at once
 _WAIT_SECONDS = 60.0  # for the others'
@@ -43,7 +48,7 @@ class TextForms:
         self._process = BoundedProcess(
             [sys.executable, "-m", "service.api.structured_output.validation_process", *arguments],
             "the process that compiles forms of text",
-            "response_format",
+            FORMAT,
             Verdict,
             Bounds(compile_seconds, _WAIT_SECONDS, _MAX_ASKING, _MAX_VERDICT_BYTES),
         )
@@ -53,8 +58,15 @@ class TextForms:
     async def of(self, wanted: ResponseFormat | None) -> TextForm | None:
         """The form; None for any text. Raises InvalidRequestError for one that cannot be enforced as it is."""
         question = None if wanted is None else question_of(wanted, self._limits)
-        if question is None:
-            return None
+        return None if question is None else await self._form(question)
+
+    async def of_call(self, functions: Mapping[str, Document]) -> TextForm:
+        """The form of a call of one of the functions, given with the schemas of their arguments: the arguments of one
+        alone, else as calls_grammar has it. Raises as `of` does.
+        """
+        return await self._form(question_of_call(functions, self._limits))
+
+    async def _form(self, question: Question) -> TextForm:
         if question in self._verdicts:
             self._verdicts.move_to_end(question)
         else:
@@ -63,10 +75,9 @@ class TextForms:
                 self._verdicts.popitem(last=False)
         verdict = self._verdicts[question]
         if verdict.error is not None:
-            raise InvalidRequestError(
-                verdict.error, param=verdict.param, hint=verdict.hint, code="invalid_response_format"
-            )
-        return TextForm(grammar=verdict.grammar, regex=question.regex)
+            param = verdict.param or question.param
+            raise InvalidRequestError(verdict.error, param=param, hint=verdict.hint, code=code_of(param))
+        return TextForm(verdict.grammar, question.regex, question.field)
 
     def close(self) -> None:
         """Ends the process, at once. Who still waits for a verdict, or comes later, hears that the server stops."""
@@ -75,6 +86,9 @@ class TextForms:
     async def _judge(self, question: Question) -> Verdict:
         try:
             return await self._process.ask(question)
+        except OverloadedError as error:
+            error.param = question.field  # the process does not know whose it is
+            raise
         except TookTooLongError as error:
             return Verdict(error=f"the form of text {error} to compile; simplify it")
         except ChildDiedError as error:
@@ -87,40 +101,57 @@ def question_of(wanted: ResponseFormat, limits: FormLimits) -> Question | None:
     """The form, checked as far as no vocabulary is needed; None for any text. Raises InvalidRequestError."""
     match wanted.type:
         case "json_object":
-            return Question(json_schema='{"type":"object"}', limits=limits)
+            return Question(FORMAT, SentSchema(FORMAT, '{"type":"object"}'), limits=limits)
         case "json_schema":
             assert wanted.json_schema is not None
-            return Question(json_schema=_checked_schema(wanted.json_schema.schema_), limits=limits)
+            sent = _sent(Document(f"{FORMAT}.json_schema.schema", wanted.json_schema.schema_))
+            return Question(sent.path, sent, limits=limits)
         case "regex":
             assert wanted.pattern is not None
-            check_regex_size(wanted.pattern, "response_format.pattern")
-            return Question(regex=wanted.pattern)
+            path = f"{FORMAT}.pattern"
+            check_regex_size(wanted.pattern, path)
+            if _LONE_BACKSLASH.search(wanted.pattern):
+                refuse(path, "ends with a backslash")  # which the library would leave out
+            return Question(path, regex=wanted.pattern)
     return None
 
 
-def _checked_schema(schema: dict[str, Any]) -> str:
-    _check_values(schema)
+def question_of_call(functions: Mapping[str, Document], limits: FormLimits) -> Question:
+    """A call of one of the functions, checked in the same way. Raises InvalidRequestError."""
+    sent = {name: _sent(document) for name, document in functions.items()}
+    if len(sent) == 1:
+        [arguments] = sent.values()
+        return Question(arguments.path, arguments, limits=limits)
+    size = sum(len(one.json.encode()) for one in sent.values())
+    if size > MAX_ALL_BYTES:
+        refuse(TOOLS, f"have schemas of {size} bytes in all; at most {MAX_ALL_BYTES} are allowed")
+    return Question(TOOLS, calls=tuple(sent.items()), limits=limits)
+
+
+def _sent(document: Document) -> SentSchema:
+    path, schema = document.path, document.schema
+    _check_values(path, schema)
     text = json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     size = len(text.encode())
     if size > MAX_SCHEMA_BYTES:
-        refuse("", f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
-    return text
+        refuse(path, f"has {size} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
+    return SentSchema(path, text)
 
 
-def _check_values(schema: dict[str, Any]) -> None:
+def _check_values(root: str, schema: dict[str, Any]) -> None:
     """Depth, numbers and strings; stops where the size is plainly over the bound, because it may be megabytes."""
-    level: list[tuple[str, Any]] = [("", schema)]
+    level: list[tuple[str, Any]] = [(root, schema)]
     size = 0  # in bytes, at least
     for _ in range(MAX_SCHEMA_DEPTH):
         size += sum(len(value) if isinstance(value, str | dict | list) else 1 for _, value in level)
         if size > MAX_SCHEMA_BYTES:
-            refuse("", f"has over {MAX_SCHEMA_BYTES} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
+            refuse(root, f"has over {MAX_SCHEMA_BYTES} bytes; at most {MAX_SCHEMA_BYTES} are allowed")
         for path, value in level:
             _check_value(path, value)
         level = [child for path, value in level for child in _children(path, value)]
         if not level:
             return
-    refuse("", f"is nested more than {MAX_SCHEMA_DEPTH} deep")
+    refuse(root, f"is nested more than {MAX_SCHEMA_DEPTH} deep")
 
 
 def _check_value(path: str, value: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any, NoReturn, TypeGuard
 
 from service.contract.errors import InvalidRequestError
 
-MAX_PROPERTIES = 400  # of one schema, at all depths
+MAX_PROPERTIES = 400  # of one schema, at all depths ...
+MAX_ALL_PROPERTIES = 2000  # ... and of all that make one grammar
 MAX_MULTIPLE = 1000
 MAX_COUNT = 1_000_000  # characters, items, properties; more are never written
 
@@ -39,15 +40,19 @@ NEUTRAL: dict[str, list[Any]] = {
     "not": [False],
 }
 _SHOWN_CHARACTERS = 60
-SCHEMA = "response_format.json_schema.schema"
+FORMAT, TOOLS = "response_format", "tools"  # the fields of requests that say what a text must be
 
 Number = int | float
 
 
 def refuse(path: str, reason: str, hint: str | None = None) -> NoReturn:
-    """Raises the error for what stands at a path of the schema."""
-    param = SCHEMA + path
-    raise InvalidRequestError(f"`{param}` {reason}", param=param, hint=hint, code="invalid_response_format")
+    """Raises the error for what stands at a path of the request."""
+    raise InvalidRequestError(f"`{path}` {reason}", param=path, hint=hint, code=code_of(path))
+
+
+def code_of(path: str) -> str:
+    """The code of errors about what stands at a path of the request."""
+    return "invalid_tools" if path.startswith(TOOLS) else "invalid_response_format"
 
 
 def shown(text: str) -> str:
@@ -65,7 +70,7 @@ def says_something(name: str, value: Any, given: dict[str, Any], path: str) -> b
     if name == "uniqueItems" and value is True and given.get("maxItems") in (0, 1):
         return False
     if name not in KEYWORDS:
-        close = difflib.get_close_matches(shown(name), [*KEYWORDS, *NEUTRAL], n=1, cutoff=0.8)
+        close = difflib.get_close_matches(shown(name), {*KEYWORDS, *NEUTRAL} - {name}, n=1, cutoff=0.8)
         hint = f"did you mean `{close[0]}`?" if close else "leave it out, and check the answer for it"
         refuse(place, "is a keyword that this server does not enforce", hint)
     problem = _problem(name, value)

@@ -5,16 +5,17 @@ Properties come in the schema's order, those without a name after the others. At
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from service.api.structured_output import terminals
 from service.api.structured_output.branches import Array, Conjunction, Object, Scalar
 from service.api.structured_output.keywords import refuse
 from service.api.structured_output.normal_form import NormalForm
-from service.api.structured_output.schema import Schemas
+from service.api.structured_output.schema import Document, Schemas
 from service.contract.request import FormLimits
 from service.grammar import GrammarCompiler
+
+NAME, ARGUMENTS = "name", "arguments"  # of a call, in this order
 
 _MAX_GRAMMAR_CHARACTERS = 1_000_000
 _MAX_STATES = 20_000  # of one object: which property is next, and how many there are
@@ -28,10 +29,21 @@ COLON: / ?: ?/
 """
 
 
-def schema_grammar(schema: dict[str, Any], limits: FormLimits, vocabulary: GrammarCompiler) -> str:
+def schema_grammar(document: Document, limits: FormLimits, vocabulary: GrammarCompiler) -> str:
     """The grammar. Raises InvalidRequestError with the path of what cannot be held."""
-    schemas = Schemas(schema)
-    return _Writer(NormalForm(schemas, limits, vocabulary)).write((schemas.root,))
+    schemas = Schemas([document])
+    writer = _Writer(NormalForm(schemas, limits, vocabulary))
+    return writer.grammar([writer.value((root,)) for root in schemas.roots])
+
+
+def calls_grammar(functions: Mapping[str, Document], limits: FormLimits, vocabulary: GrammarCompiler) -> str:
+    """The grammar of a call of one of the functions, given with the schemas of their arguments: an object with its name
+    and its arguments. Raises as schema_grammar does.
+    """
+    schemas = Schemas([*functions.values()])
+    writer = _Writer(NormalForm(schemas, limits, vocabulary))
+    calls = zip(functions, schemas.roots, strict=True)
+    return writer.grammar([writer.call(name, (arguments,)) for name, arguments in calls])
 
 
 class _Writer:
@@ -44,18 +56,28 @@ class _Writer:
         self._pending: list[tuple[Conjunction, str]] = []
         self._rules: list[str] = []
 
-    def write(self, root: Conjunction) -> str:
+    def value(self, root: Conjunction) -> str:
+        """What a value is written as. Raises InvalidRequestError where there is none."""
         self._form.check_satisfiable(root)
-        start = self._symbol(root)
+        return self._symbol(root)
+
+    def call(self, name: str, arguments: Conjunction) -> str:
+        """What a call of a function is written as."""
+        entries = [(NAME, self._terminal(terminals.string(name))), (ARGUMENTS, self.value(arguments))]
+        written = [f"{self._terminal(terminals.string(key))} COLON {value}" for key, value in entries]
+        return f"OPEN {' COMMA '.join(written)} CLOSE"
+
+    def grammar(self, starts: Sequence[str]) -> str:
+        """The grammar of texts that are written as one of these."""
         while self._pending:
             conjunction, name = self._pending.pop()
             self._rule(name, self._options(name, conjunction))
         self._form.check_one_of()
         written = [f"{name}: {text}" for text, name in self._terminals.items()]
-        grammar = "\n".join([f"start: {start}", _PUNCTUATION.strip(), *written, *self._rules])
+        grammar = "\n".join([f"start: {' | '.join(starts)}", _PUNCTUATION.strip(), *written, *self._rules])
         if len(grammar) > _MAX_GRAMMAR_CHARACTERS:
             reason = f"makes a grammar of {len(grammar)} characters; at most {_MAX_GRAMMAR_CHARACTERS} are allowed"
-            refuse("", reason, "simplify it")
+            refuse(self._form.schemas.path, reason, "simplify it")
         return grammar
 
     def _symbol(self, conjunction: Conjunction) -> str:
@@ -120,7 +142,7 @@ class _Writer:
         most = None if object_.most is None or (object_.most >= len(named) and not others) else object_.most
         counted = min(max(1, object_.least) if most is None else most, max(1, len(named)))
         if (len(named) + 1) * (counted + 1) > _MAX_STATES:
-            refuse("", "counts too many properties", "leave minProperties or maxProperties out")
+            refuse(self._form.schemas.path, "counts too many properties", "leave minProperties or maxProperties out")
         if others:
             entries = [f"{self._terminal(text)} COLON {self._symbol(part)}" for text, part in others]
             self._rule(f"{prefix}_other", entries)

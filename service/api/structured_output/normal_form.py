@@ -17,9 +17,8 @@ from service.api.structured_output.branches import Array, Branch, Conjunction, O
 from service.api.structured_output.keywords import MAX_MULTIPLE, TYPES, is_number, refuse
 from service.api.structured_output.number_regex import Range
 from service.api.structured_output.schema import ANYTHING, NOTHING, Schema, Schemas
-from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
-from service.grammar import GrammarCompiler
+from service.grammar import GrammarCompiler, GrammarError
 
 _MAX_CONJUNCTIONS = 10_000
 _MAX_ALTERNATIVES = 1000  # of one conjunction
@@ -29,7 +28,7 @@ _MAX_NAME_CHARACTERS = 64  # of a name that the schema does not give; patterns o
 
 @dataclass
 class NormalForm:
-    """The branches of the conjunctions of one schema."""
+    """The branches of the conjunctions of schemas."""
 
     schemas: Schemas
     limits: FormLimits
@@ -42,7 +41,7 @@ class NormalForm:
         """Those of a conjunction; whether something fits each is another question."""
         if conjunction not in self._branches:
             if len(self._branches) >= _MAX_CONJUNCTIONS:
-                refuse("", "has too many combinations of its parts", "simplify it")
+                refuse(self.schemas.path, "has too many combinations of its parts", "simplify it")
             made = [branch for one in self._alternatives(conjunction) for branch in self._merge(one)]
             self._branches[conjunction] = list({repr(branch): branch for branch in made}.values())
         return self._branches[conjunction]
@@ -78,7 +77,7 @@ class NormalForm:
             seen.add(conjunction)
             parts = {part for branch in self.branches(conjunction) for part in needed(branch)}
             culprits = [part for part in parts if part not in seen and not self.is_satisfiable(part)]
-            if len(culprits) != 1 or len(self.branches(conjunction)) != 1:
+            if len(culprits) != 1 or culprits == [(NOTHING,)] or len(self.branches(conjunction)) != 1:
                 refuse(self.schemas.all[conjunction[0]].path, "allows no value at all")
             conjunction = culprits[0]
 
@@ -298,9 +297,7 @@ def _blaming(path: str) -> Iterator[None]:
     """Gives what the library refuses a path."""
     try:
         yield
-    except InvalidRequestError as error:
-        if error.param != "response_format":
-            raise
+    except GrammarError as error:
         refuse(path, f"is too complex: {error.message}", "simplify its patterns")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from service.contract.errors import InvalidRequestError
+from service.api.structured_output.keywords import refuse
 
 MAX_CHARACTERS = 4096
 MAX_SIZE = 10_000
@@ -21,19 +21,14 @@ _TOKEN = re.compile(
 )
 
 
-def check_regex_size(pattern: str, param: str) -> None:
+def check_regex_size(pattern: str, path: str) -> None:
     """Raises InvalidRequestError for an expression that would take too long to compile."""
     if len(pattern) > MAX_CHARACTERS:
-        raise InvalidRequestError(
-            f"`{param}` has {len(pattern)} characters; at most {MAX_CHARACTERS} are allowed", param=param
-        )
+        refuse(path, f"has {len(pattern)} characters; at most {MAX_CHARACTERS} are allowed")
     size = regex_size(pattern)
     if size > MAX_SIZE:
-        raise InvalidRequestError(
-            f"`{param}` has {size:.3g} parts with its repetitions written out; at most {MAX_SIZE} are allowed",
-            param=param,
-            hint="use smaller counts, or * and +",
-        )
+        reason = f"has {size:.3g} parts with its repetitions written out; at most {MAX_SIZE} are allowed"
+        refuse(path, reason, "use smaller counts, or * and +")
 
 
 def regex_size(pattern: str) -> float:

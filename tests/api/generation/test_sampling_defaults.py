@@ -117,10 +117,11 @@ def test_without_being_asked_it_changes_nothing(tmp_path: Path, client: ThreadCl
     assert sampling_of(client, "/generate")[1].temperature == 1.0
 
 
-def test_a_generation_config_that_no_request_could_ask_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("max_new_tokens", 0)])
+def test_a_generation_config_that_no_request_could_ask_for(tmp_path: Path, name: str, value: int) -> None:
     info = fake_info(write_bundle(tmp_path))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": -1}))
-    with pytest.raises(StartupError, match=r"generation_config.json: temperature is -1: "):
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(StartupError, match=rf"generation_config.json: {name} is {value}: "):
         SamplingDefaults.of(Settings(generation_config="auto"), info)
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from typing import Any, cast
+from typing import Any
 
 import jsonschema_rs
 import pytest
 from tokenizers import Tokenizer
 
 from service.api.generation.tool_calls import CallReader
-from service.api.generation.tool_forms import tool_form
-from service.api.schemas.fields import ResponseFormat
+from service.api.generation.tool_forms import parameters, tool_form
 from service.api.schemas.tools import Function
-from service.api.structured_output.grammar_spec import TextForms
+from service.api.structured_output.grammar_spec import TextForms, question_of_call
+from service.api.structured_output.validation_process import Question, judge
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import TextForm
+from service.contract.request import FormLimits, TextForm
 from service.grammar import GrammarCompiler
 from tests.support.fake_engine import build_tokenizer, fake_info, write_bundle
 
@@ -42,11 +42,36 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
         "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
         "additionalProperties": False,
     },
+    "by_id": {  # as `anchored`, by everything else that a reference may begin with
+        "$id": "https://example.org/named",
+        "$defs": {"x": {"$anchor": "part", **WORD}, "y": DIGIT},
+        "properties": {
+            "word": {"$ref": "#part"},
+            "digit": {"$ref": "https://example.org/named#/$defs/y"},
+            "parts": {"type": "array", "prefixItems": [{"$ref": "#/$defs/x"}, {"$ref": "#part"}], "items": False},
+        },
+        "required": ["word", "parts"],
+    },
+    "anchored": {
+        "$defs": {"x": {"$anchor": "part", **DIGIT}},
+        "properties": {"digit": {"$ref": "#part"}},
+        "required": ["digit"],
+    },
+    "old": {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "definitions": {"x": DIGIT},
+        "properties": {"pair": {"type": "array", "items": [{"$ref": "#/definitions/x"}], "additionalItems": False}},
+        "required": ["pair"],
+    },
     "constant": {"type": "object", "properties": {"x": {"const": {"$ref": "#/x"}}}, "required": ["x"]},
 }
 
 
-NOTHING: list[dict[str, Any] | None] = [None, {}, {"type": "object", "properties": {}}]
+NOTHING: list[dict[str, Any] | None] = [
+    *(None, {}, {"type": "object", "properties": {}}),
+    {"type": None, "additionalProperties": {"type": "null"}, "nullable": True},
+]
+PROPERTIES = {"part", "parts", "digit", "left", "a", "b", "x", "const", "$ref", "word", "pair"}
 CALLED = [list(FUNCTIONS), *([name] for name in FUNCTIONS)]
 
 
@@ -100,36 +125,43 @@ def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return [text[len(before) :] for before, text in zip(["", *texts], texts, strict=False)]
 
 
-def told_by(reader: CallReader, text: str) -> str:
-    """What one more text adds to the arguments; the first delta alone has the name."""
-    first = not reader.arguments
-    delta = reader.push(text)
-    if delta is None:
-        return ""
-    names = {"id": reader.id, "type": "function"} if first else {}
-    function = {"name": reader.name} if first else {}
-    assert delta == {"index": 0, **names, "function": {**function, "arguments": delta["function"]["arguments"]}}
-    return delta["function"]["arguments"]
-
-
 @pytest.mark.parametrize("names", CALLED, ids=" ".join)
 def test_calls_fit_the_parameters(compiler: GrammarCompiler, made: list[TextForm], names: list[str]) -> None:
     """Of every function, though definitions of several have one name and another meaning."""
     form, called = made[CALLED.index(names)], set()
-    for seed in range(250 if len(names) > 1 else 4):
+    for seed in range(400 if len(names) > 1 else 4):
         reader, texts = CallReader(names), written(compiler, form, seed)
-        added = [told_by(reader, text) for text in texts]
-        [call] = reader.whole()
+        arguments = json.loads("".join(map(reader.push, texts)))
         assert reader.complete
-        assert call["function"]["arguments"] == "".join(added)
         whole = json.loads("".join(texts))
-        arguments = json.loads(call["function"]["arguments"])
         assert whole == (arguments if len(names) == 1 else {"name": reader.name, "arguments": arguments})
         assert reader.name is not None
         jsonschema_rs.validator_for(FUNCTIONS[reader.name]).validate(arguments)
-        assert arguments.keys() <= {"part", "parts", "digit", "left", "a", "b", "x", "const", "$ref"}, "not closed"
+        assert arguments.keys() <= PROPERTIES, "not closed"
         called.add(reader.name)
     assert called == set(names)
+
+
+def test_the_parameters_of_many_functions_count_for_each(compiler: GrammarCompiler) -> None:
+    """And of all together, where there are too many of them."""
+
+    def question(functions: int, properties: int, depth: int) -> Question:
+        schema: dict[str, Any] = {"type": "integer"}
+        for _ in range(depth):
+            schema = {"items": schema}
+        listed = {"properties": {f"p{number}": schema for number in range(properties)}}
+        named = {f"f{place}": Function(name=f"f{place}", parameters=listed) for place in range(functions)}
+        documents = {name: parameters(place, one) for place, (name, one) in enumerate(named.items())}
+        return question_of_call(documents, FormLimits())
+
+    for asked in (question(128, 8, 0), question(2, 1, 28)):
+        assert judge(compiler, asked).error is None
+    verdict = judge(compiler, question(3, 401, 0))
+    assert (verdict.param, "401 properties" in str(verdict.error)) == ("tools[0].function.parameters", True)
+    verdict = judge(compiler, question(128, 20, 0))
+    assert (verdict.param, "2560 properties" in str(verdict.error)) == ("tools", True)
+    with pytest.raises(InvalidRequestError, match=r"`tools\[0\].function.parameters` is nested more than 32 deep"):
+        question(2, 1, 29)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -146,67 +178,48 @@ def test_a_call_is_read_however_it_is_cut(seed: int) -> None:
         reader, told, start = CallReader(names), "", 0
         while start < len(whole):
             end = start + chance.randrange(1, 9)
-            assert not reader.complete or reader.push(whole[start:end]) is None
-            told += told_by(reader, whole[start:end])
-            assert reader.name is None or told == reader.arguments
-            start = end
-        assert reader.whole() == [
-            {"id": reader.id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        ]
-        assert (told, reader.complete) == (arguments, True)
+            was_complete, added = reader.complete, reader.push(whole[start:end])
+            assert not (was_complete and added)
+            told, start = told + added, end
+        assert (reader.name, told, reader.complete) == (name, arguments, True)
         cut = CallReader(names)
         cut.push(whole[: len(whole) - 3])
         assert not cut.complete or len(names) == 2
-    assert CallReader(["f", "g"]).whole() == []
-
-
-class Recorder:
-    """Stands in for TextForms, and keeps the schema."""
-
-    schema: dict[str, Any] | None = None
-
-    async def of(self, wanted: ResponseFormat) -> TextForm:
-        assert wanted.json_schema is not None
-        self.schema = wanted.json_schema.schema_
-        return TextForm()
 
 
 def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler, made: list[TextForm]) -> None:
-    """No arguments; and objects that may have any properties are those whose schema lists none, or says so."""
-    for form in made[len(CALLED) :]:
+    """No arguments; where nothing is said of the type alone, any object."""
+    for form in made[len(CALLED) : -1]:
         assert {"".join(written(compiler, form, seed)).replace(" ", "") for seed in range(9)} == {"{}"}
-    opened = {"type": "object", "properties": {"a": DIGIT}, "additionalProperties": {"type": "null"}}
-    both = {"type": "object", "allOf": [{"properties": {"a": DIGIT}}, {"properties": {"b": DIGIT}, "required": ["b"]}]}
-    for parameters in (opened, both, {"type": "object"}, {"properties": {"a": DIGIT}, "required": ["c"]}):
-        forms = Recorder()
-        asyncio.run(form_of(cast("TextForms", forms), {"name": "f", "parameters": parameters}))
-        assert forms.schema == {**parameters, "type": "object"}
+    assert all("".join(written(compiler, made[-1], seed)).startswith("{") for seed in range(9))
 
 
 @pytest.mark.parametrize(
-    ("parameters", "param"),
+    ("stated", "param"),
     [
         ({"type": "string"}, ".type"),
         ({"type": ["array", "null"]}, ".type"),
         ({"properties": {"x": {"if": True}}}, ".properties.x.if"),
         ({"properties": {"x": {"pattern": "a" * 5000}}}, ".properties.x.pattern"),
+        ({"properties": {"x": {"pattern": "(.{1,60}a){30}"}}}, ".properties.x"),
         ({"properties": {"x": 5}}, ".properties.x"),
+        ({"properties": {"x": {"$ref": "#/properties/arguments"}}}, ".properties.x.$ref"),
+        ({"properties": {"x": False}, "required": ["x"]}, ""),
+        ({"title": 10**50}, ".title"),
     ],
 )
 @pytest.mark.parametrize("others", [(), ("f",)])
 def test_parameters_that_cannot_be_enforced_are_named(
-    info: EngineInfo, parameters: dict[str, Any], param: str, others: tuple[str, ...]
+    compiler: GrammarCompiler, stated: dict[str, Any], param: str, others: tuple[str, ...]
 ) -> None:
-    functions = [*({"name": name, "parameters": FUNCTIONS[name]} for name in others)]
-
-    async def ask() -> None:
-        forms = TextForms(info)
-        try:
-            await form_of(forms, *functions, {"name": "wrong", "parameters": parameters})
-        finally:
-            forms.close()
-
-    with pytest.raises(InvalidRequestError) as caught:
-        asyncio.run(ask())
-    assert caught.value.param == f"tools[{len(others)}].function.parameters{param}"
-    assert "response_format" not in caught.value.message
+    named = {name: Function(name=name, parameters=FUNCTIONS[name]) for name in others}
+    named["wrong"] = Function(name="wrong", parameters=stated)
+    try:
+        documents = {name: parameters(place, one) for place, (name, one) in enumerate(named.items())}
+        verdict = judge(compiler, question_of_call(documents, FormLimits()))
+        message, found = verdict.error, verdict.param
+    except InvalidRequestError as error:
+        message, found = error.message, error.param
+    assert found == f"tools[{len(others)}].function.parameters{param}"
+    assert message is not None
+    assert "response_format" not in message

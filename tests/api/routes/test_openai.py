@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -383,3 +384,65 @@ def test_a_faulty_request_fails_alone(http: TestClient, stream: bool) -> None:
     body = {"prompt": [FAULTY], "stream": stream}
     assert "sampling" in error_of(http.post("/v1/completions", json=body), 500)["message"]
     post(http, "/v1/completions", max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "param", "code"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format", "invalid_response_format"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+            "tools",
+            "invalid_tools",
+        ),
+    ],
+)
+def test_a_grammar_that_fails_is_the_fault_of_what_asked_for_it(
+    http: TestClient, wishes: dict[str, Any], param: str, code: str
+) -> None:
+    messages = [{"role": "user", "content": build_tokenizer().decode([FAULTY])}]
+    error = error_of(http.post("/v1/chat/completions", json={"messages": messages, **wishes}))
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_too_many_tokens_are_named_as_they_were_sent(http: TestClient, name: str) -> None:
+    for more in ({}, {"min_tokens": 9001}):
+        error = error_of(http.post("/v1/chat/completions", json={"messages": MESSAGES, name: 9000, **more}))
+        assert error["param"] == ("min_tokens" if more else name)
+        said = error["message"] + error.get("hint", "")
+        assert set(re.findall(r"max_\w+", said)) == {name}
+
+
+@pytest.mark.parametrize(
+    ("stop", "arguments"),
+    [
+        (["name", "arguments", "f_other", 's":{', "} }"], '{"a":"x } y","b":{}}'),
+        (['"b"'], '{"a":"x } y",'),
+        ([" } "], '{"a":"x'),
+        (["{"], None),
+        (["}}"], '{"a":"x } y","b":{'),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_see_the_arguments_of_a_call_alone(
+    http: TestClient, client: ThreadClient, stop: list[str], arguments: str | None, stream: bool
+) -> None:
+    """As where the function is named: what is written about them is no one's text."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "f_other")]
+    written = '{"name":"f_other","arguments":{"a":"x } y","b":{}} }'
+    before, client.engine._reply = client.engine._reply, build_tokenizer().encode(written).ids
+    tokens = len(client.engine._reply)
+    wishes = {"messages": MESSAGES, "tools": tools, "tool_choice": "required", "stop": stop, "max_tokens": tokens}
+    answer = http.post("/v1/chat/completions", json=wishes | {"stream": stream})
+    client.engine._reply = before
+    choices = (
+        [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n")[:-2]]
+        if stream
+        else answer.json()["choices"]
+    )
+    calls = [call for one in choices for call in one.get("delta", one.get("message")).get("tool_calls", ())]
+    assert [call["function"]["name"] for call in calls[:1]] == ([] if arguments is None else ["f_other"])
+    assert "".join(call["function"]["arguments"] for call in calls) == (arguments or "")
+    is_whole = arguments == '{"a":"x } y","b":{}}'
+    assert choices[-1]["finish_reason"] == ("length" if is_whole else "stop")

@@ -69,6 +69,8 @@ NEUTRAL: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"logprobs": False, "top_logprobs": 0}, (CHAT,)),
     ({"logprobs": None, "top_logprobs": 0, "tools": [], "tool_choice": "none", "modalities": []}, (CHAT,)),
     ({"tools": {}, "tool_choice": {}, "parallel_tool_calls": True}, (CHAT,)),
+    ({"chat_template_kwargs": {"tools": None, "enable_thinking": None}}, (CHAT,)),
+    ({"guided_json": None, "structured_outputs": {}}, OPENAI),
 ]
 
 
@@ -188,6 +190,22 @@ def test_what_says_something_is_named(http: TestClient, path: str, body: dict[st
     assert error["param"] == param
     for word in ("validation", "instance of", "dictionary", "Input", "List", "[TextPart]", "model"):
         assert word not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"guided_json": {"type": "object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "response_format"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {}}]}, "within `function`"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, "within `function`"),
+        ({"modalities": ["text", "audio"]}, "'audio'"),
+        ({"chat_template_kwargs": {"tools": [1]}}, "chat_template_kwargs.tools"),
+    ],
+)
+def test_what_others_have_is_answered_with_what_is_here(http: TestClient, body: dict[str, Any], words: str) -> None:
+    error = error_of(http.post(CHAT, json=BODIES[CHAT] | body))
+    assert words in error["message"] + error.get("hint", "")
 
 
 def test_stop_lists_are_long(http: TestClient) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
 from service.api.structured_output.lark import schema_grammar
+from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
 from service.grammar import Grammar, GrammarCompiler
@@ -51,7 +52,9 @@ class Vocabulary:
         self.texts = [tokenizer.decode_bytes([id]) for id in range(1024)]
 
     def grammar(self, schema: dict[str, Any], limits: FormLimits = SMALL) -> Grammar:
-        return self.compiler.compile(TextForm(grammar=schema_grammar(schema, limits, self.compiler)))
+        return self.compiler.compile(
+            TextForm(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
+        )
 
     def answers(self, schema: dict[str, Any], count: int = 4, limits: FormLimits = SMALL, seed: int = 0) -> list[bytes]:
         """Those that have an end; none of them may stop before it."""
@@ -151,6 +154,13 @@ RIGHT: list[tuple[dict[str, Any], str]] = [  # what is allowed at all, as an exp
         r'\{ ?"a" ?: ?3 ?\}',
     ),
     ({"type": "object", "properties": {"a": {"const": 1}}}, r'\{ ?("a" ?: ?1)? ?\}'),
+    ({"type": "object", "properties": {}}, r"\{ ? ?\}"),
+    ({"type": "object", "properties": None, "maxProperties": 0}, r"\{ ? ?\}"),
+    (
+        {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"],
+         "anyOf": [{"properties": {"b": {"const": 2}}, "required": ["b"]}], "allOf": [{"required": ["a"]}]},
+        r'\{ ?"a" ?: ?1 ?, ?"b" ?: ?2 ?\}',
+    ),
     (
         {"type": "object", "properties": {"a": {"const": 1}, "b": False, "c": {"const": 2}}, "minProperties": 2,
          "additionalProperties": False},
@@ -178,6 +188,13 @@ def test_what_an_answer_may_be(vocabulary: Vocabulary, schema: dict[str, Any], e
     assert answers
     for answer in answers:
         assert re.fullmatch(expected, answer.decode()), answer
+
+
+def test_what_is_required_is_as_good_as_listed(vocabulary: Vocabulary) -> None:
+    """It lets no others in."""
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["b", "c"]}
+    for answer in vocabulary.answers(schema, 20):
+        assert {"b", "c"} <= json.loads(answer).keys() <= {"a", "b", "c"}
 
 
 @pytest.mark.parametrize(

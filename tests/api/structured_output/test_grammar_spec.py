@@ -19,6 +19,7 @@ from service.api.schemas.fields import ResponseFormat
 from service.api.structured_output.grammar_spec import MAX_SCHEMA_BYTES, TextForms, question_of
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.regex_size import regex_size
+from service.api.structured_output.schema import Document
 from service.api.structured_output.validation_process import Verdict
 from service.contract.errors import InvalidRequestError
 from service.contract.request import FormLimits, TextForm
@@ -55,7 +56,9 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 def grammar_of(schema: dict[str, Any], limits: FormLimits | None = None) -> TextForm:
     """The form of a schema that has no patterns, for which no vocabulary is asked."""
-    return TextForm(grammar=schema_grammar(schema, limits or FormLimits(), GrammarCompiler("", 0, [])))
+    return TextForm(
+        grammar=schema_grammar(Document("schema", schema), limits or FormLimits(), GrammarCompiler("", 0, []))
+    )
 
 
 def form_of(schema: Any) -> Any:
@@ -81,6 +84,9 @@ def refused(http: TestClient, wanted: Any, **more: Any) -> dict[str, Any]:
         (None, None),
         ({"type": "json_object"}, grammar_of({"type": "object"})),
         ({"type": "regex", "pattern": "a+"}, TextForm(regex="a+")),
+        ({"type": "regex", "pattern": "a\\\\"}, TextForm(regex="a\\\\")),
+        ({"type": "regex", "pattern": ""}, TextForm(regex="")),
+        ({"type": "text", "pattern": ""}, None),
         (json_schema({"const": "é"}), grammar_of({"const": "é"})),
         (
             {"type": "json_schema", "json_schema": {"name": "a", "description": "b", "schema": SCHEMA, "strict": True}},
@@ -108,8 +114,12 @@ def test_every_route_takes_it(
         ({"type": "json_schema", "json_schema": {"schema": {}}}, "response_format.json_schema.name", "missing"),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema", "missing"),
         ({"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}, "response_format.json_schema.name", ""),
-        ({"type": "regex", "pattern": "(a"}, "response_format", "unclosed group"),
-        ({"type": "regex", "pattern": "(?=a)"}, "response_format", "look-around"),
+        ({"type": "regex", "pattern": "(a"}, "response_format.pattern", "unclosed group"),
+        ({"type": "regex", "pattern": "(?=a)"}, "response_format.pattern", "look-around"),
+        *(
+            ({"type": "regex", "pattern": pattern}, "response_format.pattern", "ends with a backslash")
+            for pattern in ("\\", "a\\", "a\\\\\\")
+        ),
         ({"type": "regex", "pattern": "\ud800"}, None, "hex escape"),
         ({"type": "regex", "pattern": "a" * 5000}, "response_format.pattern", "4096"),
         ({"type": "regex", "pattern": "(a{1000}){1000}"}, "response_format.pattern", "10000"),
@@ -139,7 +149,7 @@ def test_every_route_takes_it(
         (
             json_schema({"items": {"type": "array", "uniqueItems": True}}),
             "response_format.json_schema.schema.items.uniqueItems",
-            "does not enforce",
+            "leave it out",
         ),
         (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "looking around"),
         (
@@ -199,6 +209,9 @@ def test_what_cannot_be_enforced_is_refused(
     error = error_of(response)
     assert error["param"] == param
     assert words in error["message"] + error.get("hint", "")
+    assert "llguidance" not in error["message"]
+    if param is not None and param.startswith(("response_format.pattern", "response_format.json_schema.schema.")):
+        assert error["code"] == "invalid_response_format"
     assert len(client.engine.requests) == before
 
 
@@ -357,6 +370,9 @@ def test_many_new_forms_at_once_are_too_many(http: TestClient) -> None:
     response = post(http, {"type": "regex", "pattern": "x"})
     assert error_of(response, 429)["param"] == "response_format"
     assert "Retry-After" in response.headers
+    call = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+    response = http.post("/v1/chat/completions", json=BODIES["/v1/chat/completions"] | call)
+    assert error_of(response, 429)["param"] == "tools"
     process._asking = 0
     assert post(http, {"type": "regex", "pattern": "x"}).status_code == 200
 
