@@ -52,8 +52,15 @@ struct Rows {
     const W* at(int64_t row, int64_t k) const { return data + row * stride + k; }
 };
 
-// To the second cache: in the nearest one it would be overwritten before it is used.
-inline void fetch_early(const void* numbers) { __builtin_prefetch(numbers, 0, 2); }
+// Whether weights are fetched before they are multiplied, and from where. From memory they come to the second cache: in the
+// nearest one they would be overwritten before they are used.
+enum Ahead { kNothing, kFromCache, kFromMemory };
+
+template <Ahead AHEAD>
+inline void fetch_ahead(const void* numbers) {
+    if constexpr (AHEAD == kFromCache) __builtin_prefetch(numbers);
+    if constexpr (AHEAD == kFromMemory) __builtin_prefetch(numbers, 0, 2);
+}
 
 // out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on; what is in `out` stays in it where there is
 // `more` than this.
@@ -77,7 +84,7 @@ inline void sum_up(
 
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for. AHEAD: the
 // weights of as many outputs more are fetched meanwhile, in the order in which they lie.
-template <int ROWS, int COLUMNS, bool AHEAD>
+template <int ROWS, int COLUMNS, Ahead AHEAD>
 inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
     clear<ROWS * COLUMNS>(total);
@@ -87,7 +94,7 @@ inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool
             Vec rows[ROWS];
             for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
             for (int n = 0; n < COLUMNS; n++) {
-                if (AHEAD) fetch_early(w.data + COLUMNS * (w.stride + k) + n * kLanes);
+                fetch_ahead<AHEAD>(w.data + COLUMNS * (w.stride + k) + n * kLanes);
                 const Vec weight = held(load(w.at(n, k)));
                 for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
             }
@@ -103,7 +110,7 @@ inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool
     sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
 }
 
-template <int ROWS, int COLUMNS, bool AHEAD>
+template <int ROWS, int COLUMNS, Ahead AHEAD>
 inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
     clear<ROWS * COLUMNS>(total);
@@ -115,7 +122,7 @@ inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, b
             odd[m] = load(x.at(m, k + kLanes));
         }
         for (int n = 0; n < COLUMNS; n++) {
-            if (AHEAD) fetch_early(w.data + COLUMNS * (w.stride + k) + n * kPairs);
+            fetch_ahead<AHEAD>(w.data + COLUMNS * (w.stride + k) + n * kPairs);
             IntVec words;
             std::memcpy(&words, w.at(n, k), sizeof words);
             const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
@@ -126,7 +133,7 @@ inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, b
     sum_up<ROWS, COLUMNS>(total, x, w, k, depth, more, out);
 }
 
-template <int ROWS, int COLUMNS, bool AHEAD, typename W>
+template <int ROWS, int COLUMNS, Ahead AHEAD, typename W>
 inline void dots_of_chunk(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
     int64_t n = 0;
     const auto from = [&](int64_t output) { return Rows<W>{w.at(output, 0), w.stride}; };
@@ -182,7 +189,7 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
 }
 
 // `count` outputs of ROWS rows.
-template <int ROWS, bool AHEAD, typename W>
+template <int ROWS, Ahead AHEAD, typename W>
 void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
     constexpr int kColumns = columns_for<W>(ROWS);
     if (count >= kColumns) {
@@ -216,11 +223,11 @@ template <typename W>
 void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
     int64_t m = 0;
     const auto rest = [&] { return Rows<float>{x.at(m, 0), x.stride}; };
-    for (; m + 4 <= rows; m += 4) tile<4, false>(rest(), w, depth, count, more, out + m * kChunk);
+    for (; m + 4 <= rows; m += 4) tile<4, kNothing>(rest(), w, depth, count, more, out + m * kChunk);
     float* const last = out + m * kChunk;
-    if (rows - m == 3) tile<3, false>(rest(), w, depth, count, more, last);
-    if (rows - m == 2) tile<2, false>(rest(), w, depth, count, more, last);
-    if (rows - m == 1) tile<1, false>(rest(), w, depth, count, more, last);
+    if (rows - m == 3) tile<3, kNothing>(rest(), w, depth, count, more, last);
+    if (rows - m == 2) tile<2, kNothing>(rest(), w, depth, count, more, last);
+    if (rows - m == 1) tile<1, kNothing>(rest(), w, depth, count, more, last);
 }
 
 // out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What is multiplied with few rows is
@@ -233,10 +240,15 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
     }
     const Rows<float> all{x, depth};
     const Rows<W> whole{w, depth};
-    if (rows == 1) return tile<1, true>(all, whole, depth, count, false, out);
-    if (rows == 2) return tile<2, true>(all, whole, depth, count, false, out);
-    if (rows == 3) return tile<3, true>(all, whole, depth, count, false, out);
-    if (rows == 4) return tile<4, true>(all, whole, depth, count, false, out);
+    const auto few = [&](auto ahead) {
+        constexpr Ahead kAhead = decltype(ahead)::value;
+        if (rows == 1) tile<1, kAhead>(all, whole, depth, count, false, out);
+        if (rows == 2) tile<2, kAhead>(all, whole, depth, count, false, out);
+        if (rows == 3) tile<3, kAhead>(all, whole, depth, count, false, out);
+        if (rows == 4) tile<4, kAhead>(all, whole, depth, count, false, out);
+    };
+    if (rows <= 4 && far) return few(std::integral_constant<Ahead, kFromMemory>());
+    if (rows <= 4) return few(std::integral_constant<Ahead, kFromCache>());
     // beyond four rows, the weights are read again and again
     constexpr bool kWidens = !std::is_same_v<W, float>;
     const bool widens = kWidens && rows >= kRowsToWiden;
