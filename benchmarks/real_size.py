@@ -217,7 +217,7 @@ def transformers_side(base: Path, tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def bars_of(row: dict[str, Any]) -> list[Bar]:
-    """What a run on a machine with nothing else to do must show."""
+    """Return the bars of a run on a machine with nothing else to do."""
     bound = max(row["read_seconds"], row["sha256_seconds"])
     stays = row["plan_bytes"]
     ready = row["ready_seconds"] / (1.3 * bound + 8)

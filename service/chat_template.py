@@ -138,7 +138,7 @@ def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(arguments: Any) -> Any:
-    """What JSON text says, if that is an object or a list; else the text itself, as of a call that was cut off."""
+    """Return the object or list that a JSON text is; else the text itself, as of a call that was cut off."""
     try:
         found = json.loads(arguments)
     except (TypeError, ValueError, RecursionError):

@@ -248,7 +248,7 @@ class Grammars:
 
 
 def _source(form: TextForm) -> str:
-    """What the library compiles."""
+    """The text that the library compiles."""
     from llguidance import LLMatcher
 
     if form.grammar is not None:
@@ -269,7 +269,7 @@ def _has_no_text(matcher: LLMatcher) -> bool:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """What llguidance says, without its own advice and the grammar, which no caller has written."""
+    """Return llguidance's message, without its own advice and the grammar, which no caller has written."""
     message = _LISTING.sub("", matcher.get_error().replace("\n<non-verbose/>", ""))
     found = _OF_REGEX.fullmatch(message)
     return " ".join((found[1] if found else message).split())[:300]

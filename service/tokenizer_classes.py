@@ -51,7 +51,7 @@ Marks = Literal["plain", "as stated"]  # without other properties than special; 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerClass:
-    """What a class has of its own."""
+    """The parts that a class has of its own."""
 
     tokens: Mapping[str, str]  # special tokens where no file names them
     build: Callable[[Tokenizer, Mapping[str, Any]], None]  # from tokenizer_config.json's fields

@@ -77,7 +77,7 @@ class TokenizerFiles:
         return {name: token.content for name, token in self.named.items()}
 
     def unlike_transformers(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """What transformers would make of the fields of tokenizer_config.json, and is not made here."""
+        """The fields of tokenizer_config.json that transformers would act on and that have no effect here."""
         if self.kind is not None and self.kind not in CLASSES:
             yield f"tokenizer_class: {self.kind!r:.80} is not known here: {TOKENIZER_FILE} is taken as it is"
         versions = self.config.get("fast_tokenizer_files")

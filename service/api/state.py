@@ -95,7 +95,7 @@ class Service:
 
     @property
     def info(self) -> EngineInfo:
-        """What is served, under its first name; raises UnavailableError before it is."""
+        """The model that is served, under its first name; raises UnavailableError before it is."""
         found = self.client.info
         if self._info is None or self._info[0] is not found:  # the hash over the weights may come later
             self._info = found, replace(found, model=self._names_of(found)[0])
@@ -167,7 +167,7 @@ class Service:
 
 
 def form_limits(settings: Settings) -> FormLimits:
-    """What bounds JSON where its schema does not."""
+    """Return the bounds of JSON where its schema has none."""
     return FormLimits(settings.json_max_characters, settings.json_max_items, settings.json_max_digits)
 
 

@@ -23,7 +23,7 @@ class FormLimits:
 
 @dataclass(frozen=True, slots=True)
 class TextForm:
-    """What a generated text must be, from its first token to its last: exactly one of grammar and expression."""
+    """The form of a generated text, from its first token to its last: exactly one of grammar and expression."""
 
     grammar: str | None = None  # a text of this grammar, in llguidance's Lark
     regex: str | None = None  # a match of this expression

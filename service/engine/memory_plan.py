@@ -1,4 +1,4 @@
-"""What a model takes of a machine's memory, told before it is loaded: defaults are chosen by it, and `check --plan`
+"""The memory that a model takes, told before it is loaded: defaults are chosen by it, and `check --plan`
 prints it.
 
 The arithmetic is the loader's own: the model is built on the meta device by the code that builds it in earnest, and the

@@ -1,5 +1,5 @@
-"""What a loaded model is compared with: PEFT's own XLoraModel wherever PEFT can compute the same and memory allows,
-else the plain two-pass computation, and why.
+"""The reference of a loaded model: PEFT's own XLoraModel wherever PEFT can compute the same and memory allows, else the
+plain two-pass computation, and why.
 
 Knows what PEFT cannot do; how its model is put together is peft_model.py's.
 """
@@ -114,14 +114,14 @@ def _find_lost(checkpoint: Checkpoint) -> str | None:
 
 
 def _peft_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """What PEFT's model takes: the base, and the experts in float32, one of them twice while it is read."""
+    """Return the bytes of PEFT's model: the base, and experts in float32, one of them twice while it is read."""
     base = sum(math.prod(info.shape) for file in checkpoint.base_files for info in file.tensors.values())
     experts = [sum(w.a.shape.numel() + w.b.shape.numel() for w in one.weights.values()) for one in checkpoint.experts]
     return base * dtype.itemsize + 4 * (sum(experts) + max(experts))
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What the device would still give."""
+    """Return the bytes that the device would still give."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes()

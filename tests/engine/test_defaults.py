@@ -43,7 +43,7 @@ UNSAID = EngineOptions("any")
 def settled(
     checkpoint: Checkpoint, total: int, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[EngineOptions, MemoryPlan]:
-    """What is chosen on a machine with `total` bytes."""
+    """Settle options on a machine with `total` bytes."""
     monkeypatch.setattr(memory_plan, "host_memory", lambda: Memory(total, "the container"))
     chosen = EngineOptions(str(checkpoint.path), "cpu", **options)
     return settle(checkpoint, chosen, CPU, None, expect_bfloat16)

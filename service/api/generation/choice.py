@@ -93,7 +93,7 @@ class Choice:
             yield self.end(output.finish_reason)
 
     def _refusal(self, message: str, param: str) -> InvalidRequestError:
-        """What the engine says of a request; it does not know which field has asked for the form of the text."""
+        """Return the engine's complaint of a request; it does not know which field asked for the form."""
         form = None if self.request.sampling is None else self.request.sampling.form
         if form is None or param != FORMAT:
             return InvalidRequestError(message, param=param)

@@ -1,4 +1,5 @@
-"""What the answers of both of OpenAI's generating routes have around their choices, and what is ours of a choice.
+"""The part of the answers of both of OpenAI's generating routes that stands around their choices, and our fields of a
+choice.
 
 `xlora` of an answer and of each chunk is the seed, `experts` and `gate` where the request is steered (by its `model` or
 its `xlora`), and what the engine did; of a choice, its scalings and why it ended, where OpenAI has no word for it.
@@ -57,7 +58,7 @@ class Frame:
 
 
 def choice_xlora(run: Run, index: int, deltas: Sequence[Delta]) -> answers.ChoiceXLora:
-    """What ends each choice of a whole answer, with its scalings where they are asked for."""
+    """Return the end of each choice of a whole answer, with its scalings where they are asked for."""
     reason = deltas[-1].finish_reason
     ours: answers.ChoiceDetails = {**run.scalings(index, deltas), **_end(reason)}
     written: answers.ChoiceXLora = {"finish_reason": openai_reason(reason)}

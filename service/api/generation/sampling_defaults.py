@@ -1,4 +1,4 @@
-"""What holds for a request that does not say: the operator's wishes, and generation_config.json where they ask for it.
+"""The values of fields that a request leaves out: the operator's, and generation_config.json's where they ask for it.
 
 Knows files and settings; what a value may be is checked as in a request.
 """

@@ -53,7 +53,7 @@ class CallReader:
         return text[:end]
 
     def delta(self, arguments: str, first: bool) -> answers.ToolCallDelta:
-        """What more arguments add to the call; the first of them bring the name."""
+        """Return the delta that more arguments make; the first of them brings the name."""
         if not first:
             return {"index": 0, "function": {"arguments": arguments}}
         function: answers.CalledFunctionDelta = {"name": self._known_name(), "arguments": arguments}

@@ -1,4 +1,4 @@
-"""What an answer must be that calls a function: the form of its text, from the functions it may call."""
+"""The form of an answer that calls a function, from the functions that it may call."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Vocabulary:
 
     @functools.cached_property
     def special_texts(self) -> list[str]:
-        """What the special tokens are called."""
+        """The texts of the special tokens."""
         return [text for id in sorted(self.special_ids) if (text := self._tokenizer.id_to_token(id))]
 
     def bytes_of(self, id: int, *, at_start: bool = False) -> bytes:

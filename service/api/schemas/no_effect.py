@@ -1,4 +1,4 @@
-"""What clients always send and what changes nothing here."""
+"""Fields that clients always send and that change nothing here."""
 
 from __future__ import annotations
 

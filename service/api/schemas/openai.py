@@ -250,11 +250,11 @@ class ChatBody(OpenAIFields):
 
     @property
     def _variables(self) -> dict[str, Any]:
-        """What the template is given besides; null is absent."""
+        """Return the variables that the template is given besides; null is absent."""
         return {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
 
     def chat(self) -> Chat:
-        """What the chat template is asked to write."""
+        """Return the conversation that the chat template is asked to write."""
         continued = bool(self.continue_final_message)
         return Chat(
             [message.to_template() for message in self.messages],

@@ -177,7 +177,7 @@ class ChatLogprobs(TypedDict):
 
 
 class CalledFunction(TypedDict):
-    """What is called, with what."""
+    """A function that is called, with its arguments."""
 
     name: str
     arguments: Annotated[str, Field(description="JSON that fits the function's parameters; cut off with the answer.")]
@@ -192,7 +192,7 @@ class ToolCall(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """What the model says, or calls."""
+    """A message of the model: a text, or calls."""
 
     role: Literal["assistant"]
     content: Annotated[str | None, Field(description="null where the answer is a call.")]
@@ -216,14 +216,14 @@ class ChatAnswer(OpenAIAnswer):
 
 
 class CalledFunctionDelta(TypedDict):
-    """What one chunk adds to a function call."""
+    """The part of a function call that one chunk brings."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
-    """What one chunk adds to a function call; its first names it."""
+    """The part of a function call that one chunk brings; the first one names it."""
 
     index: int
     id: NotRequired[str]

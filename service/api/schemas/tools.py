@@ -42,7 +42,7 @@ class Tool(Body):
     cache_control: CacheControl | None = Field(None, description=NO_EFFECT)
 
     def to_template(self) -> dict[str, Any]:
-        """What a chat template sees."""
+        """Return the tool as a chat template sees it."""
         shown = self.function.model_dump(exclude_none=True, exclude={"strict"})
         return {"type": self.type, "function": shown}
 
@@ -137,7 +137,7 @@ class ToolCall(Body):
     cache_control: CacheControl | None = Field(None, description=NO_EFFECT)
 
     def to_template(self) -> dict[str, Any]:
-        """What the renderer is given, which makes an object of the arguments."""
+        """Return the call as the renderer is given it, which makes an object of the arguments."""
         call: dict[str, Any] = {} if self.id is None else {"id": self.id}
         function = {"name": self.function.name, "arguments": self.function.arguments or "{}"}
         return {**call, "type": "function", "function": function}

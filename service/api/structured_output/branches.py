@@ -69,5 +69,5 @@ def holds(branch: Branch, fits: Callable[[Conjunction], bool]) -> bool:
 
 
 def _first_items(array: Array) -> list[Conjunction]:
-    """What there must be, each kind once."""
+    """The parts that there must be, each kind once."""
     return [*array.prefix, array.tail] if array.least > len(array.prefix) else array.prefix[: array.least]

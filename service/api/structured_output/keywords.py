@@ -80,7 +80,7 @@ def says_something(name: str, value: Any, given: dict[str, Any], path: str) -> b
 
 
 def _problem(name: str, value: Any) -> str | None:
-    """What is wrong with the value of a keyword that has no schema."""
+    """Return the fault of the value of a keyword that has no schema."""
     if name in COUNTS and not (is_number(value) and value >= 0 and value == int(value)):
         return "must be an integer, and not negative"
     if name in COUNTS and name.startswith("min") and value > MAX_COUNT:

@@ -57,12 +57,12 @@ class _Writer:
         self._rules: list[str] = []
 
     def value(self, root: Conjunction) -> str:
-        """What a value is written as. Raises InvalidRequestError where there is none."""
+        """Return the rule that writes a value. Raises InvalidRequestError where there is none."""
         self._form.check_satisfiable(root)
         return self._symbol(root)
 
     def call(self, name: str, arguments: Conjunction) -> str:
-        """What a call of a function is written as."""
+        """Return the rule that writes a call of a function."""
         entries = [(NAME, self._terminal(terminals.string(name))), (ARGUMENTS, self.value(arguments))]
         written = [f"{self._terminal(terminals.string(key))} COLON {value}" for key, value in entries]
         return f"OPEN {' COMMA '.join(written)} CLOSE"

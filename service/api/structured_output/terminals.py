@@ -54,19 +54,19 @@ def characters(least: int, most: int | None) -> str:
 
 
 def any_of(parts: Iterable[str]) -> str:
-    """What fits one of the parts."""
+    """Return the expression of texts that fit one of the parts."""
     found = list(dict.fromkeys(parts))
     return found[0] if len(found) == 1 else f"({' | '.join(found)})"
 
 
 def all_of(parts: Iterable[str]) -> str:
-    """What fits all of the parts."""
+    """Return the expression of texts that fit all of the parts."""
     found = list(dict.fromkeys(parts))
     return found[0] if len(found) == 1 else f"({' & '.join(found)})"
 
 
 def without(part: str, excluded: Iterable[str]) -> str:
-    """What fits a part and nothing that is excluded."""
+    """Return the expression of texts that fit a part and nothing that is excluded."""
     found = list(excluded)
     return f"({part} & ~{any_of(found) if len(found) > 1 else f'({found[0]})'})" if found else part
 

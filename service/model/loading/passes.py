@@ -154,7 +154,7 @@ def quantise_linears(loading: Loading) -> None:
 
 
 def move(loading: Loading) -> None:
-    """What is not there yet to the device, and all for inference."""
+    """Tensors that are not there yet go to the device; all is for inference."""
     loading.causal_lm.to(loading.device).eval().requires_grad_(False)
 
 
@@ -221,7 +221,7 @@ def load_model(
 def outline_model(
     checkpoint: Checkpoint, *, dtype: torch.dtype, is_for_cpu: bool, quantization: Quantization | None = None
 ) -> XLoraModel:
-    """What load_model would build, on the meta device: every module and its size, and no weight is read.
+    """Build the model of load_model on the meta device: every module and its size, and no weight is read.
     Raises CheckpointError as load_model does for what the weights' values do not decide.
     """
     loading = run(Loading(checkpoint, torch.device("meta"), dtype, quantization, is_for_cpu=is_for_cpu), OUTLINE_PASSES)
