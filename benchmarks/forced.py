@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common import build_engines
+from service.checkpoint import Checkpoint
+from service.contract.options import EngineOptions
 from service.contract.steering import Steering
 from service.engine.engine import Engine
 from service.engine.model_runner import ModelRunner, SequenceResult
@@ -23,6 +26,16 @@ from service.native.step import NativeStep
 BASE_REQUEST: dict[str, Any] = {"steering": Steering(weights=())}
 """Fields of a request without a scaling stream; its real rows still visit the experts unless `use_plain_base`."""
 _FIRST_TOKEN = 16  # the ones before it may be special
+
+
+def forced_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Engine]:
+    """Engines over one model: the plain base, X-LoRA whose drafts agree, and X-LoRA whose drafts miss."""
+    names = ("base", "agree", "miss")
+    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
+    for name, engine in engines.items():
+        script(engine, drafts_agree=name == "agree")
+    use_plain_base(engines["base"])
+    return engines
 
 
 class PlainBase(XLoraModel):

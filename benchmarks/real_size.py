@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.common import ROOT, Bar, build_engines, emit, print_row, run_engine, use_threads
-from benchmarks.forced import script, use_plain_base
+from benchmarks.common import ROOT, Bar, emit, print_row, run_engine, use_threads
+from benchmarks.forced import forced_engines
 from benchmarks.published_shape import make
 from benchmarks.vs_base import engine_side, take_turns
 from service.contract.options import EngineOptions
@@ -151,12 +151,7 @@ def engines_of(path: Path, quantization: str | None) -> tuple[dict[str, Engine],
         speculative_tokens=0,
     )
     model, checkpoint = load_checkpoint_and_model(options)
-    names = ("base", "agree", "miss")
-    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
-    for name, engine in engines.items():
-        script(engine, drafts_agree=name == "agree")
-    use_plain_base(engines["base"])
-    return engines, model
+    return forced_engines(model, checkpoint, options), model
 
 
 def decoding(engines: dict[str, Engine], tokens: int, repeats: int) -> dict[str, Any]:

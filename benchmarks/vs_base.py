@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import DEMO, Bar, build_engines, emit, print_row, prompt_tokens, run_engine, use_threads
-from benchmarks.forced import BASE_REQUEST, script, use_plain_base
+from benchmarks.forced import BASE_REQUEST, forced_engines, use_plain_base
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import load_checkpoint_and_model
@@ -137,11 +137,7 @@ def large(
         str(bundle), dtype="float32", max_model_len=512, max_num_seqs=1, prefix_cache=False, speculative_tokens=0
     )
     model, checkpoint = load_checkpoint_and_model(options)
-    names = ("base", "agree", "miss")
-    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
-    for name, engine in engines.items():
-        script(engine, drafts_agree=name == "agree")
-    use_plain_base(engines["base"])
+    engines = forced_engines(model, checkpoint, options)
     prompt = list(range(100, 100 + _LARGE_PROMPT))
     rows, bars = [], []
     for count in threads:

@@ -29,13 +29,13 @@ from service.engine.sizing import (
     allocate_cache,
     divide_memory,
     free_device_bytes,
-    keep_freed_memory,
     resolve_device,
     resolve_dtype,
 )
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
+from service.model.freed_memory import keep_freed_memory
 from service.model.loading.parallel_plan import Ranks
 from service.model.loading.passes import load_model
 from service.model.loading.skeleton import check_divisible, inspect_base

@@ -5,7 +5,6 @@ Knows the arithmetic; the loader, the ranks of a group and `check --plan` do wit
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,6 @@ from service.model.loading.context import Context, read_context
 from service.model.xlora_model import XLoraModel
 
 _MIB = 1 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, or one request of full length if that is more
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
 # Tokens at least of a server whose operator does not say, or the base's own: fewer are no use to most.
@@ -160,15 +158,3 @@ def as_text(count: int) -> str:
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count} B"
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, where the C library is glibc.
-
-    A step frees and takes the same megabytes of activations again; handed back to the kernel in between they cost a
-    page fault per 4 KiB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)  # the largest there is
-        mallopt(_M_TRIM_THRESHOLD, 1024 * _MIB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from array import array
 from collections.abc import Sequence
@@ -44,13 +43,6 @@ def read_with_finite(ids: Tensor, numbers: Tensor) -> tuple[list[int], list[bool
         return ids.tolist(), list(map(math.isfinite, numbers.tolist()))
     read = torch.cat([ids, numbers.isfinite()]).tolist()
     return read[: len(ids)], list(map(bool, read[len(ids) :]))
-
-
-def return_freed_memory() -> None:
-    """Has glibc, where the C library is glibc, give back what lies free between blocks that are in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def narrowed(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,13 @@ def scan(file: TensorFile) -> tuple[str, list[CheckpointError]]:
     return digest.hexdigest(), errors
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file of any size."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Hexadecimal SHA-256 of a file of any size; of its beginning where `stop` was set in the meantime."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
+    with readable(path), path.open("rb", buffering=0) as file:
+        while (stop is None or not stop.is_set()) and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray) -> Iterator[CheckpointError]:

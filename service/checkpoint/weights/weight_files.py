@@ -11,14 +11,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.checkpoint.defects import Defects, defect
 from service.checkpoint.weights.files import BundleRoot
-from service.checkpoint.weights.tensors import BUFFER_BYTES, TensorFile, file_sha256, readable, scan
+from service.checkpoint.weights.tensors import TensorFile, file_sha256, scan
 from service.contract.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class WeightFiles:
     def examine(self, defects: Defects, on_progress: Callable[[str], None]) -> list[WeightFile]:
         """Hashes every file and looks at every value, several files at once."""
         found = []
-        with _threads() as pool:
+        with _threads() as pool, _dropped(pool):
             scans = [pool.submit(scan, file) for _, file in self.files]
             for (label, file), result in zip(self.files, scans, strict=True):
                 on_progress(f"checking {label} ({file.size_bytes / 1e6:,.1f} MB)")
@@ -91,16 +91,12 @@ class WeightFiles:
         expected = {path: sha256 for path, sha256 in stated.items() if sha256 is not None}
         expected |= dict(self._unused(defects))
         stop = threading.Event()
-        with _threads() as pool:
-            found: dict[Path, Future[str]] = {path: pool.submit(_hash_until, stop, path) for path in expected}
-            try:
-                yield
-                for path, sha256 in expected.items():
-                    if sha256 != (actual := found[path].result()):
-                        raise _mismatch(path, sha256, actual)
-            finally:
-                stop.set()  # an error is not to wait for files of gigabytes
-                pool.shutdown(wait=False, cancel_futures=True)
+        with _threads() as pool, _dropped(pool, stop):
+            found = {path: pool.submit(file_sha256, path, stop) for path in expected}
+            yield
+            for path, sha256 in expected.items():
+                if sha256 != (actual := found[path].result()):
+                    raise _mismatch(path, sha256, actual)
 
     def identify(self, on_known: Callable[[str], None]) -> None:
         """Computes the hash over all weight files in a thread that everything else goes before, and calls `on_known`
@@ -111,7 +107,7 @@ class WeightFiles:
             try:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
                 hashes = [self._stated_hash(file) or file_sha256(file.path) for _, file in self.files]
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 logger.warning("the hash over all weights stays unknown: %s", error)
             else:
                 on_known(self._combined(hashes))
@@ -146,13 +142,15 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hashing")
 
 
-def _hash_until(stop: threading.Event, path: Path) -> str:
-    """The hash of a file, or of its beginning where nobody wants to know any more."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(BUFFER_BYTES))
-    with readable(path), path.open("rb", buffering=0) as file:
-        while not stop.is_set() and (count := file.readinto(buffer)):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+@contextmanager
+def _dropped(pool: ThreadPoolExecutor, stop: threading.Event | None = None) -> Iterator[None]:
+    """Drops at the end what nobody waits for any more: an error is told at once, and not after files of gigabytes."""
+    try:
+        yield
+    finally:
+        if stop is not None:
+            stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _sha256_of(lines: Sequence[str]) -> str:

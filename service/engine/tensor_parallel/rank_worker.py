@@ -23,9 +23,10 @@ from typing import Any
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.loader import load_checkpoint_and_model
-from service.engine.sizing import Sizes, allocate_cache, divide_memory, free_device_bytes, keep_freed_memory
+from service.engine.sizing import Sizes, allocate_cache, divide_memory, free_device_bytes
 from service.engine.tensor_parallel.group import join_collectives
 from service.engine.tensor_parallel.rank_messages import pack, unpack, unpack_batch
+from service.model.freed_memory import keep_freed_memory
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
 from service.model.xlora_model import XLoraModel

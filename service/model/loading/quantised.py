@@ -26,7 +26,7 @@ Quantization = Literal["int8", "int4"]
 BLOCK = 64  # weights that share a scale
 BITS = {"int8": 8.5, "int4": 5.0}  # at most of a weight, with its share of the scales
 _OUTPUTS = 64  # that the packed layout of int4 is made of
-_FEW_ROWS = 8  # from here on int8 is upcast once for all of them
+_FEW_ROWS = 64  # from here on int8 is upcast once for all of them
 
 
 class QuantisedLinear(nn.Module):
@@ -97,17 +97,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
-        if self._kind == "int8" and len(rows) >= _FEW_ROWS:
-            y = F.linear(rows, self.dequantised())
-        else:
-            y = self._product(rows)
+        y = self._product(x.reshape(-1, self.in_features))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def _product(self, rows: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         rows = F.pad(rows, (0, -self.in_features % BLOCK)).contiguous()
+        if self._kind == "int8" and len(rows) >= _FEW_ROWS:
+            return F.linear(rows, self.packed.to(rows.dtype)) * self.scales
         if self._kind == "int8":
             y: Tensor = torch._weight_int8pack_mm(rows, self.packed, self.scales)
         else:

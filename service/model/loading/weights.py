@@ -19,7 +19,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from service.checkpoint.base import LAYER_NUMBER
 from service.checkpoint.weights.tensors import StoredTensor
 from service.contract.errors import CheckpointError
-from service.model.transfer import return_freed_memory
+from service.model.freed_memory import return_freed_memory
 
 REPORT_SECONDS = 2.0  # between two lines of progress
 

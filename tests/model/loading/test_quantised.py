@@ -62,6 +62,8 @@ def test_any_size_is_packed(kind: Quantization, outputs: int, inputs: int, dtype
     rounding = {"rtol": 0.016, "atol": 0.05 if dtype == torch.bfloat16 else 1e-5}
     torch.testing.assert_close(packed(x), nn.functional.linear(x, weight, linear.bias), **rounding)
     torch.testing.assert_close(packed(x[0, 0]), packed(x)[0, 0], **rounding)
+    many = torch.randn(70, inputs, dtype=dtype)  # int8 is upcast for so many
+    torch.testing.assert_close(packed(many)[:3], packed(many[:3]), **rounding)
     outline = PackedLinear(nn.Linear(inputs, outputs, device="meta", dtype=dtype), kind)
     assert [b.shape for b in outline.buffers()] == [b.shape for b in packed.buffers()]
     assert [b.nbytes for b in outline.buffers()] == [b.nbytes for b in packed.buffers()]
