@@ -1,12 +1,22 @@
-"""The engine: schedule, run, postprocess. Token ids in, token ids and gate rows out; no text, no HTTP, no threads."""
+"""The engine: schedule, launch, collect, write. Token ids in, token ids and gate rows out; no text, HTTP or threads.
+
+    a CPU    schedule launch collect write                        schedule launch collect write
+    a GPU                    collect schedule launch write        collect schedule launch write
+                                              |  the device computes  |
+
+Between two steps of a GPU stands what decides about the next one: which tokens are accepted, who has ended, who runs.
+What the host has to say about a step (outputs, statistics, the log) is written while the device computes the next.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
+from dataclasses import dataclass
 
 from service.checkpoint.weights.weight_files import WeightFiles
 from service.contract.checks import stored_settings
@@ -16,9 +26,10 @@ from service.contract.output import Failure, FinishReason, SequenceOutput, StepO
 from service.contract.request import Request
 from service.contract.steering import GateSettings
 from service.engine.block_manager import BlockManager
-from service.engine.gate.report import GateReporter
+from service.engine.gate.report import GateReading, GateReporter
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_ratio, with_top_k
-from service.engine.model_runner import ModelRunner, OutOfMemory, SequenceResult
+from service.engine.launched_step import LaunchedStep, SequenceResult
+from service.engine.model_runner import ModelRunner, OutOfMemory
 from service.engine.plan import Plan, ScheduledSequence
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
@@ -31,6 +42,16 @@ _NOT_FINITE = Failure(
     "use smaller experts.weights, or start the server with --dtype bfloat16 or float32"
 )
 _COMPILING_SECONDS = 0.05  # a step with nothing else to do waits so long for a grammar
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that the device has been given."""
+
+    plan: Plan
+    launched: LaunchedStep
+    readings: list[GateReading]
+    started: float  # perf_counter seconds
 
 
 class Engine:
@@ -53,6 +74,7 @@ class Engine:
         self._gate = CHECKPOINT_GATE  # of requests to come
         self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
+        self._flight: Flight | None = None
         self._grammars = grammars
         self._compiling: dict[str, Future[Grammar]] = {}  # by request id: those that are not queued before it is done
 
@@ -110,27 +132,29 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._scheduler.has_work() or bool(self._compiling)
+        return self._flight is not None or self._scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> StepOutput:
-        """Advances every scheduled sequence by one forward pass."""
-        started = time.perf_counter()
-        refused = self._queue_compiled() if self._compiling else []
-        if refused or not self._scheduler.has_work():
-            return StepOutput(refused, self._with_load(StepStats()))
-        plan = self._scheduler.schedule()
-        try:
-            results = self.runner.run(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
-        except OutOfMemory as error:
-            logger.error("out of memory: %s", error)
-            return self._shed(plan, started)
-        return self._postprocess(plan, results, started)
+        """Advances every scheduled sequence by one forward pass.
+
+        Where the device computes beside the host, the forward pass was launched by the call before, and this one
+        launches the next.
+        """
+        ended = self._queue_compiled() if self._compiling else []
+        if self._flight is None:
+            ended += self._launch()
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return self._write(ended)
+        results, readings = self._collect(flight)
+        seconds = time.perf_counter() - flight.started
+        if self.runner.overlaps:
+            ended += self._launch()
+        return self._write(ended, flight, results, readings, seconds)
 
     def report(self) -> StepOutput:
         """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
-        stats = StepStats()
-        self._reporter.flush(stats)
-        return StepOutput(stats=self._with_load(stats))
+        return self._write([])
 
     def check_integrity(self) -> None:
         """Raises RuntimeError unless every KV block is accounted for."""
@@ -164,32 +188,70 @@ class Engine:
         request_id = sequence.request.id
         if request_id not in self._compiling:
             self._scheduler.remove(sequence)
+        sequence.dropped = True
         siblings = self._sequences[request_id]
         siblings.remove(sequence)
         if not siblings:
             del self._sequences[request_id]
             self._compiling.pop(request_id, None)
 
-    def _postprocess(self, plan: Plan, results: list[SequenceResult], started: float) -> StepOutput:
-        """Verifies drafts and accepts tokens, reports what has become final, ends what has ended."""
-        stats = StepStats(preemptions=plan.preemptions)
-        outputs = [self._advance(result, stats) for result in results]
-        sequences = [one.sequence for one in plan.scheduled]
-        ended = [s for s, output in zip(sequences, outputs, strict=True) if output.finish_reason is not None]
-        rows = self._reporter.report(results, ended, stats)
-        news: list[SequenceOutput] = []
-        for sequence, output, gate in zip(sequences, outputs, rows, strict=True):
-            output.gate = gate
-            if output.finish_reason != "error":
-                self._scheduler.commit(sequence)
-            if output.tokens or gate is not None or output.prompt_logprobs or output.finish_reason is not None:
-                news.append(output)
-            if output.finish_reason is not None:
-                self._drop(sequence)
-        stats.step_seconds = time.perf_counter() - started
-        return StepOutput(news, self._with_load(stats))
+    def _launch(self) -> list[SequenceOutput]:
+        """Gives the device the next step, if there is one. Returns the end of what was too large for it."""
+        if not self._scheduler.has_work():
+            return []
+        started = time.perf_counter()
+        plan = self._scheduler.schedule()
+        try:
+            launched = self.runner.launch(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
+            readings = self._reporter.launch(launched)
+        except OutOfMemory as error:
+            logger.error("out of memory: %s", error)
+            return [self._shed(plan)]
+        self._flight = Flight(plan, launched, readings, started)
+        return []
 
-    def _shed(self, plan: Plan, started: float) -> StepOutput:
+    def _collect(self, flight: Flight) -> tuple[list[SequenceResult], list[GateReading]]:
+        """Waits for the sampled ids; verifies drafts and accepts tokens, ends what has ended. What the next step
+        depends on happens here, and nothing else.
+        """
+        results = [one for one in self.runner.collect(flight.launched) if not one.scheduled.sequence.dropped]
+        for result in results:
+            self._advance(result)
+        ended = [result.scheduled.sequence for result in results if result.finish_reason is not None]
+        readings = self._reporter.settle(flight.readings, ended)
+        for result in results:
+            if result.finish_reason != "error":
+                self._scheduler.commit(result.scheduled.sequence)
+        for sequence in ended:
+            self._drop(sequence)
+        return results, readings
+
+    def _write(
+        self,
+        ended: list[SequenceOutput],
+        flight: Flight | None = None,
+        results: SequenceOf[SequenceResult] = (),
+        readings: SequenceOf[GateReading] = (),
+        seconds: float = 0.0,
+    ) -> StepOutput:
+        """What there is to say of a step that has been collected, if any, and of the load; `ended` ended besides it."""
+        stats = StepStats(step_seconds=seconds)
+        rows = self._reporter.report(readings, stats)
+        outputs: list[SequenceOutput] = []
+        if flight is not None:
+            stats.preemptions = flight.plan.preemptions
+            self._reporter.log(flight.launched, results)
+            logprobs, scores = flight.launched.read_logprobs(), flight.launched.read_scores()
+            for result in results:
+                output = _output(result, logprobs, scores)
+                output.gate = rows.get(id(result.scheduled.sequence))
+                _count(result.scheduled, stats)
+                if output.tokens or output.gate or output.prompt_logprobs or output.finish_reason is not None:
+                    outputs.append(output)
+        self._reporter.flush(stats, everything=flight is None or any(one.finish_reason is not None for one in results))
+        return StepOutput(ended + outputs, self._with_load(stats))
+
+    def _shed(self, plan: Plan) -> SequenceOutput:
         """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
         sake. They run the same rows again.
         """
@@ -199,10 +261,7 @@ class Engine:
         with suppress(RuntimeError, MemoryError):  # to read its last statistics takes memory as well
             self._reporter.drop(sequence)
         self._drop(sequence)
-        output = _failed(sequence, Failure("the server is out of memory"))
-        stats = StepStats(step_seconds=time.perf_counter() - started, preemptions=plan.preemptions)
-        self._reporter.flush(stats)
-        return StepOutput([output], self._with_load(stats))
+        return _failed(sequence, Failure("the server is out of memory"))
 
     def _with_load(self, stats: StepStats) -> StepStats:
         stats.requests_running = len(self._scheduler.running)
@@ -210,29 +269,28 @@ class Engine:
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
         return stats
 
-    def _advance(self, result: SequenceResult, stats: StepStats) -> SequenceOutput:
-        """One sequence after its rows have run: what is new of it, but for its gate rows. What it raises ends it."""
-        scheduled, error = result.scheduled, result.error
-        sequence = scheduled.sequence
-        output = SequenceOutput(sequence.request.id, sequence.index, usage=sequence.usage)
+    def _advance(self, result: SequenceResult) -> None:
+        """Takes one sequence on by what its rows have brought. What it raises ends the sequence."""
+        sequence = result.scheduled.sequence
         try:
-            if error is None and not result.finite:
-                if sequence.retry_without_drafts(scheduled.scaling_end, scheduled.real_end):
-                    _count(scheduled, stats)
-                    return output
+            if result.error is None and not result.finite:
+                if sequence.retry_without_drafts(result.scheduled.scaling_end, result.scheduled.real_end):
+                    result.tokens = []
+                    return
                 self._scheduler.forget(sequence)
-                error = _NOT_FINITE
-            if error is None:
-                output.tokens, output.finish_reason = self._accept(result, stats)
-                output.prompt_logprobs = result.prompt_logprobs
+                result.error = _NOT_FINITE
+            if result.error is None:
+                self._accept(result)
         except Exception as raised:
             if not isinstance(raised, InvalidRequestError):  # as of a grammar, which is the caller's
                 logger.exception("request %s failed", sequence.request.id)
-            error = Failure.of(raised, "the engine failed on this request")
-        return output if error is None else _failed(sequence, error)
+            result.error = Failure.of(raised, "the engine failed on this request")
+        if result.error is not None:
+            result.finish_reason = "error"
+        result.final = sequence.final
 
-    def _accept(self, result: SequenceResult, stats: StepStats) -> tuple[list[TokenOutput], FinishReason | None]:
-        """Streams, drafts, usage. Returns the tokens accepted, and the end."""
+    def _accept(self, result: SequenceResult) -> None:
+        """Moves the streams on and verifies drafts; leaves the accepted tokens, and the end, in the result."""
         scheduled = result.scheduled
         sequence = scheduled.sequence
         if not sequence.started:
@@ -242,26 +300,30 @@ class Engine:
         sequence.real.computed = scheduled.real_end
         if scheduled.scores:
             sequence.scored = scheduled.scores.stop
-        accepted, reason = self._verify(sequence, result.tokens)
-        if reason is not None:
+        self._verify(result)
+        if result.finish_reason is not None:
             sequence.give_up_drafts()
         elif result.predictions and sequence.scaling.computed == scheduled.scaling_end:  # made after right tokens
             sequence.predict(scheduled.predict_start, result.predictions)
-        _count(scheduled, stats)
-        return accepted, reason
 
-    def _verify(self, sequence: Sequence, sampled: list[TokenOutput]) -> tuple[list[TokenOutput], FinishReason | None]:
+    def _verify(self, result: SequenceResult) -> None:
         """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
-        if not sequence.generates:
-            return [], "length" if sequence.scaling.computed == sequence.prompt_len else None
-        if sequence.scores_only:
-            return [], "length" if sequence.scored == sequence.score_end else None
-        for count, token in enumerate(sampled, start=1):
-            drafted = sequence.accept(token.id)
-            reason = self._finish_reason(sequence, token.id)
-            if reason is not None or not drafted:
-                return sampled[:count], reason
-        return sampled, None
+        sequence = result.scheduled.sequence
+        if not sequence.generates or sequence.scores_only:
+            done = (
+                sequence.scored == sequence.score_end
+                if sequence.generates
+                else (sequence.scaling.computed == sequence.prompt_len)
+            )
+            result.tokens = []
+            result.finish_reason = "length" if done else None
+            return
+        for count, token in enumerate(result.tokens, start=1):
+            drafted = sequence.accept(token)
+            result.finish_reason = self._finish_reason(sequence, token)
+            if result.finish_reason is not None or not drafted:
+                del result.tokens[count:]
+                return
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Whether a sequence ends with the token it has just accepted."""
@@ -270,6 +332,27 @@ class Engine:
         if sequence.grammar is not None and sequence.grammar.finished:
             return "stop"
         return "length" if sequence.output_len >= sequence.sampling.max_tokens else None
+
+
+def _output(
+    result: SequenceResult, logprobs: Mapping[int, TokenOutput], scores: Mapping[int, list[TokenOutput]]
+) -> SequenceOutput:
+    """What a step brought one sequence, but for its gate rows."""
+    sequence = result.scheduled.sequence
+    if result.error is not None:
+        return _failed(sequence, result.error)
+    if logprobs:
+        tokens = [logprobs.get(row) or TokenOutput(id) for row, id in enumerate(result.tokens, result.token_row)]
+    else:
+        tokens = [TokenOutput(id) for id in result.tokens]
+    return SequenceOutput(
+        sequence.request.id,
+        sequence.index,
+        tokens,
+        prompt_logprobs=scores.get(id(result.scheduled), []) if result.finite else [],
+        finish_reason=result.finish_reason,
+        usage=sequence.usage,
+    )
 
 
 def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:

@@ -1,26 +1,25 @@
-"""ModelRunner: has a step's flat batch built, runs the model once, samples tokens and drafts. It decides nothing."""
+"""ModelRunner: has a step's flat batch built, launches the model and the sampling of its rows. It decides nothing."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from service.contract.errors import InvalidRequestError
-from service.contract.output import Failure, TokenOutput
+from service.contract.output import Failure
 from service.contract.steering import GateSettings
 from service.engine.batch_builder import BatchBuilder
+from service.engine.launched_step import LaunchedStep, SequenceResult
+from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
-from service.engine.sampler import SampleRow, sample, token_outputs, with_logprobs
+from service.engine.sampler import SampleRow, sample
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
-from service.model.transfer import read_with_finite, to_device
+from service.model.transfer import HostCopy, to_device
 from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
@@ -28,20 +27,6 @@ logger = logging.getLogger(__name__)
 
 class OutOfMemory(Exception):
     """A step needs more memory than there is."""
-
-
-@dataclass(slots=True)
-class SequenceResult:
-    """The outcome of one step for one scheduled sequence."""
-
-    scheduled: ScheduledSequence
-    tokens: list[TokenOutput] = field(default_factory=list)  # sampled from the real rows, first position first
-    predictions: list[int] = field(default_factory=list)  # sampled from the scaling rows
-    prompt_logprobs: list[TokenOutput] = field(default_factory=list)  # of the tokens after positions `scores`
-    error: Failure | None = None  # why the sequence cannot go on; it has nothing else then
-    finite: bool = True  # False: NaN or infinity in what the sequence would go on with
-    scalings: Tensor | None = None  # [scaling_count, S, E] of a scaling pass alone: they are stored nowhere
-    gate_logits: npt.NDArray[np.float32] | None = None  # [scaling_count, S, E], where they are to be kept
 
 
 class ModelRunner:
@@ -53,6 +38,8 @@ class ModelRunner:
         self._step: Step = model
         self._next_step: Step | None = None
         self._batches = BatchBuilder(kv_cache, model.sites)
+        self._dummy_row = model.dummy_row.cpu()
+        self.overlaps = model.device.type == "cuda"  # whether launch() returns before the device has done the work
 
     @property
     def step(self) -> Step:
@@ -69,26 +56,23 @@ class ModelRunner:
         """Gives the engine's thread another step, from whichever thread."""
         self._next_step = step
 
-    def run(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> list[SequenceResult]:
-        """One forward over everything scheduled, then sampling of tokens and predictions in one go.
+    def launch(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> LaunchedStep:
+        """Queues one forward over everything scheduled, sampling of tokens and predictions in one go, and the copies of
+        what they bring.
 
         Raises OutOfMemory; then nothing has changed but what the next step will write again.
         """
         try:
             output = self.step.forward(self._batches.build(scheduled), self.kv_cache)
-            results = self._sampled(output, scheduled)
-            gate_logits = output.gate_logits.to("cpu", copy=True).numpy() if keep_gate_logits else None
+            return _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise OutOfMemory(str(error)) from error
-        for one, result in zip(scheduled, results, strict=True):
-            rows = slice(one.scaling_row, one.scaling_row + one.scaling_count)
-            if not one.sequence.generates:
-                result.scalings = output.scalings[rows]
-            if gate_logits is not None and one.sequence.is_served:
-                result.gate_logits = gate_logits[rows]
-        return results
+
+    def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
+        """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""
+        return launched.collect()
 
     def free_memory(self) -> None:
         """Gives back what torch keeps for later, after OutOfMemory."""
@@ -99,72 +83,83 @@ class ModelRunner:
     def dummy_row(self, settings: GateSettings, weight: float) -> bytes | None:
         """The gate row of the scaling pass under `settings`, times `weight`; None where it is the model's own."""
         row = self.model.classifier.dummy_row_of(settings.scaling_pass_value, settings.top_k_lora) * weight
-        return None if torch.equal(row, self.model.dummy_row.cpu()) else row.numpy().tobytes()
-
-    def _sampled(self, output: ForwardOutput, scheduled: list[ScheduledSequence]) -> list[SequenceResult]:
-        """Samples every sequence and marks those whose numbers are not finite.
-
-        Where sampling raises, every sequence is sampled alone, and one that raises again has an error. A grammar that
-        has become too complex is its request's fault, and nothing to log.
-        """
-        marks = _marks(output)
-        try:
-            results, finite = _sample(output.logits, marks, scheduled)
-        except InvalidRequestError:
-            results, finite = _sample_each(output.logits, marks, scheduled)
-        except Exception:
-            logger.exception("sampling failed; every sequence is sampled alone")
-            results, finite = _sample_each(output.logits, marks, scheduled)
-        if not all(finite):
-            for result in results:
-                result.finite = _is_finite(result.scheduled, finite, len(output.logits))
-        return results
+        return None if torch.equal(row, self._dummy_row) else row.numpy().tobytes()
 
 
-def _sample(
-    logits: Tensor, marks: Tensor, scheduled: list[ScheduledSequence]
-) -> tuple[list[SequenceResult], list[bool]]:
-    """logits [L, V] of `scheduled`, sequence by sequence -> what they say; and which of `marks` is finite."""
-    rows: list[SampleRow] = []
-    scored: list[int] = []
-    for one in scheduled:
-        drafts = one.sequence.drafts
-        first = one.predict_start - len(one.sequence.tokens)
-        rows += (SampleRow(one.sequence, drafts[:count]) for count in range(one.samples))
-        rows += (SampleRow(one.sequence, drafts[: first + i], drafted=True) for i in range(one.predict_count))
-        scored += range(len(rows) + len(scored), len(rows) + len(scored) + len(one.scores))
-    sampled, ids = logits, marks.new_empty(0, dtype=torch.int64)
-    if scored:
-        sampled = logits.index_select(0, to_device(sorted({*range(len(logits))} - {*scored}), logits.device))
-    if rows:
-        ids = sample(sampled, rows)
-    read, finite = read_with_finite(ids, marks)
-    tokens, scores = iter(token_outputs(sampled, rows, read)), iter(_scores(logits, scored, scheduled))
-    results = [
-        SequenceResult(
-            one,
-            tokens=list(islice(tokens, one.samples)),
-            predictions=[token.id for token in islice(tokens, one.predict_count)],
-            prompt_logprobs=list(islice(scores, len(one.scores))),
+def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> LaunchedStep:
+    """Samples every sequence, and queues the copies of what there is to say of the step."""
+    logits, scores = _split(output.logits, scheduled)
+    rows = [_sample_rows(one) for one in scheduled]
+    ids, errors = _sample(logits, rows)
+    launched = LaunchedStep(
+        scheduled, HostCopy(ids, _marks(output)), output.scalings, len(output.logits), errors, scores=scores
+    )
+    counts = [(number, row.logprobs) for number, row in enumerate(chain(*rows)) if row.logprobs is not None]
+    if counts:
+        launched.logprob_rows = [number for number, _ in counts]
+        index = to_device(launched.logprob_rows, ids.device)
+        launched.logprobs = Logprobs(
+            logits.index_select(0, index), ids.index_select(0, index), [count for _, count in counts]
         )
-        for one in scheduled
-    ]
-    return results, finite
+    if keep_gate_logits:
+        launched.gate_logits = HostCopy(output.gate_logits)
+    return launched
 
 
-def _sample_each(
-    logits: Tensor, marks: Tensor, scheduled: list[ScheduledSequence]
-) -> tuple[list[SequenceResult], list[bool]]:
-    """The same, every sequence alone."""
-    results: list[SequenceResult] = []
+def _split(logits: Tensor, scheduled: list[ScheduledSequence]) -> tuple[Tensor, Logprobs | None]:
+    """logits [L, V] of `scheduled`, sequence by sequence -> those that are sampled from; the logprobs of the prompts'
+    own tokens at the others.
+    """
+    scored: list[int] = []
+    tokens: list[int] = []
+    alternatives: list[int] = []
     for one in scheduled:
+        if one.scores:
+            first = one.logit_row + one.samples + one.predict_count
+            scored += range(first, first + len(one.scores))
+            tokens += one.sequence.tokens[one.scores.start + 1 : one.scores.stop + 1]
+            alternatives += [one.sequence.sampling.prompt_logprobs or 0] * len(one.scores)
+    if not scored:
+        return logits, None
+    device = logits.device
+    others = sorted({*range(len(logits))} - {*scored})
+    scores = Logprobs(logits.index_select(0, to_device(scored, device)), to_device(tokens, device), alternatives)
+    return logits.index_select(0, to_device(others, device)), scores
+
+
+def _sample_rows(one: ScheduledSequence) -> list[SampleRow]:
+    """The rows of a sequence that are sampled from: its samples, then its predictions."""
+    sequence, drafts = one.sequence, one.sequence.drafts
+    first = one.predict_start - len(sequence.tokens)
+    rows = [SampleRow(sequence, drafts[:count]) for count in range(one.samples)]
+    rows += [SampleRow(sequence, drafts[: first + count], drafted=True) for count in range(one.predict_count)]
+    return rows
+
+
+def _sample(logits: Tensor, rows: list[list[SampleRow]]) -> tuple[Tensor, dict[int, Failure]]:
+    """logits [R, V] of the rows of each sequence -> int64 [R]; the errors of sequences, by their place in `rows`.
+
+    Where sampling raises, every sequence is sampled alone, and one that raises again has an error. A grammar that has
+    become too complex is its request's fault, and nothing to log.
+    """
+    try:
+        flat = list(chain(*rows))
+        return (sample(logits, flat) if flat else logits.new_empty(0, dtype=torch.int64)), {}
+    except InvalidRequestError:
+        pass
+    except Exception:
+        logger.exception("sampling failed; every sequence is sampled alone")
+    ids = [logits.new_empty(0, dtype=torch.int64)]
+    errors: dict[int, Failure] = {}
+    for number, (own, part) in enumerate(zip(rows, torch.split(logits, [len(own) for own in rows]), strict=True)):
         try:
-            results += _sample(logits[one.logit_row : one.logit_row + one.logit_count], marks[:0], [one])[0]
+            ids.append(sample(part, own) if own else ids[0])
         except Exception as error:
             if not isinstance(error, InvalidRequestError):
-                logger.exception("sampling failed for request %s", one.sequence.request.id)
-            results.append(SequenceResult(one, error=Failure.of(error, "sampling failed")))
-    return results, read_with_finite(marks.new_empty(0, dtype=torch.int64), marks)[1]
+                logger.exception("sampling failed for request %s", own[0].sequence.request.id)
+            errors[number] = Failure.of(error, "sampling failed")
+            ids.append(ids[0].new_zeros(len(own)))
+    return torch.cat(ids), errors
 
 
 def _marks(output: ForwardOutput) -> Tensor:
@@ -173,31 +168,7 @@ def _marks(output: ForwardOutput) -> Tensor:
     -inf among logits is how some families rule out ids: their rows are judged by the largest, which NaN and infinity
     win; gate rows by the sum.
     """
-    return torch.cat([output.logits.float().amax(-1), output.gate_logits.sum((1, 2))])
-
-
-def _is_finite(one: ScheduledSequence, finite: list[bool], logit_rows: int) -> bool:
-    """Whether all that a sequence would go on with is finite: its gate rows, and the logits that it is sampled or
-    scored by. Those that only predict drafts do not count.
-    """
-    predicted = one.logit_row + one.samples
-    counted = [
-        *finite[one.logit_row : predicted],
-        *finite[predicted + one.predict_count : one.logit_row + one.logit_count],
-        *finite[logit_rows + one.scaling_row : logit_rows + one.scaling_row + one.scaling_count],
-    ]
-    return all(counted)
-
-
-def _scores(logits: Tensor, rows: list[int], scheduled: list[ScheduledSequence]) -> list[TokenOutput]:
-    """`rows` of the logits [L, V], those of every position of `scores` -> the prompt's next tokens."""
-    if not rows:
-        return []
-    tokens, alternatives = [], []
-    for one in scheduled:
-        tokens += [one.sequence.tokens[position + 1] for position in one.scores]
-        alternatives += [one.sequence.sampling.prompt_logprobs or 0 for _ in one.scores]
-    return with_logprobs(logits.index_select(0, to_device(rows, logits.device)), tokens, alternatives)
+    return torch.cat([output.logits.amax(-1).float(), output.gate_logits.sum((1, 2))])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

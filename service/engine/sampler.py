@@ -14,7 +14,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from service.contract.output import TokenOutput
 from service.engine.sequence import Sequence
 from service.model.transfer import bits_to_device, to_device
 
@@ -34,6 +33,11 @@ class SampleRow:
     def output_position(self) -> int:
         """How many tokens of output come before the one to be sampled."""
         return self.sequence.output_len + len(self.pending)
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many alternatives its request wants to see; None where it wants no logprobs."""
+        return None if self.drafted else self.sequence.sampling.logprobs
 
 
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
@@ -59,33 +63,6 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     filtered = _filter(logits[index], drawn)
     chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
     return chosen
-
-
-def token_outputs(logits: Tensor, rows: SequenceOf[SampleRow], tokens: SequenceOf[int]) -> list[TokenOutput]:
-    """Wraps sampled tokens with the logprobs their requests ask for."""
-    alternatives = [None if row.drafted else row.sequence.sampling.logprobs for row in rows]
-    asked = [i for i, count in enumerate(alternatives) if count is not None]
-    outputs = [TokenOutput(token) for token in tokens]
-    if asked:
-        index = to_device(asked, logits.device)
-        scored = with_logprobs(
-            logits.index_select(0, index), [tokens[i] for i in asked], [alternatives[i] or 0 for i in asked]
-        )
-        for i, output in zip(asked, scored, strict=True):
-            outputs[i] = output
-    return outputs
-
-
-def with_logprobs(logits: Tensor, tokens: SequenceOf[int], alternatives: SequenceOf[int]) -> list[TokenOutput]:
-    """One of `tokens` per row of logits [n, V], with its logprob and those of so many best ones: natural logs of the
-    raw distribution.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(-1, to_device(list(tokens), logits.device)[:, None])[:, 0].tolist()
-    best = logprobs.topk(max(alternatives), dim=-1)
-    found = zip(best.indices.tolist(), best.values.tolist(), alternatives, strict=True)
-    tops = [list(zip(ids[:count], values[:count], strict=True)) for ids, values, count in found]
-    return [TokenOutput(*one) for one in zip(tokens, own, tops, strict=True)]
 
 
 def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:

@@ -72,6 +72,7 @@ class Sequence:
     usage: SequenceUsage = field(default_factory=SequenceUsage)
     started: bool = False  # has been scheduled at least once
     priority: int = 0  # its place in the queue (scheduler.py)
+    dropped: bool = False  # the engine has let go of it; a step that was launched before may still have rows of it
     passed: int = 0  # later ones that were admitted because there was no room for this one
     lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
     prompt_lookup: Drafter = field(default_factory=lambda: Drafter(_PROMPT_LOOKUP_RATE))  # drafts from earlier text
@@ -175,7 +176,6 @@ class Sequence:
         """Forgets what was computed (its blocks have been released); the tokens stay and are computed again."""
         self.scaling.rewind()
         self.real.rewind()
-        self.unlogged.clear()
         self.drafts.clear()
         self.drafters.clear()
 

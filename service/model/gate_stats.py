@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from service.model.transfer import HostCopy
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -23,17 +25,26 @@ class GateSummary:
     entropy: npt.NDArray[np.float32]  # [n], nats, mean over the sites whose sum is not 0; NaN where there is none
 
 
-def summarise(scalings: Tensor) -> GateSummary:
-    """scalings [n, S, E] -> their summary: of a CPU's by numpy, whose calls cost less, of a GPU's in one transfer."""
-    if scalings.is_cpu:
-        rows = np.ascontiguousarray(scalings.numpy().transpose(2, 0, 1))
-        with np.errstate(invalid="ignore"):
-            mean, share, entropy = _summary(rows, np.log)
-    else:
-        mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
-        packed = torch.cat([mean, share, entropy[None]]).cpu().numpy()
-        mean, share, [entropy] = np.split(packed, [len(mean), 2 * len(mean)])
-    return GateSummary(mean.T, share.T, entropy)
+class PendingSummary:
+    """The summary of scalings [n, S, E]: a GPU makes it in the order of its queue, a CPU when it is read."""
+
+    def __init__(self, scalings: Tensor) -> None:
+        """`scalings` must not change any more where they are a CPU's."""
+        self._scalings = scalings
+        if not scalings.is_cpu:
+            mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
+            self._copy = HostCopy(torch.cat([mean, share, entropy[None]]))
+
+    def read(self) -> GateSummary:
+        """Waits for the copy of a GPU's."""
+        if self._scalings.is_cpu:  # numpy's calls cost less
+            rows = np.ascontiguousarray(self._scalings.numpy().transpose(2, 0, 1))
+            with np.errstate(invalid="ignore"):
+                mean, share, entropy = _summary(rows, np.log)
+        else:
+            packed = self._copy.read()[0].numpy()
+            mean, share, [entropy] = np.split(packed, [self._scalings.shape[2], 2 * self._scalings.shape[2]])
+        return GateSummary(mean.T, share.T, entropy)
 
 
 def _summary(rows: Any, log: Callable[[Any], Any]) -> tuple[Any, Any, Any]:

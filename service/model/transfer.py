@@ -1,8 +1,7 @@
-"""Numbers from the host to the device without waiting for either, and back with one wait."""
+"""Numbers from the host to the device and back, without waiting for either until somebody reads them."""
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 
@@ -37,12 +36,32 @@ def bits_to_device(rows: Sequence[bytes], width: int, device: torch.device) -> T
     return bits.flatten(1)[:, :width].bool()
 
 
-def read_with_finite(ids: Tensor, numbers: Tensor) -> tuple[list[int], list[bool]]:
-    """int64 `ids`, and which of the floating-point `numbers` are finite, in one wait for the device."""
-    if ids.is_cpu:  # few numbers: Python tells faster than three operators
-        return ids.tolist(), list(map(math.isfinite, numbers.tolist()))
-    read = torch.cat([ids, numbers.isfinite()]).tolist()
-    return read[: len(ids)], list(map(bool, read[len(ids) :]))
+class HostCopy:
+    """Copies of tensors of one device, on their way to the host.
+
+    A copy is queued behind what the device has been given so far, and what is given to it later does not delay it: the
+    tensors may be overwritten then.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        device = tensors[0].device
+        if device.type == "cpu":
+            self._tensors = [tensor.clone() for tensor in tensors]
+            return
+        self._tensors = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+            for tensor in tensors
+        ]
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(device))
+
+    def read(self) -> list[Tensor]:
+        """The tensors in the host's memory. Waits until they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._tensors
 
 
 def narrowed(tensor: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from transformers import (
 
 from service.contract.request import Request, SamplingParams
 from service.engine import sampler
-from service.engine.sampler import SampleRow, gumbel_noise, token_outputs
+from service.engine.logprobs import Logprobs
+from service.engine.sampler import SampleRow, gumbel_noise
 from service.engine.sequence import Sequence
 from tests.support.driver import words
 
@@ -189,12 +190,12 @@ def test_logprobs_are_of_the_raw_distribution(params: dict[str, Any]) -> None:
     logits = logits_for(len(rows), seed=2)
     tokens = sample(logits, rows)
     raw = logits.double().log_softmax(-1)
-    for line, (output, count, token) in enumerate(zip(token_outputs(logits, rows, tokens), asked, tokens, strict=True)):
+    wanted = [line for line, one in enumerate(rows) if one.logprobs is not None]
+    counts = [count for count in asked if count is not None]
+    outputs = Logprobs(logits[wanted], torch.tensor(tokens)[wanted], counts).read()
+    for line, output, count in zip(wanted, outputs, counts, strict=True):
+        token = tokens[line]
         assert output.id == token
-        if count is None:
-            assert output.logprob is None
-            assert output.top_logprobs == []
-            continue
         assert output.logprob == pytest.approx(float(raw[line, token]), abs=1e-5)
         expected = raw[line].topk(count)
         assert [token for token, _ in output.top_logprobs] == expected.indices.tolist()

@@ -46,36 +46,53 @@ class FakeRunner:
     block_size: int
     budget: int
     right: int = 2
+    overlaps: bool = False
     slots: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (stream, token)
     gate: dict[int, list[int]] = field(default_factory=dict)  # slot -> the history its gate row was computed on
     logs_scalings: bool = False
     steps: list[list[ScheduledSequence]] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)  # rows run on drafts, by step
 
-    def run(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> list[SequenceResult]:
+    def launch(self, launched: Any, *, keep_gate_logits: bool = False) -> Any:
+        """The runner's with what is scheduled, the reporter's with what the runner has launched."""
+        return launched if isinstance(launched, SimpleNamespace) else self._launch(launched)
+
+    def _launch(self, scheduled: list[ScheduledSequence]) -> SimpleNamespace:
         assert scheduled, "a step without rows"
         assert 0 < sum(share.rows for share in scheduled) <= self.budget
         assert len({id(share.sequence) for share in scheduled}) == len(scheduled)
         self.steps.append([replace(share) for share in scheduled])
         self.drafted.append(sum(self._write(share) for share in scheduled))
-        return [
-            SequenceResult(share, self._tokens(share), self._predictions(share), self._scores(share))
-            for share in scheduled
-        ]
+        results = [SequenceResult(share, self._tokens(share), self._predictions(share)) for share in scheduled]
+        scores = {id(share): self._scores(share) for share in scheduled}
+        return SimpleNamespace(results=results, read_logprobs=dict, read_scores=lambda: scores)
 
-    def report(self, results: list[SequenceResult], ended: list[Sequence], stats: StepStats) -> list[None]:
+    def collect(self, launched: SimpleNamespace) -> list[SequenceResult]:
+        results: list[SequenceResult] = launched.results
+        return results
+
+    def settle(self, launched: SimpleNamespace, ended: list[Sequence]) -> list[None]:
         """Looks at every gate row that would be reported."""
-        for result in results:
+        for result in launched.results:
             sequence = result.scheduled.sequence
+            if sequence.dropped:
+                continue
             for position in range(sequence.reported, sequence.final if sequence.generates else 0):
                 self._check_gate(sequence, position, sequence.tokens)
             sequence.reported = max(sequence.reported, sequence.final)
-        return [None] * len(results)
+        return []
+
+    def report(self, readings: list[None], stats: StepStats) -> dict[int, None]:
+        """Nobody asks for rows."""
+        return {}
+
+    def log(self, launched: SimpleNamespace, results: list[SequenceResult]) -> None:
+        """There is no log."""
 
     def drop(self, sequence: Sequence) -> None:
         """Nothing is ever left."""
 
-    def flush(self, stats: StepStats) -> None:
+    def flush(self, stats: StepStats, *, everything: bool) -> None:
         """There are no statistics."""
 
     def _slot(self, stream: Stream, position: int) -> int:
@@ -123,13 +140,11 @@ class FakeRunner:
             for start, end in ((share.scaling_start, share.scaling_end), (share.real_start, share.real_end))
         )
 
-    def _tokens(self, share: ScheduledSequence) -> list[TokenOutput]:
+    def _tokens(self, share: ScheduledSequence) -> list[int]:
         sequence = share.sequence
         known, text = len(sequence.tokens), [*sequence.tokens, *sequence.drafts]
         assert share.samples == max(0, share.real_end - known + 1)
-        return [
-            TokenOutput(next_token(sequence.request, sequence.index, text[: known + i])) for i in range(share.samples)
-        ]
+        return [next_token(sequence.request, sequence.index, text[: known + i]) for i in range(share.samples)]
 
     def _scores(self, share: ScheduledSequence) -> list[TokenOutput]:
         return [TokenOutput(share.sequence.tokens[position + 1]) for position in share.scores]
@@ -160,9 +175,10 @@ def build(
     row_cost: float = 0.0,
     right: int = 2,
     length: int = 256,
+    overlaps: bool = False,
 ) -> tuple[Engine, FakeRunner, Scheduler]:
     """A real engine and scheduler around the fake runner."""
-    runner: Any = FakeRunner(block_size, budget, right)
+    runner: Any = FakeRunner(block_size, budget, right, overlaps)
     scheduler = Scheduler(
         BlockManager(blocks, block_size),
         max_num_seqs=seats,
@@ -230,6 +246,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "seats": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
+        "overlaps": draw(st.booleans()),
         "speculative": draw(st.sampled_from([0, 1, 3, 8])),
         "prefix_cache": draw(st.booleans()),
         "row_cost": draw(st.sampled_from([0.0, 0.05, 0.5])),

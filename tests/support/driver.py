@@ -154,9 +154,13 @@ class Engines:
         self.news: list[str] = []  # what engines have told while and after they were made
         self._native: NativeStep | None = None
 
-    def build(self, *, blocks: int | None = None, adaptive: bool = True, wait: bool = True, **options: Any) -> Engine:
+    def build(
+        self, *, blocks: int | None = None, adaptive: bool = True, overlaps: bool = False, wait: bool = True,
+        **options: Any,
+    ) -> Engine:  # fmt: skip
         """An engine; `blocks` is the size of its pool. None is roomy for a dozen requests, and quick to check
-        every step. Not `adaptive`: every possible draft is made, as if rows cost nothing. `wait`: for native kernels.
+        every step. Not `adaptive`: every possible draft is made, as if rows cost nothing. `overlaps`: the next step is
+        launched before the results of one are written, as on a GPU. `wait`: for native kernels.
         """
         settings = {"max_model_len": 256, "max_num_seqs": 32, "block_size": 4, **options}
         size = 3200 // settings["block_size"] if blocks is None else blocks
@@ -171,6 +175,7 @@ class Engines:
         elif isinstance(engine.runner.step, NativeStep):
             self._native = engine.runner.step
         assert isinstance(engine.blocks, BlockManager)
+        engine.runner.overlaps = overlaps
         if not adaptive:
             engine._scheduler.row_cost = 0.0
         assert blocks is None or engine.blocks.num_blocks == blocks

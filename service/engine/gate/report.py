@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,20 +18,21 @@ from torch import Tensor
 
 from service.contract.output import GateRows, GateStats, StepStats
 from service.engine.gate import scalings_log
-from service.engine.model_runner import SequenceResult
+from service.engine.launched_step import LaunchedStep, SequenceResult
+from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
 from service.engine.slots import gate_slots
 from service.model.classifier import Classifier
-from service.model.gate_stats import GateSummary, summarise
+from service.model.gate_stats import GateSummary, PendingSummary
 from service.model.kv_cache import KVCache
-from service.model.transfer import to_device
+from service.model.transfer import HostCopy, to_device
 
 _STEPS_TOGETHER = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReportSpan:
-    """Positions start .. start + count of one sequence, at rows offset .. offset + count of a report."""
+    """Positions start .. start + count of one sequence, at rows offset .. offset + count of a reading."""
 
     sequence: Sequence
     start: int
@@ -38,12 +40,52 @@ class ReportSpan:
     offset: int
 
 
-def report_spans(sequences: Iterable[Sequence]) -> list[ReportSpan]:
-    """The positions that have become final and are not reported yet; empty spans are left out."""
+class GateReading:
+    """Gate rows on their way from the device."""
+
+    def __init__(self, spans: list[ReportSpan], scalings: Tensor, num_sites: int) -> None:
+        """scalings [n, S, E] of all spans in their order (S may be 1: the same row at every site). They must not change
+        any more where they are a CPU's.
+        """
+        self.spans = spans
+        self._rows = len(scalings)
+        self._num_sites = num_sites
+        self._summary = PendingSummary(scalings)
+        asks = any(span.sequence.request.return_scalings == "full" for span in spans)
+        self._full = HostCopy(scalings) if asks else None
+
+    def settle(self) -> None:
+        """Leaves out what has not become final, and sequences that were dropped since. Once the drafts are verified."""
+        for span in self.spans:
+            sequence = span.sequence
+            span.count = 0 if sequence.dropped else max(0, min(span.count, sequence.final - span.start))
+            if span.count:
+                sequence.reported = span.start + span.count
+        self.spans = [span for span in self.spans if span.count]
+
+    def read(self) -> tuple[GateStats, dict[int, GateRows | None]]:
+        """The statistics of what is served, which go into the usage of each as well, and the rows that were asked for,
+        by the sequence's id().
+        """
+        spans, summary = self.spans, self._summary.read()
+        full = None if self._full is None else self._full.read()[0]
+        if sum(span.count for span in spans) < self._rows:
+            kept = np.concatenate([np.arange(span.offset, span.offset + span.count) for span in spans])
+            summary = GateSummary(summary.mean[kept], summary.share[kept], summary.entropy[kept])
+            full = None if full is None else full[torch.from_numpy(kept)]
+            for span, end in zip(spans, accumulate(span.count for span in spans), strict=True):
+                span.offset = end - span.count
+        stats = gate_stats(spans, summary) if spans[0].sequence.is_served else GateStats()
+        observed = asked_rows(spans, full, summary, self._num_sites)
+        return stats, {id(span.sequence): rows for span, rows in zip(spans, observed, strict=True)}
+
+
+def report_spans(ends: Iterable[tuple[Sequence, int]]) -> list[ReportSpan]:
+    """The positions that are not reported yet of each sequence, up to an end; empty spans are left out."""
     spans: list[ReportSpan] = []
     offset = 0
-    for sequence in sequences:
-        start, end = sequence.reported, sequence.final
+    for sequence, end in ends:
+        start = sequence.reported
         if end > start:
             spans.append(ReportSpan(sequence, start, end - start, offset))
             offset += end - start
@@ -53,108 +95,109 @@ def report_spans(sequences: Iterable[Sequence]) -> list[ReportSpan]:
 class GateReporter:
     """Reads gate rows back once their positions are final: for the requests that asked, for the metrics, and the
     classifier's logits for the scalings log.
+
+        launch   with the step: copies of all rows that may become final in it are queued behind it
+        settle   when its drafts have been verified, before any block is released: what has become final of them
+        report   while the next step runs: rows and statistics
     """
 
     def __init__(self, kv_cache: KVCache, classifier: Classifier, num_sites: int) -> None:
         self.logs_scalings = False
-        self._kv_cache, self._classifier, self._num_sites = kv_cache, classifier, num_sites
-        self._stats = GateStats()  # of what has been observed since they were last taken
+        self._kv_cache, self._num_sites = kv_cache, num_sites
+        self._dropped: list[GateReading] = []  # of sequences that ended between two steps
         self._skipped = 0  # steps since all were read
         self._outgoing = scalings_log.Outgoing(classifier)
 
-    def report(
-        self, results: SequenceOf[SequenceResult], ended: SequenceOf[Sequence], stats: StepStats
-    ) -> list[GateRows | None]:
-        """The rows that have become final, for each of a step's sequences that asked; adds to the step's statistics.
+    def launch(self, launched: LaunchedStep) -> list[GateReading]:
+        """Reads what may become final in a step that has just been launched."""
+        served = [one for one in launched.scheduled if one.sequence.is_served]
+        readings = self._read(report_spans((one.sequence, one.real_end) for one in self.due(served)))
+        for one in launched.scheduled:
+            if not one.sequence.generates:
+                first = one.scaling_row + one.sequence.reported - one.scaling_start
+                own = launched.scalings[first : one.scaling_row + one.scaling_count]
+                spans = report_spans([(one.sequence, one.scaling_end)])
+                readings += [GateReading(spans, own.clone(), self._num_sites)] if spans else []
+        return readings
 
-        Called when the drafts have been verified and before any block is released. Nothing is left of those that
-        `ended`.
-        """
-        served = [result.scheduled.sequence for result in results if result.scheduled.sequence.is_served]
-        rows = self._observe(self.due(served, ended))
-        found = [
-            rows.get(id(result.scheduled.sequence)) if result.scalings is None else self._alone(result, result.scalings)
-            for result in results
-        ]
-        if self.logs_scalings:
-            for result in results:
-                if result.gate_logits is not None:
-                    sequence = result.scheduled.sequence
-                    scalings_log.keep(sequence, result.scheduled.scaling_start, result.gate_logits)
-                    self._outgoing.collect(sequence)
-        self.flush(stats, everything=bool(ended))
-        return found
-
-    def drop(self, sequence: Sequence) -> None:
-        """Takes in what a sequence that ends early has not reported yet. Called before its blocks are released."""
-        if sequence.is_served:
-            self._observe([sequence])
-
-    def flush(self, stats: StepStats, *, everything: bool = True) -> None:
-        """Adds what has been observed since the last step to `stats`; the log's rows, when they are enough together or
-        `everything` is to come.
-        """
-        stats.gate, self._stats = self._stats, GateStats()
-        stats.logged = self._outgoing.take(everything=everything)
-
-    def due(self, sequences: list[Sequence], ended: SequenceOf[Sequence]) -> list[Sequence]:
-        """Those of a step's sequences that are to report what has become final of them: who has asked for rows, is at
-        its first, or has ended, at once; else all, several steps in one go, because a summary costs nearly the same for
-        one row as for dozens.
+    def due(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Those of a step's sequences that are read with it: who has asked for rows, is at its prompt, or may have all
+        its tokens after it; else all, several steps in one go, because a summary costs nearly the same for one row as
+        for dozens.
         """
         self._skipped += 1
         if self._skipped >= _STEPS_TOGETHER:
             self._skipped = 0
-            return sequences
+            return scheduled
         return [
-            sequence
-            for sequence in sequences
-            if sequence.reported < sequence.prompt_len
-            or sequence.request.return_scalings != "none"
-            or sequence in ended
+            one
+            for one in scheduled
+            if one.sequence.reported < one.sequence.prompt_len
+            or one.sequence.request.return_scalings != "none"
+            or one.sequence.output_len + one.samples >= one.sequence.sampling.max_tokens
         ]
 
-    def _observe(self, sequences: list[Sequence]) -> dict[int, GateRows | None]:
-        """Everything that has become final, read in one go, into the statistics and the usage of each. Returns the rows
-        that were asked for, by the sequence's id().
-        """
-        spans = report_spans(sequences)
+    def settle(self, readings: list[GateReading], ended: SequenceOf[Sequence]) -> list[GateReading]:
+        """What has become final in a step, and of those that `ended` all that is left, which is read now."""
+        for reading in readings:
+            reading.settle()
+        rest = self._read(report_spans((sequence, sequence.final) for sequence in ended if sequence.is_served))
+        for reading in rest:
+            reading.settle()
+        return [reading for reading in (*readings, *rest) if reading.spans]
+
+    def drop(self, sequence: Sequence) -> None:
+        """Reads what a sequence that ends early has not reported yet. Called before its blocks are released."""
+        if sequence.is_served:
+            for reading in self._read(report_spans([(sequence, sequence.final)])):
+                reading.settle()
+                self._dropped.append(reading)
+
+    def report(self, readings: SequenceOf[GateReading], stats: StepStats) -> dict[int, GateRows | None]:
+        """The rows that were asked for, by the sequence's id(); adds to the step's statistics."""
+        found: dict[int, GateRows | None] = {}
+        for reading in (*self._dropped, *readings):
+            own, rows = reading.read()
+            stats.gate.add(own)
+            found |= rows
+        self._dropped.clear()
+        return found
+
+    def log(self, launched: LaunchedStep, results: SequenceOf[SequenceResult]) -> None:
+        """Takes the gate logits of a step for the scalings log."""
+        if not self.logs_scalings:
+            return
+        for result in results:
+            one = result.scheduled
+            gate_logits = launched.read_gate_logits(one) if one.sequence.is_served else None
+            if gate_logits is not None:
+                scalings_log.keep(one.sequence, one.scaling_start, gate_logits)
+                self._outgoing.collect(one.sequence, result.final)
+
+    def flush(self, stats: StepStats, *, everything: bool = True) -> None:
+        """Adds the log's rows to `stats`, when they are enough together or `everything` is to come."""
+        stats.logged = self._outgoing.take(everything=everything)
+
+    def _read(self, spans: list[ReportSpan]) -> list[GateReading]:
+        """A reading of stored rows; none where there is nothing to read."""
         if not spans:
-            return {}
-        size = self._kv_cache.block_size
-        scalings = self._stored([slot for s in spans for slot in gate_slots(s.sequence, s.start, s.count, size)])
-        summary = summarise(scalings)
-        self._stats.add(gate_stats(spans, summary))
-        observed = asked_rows(spans, scalings, summary, self._num_sites)
-        for span in spans:
-            span.sequence.reported = span.start + span.count
-        return {id(span.sequence): one for span, one in zip(spans, observed, strict=True)}
-
-    def _alone(self, result: SequenceResult, scalings: Tensor) -> GateRows | None:
-        """The rows of a scaling pass alone, from its own scalings [scaling_count, S, E]."""
-        for span in report_spans([result.scheduled.sequence]):
-            own = scalings[span.start - result.scheduled.scaling_start :]
-            [rows] = asked_rows([span], own, summarise(own), self._num_sites)
-            span.sequence.reported = span.start + span.count
-            return rows
-        return None
-
-    def _stored(self, slots: list[int]) -> Tensor:
-        """A copy of gate rows [n, S, E]."""
-        stored = self._kv_cache.gate_rows
+            return []
+        size, stored = self._kv_cache.block_size, self._kv_cache.gate_rows
+        slots = [slot for s in spans for slot in gate_slots(s.sequence, s.start, s.count, size)]
         if stored.is_cpu:  # numpy's calls cost less
-            return torch.from_numpy(stored.numpy().take(slots, 0))
-        return stored.index_select(0, to_device(slots, stored.device))
+            scalings = torch.from_numpy(stored.numpy().take(slots, 0))
+        else:
+            scalings = stored.index_select(0, to_device(slots, stored.device))
+        return [GateReading(spans, scalings, self._num_sites)]
 
 
 def asked_rows(
-    spans: SequenceOf[ReportSpan], scalings: Tensor, summary: GateSummary, num_sites: int
+    spans: SequenceOf[ReportSpan], scalings: Tensor | None, summary: GateSummary, num_sites: int
 ) -> list[GateRows | None]:
-    """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site)."""
-    asked = {span.sequence.request.return_scalings for span in spans}
-    if asked == {"none"}:
-        return [None] * len(spans)
-    full = scalings.expand(-1, num_sites, -1).cpu().numpy() if "full" in asked else None
+    """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site), where
+    any asks for all of them.
+    """
+    full = None if scalings is None else scalings.expand(-1, num_sites, -1).numpy()
     found: list[GateRows | None] = []
     for span in spans:
         request = span.sequence.request

@@ -47,11 +47,11 @@ class Outgoing:
         self._parts: dict[tuple[str, int], list[tuple[int, Rows]]] = {}  # by request and choice: start, gate logits
         self._rows = self._steps = 0
 
-    def collect(self, sequence: Sequence) -> None:
-        """Takes what has become final of a sequence since the last time."""
+    def collect(self, sequence: Sequence, end: int) -> None:
+        """Takes what has become final of a sequence since the last time: positions before `end`."""
         if not sequence.unlogged:
             return
-        end, kept, sequence.unlogged = sequence.final, sequence.unlogged, []
+        kept, sequence.unlogged = sequence.unlogged, []
         parts = self._parts.setdefault((sequence.request.id, sequence.index), [])
         for start, logits in kept:
             first, last = max(start, sequence.logged), min(start + len(logits), end)

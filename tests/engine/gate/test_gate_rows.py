@@ -14,8 +14,9 @@ from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.gate.report import ReportSpan, gate_stats
 from service.engine.model_runner import OutOfMemory
+from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
-from service.model.gate_stats import summarise
+from service.model.gate_stats import PendingSummary
 from tests.support.driver import Array, Engines, Run, greedy, run, sampled, words
 from tests.support.recompute import position_summary
 from tests.support.tiny import Tiny
@@ -214,7 +215,7 @@ def test_statistics_of_a_dropped_request(
     stats = [engine.step().stats.gate for _ in range(steps)]
     final = sequence.final
     if shed:
-        monkeypatch.setattr(engine.runner, "run", run_out)
+        monkeypatch.setattr(engine.runner, "launch", run_out)
         stats.append(engine.step().stats.gate)
     else:
         engine.abort("a")
@@ -226,7 +227,7 @@ def test_phases_of_one_report() -> None:
     """A chunk that ends before its prompt does must not colour the rows of the next sequence in the report."""
     half, done = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "ab")
     scalings = torch.rand(7, 3, 4)
-    summary = summarise(scalings)
+    summary = PendingSummary(scalings).read()
     stats = gate_stats([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], summary)
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
@@ -239,9 +240,9 @@ def test_statistics_add_up_until_they_are_taken() -> None:
     """Several requests may be aborted between two steps."""
     scalings = torch.rand(7, 3, 4)
     sequence = Sequence.of(greedy("a", words(1, 3), 9), 0, 0.0)
-    ours, theirs = GateStats(), gate_stats([ReportSpan(sequence, 0, 7, 0)], summarise(scalings))
-    ours.add(gate_stats([ReportSpan(sequence, 0, 3, 0)], summarise(scalings[:3])))
-    ours.add(gate_stats([ReportSpan(sequence, 3, 4, 0)], summarise(scalings[3:])))
+    ours, theirs = GateStats(), gate_stats([ReportSpan(sequence, 0, 7, 0)], PendingSummary(scalings).read())
+    ours.add(gate_stats([ReportSpan(sequence, 0, 3, 0)], PendingSummary(scalings[:3]).read()))
+    ours.add(gate_stats([ReportSpan(sequence, 3, 4, 0)], PendingSummary(scalings[3:]).read()))
     assert (ours.prompt_entropy, ours.generated_entropy) == (theirs.prompt_entropy, theirs.generated_entropy)
     assert ours.weight == pytest.approx(theirs.weight)
     assert ours.top1 == theirs.top1
@@ -249,13 +250,15 @@ def test_statistics_add_up_until_they_are_taken() -> None:
 
 
 def test_who_waits_to_be_read(engines: Engines) -> None:
-    """Nobody at its first, at its end, or who asked for rows; others for a few steps, and not for ever."""
-    first, later, asks, last = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "abcd")
-    asks.request = replace(asks.request, return_scalings="mean")
-    later.reported = asks.reported = last.reported = 20
+    """Nobody at its first, at its last, or who asked for rows; others for a few steps, and not for ever."""
+    sequences = [Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "abcd"]
+    later, first, asks, last = (ScheduledSequence(sequence, 22, 1, 21, 1, 1, 0, 0) for sequence in sequences)
+    asks.sequence.request = replace(asks.sequence.request, return_scalings="mean")
+    later.sequence.reported = asks.sequence.reported = last.sequence.reported = 20
+    last.sequence.tokens += [5, 5, 5]
     observer = engines.build()._reporter
-    assert observer.due([later, first, asks, last], [last]) == [first, asks, last]
-    steps = next(step for step in range(100) if observer.due([later], []))
+    assert observer.due([later, first, asks, last]) == [first, asks, last]
+    steps = next(step for step in range(100) if observer.due([later]))
     assert 4 < steps < 64
 
 

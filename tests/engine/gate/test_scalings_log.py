@@ -199,7 +199,7 @@ def test_a_request_shed_for_memory_leaves_as_much(engines: Engines, monkeypatch:
     def run_out(*_: Any, **__: Any) -> None:
         raise OutOfMemory
 
-    monkeypatch.setattr(engine.runner, "run", run_out)
+    monkeypatch.setattr(engine.runner, "launch", run_out)
     steps.append(engine.step())
     assert not engine._sequences
     assert_as_peft(logged(steps)["a", 0], engines.tiny.as_stored(), text, range(final))

@@ -1,0 +1,101 @@
+"""A step that has been given to the device, and what becomes of it.
+
+launched   forward, sampling and every copy to the host are queued; the host may do something else
+collected  the sampled ids are here: the one wait for the device in a step
+written    logprobs, gate rows and the log, which have come with the ids, become outputs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from service.contract.output import Failure, FinishReason, TokenOutput
+from service.engine.logprobs import Logprobs
+from service.engine.plan import ScheduledSequence
+from service.model.transfer import HostCopy
+
+
+@dataclass(slots=True)
+class SequenceResult:
+    """The outcome of one step for one scheduled sequence: what the device said, then what the engine made of it."""
+
+    scheduled: ScheduledSequence
+    tokens: list[int] = field(default_factory=list)  # sampled from the real rows, first position first
+    predictions: list[int] = field(default_factory=list)  # sampled from the scaling rows
+    token_row: int = 0  # of its first token among the step's sampled rows
+    finite: bool = True  # False: NaN or infinity in what the sequence would go on with
+    error: Failure | None = None  # why the sequence cannot go on; it has nothing else then
+    finish_reason: FinishReason | None = None
+    final: int = 0  # positions of the sequence that were final after this step
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """What one launch of the runner will bring. R sampled rows: each sequence's samples, then its predictions."""
+
+    scheduled: list[ScheduledSequence]
+    ids: HostCopy  # int64 [R]; fp32 [L + scaling rows], one number per row of logits and gate logits, finite as it is
+    scalings: Tensor  # [scaling rows, S, E] on the device, good until the next launch
+    logit_rows: int  # L
+    errors: dict[int, Failure] = field(default_factory=dict)  # by place in `scheduled`; their ids are nobody's
+    logprobs: Logprobs | None = None  # of the sampled rows `logprob_rows`
+    logprob_rows: list[int] = field(default_factory=list)
+    scores: Logprobs | None = None  # of the prompts' own tokens, sequence by sequence
+    gate_logits: HostCopy | None = None  # [scaling rows, S, E], where they are to be kept
+
+    def collect(self) -> list[SequenceResult]:
+        """Waits for the ids. One result per scheduled sequence, in the same order."""
+        ids, marks = self.ids.read()
+        finite = np.isfinite(marks.numpy())
+        all_finite = bool(finite.all())
+        sampled, row = ids.tolist(), 0
+        results: list[SequenceResult] = []
+        for number, one in enumerate(self.scheduled):
+            middle = row + one.samples
+            end = middle + one.predict_count
+            if number in self.errors:
+                result = SequenceResult(one, error=self.errors[number])
+            else:
+                result = SequenceResult(one, sampled[row:middle], sampled[middle:end], row)
+            if not all_finite:
+                result.finite = self._is_finite(one, finite)
+            results.append(result)
+            row = end
+        return results
+
+    def _is_finite(self, one: ScheduledSequence, finite: npt.NDArray[np.bool_]) -> bool:
+        """Whether all that a sequence would go on with is finite: its gate rows, and the logits that it is sampled or
+        scored by. Those that only predict drafts do not count.
+        """
+        predicted = one.logit_row + one.samples
+        first_gate_row = self.logit_rows + one.scaling_row
+        return bool(
+            finite[one.logit_row : predicted].all()
+            and finite[predicted + one.predict_count : one.logit_row + one.logit_count].all()
+            and finite[first_gate_row : first_gate_row + one.scaling_count].all()
+        )
+
+    def read_logprobs(self) -> dict[int, TokenOutput]:
+        """The tokens of the sampled rows whose logprobs somebody wants, by row."""
+        if self.logprobs is None:
+            return {}
+        return dict(zip(self.logprob_rows, self.logprobs.read(), strict=True))
+
+    def read_scores(self) -> dict[int, list[TokenOutput]]:
+        """The tokens after the positions that a sequence scores, by the id() of its ScheduledSequence."""
+        if self.scores is None:
+            return {}
+        scores = iter(self.scores.read())
+        return {id(one): list(islice(scores, len(one.scores))) for one in self.scheduled}
+
+    def read_gate_logits(self, one: ScheduledSequence) -> npt.NDArray[np.float32] | None:
+        """The gate logits [scaling_count, S, E] of a scheduled sequence; None where they are not kept."""
+        if self.gate_logits is None:
+            return None
+        [rows] = self.gate_logits.read()
+        return rows.numpy()[one.scaling_row : one.scaling_row + one.scaling_count]

@@ -1,0 +1,150 @@
+"""Steps that are launched before the results of the step before are written, as on a GPU: everyone gets the same.
+
+The oracle is the same engine on the same device one step at a time. A device that computes at once hides nothing here:
+what would be read too late has been overwritten by then, by the next step, in a block that was given away, or in a
+captured step's buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.contract.output import GateStats, StepOutput
+from service.contract.request import Request, SamplingParams
+from service.contract.steering import Steering
+from service.engine.engine import Engine
+from service.engine.model_runner import OutOfMemory
+from tests.engine.gate.test_scalings_log import logged
+from tests.engine.test_captured_steps import CallAgain, with_captured_steps
+from tests.engine.test_engine import mixed_requests, same
+from tests.engine.test_grammar import formed_requests
+from tests.engine.test_speculation import PLAIN
+from tests.support.driver import Engines, Run, greedy, run, words
+
+KINDS = {
+    "as it is": {},
+    "no drafts": PLAIN,
+    "chunks": {"max_num_batched_tokens": 9},
+    "preemption": {"blocks": 70, "max_model_len": 96},
+    "captured": {"native_kernels": False},
+}
+
+
+def workload() -> list[Request]:
+    """One of every kind."""
+    everything: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}
+    return [
+        *mixed_requests(),
+        *(replace(made, id=f"form {made.id}") for made in formed_requests()[1::2]),
+        replace(greedy("steered", words(30, 12), 9, **everything), steering=Steering(only=(0, 2), temperature=0.5)),
+        replace(greedy("fixed", words(31, 12), 9, **everything), steering=Steering(weights=())),
+        greedy("frozen", words(32, 12), 19, freeze_after=3, **everything),
+        Request("prompt", words(33, 40), SamplingParams(max_tokens=3, logprobs=0, prompt_logprobs=2, seed=1)),
+        Request("score", words(34, 40), SamplingParams(max_tokens=0, prompt_logprobs=1), score_from=20),
+        replace(mixed_requests()[0], id="again"),
+    ]
+
+
+def served(steps: list[StepOutput]) -> tuple[GateStats, int, int]:
+    """The statistics of a run."""
+    total = GateStats()
+    for step in steps:
+        total.add(step.stats.gate)
+    return total, sum(step.stats.real_rows for step in steps), sum(step.stats.draft_hits for step in steps)
+
+
+def ran(engine: Engine, kind: str) -> Run:
+    engine.log_scalings(True)
+    if kind == "captured":
+        with_captured_steps(engine, CallAgain(), max_rows=48)
+    aborts = {3: [("n", 1)], 6: [("stop", None)], 9: [("form choices", 2)]}
+    return run(engine, [*workload(), greedy("goes", words(40, 30), 40)], aborts={**aborts, 12: [("goes", None)]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everyone_gets_the_same(engines: Engines, kind: str) -> None:
+    plain = ran(engines.build(adaptive=False, **KINDS[kind]), kind)
+    ours = ran(engines.build(adaptive=False, overlaps=True, **KINDS[kind]), kind)
+    assert kind != "preemption" or ours.preemptions
+    cut = {("n", 1), ("stop", 0), ("form choices", 2), ("goes", 0)}  # after as many tokens as there were by then
+    for key, theirs in plain.choices.items():
+        if key in cut:
+            continue
+        same(ours[key], theirs)
+        for which in ("token_outputs", "prompt_logprobs"):
+            for token, expected in zip(getattr(ours[key], which), getattr(theirs, which), strict=True):
+                assert token.id == expected.id
+                assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+                assert [id for id, _ in token.top_logprobs] == [id for id, _ in expected.top_logprobs]
+        assert ours[key].usage is not None
+        assert ours[key].usage.gate_positions == (theirs.usage and theirs.usage.gate_positions)
+    assert ours.choices.keys() >= plain.choices.keys() - cut
+    log, expected_log = logged(ours.steps), logged(plain.steps)
+    assert log.keys() == expected_log.keys()
+    for key in log.keys() - cut:
+        usages = [run[key].usage for run in (ours, plain)]
+        computed = max(usage.cached_tokens for usage in usages if usage is not None)  # from here on by both
+        assert {p for p in log[key] if p >= computed} == {p for p in expected_log[key] if p >= computed}
+        for position in log[key].keys() & expected_log[key].keys():
+            np.testing.assert_allclose(log[key][position], expected_log[key][position], atol=1e-5, rtol=0)
+
+
+def test_statistics_are_complete(engines: Engines) -> None:
+    """Nothing is counted twice or left out, when a step's rows are written after the next has begun."""
+    plain, ours = (run(engines.build(adaptive=False, overlaps=which), workload()) for which in (False, True))
+    (expected, *counts), (stats, *own) = served(plain.steps), served(ours.steps)
+    assert own == counts
+    for name in ("prompt_entropy", "generated_entropy"):
+        theirs, mine = (np.sort(np.frombuffer(getattr(one, name), np.float32)) for one in (expected, stats))
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
+    assert stats.weight == pytest.approx(expected.weight, abs=1e-3)
+
+
+def test_the_next_step_is_launched_before_the_results_are_returned(engines: Engines) -> None:
+    engine = engines.build(overlaps=True)
+    engine.add(greedy("a", words(1, 9), 12))
+    launch, launches = engine.runner.launch, []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        launches.append(args)
+        return launch(*args, **kwargs)
+
+    engine.runner.launch = count  # type: ignore[method-assign]
+    steps = 0
+    while engine.has_work():
+        engine.step()
+        steps += 1
+        assert len(launches) == steps + engine.has_work()
+
+
+def test_too_large_a_next_step_ends_one_and_loses_nothing(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results of the step before are still to be written when the memory runs out."""
+    engine = engines.build(overlaps=True, prefix_cache=False)
+    expected = run(engine, [greedy("a", words(1, 9), 12)])["a"].tokens
+    launch, launches = engine.runner.launch, iter(range(100))
+
+    def run_out(*args: Any, **kwargs: Any) -> Any:
+        if next(launches) == 4:
+            raise OutOfMemory
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(engine.runner, "launch", run_out)
+    ours = run(engine, [greedy("a", words(1, 9), 12), greedy("large", words(2, 60), 30)])
+    assert ours["a"].tokens == expected
+    assert ours["large"].error == "the server is out of memory"
+
+
+def test_aborted_with_nothing_else_to_do(engines: Engines) -> None:
+    """The step that is on the device is waited for, and says nothing of it."""
+    engine = engines.build(overlaps=True)
+    engine.add(greedy("a", words(1, 9), 12))
+    engine.step()
+    engine.abort("a")
+    assert engine.has_work()
+    assert engine.blocks.used == 0
+    assert not engine.step().outputs
+    assert not engine.has_work()
