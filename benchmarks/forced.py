@@ -15,8 +15,8 @@ from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.model_runner import ModelRunner, SequenceResult
-from service.engine.plan import ScheduledSequence
+from service.engine.launched_step import LaunchedStep, SequenceResult
+from service.engine.model_runner import ModelRunner
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
@@ -86,12 +86,13 @@ class ScriptedRunner(ModelRunner):
         self._miss = 0 if drafts_agree else 1
         self._tokens = self.model.config.get_text_config().vocab_size - _FIRST_TOKEN - 1
 
-    def run(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> list[SequenceResult]:
-        """The step as ever, with other tokens and predictions."""
-        results = super().run(scheduled, keep_gate_logits=keep_gate_logits)
-        for one, result in zip(scheduled, results, strict=True):
-            for position, token in enumerate(result.tokens, one.real_end - one.samples + 1):
-                token.id = self._token(position)
+    def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
+        """The step's results as ever, with other tokens and predictions."""
+        results = super().collect(launched)
+        for result in results:
+            one = result.scheduled
+            first = one.real_end - one.samples + 1
+            result.tokens = [self._token(position) for position in range(first, first + one.samples)]
             predicted = range(one.predict_start, one.predict_start + one.predict_count)
             result.predictions = [self._token(position) + self._miss for position in predicted]
         return results

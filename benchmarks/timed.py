@@ -73,7 +73,8 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
 
     clocks = Clocks(Path(os.environ[VARIABLE]))
     reporter: Any = GateReporter
-    reporter.report = clocks.around(reporter.report, _ENGINE)
+    for name in ("launch", "settle", "report", "log", "flush"):
+        setattr(reporter, name, clocks.around(getattr(reporter, name), _ENGINE))
     return loader.load_engine(options, on_progress, on_lost)
 
 

@@ -26,16 +26,16 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     from service.engine.gate import report
 
     reporter: Any = report.GateReporter
-    original = reporter._observe
+    read = reporter._read
 
-    def observe(self: Any, sequences: Any) -> Any:
-        if any(sequence.request.return_scalings != "none" for sequence in sequences):
-            return original(self, sequences)
-        for span in report.report_spans(sequences):
-            span.sequence.reported = span.start + span.count
-        return {}
+    def read_for_those_who_asked(self: Any, spans: Any) -> Any:
+        if any(span.sequence.request.return_scalings != "none" for span in spans):
+            return read(self, spans)
+        for span in spans:
+            span.sequence.reported = min(span.start + span.count, span.sequence.final)
+        return []
 
-    reporter._observe = observe
+    reporter._read = read_for_those_who_asked
     return loader.load_engine(options, on_progress, on_lost)
 
 

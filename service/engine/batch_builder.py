@@ -68,7 +68,7 @@ class BatchBuilder:
 
     def _lines(self, segments: list[Segment], scaling_rows: int, row_count: int) -> list[list[int]]:
         """The lines of Batch.rows."""
-        cache, size = self._cache, self._block_size
+        cache, size, scratch = self._cache, self._block_size, self._cache.scratch_slot
         ids: list[int] = []
         positions: list[int] = []
         kv_slots: list[int] = []
@@ -76,18 +76,32 @@ class BatchBuilder:
         write_to: list[int] = []
         for s in segments:
             sequence = s.scheduled.sequence
+            if s.count == 1 and s.start < sequence.gate_end and sequence.generates:
+                position, blocks = s.start, s.stream.blocks
+                known = len(sequence.tokens)
+                ids.append(sequence.tokens[position] if position < known else sequence.drafts[position - known])
+                positions.append(position)
+                slot = blocks[position // size] * size + position % size
+                kv_slots.append(slot)
+                if s.is_scaling:
+                    read_from.append(batch_gate.dummy_slot(cache, sequence))
+                    write_to.append(sequence.real.blocks[position // size] * size + position % size)
+                else:
+                    read_from.append(slot)
+                    write_to.append(scratch)
+                continue
             ids += sequence.token_ids(s.start, s.start + s.count)
             positions += range(s.start, s.start + s.count)
             kv_slots += stream_slots(s.stream, s.start, s.count, size)
             if not s.is_scaling:
                 read_from += gate_slots(sequence, s.start, s.count, size)
-                write_to += [cache.scratch_slot] * s.count
+                write_to += [scratch] * s.count
                 continue
             read_from += [batch_gate.dummy_slot(cache, sequence)] * s.count
             if sequence.generates:
                 write_to += stream_slots(sequence.real, s.start, s.count, size)
             else:
-                write_to += [cache.scratch_slot] * s.count
+                write_to += [scratch] * s.count
         is_scaling = [1] * scaling_rows + [0] * (row_count - scaling_rows)
         return [ids, positions, kv_slots, read_from, write_to, is_scaling]
 
@@ -96,8 +110,12 @@ class BatchBuilder:
         width = -(-max(s.start + s.count for s in group) // self._block_size)
         table = table_of()
         for segment in group:
-            blocks = segment.stream.blocks[:width]
-            table += blocks + blocks[:1] * (width - len(blocks))
+            blocks = segment.stream.blocks
+            if len(blocks) == width:
+                table += blocks
+            else:
+                table += blocks[:width]
+                table += blocks[:1] * (width - len(blocks))
         return table
 
 

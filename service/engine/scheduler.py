@@ -108,8 +108,11 @@ class Scheduler:
         self._scorable = self.max_scored_rows
         streams = max(1, len(self.running))
         self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
-        for number, sequence in enumerate(decoding):
-            others = 2 * (len(decoding) - number - 1)  # rows: one of each stream for everyone before drafts for anyone
+        others = 2 * len(decoding)  # rows: one of each stream for everyone before drafts for anyone
+        for sequence in decoding:
+            others -= 2
+            if self.speculative_tokens and budget > 0 and sequence.prefilled:  # not if it has been preempted
+                self._look_up_drafts(sequence)
             budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
         most = self._even_share(prefilling, budget)
         for sequence in prefilling:
@@ -122,19 +125,22 @@ class Scheduler:
         """Caches the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
         if not sequence.generates:
             return
+        size = self.blocks.block_size
         scaling, real = sequence.scaling, sequence.real
-        self._cache_blocks(scaling, sequence.tokens, min(scaling.computed, len(sequence.tokens)))
-        self._cache_blocks(real, sequence.tokens, min(sequence.final, sequence.gate_row_end))
+        full = min(scaling.computed, len(sequence.tokens)) // size
+        if full > scaling.cached:
+            self._cache_blocks(scaling, sequence.tokens, full)
+        full = min(sequence.final, sequence.gate_row_end) // size
+        if full > real.cached:
+            self._cache_blocks(real, sequence.tokens, full)
         if sequence.scaling_ended and scaling.blocks:
             self.blocks.release(scaling.blocks)
 
-    def _cache_blocks(self, stream: Stream, tokens: list[int], positions: int) -> None:
-        full = positions // self.blocks.block_size
-        if full > stream.cached:
-            self._keys.extend(stream.keys, stream.root, tokens, full)
-            for number in range(stream.cached, full):
-                self.blocks.cache(stream.blocks[number], stream.keys[number])
-            stream.cached = full
+    def _cache_blocks(self, stream: Stream, tokens: list[int], full: int) -> None:
+        self._keys.extend(stream.keys, stream.root, tokens, full)
+        for number in range(stream.cached, full):
+            self.blocks.cache(stream.blocks[number], stream.keys[number])
+        stream.cached = full
 
     def _even_share(self, prefilling: list[Sequence], budget: int) -> int:
         """The most rows that one prompt may have in this step, with a view to those that can be admitted."""
@@ -156,9 +162,8 @@ class Scheduler:
 
     def _schedule_running(self, sequence: Sequence, budget: int, plan: Plan) -> int:
         """Adds the sequence's rows to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
-        if budget <= 0 or sequence not in self.running:
+        if budget <= 0 or (plan.preemptions and sequence not in self.running):
             return 0
-        self._look_up_drafts(sequence)
         one = self._next_rows(sequence, budget)
         if not one.rows or not self._make_room(one, plan):
             return 0
@@ -168,10 +173,10 @@ class Scheduler:
 
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
-        most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
-        if most <= 0 or not sequence.prefilled:
-            return
         needed = self._worth[0 if sequence.scaling_ended else 1]
+        most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
+        if most <= 0:
+            return
         count = sequence.prompt_lookup.length(sequence.likelihood(0), needed, most)
         end = sequence.len_with_drafts + count
         if count and self._missing(sequence, end, end) <= self.blocks.free:
@@ -179,7 +184,8 @@ class Scheduler:
 
     def _next_rows(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
-        known, end = len(sequence.tokens), sequence.len_with_drafts
+        known = len(sequence.tokens)
+        end = known + len(sequence.drafts) - sequence.scores_only
         scaling_start, real_start = sequence.scaling.computed, sequence.real.computed
         # Where the gate is frozen, every position's scalings are known.
         real_ready = end if scaling_start >= sequence.gate_end else scaling_start
@@ -190,30 +196,31 @@ class Scheduler:
         scaling_count = min(min(end, sequence.gate_end) - scaling_start, budget - real_count)
         one = ScheduledSequence(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
         if sequence.generates:
-            one.samples = max(0, one.real_end - (known - 1))
+            one.samples = max(0, real_start + real_count - (known - 1))
             if scoring:
                 one.scores = range(max(real_start, sequence.scored), min(one.real_end, sequence.score_end))
-            self._ask_predictions(one, known, end)
+            if self.lookahead and scaling_start + scaling_count >= known:
+                self._ask_predictions(one, known, end)
         return one
 
     def _ask_predictions(self, one: ScheduledSequence, known: int, drafts_end: int) -> None:
         """The scaling pass predicts the token after the last draft, and checks looked-up ones, where either pays."""
-        if not self.lookahead or one.scaling_end < known:
-            return
-        sequence = one.sequence
+        sequence, end = one.sequence, one.scaling_end
         likelihood = sequence.likelihood(one.samples)  # its row is run once this step's samples have agreed
         pays = sequence.lookahead.length(likelihood, self._worth[0], min(1, sequence.room_for_drafts))
-        end = one.scaling_end + 1 if one.scaling_end < drafts_end or pays else one.scaling_end
-        one.predict_start = max(known, one.scaling_start + 1)
+        if end < drafts_end or pays:
+            end += 1
+        start = max(known, one.scaling_start + 1)
         if sequence.prompt_lookup.rate > sequence.lookahead.rate:  # its word would not count
-            one.predict_start = max(one.predict_start, drafts_end)
-        one.predict_count = max(0, end - one.predict_start)
+            start = max(start, drafts_end)
+        one.predict_start, one.predict_count = start, max(0, end - start)
 
     def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
         """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""
-        missing = self.blocks.missing(sequence.scaling.blocks, self._scaling_extent(sequence, scaling_end))
+        size = self.blocks.block_size
+        missing = max(0, -(-self._scaling_extent(sequence, scaling_end) // size) - len(sequence.scaling.blocks))
         if sequence.generates:
-            missing += self.blocks.missing(sequence.real.blocks, max(scaling_end, real_end))
+            missing += max(0, -(-max(scaling_end, real_end) // size) - len(sequence.real.blocks))
         return missing
 
     def _scaling_extent(self, sequence: Sequence, end: int) -> int:
@@ -223,6 +230,9 @@ class Scheduler:
     def _make_room(self, one: ScheduledSequence, plan: Plan) -> bool:
         """Gives both streams the blocks their rows need, preempting if need be."""
         sequence = one.sequence
+        size, scaling, real = self.blocks.block_size, sequence.scaling.blocks, sequence.real.blocks
+        if one.scaling_end <= size * min(len(scaling), len(real)) and one.real_end <= size * len(real):
+            return True
         while (missing := self._missing(sequence, one.scaling_end, one.real_end)) > self.blocks.free:
             planned = {id(one.sequence) for one in plan.scheduled}
             victim = next(other for other in reversed(self.running) if id(other) not in planned)

@@ -27,6 +27,7 @@ from service.grammar import Cursor
 # What is expected of drafts before any has been judged.
 _LOOKAHEAD_RATE = 0.8
 _PROMPT_LOOKUP_RATE = 0.7
+_NEVER = sys.maxsize  # a position that no text reaches
 
 
 @dataclass(slots=True)
@@ -83,6 +84,7 @@ class Sequence:
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
     score_end: int = field(init=False)  # ... and those below this will: 0 where nobody asked
+    draft_end: int = field(init=False)  # positions from here on are never drafted: the last token of all needs no row
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
@@ -97,8 +99,9 @@ class Sequence:
         self.scored = 0 if score_from is None else score_from - 1
         asked = sampling is not None and sampling.prompt_logprobs is not None and self.index == 0
         self.score_end = self.prompt_len - 1 if asked else 0
+        self.draft_end = 0 if sampling is None else self.prompt_len + sampling.max_tokens - 1
         generated_from = self.prompt_len if score_from is None else score_from
-        self.gate_end = sys.maxsize if freeze_after is None else generated_from + freeze_after - 1
+        self.gate_end = _NEVER if freeze_after is None else generated_from + freeze_after - 1
         self.fixed_gate = self.request.has_fixed_gate
         if self.fixed_gate:
             self.gate_end = 0
@@ -141,10 +144,10 @@ class Sequence:
 
     @property
     def room_for_drafts(self) -> int:
-        """Drafts that may still be added: the last token of all needs no row, so it is never drafted."""
-        if not self.generates or self.drafts_end:
+        """Drafts that may still be added."""
+        if self.drafts_end:
             return 0
-        return self.prompt_len + self.sampling.max_tokens - 1 - self.len_with_drafts
+        return self.draft_end - self.len_with_drafts
 
     @property
     def final(self) -> int:
@@ -154,12 +157,12 @@ class Sequence:
     @property
     def scaling_ended(self) -> bool:
         """Whether the gate is frozen for good: the scaling stream is not needed any more."""
-        return self.gate_end <= min(self.scaling.computed, len(self.tokens))
+        return self.gate_end != _NEVER and self.gate_end <= min(self.scaling.computed, len(self.tokens))
 
     @property
     def gate_row_end(self) -> int:
         """Positions below it have a gate that follows from the text and the request's gate_key: they can be cached."""
-        return sys.maxsize if self.fixed_gate else self.gate_end
+        return _NEVER if self.fixed_gate else self.gate_end
 
     @property
     def prefilled(self) -> bool:
@@ -181,6 +184,8 @@ class Sequence:
 
     def likelihood(self, verified: int) -> float:
         """The probability, by their drafters' records, that all drafts are right once the first `verified` are."""
+        if verified >= len(self.drafters):
+            return 1.0
         return math.prod(drafter.rate for drafter in self.drafters[verified:])
 
     # -- drafts are made, verified, dropped -------------------------------------------------------------------------
