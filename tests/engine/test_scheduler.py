@@ -22,7 +22,7 @@ from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
-from service.engine.model_runner import SequenceResult
+from service.engine.launched_step import SequenceResult
 from service.engine.plan import ScheduledSequence
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, Stream
