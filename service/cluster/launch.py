@@ -42,7 +42,8 @@ def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None
         try:
             _deploy(arguments)
             logger.info("%d replicas on http://%s:%s", replicas, settings.host, port)
-            signal.signal(signal.SIGHUP, lambda *_: _reload_keys())
+            if settings.api_key_file is not None or settings.admin_key_file is not None:
+                signal.signal(signal.SIGHUP, lambda *_: _reload_keys())
             while True:
                 signal.pause()
         finally:
