@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -121,18 +123,19 @@ class Endpoints:
 
     def port(self) -> int:
         """Any that is ready."""
-        return random.choice([one.port for one in list(self._failures) if self._in(one)])
+        return random.choice([one.port for one in list(self._failures) if self.takes(one)])
 
     def all_in(self) -> bool:
         """Whether every pod that is there takes requests."""
-        return all(map(self._in, list(self._failures)))
+        return all(map(self.takes, list(self._failures)))
+
+    def takes(self, replica: Replica) -> bool:
+        """Whether this one takes requests."""
+        return self._failures[replica] < self._numbers.probe_failures
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-
-    def _in(self, replica: Replica) -> bool:
-        return self._failures[replica] < self._numbers.probe_failures
 
     def _probe(self) -> None:
         while not self._stop.wait(self._numbers.probe_period):
@@ -235,7 +238,7 @@ def upgrade_kubernetes(stack: ExitStack, numbers: Numbers, model: Path) -> tuple
         for gone in old:
             [new] = started(stack, numbers, model, [free_port()])
             endpoints.add(new)
-            assert wait_for(lambda new=new: endpoints._in(new), READY_SECONDS)  # type: ignore[misc]
+            assert wait_for(partial(endpoints.takes, new), READY_SECONDS)
             stopping.append(threading.Thread(target=gone.stop))
             stopping[-1].start()
         for thread in stopping:
@@ -275,6 +278,7 @@ def main() -> int:
     parser.add_argument("--drain-seconds", type=float, help="other than the platform's")
     parser.add_argument("--grace-seconds", type=float, help="other than the platform's")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # replicas end with it
     lost = 0
     for platform in args.platform or PLATFORMS:
         read, upgrade = PLATFORMS[platform]
