@@ -1,10 +1,11 @@
 """An upgrade under long streams, with the numbers of compose or of Kubernetes: how many requests does it cost?
 
-    python -m benchmarks.rolling_upgrade [--platform compose|kubernetes] [--streams 12] [--seconds 60]
+    python -m benchmarks.rolling_upgrade [--platform compose|kubernetes] [--streams 12] [--seconds 60] [--fake]
 
 Two replicas of the real server are replaced by two others while streams of --seconds and short requests go on. What
 the containers, or pods, would be are processes here, and the times are those of docker/: what a replica is started
-with, and how long after SIGTERM it is killed. --drain-seconds and --grace-seconds try others.
+with, and how long after SIGTERM it is killed. --drain-seconds and --grace-seconds try others. With --fake the engine is
+that of the tests, at ten tokens a second: what stops, drains and is killed is the same, and costs next to no compute.
 
     compose      the shipped HAProxy before them; as docs/operations.md has it: new ones beside, then the old ones stop
     kubernetes   callers take any endpoint, without retries; one goes from the list only when its readiness probe has
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import signal
@@ -37,6 +39,7 @@ from typing import Any
 import yaml
 
 from benchmarks.common import DEMO, emit
+from tests.support.fake_engine import write_bundle
 from tests.support.proxy import drain_delay, proxy
 from tests.support.server_process import ROOT, free_port
 from tests.support.waiting import wait_for
@@ -74,15 +77,24 @@ def kubernetes_numbers() -> Numbers:
     return Numbers(delay, drain, grace, probe["periodSeconds"], probe["failureThreshold"])
 
 
+@dataclass(frozen=True)
+class Kind:
+    """The server that is run, and what it serves."""
+
+    module: str
+    model: Path
+
+
 class Replica:
     """One server, as a container or pod would run it."""
 
-    def __init__(self, numbers: Numbers, model: Path, port: int) -> None:
+    def __init__(self, numbers: Numbers, kind: Kind, port: int) -> None:
         self.port, self._grace = port, numbers.grace
         self.killed = False
-        flags = ["--model", str(model), "--port", str(port), "--threads", "1", "--log-level", "error"]
+        flags = ["--model", str(kind.model), "--port", str(port), "--threads", "1", "--log-level", "error"]
         flags += ["--drain-delay", str(numbers.drain_delay), "--drain-seconds", str(numbers.drain)]
-        self._process = subprocess.Popen([sys.executable, "-m", "service", "serve", *flags], cwd=ROOT)
+        command = [sys.executable, "-m", kind.module, "serve", *flags]
+        self._process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"FAKE_LOADER": "load_paced_engine"})
 
     def is_ready(self) -> bool:
         """What a probe sees."""
@@ -203,16 +215,16 @@ class Load:
         return urllib.request.urlopen(request, timeout=self.seconds + 120)
 
 
-def upgrade_compose(stack: ExitStack, numbers: Numbers, model: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+def upgrade_compose(stack: ExitStack, numbers: Numbers, kind: Kind) -> tuple[Callable[[], int], Callable[[], int]]:
     """The port of the proxy, and what replaces the replicas behind it and returns how many had to be killed."""
     ports = [free_port() for _ in range(4)]
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    old = started(stack, numbers, model, ports[:2])
+    old = started(stack, numbers, kind, ports[:2])
     front = stack.enter_context(proxy(ports, folder))
     assert wait_for(lambda: answers(front), READY_SECONDS)
 
     def replace() -> int:
-        started(stack, numbers, model, ports[2:])
+        started(stack, numbers, kind, ports[2:])
         time.sleep(2 * numbers.probe_period)  # the proxy has seen them
         stopping = [threading.Thread(target=one.stop) for one in old]  # docker stop, with all of them
         for thread in stopping:
@@ -224,11 +236,11 @@ def upgrade_compose(stack: ExitStack, numbers: Numbers, model: Path) -> tuple[Ca
     return lambda: front, replace
 
 
-def upgrade_kubernetes(stack: ExitStack, numbers: Numbers, model: Path) -> tuple[Callable[[], int], Callable[[], int]]:
+def upgrade_kubernetes(stack: ExitStack, numbers: Numbers, kind: Kind) -> tuple[Callable[[], int], Callable[[], int]]:
     """A port of the endpoints, and what rolls the deployment over and returns how many pods had to be killed."""
     endpoints = Endpoints(numbers)
     stack.callback(endpoints.close)
-    old = started(stack, numbers, model, [free_port(), free_port()])
+    old = started(stack, numbers, kind, [free_port(), free_port()])
     for one in old:
         endpoints.add(one)
     assert wait_for(endpoints.all_in, READY_SECONDS)
@@ -236,7 +248,7 @@ def upgrade_kubernetes(stack: ExitStack, numbers: Numbers, model: Path) -> tuple
     def replace() -> int:
         stopping = []
         for gone in old:
-            [new] = started(stack, numbers, model, [free_port()])
+            [new] = started(stack, numbers, kind, [free_port()])
             endpoints.add(new)
             assert wait_for(partial(endpoints.takes, new), READY_SECONDS)
             stopping.append(threading.Thread(target=gone.stop))
@@ -248,9 +260,9 @@ def upgrade_kubernetes(stack: ExitStack, numbers: Numbers, model: Path) -> tuple
     return endpoints.port, replace
 
 
-def started(stack: ExitStack, numbers: Numbers, model: Path, ports: list[int]) -> list[Replica]:
+def started(stack: ExitStack, numbers: Numbers, kind: Kind, ports: list[int]) -> list[Replica]:
     """Replicas that are ready; they end with the stack."""
-    replicas = [Replica(numbers, model, port) for port in ports]
+    replicas = [Replica(numbers, kind, port) for port in ports]
     for one in replicas:
         stack.callback(one.kill)
     assert wait_for(lambda: all(one.is_ready() for one in replicas), READY_SECONDS)
@@ -272,6 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--platform", choices=PLATFORMS, action="append", help="may be repeated; default: both")
     parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--fake", action="store_true", help="the tests' engine in the place of a model")
     parser.add_argument("--streams", type=int, default=12)
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60)
@@ -291,7 +304,11 @@ def main() -> int:
             shipped.probe_failures,
         )
         with ExitStack() as stack:
-            port, replace = upgrade(stack, numbers, args.model)
+            kind = Kind("service", args.model)
+            if args.fake:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                kind = Kind("tests.support.fake_server", Path(write_bundle(folder)))
+            port, replace = upgrade(stack, numbers, kind)
             load = Load(port, args.seconds)
             with load.running(args.streams, args.callers):
                 time.sleep(args.seconds / 6)  # streams are in their beginning
@@ -299,7 +316,14 @@ def main() -> int:
                 killed = replace()
                 took = time.monotonic() - began
         found = {name: load.outcomes[name] for name in ("streams", "short requests", "lost stream", "lost short")}
-        row = {"benchmark": "rolling_upgrade", "platform": platform, "seconds": args.seconds, **vars(numbers), **found}
+        row = {
+            "benchmark": "rolling_upgrade",
+            "platform": platform,
+            "fake": args.fake,
+            "seconds": args.seconds,
+            **vars(numbers),
+            **found,
+        }
         row |= {"shortest_stream_seconds": min(load.durations, default=0.0), "upgrade_seconds": took, "killed": killed}
         emit(row)
         lost += found["lost stream"] + found["lost short"]
