@@ -2,12 +2,13 @@
 
     python3 docker/verify_compose.py [--replicas] [--keys] [--stand-ins]
 
-The service becomes ready, Prometheus finds every container of it and loads every rule, and under traffic every query of
-the dashboard has a result. With --replicas two containers run behind the proxy, and under traffic one is stopped, which
-may cost no request, and then killed, which may cost those that were in it. With --keys callers need one, Prometheus has
-another, and theirs does not open the metrics. With --stand-ins (where images cannot be pulled) Prometheus and the proxy
-are Debian's packages in images of the same names, and Grafana is left out. Ends with exit code 0, and removes what it
-made.
+The service becomes ready, Prometheus finds every container of it and loads every rule, under traffic every query of
+the dashboard has a result, and an alert with `severity: page` reaches the pager. With --replicas two containers run
+behind the proxy, and under traffic one is stopped, which may cost no request, and then killed, which may cost those
+that were in it (streams of a minute through an upgrade are for benchmarks/rolling_upgrade.py). With --keys callers need
+one, Prometheus has another, and theirs does not open the metrics. With --stand-ins (where images cannot be pulled)
+Prometheus, Alertmanager and the proxy are Debian's packages in images of the same names, and Grafana is left out. Ends
+with exit code 0, and removes what it made.
 
 Needs Python alone, the image xlora-service (docker/verify.sh build), and docker compose, or podman and podman-compose.
 COMPOSE names another command for the latter, CONTAINERS_CONF podman's settings.
@@ -39,12 +40,15 @@ from typing import Any
 
 DOCKER = Path(__file__).parent
 PROJECT = "xlora-verify"
+PORTS = ("PORT", "PROMETHEUS_PORT", "ALERTMANAGER_PORT", "GRAFANA_PORT")
+PAGE = {"labels": {"alertname": "Trial", "severity": "page"}, "annotations": {"summary": "nothing is wrong"}}
 # As the images of these names work, as far as the compose files use them.
 STAND_INS = {
-    "prometheus": 'RUN mkdir /prometheus && chown 65534:65534 /prometheus\nENTRYPOINT ["prometheus"]',
+    "prometheus": 'RUN install -d -o 65534 -g 65534 /prometheus\nENTRYPOINT ["prometheus"]',
+    "alertmanager": 'RUN install -d -o 65534 -g 65534 /alertmanager\nENTRYPOINT ["prometheus-alertmanager"]',
     "proxy": 'ENTRYPOINT ["haproxy", "-W", "-db", "-f", "/usr/local/etc/haproxy/haproxy.cfg"]',
 }
-PACKAGES = {"prometheus": "prometheus", "proxy": "haproxy"}
+PACKAGES = {"prometheus": "prometheus", "alertmanager": "prometheus-alertmanager", "proxy": "haproxy"}
 TRAFFIC = [
     {"prompt": "Compute 48 + 87.\n", "max_tokens": 24},
     {"prompt": "Which strand pairs with CTA TCT TAT?\n", "max_tokens": 24, "stream": True},
@@ -106,7 +110,7 @@ class Compose:
         self.command = [*shlex.split(os.environ.get("COMPOSE", default)), "-p", PROJECT]
         for file in files:
             self.command += ["-f", str(DOCKER / file)]
-        self.ports = {name: free_port() for name in ("PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")}
+        self.ports = {name: free_port() for name in PORTS}
         self.environment = os.environ | {name: str(port) for name, port in self.ports.items()} | variables
 
     def run(self, *arguments: str, check: bool = True) -> None:
@@ -116,6 +120,11 @@ class Compose:
 
     def url(self, port: str, path: str) -> str:
         return f"http://127.0.0.1:{self.ports[port]}{path}"
+
+    def log(self, service: str) -> bytes:
+        """What a service's containers have written."""
+        commands = [[self.engine, "logs", container] for container in self.containers(service)]
+        return b"".join(subprocess.run(one, capture_output=True, check=True).stdout for one in commands)
 
     def containers(self, service: str) -> list[str]:
         """Ids of a service's running containers."""
@@ -163,9 +172,10 @@ def query(compose: Compose, expression: str) -> list[Any]:
     return found.get("data", {}).get("result", []) if status == 200 else []
 
 
-def dashboard_queries() -> Iterator[str]:
-    """Every query of the dashboard, with a value in the place of Grafana's variables."""
-    pending = [json.loads((DOCKER / "grafana/dashboards/xlora.json").read_text())]
+def dashboard_queries(replicas: int) -> Iterator[str]:
+    """Every query of the dashboards, with a value in the place of Grafana's variables."""
+    boards = ["xlora.json", *(["proxy.json"] if replicas > 1 else [])]
+    pending = [json.loads((DOCKER / "grafana/dashboards" / name).read_text()) for name in boards]
     while pending:
         node = pending.pop()
         pending += node.get("panels", [])
@@ -188,7 +198,9 @@ def build_stand_ins(services: list[str]) -> None:
     base = re.search(r"^ARG BASE=(.*)$", (DOCKER.parent / "Dockerfile").read_text(), re.M)
     assert base is not None
     texts = "".join((DOCKER / file).read_text() for file in ("compose.yaml", "compose.replicas.yaml"))
-    images = {"prometheus": r"prom/prometheus:[\w.-]+", "proxy": r"haproxy:[\w.-]+"}
+    images = {name: rf"(?:prom/)?{name}:[\w.-]+" for name in ("prometheus", "alertmanager")} | {
+        "proxy": r"haproxy:[\w.-]+"
+    }
     for service in services:
         found = re.search(images[service], texts)
         assert found is not None
@@ -232,9 +244,21 @@ def check_keys(compose: Compose, keys: Mapping[str, str]) -> None:
     print(f"{len(KEYED)} requests with and without keys are answered as they should be")
 
 
-def check_dashboard(compose: Compose) -> None:
-    """Under traffic no query of the dashboard stays without a result."""
-    missing = list(dashboard_queries())
+def check_pager(compose: Compose) -> None:
+    """Prometheus knows the Alertmanager, and what comes to that with `severity: page` is in the pager's log."""
+    wait("Alertmanager is ready", 60, lambda: fetch(compose.url("ALERTMANAGER_PORT", "/-/ready"))[0] == 200)
+    active = json.loads(fetch(compose.url("PROMETHEUS_PORT", "/api/v1/alertmanagers"))[1])["data"][
+        "activeAlertmanagers"
+    ]
+    if len(active) != 1:
+        sys.exit(f"FAILED: Prometheus knows {len(active)} Alertmanagers")
+    fetch(compose.url("ALERTMANAGER_PORT", "/api/v2/alerts"), [PAGE])
+    wait("the pager has heard of an alert", 60, lambda: b"page firing Trial" in compose.log("pager"))
+
+
+def check_dashboard(compose: Compose, replicas: int) -> None:
+    """Under traffic no query of the dashboards stays without a result."""
+    missing = list(dashboard_queries(replicas))
     total = len(missing)
 
     def all_have_results() -> bool:
@@ -286,15 +310,16 @@ def verify(compose: Compose, services: list[str], keys: Mapping[str, str], repli
         if keys:
             check_keys(compose, keys)
         check_monitoring(compose, replicas)
+        check_pager(compose)
         with Traffic(compose.url("PORT", "/generate"), keys.get("api_keys")) as traffic:
-            check_dashboard(compose)
+            check_dashboard(compose, replicas)
             if "grafana" in services:
                 wait("Grafana is ready", 90, lambda: fetch(compose.url("GRAFANA_PORT", "/api/health"))[0] == 200)
             if set(traffic.statuses) != {200}:
                 sys.exit(f"FAILED: answers were {dict(traffic.statuses)}")
             print(f"{traffic.statuses[200]} requests, all answered with 200")
             if replicas > 1:
-                check_loss(compose, traffic, ["stop", "-t", "30"], allowed=0)  # as compose.yaml's stop_grace_period
+                check_loss(compose, traffic, ["stop", "-t", "615"], allowed=0)  # as compose.yaml's stop_grace_period
                 check_loss(compose, traffic, ["kill"], allowed=len(traffic.threads))
     finally:
         compose.run("down", "-v", check=False)
@@ -306,9 +331,9 @@ def main() -> int:
     parser.add_argument("--keys", action="store_true", help="with compose.keys.yaml, and keys of its own")
     parser.add_argument("--stand-ins", action="store_true", help="Debian's packages in place of images")
     arguments = parser.parse_args()
-    services = ["prometheus", *(["proxy"] if arguments.replicas else [])]
+    services = ["prometheus", "alertmanager", "pager", *(["proxy"] if arguments.replicas else [])]
     if arguments.stand_ins:
-        build_stand_ins(services)
+        build_stand_ins([name for name in services if name in STAND_INS])
         print("Grafana is left out")
     else:
         services.append("grafana")

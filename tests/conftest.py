@@ -24,3 +24,12 @@ def promtool() -> str:
     if path is None:
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
     return path
+
+
+@pytest.fixture(scope="session")
+def amtool() -> str:
+    """Path of Alertmanager's own checker; tests that need it are skipped where it is not installed."""
+    path = shutil.which("amtool")
+    if path is None:
+        pytest.skip("amtool is not installed (Debian: apt-get install prometheus-alertmanager)")
+    return path

@@ -14,9 +14,10 @@ from service import __version__
 from service.api import errors, openapi
 from service.api.middleware.early_refusal import EarlyRefusal
 from service.api.middleware.error_boundary import ErrorBoundary
+from service.api.middleware.keys import Keys
 from service.api.middleware.record import Recorder, SpanWriter
 from service.api.middleware.route_match import RouteMatch
-from service.api.middleware.security import BodyLimit, Guard, Keys
+from service.api.middleware.security import BodyLimit, Guard
 from service.api.routes import admin, chat, compare, generate, openai, ops, scalings, web
 from service.api.state import Service, run_startup
 from service.client.engine_client import Client
@@ -46,8 +47,9 @@ def create_app(
     """
     service = Service(client, settings, metrics)
     on_failure = failed or asyncio.Event()
-    api_keys = Keys.load(settings.api_key_file, settings.api_keys, "api-key")
-    admin_keys = Keys.load(settings.admin_key_file, settings.admin_keys, "admin-key")
+    api_keys = Keys(settings.api_key_file, settings.api_keys, "api-key")
+    admin_keys = Keys(settings.admin_key_file, settings.admin_keys, "admin-key")
+    service.keys = [api_keys, admin_keys]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

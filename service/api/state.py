@@ -17,6 +17,7 @@ from service.api.generation.admission import Admission
 from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.sampling_defaults import SamplingDefaults
 from service.api.generation.tokenizer import ModelTokenizer
+from service.api.middleware.keys import Keys
 from service.api.structured_output.grammar_spec import TextForms
 from service.client.engine_client import Client
 from service.contract.checks import stored_settings
@@ -41,6 +42,7 @@ class Service:
         self.client = client
         self.settings = settings
         self.metrics = metrics
+        self.keys: list[Keys] = []  # callers' and admins', which the middleware asks
         self.scrape: Callable[[], Awaitable[bytes]] = self._own_metrics  # what /metrics answers
         self.started_at = time.monotonic()
         self.sampling_defaults = SamplingDefaults()

@@ -13,7 +13,7 @@ import ray
 from ray import serve
 
 from service.cluster.front import middlewares
-from service.cluster.replica import APPLICATION, ClusterArguments, application, cpus_of
+from service.cluster.replica import APPLICATION, DEPLOYMENT, ClusterArguments, application, cpus_of
 from service.commands.serve import bind
 from service.contract.errors import SettingsError, StartupError
 from service.settings import ENV_PREFIX, Settings
@@ -21,6 +21,7 @@ from service.settings import ENV_PREFIX, Settings
 _SECRETS = {"api_keys", "admin_keys"}
 _PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 _OBJECT_STORE_BYTES = 128 << 20  # nothing of ours is in it
+_RELOAD_SECONDS = 10.0
 
 logger = logging.getLogger("xlora")
 
@@ -41,6 +42,8 @@ def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None
         try:
             _deploy(arguments)
             logger.info("%d replicas on http://%s:%s", replicas, settings.host, port)
+            if settings.api_key_file is not None or settings.admin_key_file is not None:
+                signal.signal(signal.SIGHUP, lambda *_: _reload_keys())
             while True:
                 signal.pause()
         finally:
@@ -105,6 +108,16 @@ def _deploy(arguments: ClusterArguments) -> None:
         serve.run(application(arguments), name=APPLICATION)
     except RuntimeError as error:
         raise StartupError(f"the replicas did not start: {error}") from None
+
+
+def _reload_keys() -> None:
+    """Has every replica read its files of keys again; each says in its log what it found."""
+    handle = serve.get_deployment_handle(DEPLOYMENT, APPLICATION)
+    answers = handle.broadcast("reload_keys").results(timeout_s=_RELOAD_SECONDS, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            logger.error("a replica keeps its keys: %s", getattr(answer, "cause", answer))  # of a RayTaskError
+    logger.info("keys were reloaded by %d of %d replicas", sum(answer is None for answer in answers), len(answers))
 
 
 def _stop_on_signals() -> None:

@@ -7,6 +7,7 @@ to the actor; keys do not, they come from files or variables of its machine.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,20 +21,23 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from service.api import logs
+from service.api.middleware.keys import reload
 from service.api.state import Service
 from service.commands.serve import assemble
 from service.contract.errors import SettingsError
 from service.settings import Settings, load_settings
 
 APPLICATION = "xlora"
+DEPLOYMENT = "Replica"
 
-_DEPLOYMENT = "Replica"
 _POLL_SECONDS = 0.05
 _DRAIN_POLL_SECONDS = 0.5  # Ray logs a line each time
 _SCRAPE_SECONDS = 5.0
 _PROBES = 8  # requests that wait for nothing: probes and scrapes
 _HEALTH_PERIOD_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0  # between the last answer and the end of the engine's process
+
+logger = logging.getLogger("xlora")
 
 
 class ClusterArguments(BaseModel):
@@ -72,9 +76,13 @@ class Replica:
         """This replica's id and metrics."""
         return serve.get_replica_context().replica_id.unique_id, list(self._service.metrics.registry.collect())
 
+    async def reload_keys(self) -> None:
+        """Takes the keys as the files of this machine have them now. Raises SettingsError, and keeps those it had."""
+        logger.info("reloaded keys (%s)", reload(self._service.keys) or "none")
+
     async def _scrape_all(self) -> bytes:
         """The metrics of every replica, whichever of them is asked. One that does not answer is left out."""
-        handle = serve.get_deployment_handle(_DEPLOYMENT, serve.get_replica_context().app_name)
+        handle = serve.get_deployment_handle(DEPLOYMENT, serve.get_replica_context().app_name)
         response = handle.broadcast("collect")
         answers = await response.results_async(timeout_s=_SCRAPE_SECONDS, return_exceptions=True)
         return merged(dict(answer for answer in answers if not isinstance(answer, BaseException)))
@@ -128,7 +136,7 @@ def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
         ),
         "ray_actor_options": {"num_cpus": cpus_of(settings), "num_gpus": settings.tensor_parallel if gpus else 0},
     }
-    return serve.deployment(name=_DEPLOYMENT, **options)(serve.ingress()(Replica)).bind(
+    return serve.deployment(name=DEPLOYMENT, **options)(serve.ingress()(Replica)).bind(
         {**arguments.settings, "threads": settings.threads or 1}
     )
 

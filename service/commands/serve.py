@@ -29,12 +29,14 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+from uvicorn.config import create_ssl_context
 
 from service.api import logs
 from service.api.app import create_app
 from service.api.connections.acceptor import Acceptor
 from service.api.connections.bounds import ConnectionLimits, HttpProtocol
 from service.api.connections.open_connections import OpenConnections
+from service.api.middleware.keys import reload as reload_keys
 from service.api.middleware.tracing import SpanExport
 from service.api.state import Service
 from service.cli import given_settings
@@ -82,6 +84,8 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     server = Server(configuration(app, settings, connections), service, connections)
     watchers = [asyncio.create_task(_stop_when(failed, server, service)), asyncio.create_task(_drain(server, service))]
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
+    if settings.ssl_certfile is not None or any(keys.file is not None for keys in service.keys):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
     try:
         await server.serve([listener])
     finally:
@@ -138,6 +142,19 @@ class Server(uvicorn.Server):
         self._service = service
         self._connections = connections
         self._signal = signal.SIGTERM
+        self._acceptors: list[Acceptor] = []
+
+    def reload(self) -> None:
+        """Takes keys and TLS files as they are now. Where one of them is wrong, all stay as they were."""
+        try:
+            context = _tls(self.config)
+            found = reload_keys(self._service.keys)
+        except SettingsError as error:
+            logger.error("nothing was reloaded: %s", error)
+            return
+        for acceptor in self._acceptors:
+            acceptor.context = context
+        logger.info("reloaded keys (%s)%s", found or "none", "" if context is None else f", {self.config.ssl_certfile}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter between any two instructions: it only leaves notes, unless it is the third."""
@@ -152,8 +169,8 @@ class Server(uvicorn.Server):
         await super().startup([])
         given = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
         protocols = functools.partial(self.config.http_protocol_class, **given)
-        acceptors = [Acceptor(one, protocols, self.config.ssl, self._connections) for one in sockets or ()]
-        self.servers += acceptors  # type: ignore[arg-type]
+        self._acceptors = [Acceptor(one, protocols, self.config.ssl, self._connections) for one in sockets or ()]
+        self.servers += self._acceptors  # type: ignore[arg-type]
 
     def stop(self) -> None:
         """Ends the server as the signal wanted."""
@@ -170,6 +187,24 @@ class Server(uvicorn.Server):
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
+
+
+def _tls(config: uvicorn.Config) -> ssl.SSLContext | None:
+    """What the TLS files say now, made as uvicorn makes it at the start. Raises SettingsError."""
+    if config.ssl_certfile is None:
+        return None
+    try:
+        return create_ssl_context(
+            config.ssl_certfile,
+            config.ssl_keyfile,
+            config.ssl_keyfile_password,
+            config.ssl_version,
+            config.ssl_cert_reqs,
+            config.ssl_ca_certs,
+            config.ssl_ciphers,
+        )
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"--ssl-certfile {config.ssl_certfile}: {error}") from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
+from service.engine.cgroups import own_cgroups
+
+_LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}
 _MEMINFO = Path("/proc/meminfo")
 _USAGES = ("memory.current", "memory.usage_in_bytes")
 
@@ -39,29 +40,10 @@ def free_host_bytes() -> int:
 
 
 def _cgroups() -> Iterator[tuple[int, Path]]:
-    """The limits of this process's memory cgroups with their folders, innermost first. A container may see its own
-    cgroup as the root.
-    """
-    try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            roots, name = [_CGROUPS, _CGROUPS / "unified"], "memory.max"
-        elif "memory" in controllers.split(","):
-            roots, name = [_CGROUPS / "memory"], "memory.limit_in_bytes"
-        else:
-            continue
-        for root in roots:
-            place = root / path.lstrip("/")
-            for folder in (place, *place.parents):
-                if not folder.is_relative_to(root):
-                    break
-                if limit := _number(folder / name):
-                    yield limit, folder
+    """The limits of this process's memory cgroups with their folders, innermost first."""
+    for version, folder in own_cgroups("memory"):
+        if limit := _number(folder / _LIMITS[version]):
+            yield limit, folder
 
 
 def _number(path: Path) -> int | None:

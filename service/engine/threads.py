@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 from service.contract.options import EngineOptions
-
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds it may compute, of how many
+from service.engine.cgroups import own_cgroups
 
 
 def resolve_threads(options: EngineOptions) -> tuple[int, int]:
@@ -32,9 +31,19 @@ def _cores() -> int:
 
 
 def _limit() -> float:
-    """How many cores' time there is, as the kernel grants it (cgroup v2)."""
+    """How many cores' time there is: the least that a cgroup around this process grants, or all cores."""
+    granted = (_granted(version, folder) for version, folder in own_cgroups("cpu"))
+    return min(filter(None, granted), default=_cores())
+
+
+def _granted(version: int, folder: Path) -> float | None:
+    """Cores' time of one cgroup, as microseconds of computing in a period; None where it has no limit."""
     try:
-        quota, period = _CPU_MAX.read_text().split()
-        return _cores() if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return _cores()
+        if version == 1:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        else:
+            quota, period = (folder / "cpu.max").read_text().split()
+        limit = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None  # not this process's to see, or v2's "max"
+    return limit if limit > 0 else None  # v1's -1

@@ -205,7 +205,7 @@ class Worker:
 
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     module, _, function = argv[2].partition(":")

@@ -11,7 +11,7 @@ import torch
 from service.checkpoint import Checkpoint, load_checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
-from service.engine import machine, memory_plan
+from service.engine import cgroups, memory_plan
 from service.engine.defaults import settle, summarise
 from service.engine.loader import expect_bfloat16, load_engine
 from service.engine.machine import Memory, host_memory
@@ -165,8 +165,8 @@ def test_a_containers_limit_is_its_memory(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "_OWN_CGROUPS", tmp_path / "own")
     memory = host_memory()
     assert memory.origin == ("this machine" if expected is None else "the container")
     assert expected in (None, memory.total)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from prometheus_client import CollectorRegistry
 
 from service.observability.metrics import Metrics
 from service.settings import Settings
-from tests.support.proxy import CONFIGURATION, drain_delay
+from tests.support.proxy import CONFIGURATION, MISSING, drain_delay, installed, proxy
+from tests.support.server_process import free_port
 
 DOCKER = Path(__file__).parents[2] / "docker"
 PROMETHEUS = DOCKER / "prometheus"
 RULES = sorted(PROMETHEUS.glob("rules/*.yml"))
 UNIT_TESTS = PROMETHEUS / "tests/rules_test.yml"
 DASHBOARD = DOCKER / "grafana/dashboards/xlora.json"
+PROXY_DASHBOARD = DOCKER / "grafana/dashboards/proxy.json"
+CALLED = {"page", "ticket"}  # the severities of alerts
 
 
 def load(path: Path) -> Any:
@@ -81,6 +85,7 @@ def test_rules_read_series_that_exist():
 
 def test_the_two_configurations_differ_in_the_key_only():
     plain, keyed = load(PROMETHEUS / "prometheus.yml"), load(PROMETHEUS / "prometheus.keys.yml")
+    assert [one["job_name"] for one in plain["scrape_configs"]] == ["xlora", "haproxy"]
     assert keyed["scrape_configs"][0].pop("authorization") == {"credentials_file": "/run/secrets/xlora_admin_key"}
     assert plain == keyed
 
@@ -92,7 +97,27 @@ def test_the_configuration_for_ray_differs_in_the_target_and_the_replicas_label_
     renamed = ray["scrape_configs"][0].pop("metric_relabel_configs")
     assert [rule.get("target_label", rule.get("action")) for rule in renamed] == ["instance", "labeldrop"]
     plain["scrape_configs"][0].pop("dns_sd_configs")
+    plain["scrape_configs"].pop()  # Ray has proxies of its own
     assert plain == ray
+
+
+def test_every_alert_reaches_a_receiver(amtool: str) -> None:
+    """... of its severity, at the address where the compose files have Alertmanager and the pager."""
+    path = DOCKER / "alertmanager/alertmanager.yml"
+    done = subprocess.run([amtool, "check-config", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    severities = {rule["labels"]["severity"] for rule in rules() if "alert" in rule}
+    assert severities == CALLED
+    for severity in severities:
+        command = [amtool, "config", "routes", "test", f"--config.file={path}", f"severity={severity}"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == severity
+    services = compose("compose.yaml")["services"]
+    [target] = load(PROMETHEUS / "prometheus.yml")["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert services["alertmanager"]["ports"] == [f"127.0.0.1:${{ALERTMANAGER_PORT:-9093}}:{target.split(':')[1]}"]
+    [address] = [part for part in services["pager"]["entrypoint"] if part.startswith("0.0.0.0:")]
+    for receiver in load(path)["receivers"]:
+        [hook] = receiver["webhook_configs"]
+        assert hook["url"] == f"http://pager:{address.split(':')[1]}/{receiver['name']}"
 
 
 def panels(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -125,6 +150,22 @@ def test_dashboard_uses_the_provisioned_data_source_and_panels_do_not_overlap():
         if panel["type"] != "row":
             assert panel["datasource"] == {"type": source["type"], "uid": source["uid"]}
             assert panel["description"], panel["title"]
+
+
+def test_the_proxy_s_dashboard_reads_what_the_proxy_has(tmp_path: Path) -> None:
+    """HAProxy itself says which series there are."""
+    if not installed():
+        pytest.skip(MISSING)
+    port = free_port()
+    with proxy([free_port()], tmp_path, port), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        there = set(re.findall(r"^(haproxy_\w+)", answer.read().decode(), re.M))
+    expressions = [
+        target["expr"]
+        for panel in panels(json.loads(PROXY_DASHBOARD.read_text()))
+        for target in panel.get("targets", ())
+    ]
+    assert set(re.findall(r"haproxy_\w+", " ".join(expressions))) <= there
+    assert len(expressions) >= 6
 
 
 def test_dashboard_shows_every_metric_of_the_service():
@@ -183,22 +224,46 @@ def test_containers_are_locked_down_limited_and_health_checked():
 
 def test_start_waits_for_health_and_images_are_pinned():
     services = compose("compose.yaml")["services"]
-    proxy = compose("compose.replicas.yaml")["services"]["proxy"]
+    front = compose("compose.replicas.yaml")["services"]["proxy"]
     for name, needed in (("prometheus", "xlora"), ("grafana", "prometheus")):
         assert services[name]["depends_on"] == {needed: {"condition": "service_healthy"}}
-    assert proxy["depends_on"] == {"xlora": {"condition": "service_healthy"}}
-    for container in (services["prometheus"], services["grafana"], proxy):
+    assert front["depends_on"] == {"xlora": {"condition": "service_healthy"}}
+    for container in (services["prometheus"], services["alertmanager"], services["grafana"], front):
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+[\w.-]*", container["image"])
 
 
-def test_the_service_has_time_to_drain():
+def default(text: str) -> float:
+    """The number in `${NAME:-600}` or `${NAME:-615s}`."""
+    found = re.fullmatch(r"\$\{\w+:-(\d+)s?\}", text)
+    assert found is not None, text
+    return float(found[1])
+
+
+def test_no_stream_is_cut_by_a_stop() -> None:
+    """A request may take --request-timeout; so long the service drains, then it is killed, and then the proxy ends."""
     container = compose("compose.yaml")["services"]["xlora"]
     flag, seconds = container["command"][1:]
     assert flag == "--drain-seconds"
-    default = re.fullmatch(r"\$\{DRAIN_SECONDS:-(\d+)\}", seconds)
-    assert default is not None
-    grace = int(container["stop_grace_period"].removesuffix("s"))
-    assert int(default[1]) + drain_delay() + 5 <= grace
+    longest = Settings.model_fields["request_timeout"].default
+    grace = default(container["stop_grace_period"])
+    assert longest <= default(seconds) <= grace - drain_delay() - 5
+    found = re.search(r"^ +hard-stop-after (\d+)s$", CONFIGURATION.read_text(), re.M)
+    assert found is not None
+    assert (
+        longest < float(found[1]) < default(compose("compose.replicas.yaml")["services"]["proxy"]["stop_grace_period"])
+    )
+    assert f"--time {grace:g} " in (DOCKER.parent / "docs/operations.md").read_text()
+
+
+def test_the_proxy_has_descriptors_and_memory_for_all_connections() -> None:
+    """Each connection has one to a replica too, and at worst a full buffer each way on both sides."""
+    text, container = CONFIGURATION.read_text(), compose("compose.replicas.yaml")["services"]["proxy"]
+    connections, buffer_bytes = (
+        int(re.findall(rf"^ +{name} (\d+)$", text, re.M)[0]) for name in ("maxconn", "tune.bufsize")
+    )
+    assert 2 * connections + 100 <= container["ulimits"]["nofile"]
+    memory = int(container["deploy"]["resources"]["limits"]["memory"].removesuffix("m")) << 20
+    assert 2 * connections * buffer_bytes < memory * 0.8
 
 
 def test_a_replica_that_stops_serves_until_the_proxy_has_noticed():
@@ -242,10 +307,15 @@ def test_the_service_is_scraped_where_it_listens():
 
 def test_the_proxy_listens_and_looks_where_compose_says():
     text = (DOCKER / "haproxy/haproxy.cfg").read_text()
-    proxy = compose("compose.replicas.yaml")["services"]["proxy"]
+    front = compose("compose.replicas.yaml")["services"]["proxy"]
     assert "bind :8000" in text
-    assert proxy["ports"][0].endswith(":8000")
+    assert front["ports"][0].endswith(":8000")
     assert re.search(r"server-template \w+ \d+ xlora:8000 ", text)
     timeout = re.search(r"timeout server (\d+)s", text)
     assert timeout is not None
     assert int(timeout[1]) > Settings().request_timeout
+    [target] = load(DOCKER / "haproxy/targets/haproxy.yml")[0]["targets"]
+    assert f"    bind :{target.removeprefix('proxy:')}\n    http-request use-service prometheus-exporter" in text
+    mounted = compose("compose.replicas.yaml")["services"]["prometheus"]["volumes"]
+    [pattern] = load(PROMETHEUS / "prometheus.yml")["scrape_configs"][1]["file_sd_configs"][0]["files"]
+    assert mounted == [f"./haproxy/targets:{Path(pattern).parent}:ro"]

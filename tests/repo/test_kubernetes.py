@@ -18,9 +18,18 @@ from service.cli import build_parser
 from service.observability.metrics import Metrics
 from service.settings import Settings
 
-KUBERNETES = Path(__file__).parents[2] / "docker/kubernetes"
+DOCKER = Path(__file__).parents[2] / "docker"
+KUBERNETES = DOCKER / "kubernetes"
 MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
 OF_OTHERS = {"monitoring.coreos.com/v1"}  # schemas that Kubernetes itself does not have
+PATCHES = {"gpu/gpu.yaml", "model/model.yaml"}  # no whole resources
+SERVICE = {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"}
+KINDS = {
+    "base": SERVICE,
+    "gpu": SERVICE,
+    "model": SERVICE | {"PersistentVolumeClaim"},
+    "monitoring": {"ServiceMonitor", "PrometheusRule", "ConfigMap", "HorizontalPodAutoscaler"},
+}
 VERSION = "1.31"
 
 
@@ -54,7 +63,7 @@ def check_schema(resource: Any) -> None:
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_manifests_fit_the_schemas(path: Path) -> None:
-    if path.parent.name != "gpu":  # a patch is no whole resource
+    if f"{path.parent.name}/{path.name}" not in PATCHES:
         check_schema(yaml.safe_load(path.read_text()))
 
 
@@ -65,27 +74,42 @@ def test_a_wrong_field_would_be_found() -> None:
         check_schema(wrong)
 
 
-@pytest.mark.parametrize("folder", ["base", "gpu", "monitoring"])
+@pytest.mark.parametrize("folder", KINDS)
 def test_kustomize_renders_what_fits_the_schemas(folder: str) -> None:
     resources = rendered(folder)
     for resource in resources:
         check_schema(resource)
-    kinds = {resource["kind"] for resource in resources}
-    assert kinds == (
-        {"ServiceMonitor", "HorizontalPodAutoscaler"}
-        if folder == "monitoring"
-        else {"Deployment", "Service", "PodDisruptionBudget"}
-    )
+    assert {resource["kind"] for resource in resources} == KINDS[folder]
+
+
+def overlaid(folder: str) -> tuple[Any, Any]:
+    """The pod and the container of an overlay, which takes nothing away that the base has."""
+    (deployment,) = [one for one in rendered(folder) if one["kind"] == "Deployment"]
+    whole = deployment["spec"]["template"]["spec"]
+    (found,) = whole["containers"]
+    for key in ("securityContext", "readinessProbe", "args"):
+        assert found[key] == container()[key]
+    for key, of in (("env", container()), ("volumeMounts", container()), ("volumes", pod())):
+        names = {one["name"] for one in (whole if key == "volumes" else found)[key]}
+        assert {one["name"] for one in of[key]} <= names
+    return whole, found
 
 
 def test_the_gpu_overlay_adds_a_gpu_and_takes_nothing_away() -> None:
-    (deployment,) = [one for one in rendered("gpu") if one["kind"] == "Deployment"]
-    (found,) = deployment["spec"]["template"]["spec"]["containers"]
+    _, found = overlaid("gpu")
     assert found["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "XLORA_DEVICE", "value": "cuda"} in found["env"]
-    assert all(variable in found["env"] for variable in container()["env"])
-    for key in ("securityContext", "readinessProbe", "args", "volumeMounts"):
-        assert found[key] == container()[key]
+
+
+def test_the_model_overlay_serves_from_the_volume_it_mounts() -> None:
+    whole, found = overlaid("model")
+    (claim,) = [one for one in rendered("model") if one["kind"] == "PersistentVolumeClaim"]
+    (volume,) = [one for one in whole["volumes"] if one["name"] == "models"]
+    assert volume["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"], "readOnly": True}
+    (mount,) = [one for one in found["volumeMounts"] if one["name"] == "models"]
+    (model,) = [one["value"] for one in found["env"] if one["name"] == "XLORA_MODEL"]
+    assert mount["readOnly"] is True
+    assert model.startswith(f"{mount['mountPath']}/")
 
 
 def test_every_listed_file_exists_and_every_file_is_listed() -> None:
@@ -94,6 +118,7 @@ def test_every_listed_file_exists_and_every_file_is_listed() -> None:
         whole = yaml.safe_load(path.read_text())
         patches = [one["path"] for one in whole.get("patches", ())]
         listed |= {(path.parent / name).resolve() for name in [*whole["resources"], *patches]}
+    listed.discard(DOCKER / "grafana")
     assert {path for path in listed if path.is_file()} == {path.resolve() for path in MANIFESTS}
     assert all(path.exists() for path in listed)
 
@@ -121,11 +146,43 @@ def test_flags_and_variables_are_the_service_s() -> None:
             assert variable["value"].startswith(f"{mounted['keys']}/")
 
 
-def test_the_pod_has_time_to_drain() -> None:
+def test_no_stream_is_cut_by_a_stop() -> None:
+    """Whatever was begun before the pod left the endpoints has its whole --request-timeout before the kill."""
     arguments = build_parser().parse_args(container()["args"])
     probe = container()["readinessProbe"]
     assert float(arguments.drain_delay) > probe["periodSeconds"] * probe["failureThreshold"]
+    assert float(arguments.drain_seconds) >= Settings.model_fields["request_timeout"].default
     assert float(arguments.drain_delay) + float(arguments.drain_seconds) + 5 <= pod()["terminationGracePeriodSeconds"]
+
+
+def test_an_apply_leaves_the_number_of_pods_to_the_autoscaler() -> None:
+    """With `replicas` in it every apply would take an autoscaled service back to that number."""
+    for folder in ("base", "gpu", "model"):
+        (deployment,) = [one for one in rendered(folder) if one["kind"] == "Deployment"]
+        assert "replicas" not in deployment["spec"]
+    assert manifest("monitoring/autoscaler.yaml")["spec"]["minReplicas"] >= 2
+
+
+def test_the_threads_are_the_cores_that_the_pod_asks_for() -> None:
+    (threads,) = [one for one in container()["env"] if one["name"] == "XLORA_THREADS"]
+    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu", "divisor": "1"}}
+    for requests in (container()["resources"]["requests"], overlaid("gpu")[1]["resources"]["requests"]):
+        assert int(requests["cpu"]) >= 1  # a part of a core would be rounded up
+
+
+def test_pods_are_spread_over_hosts_and_zones() -> None:
+    labels = manifest("base/deployment.yaml")["spec"]["selector"]["matchLabels"]
+    spread = {one["topologyKey"]: one["labelSelector"]["matchLabels"] for one in pod()["topologySpreadConstraints"]}
+    assert spread == {"kubernetes.io/hostname": labels, "topology.kubernetes.io/zone": labels}
+
+
+def test_the_network_is_closed_but_for_callers_of_the_service() -> None:
+    policy = manifest("base/network.yaml")["spec"]
+    assert policy["podSelector"]["matchLabels"] == manifest("base/service.yaml")["spec"]["selector"]
+    assert (policy["policyTypes"], policy["egress"]) == (["Ingress", "Egress"], [])
+    (ingress,) = policy["ingress"]
+    assert ingress["ports"] == [{"port": container()["ports"][0]["name"], "protocol": "TCP"}]
+    assert ingress["from"]
 
 
 def test_probes_ask_what_answers_without_a_key_on_the_port_of_the_service() -> None:
@@ -166,3 +223,19 @@ def test_monitoring_reads_what_the_service_has() -> None:
     name = metric["pods"]["metric"]["name"]
     assert name in registry._collector_to_names[registry._names_to_collectors[name]]
     assert re.search(rf"seriesQuery: '{name}\{{", (KUBERNETES / "monitoring/kustomization.yaml").read_text())
+
+
+def test_rules_and_dashboards_are_those_of_compose(promtool: str, tmp_path: Path) -> None:
+    """Prometheus itself reads what the operator would hand it."""
+    resources = {one["kind"]: one for one in rendered("monitoring")}
+    files = [yaml.safe_load(path.read_text()) for path in sorted((DOCKER / "prometheus/rules").glob("*.yml"))]
+    again = "python3 docker/kubernetes/monitoring/make_rules.py"
+    groups = [group for file in files for group in file["groups"]]
+    assert resources["PrometheusRule"]["spec"]["groups"] == groups, f"run {again}"
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(resources["PrometheusRule"]["spec"]))
+    done = subprocess.run([promtool, "check", "rules", tmp_path / "rules.yml"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    boards = {path.name: path.read_text() for path in (DOCKER / "grafana/dashboards").glob("*.json")}
+    del boards["proxy.json"]  # of compose's HAProxy
+    assert resources["ConfigMap"]["data"] == boards
+    assert len(yaml.safe_dump(resources["ConfigMap"])) < 256 << 10  # what an apply keeps as an annotation

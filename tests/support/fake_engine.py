@@ -291,6 +291,12 @@ def load_slow_engine(options: EngineOptions, on_progress: Progress, on_lost: Pro
     return FakeEngine(info, step_seconds=0.005)
 
 
+def load_paced_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
+    """The same at ten tokens a second, for streams of minutes that cost next to nothing."""
+    info = replace(fake_info(Path(options.model)), max_model_len=1 << 20, kv_blocks_total=1 << 17)
+    return FakeEngine(info, step_seconds=0.1)
+
+
 def load_killed_engine(options: EngineOptions, on_progress: Progress, on_lost: Progress) -> FakeEngine:
     """A machine that is too small: the kernel ends the process while it loads."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.server_process import free_port
@@ -33,22 +34,36 @@ def drain_delay() -> float:
     return float(found[1])
 
 
-def render(port: int, replicas: Sequence[int]) -> str:
-    """The shipped configuration, listening on `port`, with the replicas at these ports."""
-    shipped = CONFIGURATION.read_text("utf-8")
-    bound, binds = re.subn(r"^    bind :8000$", f"    bind 127.0.0.1:{port}", shipped, flags=re.M)
-    servers = "".join(f"    server replica{one} 127.0.0.1:{one}\n" for one in replicas)
-    rendered, templates = re.subn(r"^    server-template .*\n", servers, bound, flags=re.M)
-    assert (binds, templates) == (1, 1)
-    return rendered
+@dataclass(frozen=True)
+class Names:
+    """Replicas that the proxy finds by their name."""
+
+    resolver_port: int  # on 127.0.0.1, who answers for the name
+    port: int  # of every address
+
+
+def render(port: int, replicas: Sequence[int] | Names, metrics_port: int) -> str:
+    """The shipped configuration, listening on `port`, with the replicas at these ports or behind a name."""
+    addresses = {r"bind :8000$": f"bind 127.0.0.1:{port}", r"bind :8405$": f"bind 127.0.0.1:{metrics_port}"}
+    if isinstance(replicas, Names):
+        addresses[r"parse-resolv-conf$"] = f"nameserver stub 127.0.0.1:{replicas.resolver_port}"
+        addresses[r"(server-template \w+ \d+) xlora:8000"] = rf"\1 xlora:{replicas.port}"
+    else:
+        servers = [f"server replica{one} 127.0.0.1:{one}" for one in replicas]
+        addresses[r"server-template .*$"] = "\n    ".join(servers)
+    text = CONFIGURATION.read_text("utf-8")
+    for shipped, here in addresses.items():
+        text, found = re.subn(rf"^    {shipped}", f"    {here}", text, flags=re.M)
+        assert found == 1, shipped
+    return text
 
 
 @contextmanager
-def proxy(replicas: Sequence[int], folder: Path) -> Iterator[int]:
+def proxy(replicas: Sequence[int] | Names, folder: Path, metrics_port: int | None = None) -> Iterator[int]:
     """Runs the proxy until the block ends; yields its port once it listens."""
     port = free_port()
     path = folder / f"haproxy-{port}.cfg"
-    path.write_text(render(port, replicas))
+    path.write_text(render(port, replicas, metrics_port or free_port()))
     with (folder / f"haproxy-{port}.log").open("wb") as log:
         process = subprocess.Popen(["haproxy", "-db", "-f", str(path)], stdout=log, stderr=log)
         try:

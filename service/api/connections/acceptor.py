@@ -33,7 +33,7 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._protocols = protocols
-        self._context = context
+        self.context = context  # of the connections to come
         self._connections = connections
         self._tasks: set[asyncio.Task[None]] = set()
         self._short = False
@@ -84,11 +84,11 @@ class Acceptor:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does for its own servers alone
         handshake = _Handshake(asyncio.current_task())
         self._connections.add(handshake)
-        seconds = None if self._context is None else HANDSHAKE_SECONDS
+        seconds = None if self.context is None else HANDSHAKE_SECONDS
         try:
             with contextlib.suppress(OSError):  # the peer has gone, or speaks no TLS
                 await self._loop.connect_accepted_socket(
-                    self._protocols, connection, ssl=self._context, ssl_handshake_timeout=seconds
+                    self._protocols, connection, ssl=self.context, ssl_handshake_timeout=seconds
                 )
         finally:
             self._connections.discard(handshake)

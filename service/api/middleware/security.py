@@ -1,67 +1,25 @@
-"""What stands before the routes: keys, and the limits on bodies. Pure ASGI. The tables hold paths of matched routes."""
+"""What stands before the routes: who may pass, and the limits on bodies. Pure ASGI. The tables hold paths of matched
+routes.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-from collections.abc import Iterable
-from pathlib import Path
 
-from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import error_response
+from service.api.middleware.keys import Keys
 from service.api.middleware.record import record_of
-from service.contract.errors import PayloadTooLargeError, RequestError, SettingsError, SlowBodyError, UnauthorizedError
+from service.contract.errors import PayloadTooLargeError, RequestError, SlowBodyError, UnauthorizedError
 
 OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/web"})  # the last two are the page that asks for the key
 ADMIN_ROUTES = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
 
-_SHORTEST_KEY = 8
 _BODY_SECONDS = 60.0
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 256 << 20
-
-
-class Keys:
-    """Some keys, of which only digests are kept."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
-
-    @classmethod
-    def load(cls, file: str | None, listed: SecretStr | None, flag: str) -> Keys:
-        """Keys of a file (one a line, # begins a comment) and of a variable (separated by commas).
-
-        Raises SettingsError for a file that cannot be read or has none, and for a key that is too short to be one.
-        """
-        keys = [] if listed is None else listed.get_secret_value().split(",")
-        if file is not None:
-            try:
-                lines = Path(file).read_text("utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"--{flag}-file {file} cannot be read: {error}") from None
-            keys += [line for line in lines if line.strip() and not line.startswith("#")]
-        keys = [key.strip() for key in keys]
-        if not keys and file is not None:
-            raise SettingsError(f"--{flag}-file {file} has no key", hint="write one key on each line")
-        for key in keys:
-            if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-                raise SettingsError(
-                    f"one of the {flag}s is not {_SHORTEST_KEY} or more ASCII characters without a space",
-                    hint="make one with: openssl rand -hex 24",
-                )
-        return cls(keys)
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def have(self, key: str) -> bool:
-        """Whether this is one of them; takes the same time whichever it is, and when it is none."""
-        given = _digest(key)
-        return sum(hmac.compare_digest(given, digest) for digest in self._digests) > 0
 
 
 class Guard:
@@ -169,10 +127,6 @@ async def refuse_unread(error: RequestError, scope: Scope, receive: Receive, sen
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     await error_response(error, {"Connection": "close"})(scope, receive, send_and_linger)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -17,7 +17,7 @@ _ORPHAN_SECONDS = 300  # an answer that takes longer is nobody's: the parent, wh
 
 def limit_process(memory_bytes: int) -> None:
     """Bounds the address space; what is sent to a whole group of processes is the parent's business."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

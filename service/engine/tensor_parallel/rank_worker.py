@@ -88,7 +88,7 @@ class RankWorker:
 
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # those are for rank 0's parent, which drains first
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # those are for rank 0's parent, which drains first
         signal.signal(name, signal.SIG_IGN)
     rank = int(argv[2])
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s rank {rank}: %(message)s")

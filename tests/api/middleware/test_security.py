@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api.connections.open_connections import OpenConnections
-from service.api.middleware.security import BodyLimit, Keys
+from service.api.middleware.keys import Keys, reload
+from service.api.middleware.security import BodyLimit
 from service.commands.serve import configuration
 from service.contract.errors import SettingsError
 from service.settings import Settings
@@ -22,7 +24,7 @@ from tests.api.connections.test_connections import running
 from tests.api.test_errors import error_of
 from tests.support.waiting import PATIENCE_SECONDS
 
-KEY, OTHER, ADMIN = "first-key-of-two", "second-key-of-two", "the-admin-key"
+KEY, OTHER, ADMIN, NEW = "first-key-of-two", "second-key-of-two", "the-admin-key", "a-key-that-comes-later"
 BODY = {"prompt": "a", "max_tokens": 1}
 
 
@@ -76,16 +78,39 @@ def test_a_file_of_keys_that_has_none_is_an_error_and_never_an_open_door(tmp_pat
     path = tmp_path / "keys"
     path.write_text(content)
     with pytest.raises(SettingsError, match="api-key") as caught:
-        Keys.load(str(path), None, "api-key")
+        Keys(str(path), None, "api-key")
     assert content.strip("# \n") not in str(caught.value) or not content.strip("# \n")
     with pytest.raises(SettingsError, match="cannot be read"):
-        Keys.load(str(tmp_path / "absent"), None, "api-key")
+        Keys(str(tmp_path / "absent"), None, "api-key")
 
 
 def test_an_empty_variable_of_keys_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLORA_API_KEYS", "")
     with pytest.raises(SettingsError):
-        Keys.load(None, Settings().api_keys, "api-key")
+        Keys(None, Settings().api_keys, "api-key")
+
+
+def test_keys_are_replaced_for_the_next_request(client: ThreadClient, keys: str, tmp_path: Path) -> None:
+    """All files or none: a key that leaks is closed out by a rotation that works, and by no half of one."""
+    admin = tmp_path / "admin"
+    admin.write_text(ADMIN)
+
+    def accepted(http: TestClient) -> set[str]:
+        answers = {key: http.post("/generate", json=BODY, headers=bearer(key)) for key in (KEY, NEW, ADMIN, "")}
+        return {key for key, answer in answers.items() if answer.status_code == 200}
+
+    with serving(client, api_key_file=keys, admin_key_file=str(admin)) as http:
+        every = http.app.state.service.keys  # type: ignore[attr-defined]
+        assert accepted(http) == {KEY, ADMIN}
+        Path(keys).write_text(NEW)
+        assert accepted(http) == {KEY, ADMIN}
+        assert reload(every) == f"1 in {keys}, 1 in {admin}"
+        assert accepted(http) == {NEW, ADMIN}
+        Path(keys).write_text(KEY)
+        admin.write_text("short")
+        with pytest.raises(SettingsError, match="admin-key"):
+            reload(every)
+        assert accepted(http) == {NEW, ADMIN}
 
 
 def test_keys_are_not_in_what_settings_print(monkeypatch: pytest.MonkeyPatch) -> None:
