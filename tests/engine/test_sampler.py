@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from service.contract.request import Request, SamplingParams
+from service.engine import noise as hashed
 from service.engine import sampler
-from service.engine.sampler import SampleRow, gumbel_noise, token_outputs
+from service.engine.sampler import SampleRow, noise_keys, token_outputs
 from service.engine.sequence import Sequence
 from tests.support.driver import words
 
@@ -55,6 +56,11 @@ def row(
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
     """As whoever reads them sees them."""
     return sampler.sample(logits, rows).tolist()
+
+
+def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
+    """The noise that these rows meet, fp32 [n, vocabulary]."""
+    return hashed.gumbel_noise(torch.from_numpy(noise_keys(rows)).to(device), vocabulary)
 
 
 def logits_for(count: int, seed: int = 0, spread: float = 3.0) -> Tensor:
