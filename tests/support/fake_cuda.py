@@ -69,6 +69,8 @@ class FakeCuda:
         self._exits = ExitStack()
 
     def __enter__(self) -> FakeCuda:
+        _forget()
+        self._exits.callback(_forget)
         for owner, name, stand_in in (*_methods(self), *_stand_ins(self)):
             self._exits.enter_context(patch.object(owner, name, stand_in, create=True))
         self._exits.enter_context(self._fake)
@@ -201,6 +203,9 @@ class _Watch(TorchDispatchMode):
             cuda.launch(name)
             _same_device(args)
             return cuda.like(torch.empty(*args[0].shape[:-1], args[2].shape[-1], dtype=args[0].dtype), CUDA)
+        if func.namespace == "aten" and func._can_decompose():  # of inference tensors, what is made of several operators comes in one
+            with self:
+                return func.decompose(*args, **kwargs)
         pinned = kwargs.pop("pin_memory", False)
         found = func(*args, **kwargs)
         if name in ("_to_copy", "copy_") and _crosses(source := args[name == "copy_"], found):
@@ -326,6 +331,15 @@ def _devices(value: Any) -> set[str]:
     if isinstance(value, Tensor):
         return {value.device.type} if value.dim() else set()
     return set().union(*map(_devices, value)) if isinstance(value, tuple | list) else set()
+
+
+def _forget() -> None:
+    """Clears the caches of the service: what they hold of one device is of no use on another."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("service."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def _stand_ins(cuda: FakeCuda) -> list[tuple[Any, str, Any]]:

@@ -9,9 +9,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from service.contract.checks import checked_request
 from service.contract.options import EngineOptions
+from service.contract.output import StepStats
 from service.contract.request import Request, SamplingParams, TextForm
 from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
@@ -25,6 +27,8 @@ from tests.support.fake_cuda import CUDA, Counts, FakeCuda, move_to_cuda
 from tests.support.tiny import Tiny
 
 BLOCK_SIZE = 4
+_MOST_STEPS = 60
+Plant = Callable[[Tensor], object]  # a defect, given the logits of a forward
 _GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 _ANYTHING = TextForm(regex="(?s:.*)")
 
@@ -41,6 +45,7 @@ class Kind:
     blocks: int = 200  # of the pool
     before: Callable[[Engine], None] = lambda _: None
     abort_at: int | None = None  # step before which the first request is dropped
+    happened: Callable[[list[StepStats]], bool] = lambda _: True  # whether the steps did what the kind is for
 
     def requests(self) -> list[Request]:
         """One prompt each."""
@@ -81,12 +86,21 @@ KINDS: dict[str, Kind] = {
     "mean scalings": Kind(fields={"return_scalings": "mean", "scalings_start": 0}, copies=2),
     "full scalings": Kind(fields={"return_scalings": "full", "scalings_start": 0}, copies=2),
     "scaling pass alone": Kind(None, fields={"return_scalings": "full", "scalings_start": 0}, copies=2),
-    "prefix hit": Kind(before=_twice, fields={"return_scalings": "mean", "scalings_start": 0}),
-    "preemption": Kind(copies=2, blocks=28, prompt=21, sampling=_sampling(max_tokens=12)),
+    "prefix hit": Kind(
+        before=_twice,
+        fields={"return_scalings": "mean", "scalings_start": 0},
+        happened=lambda stats: sum(each.scaling_rows for each in stats) < 21,
+    ),
+    "preemption": Kind(
+        _sampling(max_tokens=16, seed=1), copies=2, blocks=26, options={"prefix_cache": False},
+        happened=lambda stats: any(each.preemptions for each in stats),
+    ),
     "n = 4": Kind(_sampling(n=4, temperature=1.0)),
-    "drafts": Kind(_sampling(max_tokens=16), options={"speculative_tokens": 8}, copies=2),
+    "drafts": Kind(
+        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
+    ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
-    "abort": Kind(copies=3, abort_at=3),
+    "abort": Kind(copies=3, abort_at=1),
     "everything": Kind(
         _sampling(
             temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 1.0},
@@ -100,14 +114,17 @@ KINDS: dict[str, Kind] = {
 
 
 class _Decoder:
-    """A step whose launches are the decoder's."""
+    """A step whose launches are the decoder's; what is planted runs after it, as a part of the rest."""
 
-    def __init__(self, step: Step, cuda: FakeCuda) -> None:
-        self._step, self._cuda = step, cuda
+    def __init__(self, step: Step, cuda: FakeCuda, plant: Plant | None) -> None:
+        self._step, self._cuda, self._plant = step, cuda, plant
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         with self._cuda.decoder():
-            return self._step.forward(batch, kv_cache)
+            output = self._step.forward(batch, kv_cache)
+        if self._plant is not None:
+            self._plant(output.logits)
+        return output
 
 
 class FakeCudaEngines:
@@ -133,26 +150,33 @@ class FakeCudaEngines:
         if kind.blocks < 100:
             settings["max_model_len"] = kind.blocks // 2 * BLOCK_SIZE
         engine = build_engine(self.model, self._checkpoint, EngineOptions(model=self._path, device="cuda", **settings))
-        engine.runner.step = _Decoder(engine.runner.step, self._cuda)
         kind.before(engine)
         return engine
 
-    def steps(self, kind: Kind, *, cuda_graphs: bool = False, limit: int = 60) -> list[Counts]:
-        """Runs the requests of a kind to their end. Returns what each step did."""
+    def steps(self, kind: Kind, *, cuda_graphs: bool = False, plant: Plant | None = None) -> list[Counts]:
+        """Runs the requests of a kind to their end, where asked with a defect in every forward. Returns what each step
+        did. Raises AssertionError where a request fails, or the kind's purpose was missed.
+        """
         engine = self.build(kind, cuda_graphs=cuda_graphs)
+        engine.runner.step = _Decoder(engine.runner.step, self._cuda, plant)
         for request in kind.requests():
             engine.add(checked_request(request, engine.info))
-        steps: list[Counts] = []
+        counted: list[Counts] = []
+        stats: list[StepStats] = []
         while engine.has_work():
-            if len(steps) == kind.abort_at:
+            if len(stats) == kind.abort_at:
                 engine.abort("r0")
             with self._cuda.counted() as counts:
-                engine.step()
-            steps.append(counts)
-            assert len(steps) < limit, "the engine does not come to an end"
+                output = engine.step()
+            counted.append(counts)
+            stats.append(output.stats)
+            assert len(stats) < _MOST_STEPS, "the engine does not come to an end"
+            for one in output.outputs:
+                assert one.error is None, one.error
+        assert kind.happened(stats), "the requests did not bring about what they are for"
         engine.check_integrity()
         assert engine.blocks.used == 0
-        return steps
+        return counted
 
 
 @contextmanager
