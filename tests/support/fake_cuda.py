@@ -203,7 +203,9 @@ class _Watch(TorchDispatchMode):
             cuda.launch(name)
             _same_device(args)
             return cuda.like(torch.empty(*args[0].shape[:-1], args[2].shape[-1], dtype=args[0].dtype), CUDA)
-        if func.namespace == "aten" and func._can_decompose():  # of inference tensors, what is made of several operators comes in one
+        if (
+            func.namespace == "aten" and func._can_decompose()
+        ):  # of inference tensors, what is made of several operators comes in one
             with self:
                 return func.decompose(*args, **kwargs)
         pinned = kwargs.pop("pin_memory", False)
