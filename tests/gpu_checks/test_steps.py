@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from service.model.attention import paged
 from tests.support.fake_cuda import Counts, FakeCuda
@@ -19,14 +20,19 @@ from tests.support.tiny import Tiny
 
 # Most waits for the device in one step; kinds that are not named: _WAITS.
 _WAITS = 2
-WAITS = {"logprobs": 4, "prompt logprobs": 4, "score": 3, "full scalings": 3, "scaling pass alone": 5, "everything": 7}
+WAITS = {
+    "logprobs": 4, "prompt logprobs": 4, "score": 3, "scalings log": 3, "full scalings": 3, "scaling pass alone": 5,
+    "everything": 8,
+}  # fmt: skip
 # Most launches in one step besides the decoder; kinds that are not named: _LAUNCHES.
 _LAUNCHES = 32
 LAUNCHES = {
-    "sampled": 56, "n = 4": 56, "filtered": 72, "penalties": 42, "logit bias": 34, "min tokens": 36, "grammar": 40,
-    "logprobs": 36, "prompt logprobs": 38, "scaling pass alone": 48, "everything": 110,
+    "sampled": 56, "n = 4": 56, "filtered": 78, "penalties": 40, "logit bias": 34, "min tokens": 36, "grammar": 40,
+    "logprobs": 36, "prompt logprobs": 38, "scaling pass alone": 48, "everything": 106,
 }  # fmt: skip
-_COPIES_IN = 5  # most copies to the device in one step
+# Most copies to the device in one step.
+_COPIES_IN = 4
+COPIES_IN = {"prompt logprobs": 5, "everything": 8}
 _CAPTURED = 14  # most launches of the decoder in a step that is replayed
 SAMPLED_CAPTURES = ("greedy", "drafts", "everything")  # those that are captured in the short run
 
@@ -58,7 +64,7 @@ def check(name: str, steps: list[Counts]) -> None:
     for step in steps:
         assert step.waits.total() <= WAITS.get(name, _WAITS), step.waits
         assert step.launches.total() <= LAUNCHES.get(name, _LAUNCHES), step.launches
-        assert step.copies_in.total() <= _COPIES_IN, step.copies_in
+        assert step.copies_in.total() <= COPIES_IN.get(name, _COPIES_IN), step.copies_in
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -131,7 +137,7 @@ def test_finds(engines: FakeCudaEngines, plant: Plant) -> None:
             logits.sum()  # something to wait for
             plant(logits)
 
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, FakeTensorDeviceMismatchError)):
         check("greedy", engines.steps(KINDS["greedy"], plant=twice))
 
 
