@@ -16,7 +16,7 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or
 
 .DEFAULT_GOAL := help
 .SUFFIXES:
-.PHONY: help install serve test test-slow test-min fuzz clients check format bench demo image verify-image verify-compose clean
+.PHONY: help install serve test test-slow test-min check-gpu fuzz clients check format bench demo image verify-image verify-compose clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -41,6 +41,13 @@ help: ## this list
 	@.venv-min/bin/python $(PIP) -c constraints-min.txt -e '.[test]'
 	@touch $@
 
+# Apart from .venv: on a machine without a GPU the service and its tests run without Triton, as users have it.
+.venv-gpu/.triton: .venv/.dev constraints-gpu.txt
+	@echo "installing Triton into .venv-gpu (700 MB)"
+	@rm -rf .venv-gpu
+	@$(BIN)/python $(PIP) --no-deps --target .venv-gpu -r constraints-gpu.txt
+	@touch $@
+
 install: .venv/.dev ## create .venv with the pinned versions, for serving, testing and checking
 	@echo ".venv is ready"
 
@@ -55,6 +62,10 @@ test-slow: .venv/.dev ## run the soak and full-product tests as well
 
 test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported versions
 	@.venv-min/bin/python -m pytest -m "not slow" tests/model tests/checkpoint $(ARGS)
+
+check-gpu: .venv-gpu/.triton ## before a release: what can be known of the GPU path without a GPU; ARGS='-m "not slow"' for a sample
+	@PYTHONPATH=.venv-gpu TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/model/attention/test_triton.py $(ARGS)
+	@PYTHONPATH=.venv-gpu $(BIN)/python -m pytest -n 2 --dist worksteal tests/gpu_checks $(ARGS)
 
 fuzz: .venv/.dev ## fuzz bodies (schemathesis), paths and headers of the server; ARGS="300" sets the cases per operation
 	@$(BIN)/python -m tests.fuzz $(ARGS)
@@ -89,5 +100,5 @@ verify-compose: ## before a release: bring compose up, alone, with replicas, wit
 	@python3 docker/verify_compose.py --keys $(ARGS)
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-min .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-min .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -204,6 +204,7 @@ class Engine:
         try:
             launched = self.runner.launch(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
             readings = self._reporter.launch(launched)
+            launched.copies.close()
         except OutOfMemory as error:
             logger.error("out of memory: %s", error)
             return [self._shed(plan)]

@@ -1,8 +1,8 @@
 """A step that has been given to the device, and what becomes of it.
 
 launched   forward, sampling and every copy to the host are queued; the host may do something else
-collected  the sampled ids are here: the one wait for the device in a step
-written    logprobs, gate rows and the log, which have come with the ids, become outputs
+collected  the copies are here: the one wait for the device in a step
+written    tokens, logprobs, gate rows and the log become outputs
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from service.contract.output import Failure, FinishReason, TokenOutput
 from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
-from service.model.transfer import HostCopy
+from service.model.transfer import HostCopies
 
 
 @dataclass(slots=True)
@@ -39,21 +39,23 @@ class LaunchedStep:
     """What one launch of the runner will bring. R sampled rows: each sequence's samples, then its predictions."""
 
     scheduled: list[ScheduledSequence]
-    ids: HostCopy  # int64 [R]; fp32 [L + scaling rows], one number per row of logits and gate logits, finite as it is
+    copies: HostCopies  # everything below that says so leaves with it
+    ids: Tensor  # int64 [R], copied
+    marks: Tensor  # fp32 [L + scaling rows], copied: one number per row of logits and gate logits, finite as it is
     scalings: Tensor  # [scaling rows, S, E] on the device, good until the next launch
     logit_rows: int  # L
     errors: dict[int, Failure] = field(default_factory=dict)  # by place in `scheduled`; their ids are nobody's
     logprobs: Logprobs | None = None  # of the sampled rows `logprob_rows`
     logprob_rows: list[int] = field(default_factory=list)
     scores: Logprobs | None = None  # of the prompts' own tokens, sequence by sequence
-    gate_logits: HostCopy | None = None  # [scaling rows, S, E], where they are to be kept
+    gate_logits: Tensor | None = None  # fp32 [scaling rows, S, E], copied, where they are to be kept
 
     def collect(self) -> list[SequenceResult]:
-        """Waits for the ids. One result per scheduled sequence, in the same order."""
-        ids, marks = self.ids.read()
-        finite = np.isfinite(marks.numpy())
+        """Waits for the copies. One result per scheduled sequence, in the same order."""
+        self.copies.wait()
+        finite = np.isfinite(self.marks.numpy())
         all_finite = bool(finite.all())
-        sampled, row = ids.tolist(), 0
+        sampled, row = self.ids.tolist(), 0
         results: list[SequenceResult] = []
         for number, one in enumerate(self.scheduled):
             middle = row + one.samples
@@ -97,5 +99,4 @@ class LaunchedStep:
         """The gate logits [scaling_count, S, E] of a scheduled sequence; None where they are not kept."""
         if self.gate_logits is None:
             return None
-        [rows] = self.gate_logits.read()
-        return rows.numpy()[one.scaling_row : one.scaling_row + one.scaling_count]
+        return self.gate_logits.numpy()[one.scaling_row : one.scaling_row + one.scaling_count]

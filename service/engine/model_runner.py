@@ -19,7 +19,7 @@ from service.engine.plan import ScheduledSequence
 from service.engine.sampler import SampleRow, sample
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
-from service.model.transfer import HostCopy, to_device
+from service.model.transfer import HostCopies, to_device
 from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class ModelRunner:
 
     def launch(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> LaunchedStep:
         """Queues one forward over everything scheduled, sampling of tokens and predictions in one go, and the copies of
-        what they bring.
+        what they bring, which the caller closes.
 
         Raises OutOfMemory; then nothing has changed but what the next step will write again.
         """
@@ -88,25 +88,33 @@ class ModelRunner:
 
 def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> LaunchedStep:
     """Samples every sequence, and queues the copies of what there is to say of the step."""
-    logits, scores = _split(output.logits, scheduled)
+    copies = HostCopies(output.logits.device)
+    logits, scores = _split(output.logits, scheduled, copies)
     rows = [_sample_rows(one) for one in scheduled]
     ids, errors = _sample(logits, rows)
     launched = LaunchedStep(
-        scheduled, HostCopy(ids, _marks(output)), output.scalings, len(output.logits), errors, scores=scores
+        scheduled,
+        copies,
+        copies.of(ids),
+        copies.of(_marks(output)),
+        output.scalings,
+        len(output.logits),
+        errors,
+        scores=scores,
     )
     counts = [(number, row.logprobs) for number, row in enumerate(chain(*rows)) if row.logprobs is not None]
     if counts:
         launched.logprob_rows = [number for number, _ in counts]
         index = to_device(launched.logprob_rows, ids.device)
         launched.logprobs = Logprobs(
-            logits.index_select(0, index), ids.index_select(0, index), [count for _, count in counts]
+            logits.index_select(0, index), ids.index_select(0, index), [count for _, count in counts], copies
         )
     if keep_gate_logits:
-        launched.gate_logits = HostCopy(output.gate_logits)
+        launched.gate_logits = copies.of(output.gate_logits)
     return launched
 
 
-def _split(logits: Tensor, scheduled: list[ScheduledSequence]) -> tuple[Tensor, Logprobs | None]:
+def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopies) -> tuple[Tensor, Logprobs | None]:
     """logits [L, V] of `scheduled`, sequence by sequence -> those that are sampled from; the logprobs of the prompts'
     own tokens at the others.
     """
@@ -123,7 +131,8 @@ def _split(logits: Tensor, scheduled: list[ScheduledSequence]) -> tuple[Tensor, 
         return logits, None
     device = logits.device
     others = sorted({*range(len(logits))} - {*scored})
-    scores = Logprobs(logits.index_select(0, to_device(scored, device)), to_device(tokens, device), alternatives)
+    own, index = to_device(tokens, device), to_device(scored, device)
+    scores = Logprobs(logits.index_select(0, index), own, alternatives, copies)
     return logits.index_select(0, to_device(others, device)), scores
 
 

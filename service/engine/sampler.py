@@ -1,24 +1,30 @@
-"""From logits to tokens: processors, then Gumbel-max with noise that is a pure function of what is being sampled.
+"""From logits to tokens: processors, then Gumbel-max with noise that is a pure function of what is sampled (noise.py).
 
-The noise of (seed, choice, output position, vocabulary id) is a hash, not the next number of a generator. So a fixed
-seed gives the same text whatever else is in the batch, on every device, after a preemption, and a *draft* sampled from
-the scaling pass's logits meets the same noise as the real token, which is what makes them agree (DESIGN section 3).
+A step costs a few operators and one copy from the host, however many rows it has: what single ids of single rows want
+is gathered on the host as places in the flat logits, what rows want as columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from service.contract.request import SamplingParams
+from service.engine.noise import gumbel_noise, mixed_keys
 from service.engine.sequence import Sequence
-from service.model.transfer import bits_to_device, to_device
+from service.model.transfer import pack_to_device, unpack_bits
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+_FEW = 1024  # top_k up to here is found without sorting, always among so many: a row's sums may not depend on others'
+
+Column = npt.NDArray[Any]  # [n], from the host
+Given = Mapping[str, Tensor]  # the same on the device
 
 
 @dataclass(slots=True)  # a frozen one takes twice as long to make, and there are two for every token
@@ -43,137 +49,197 @@ class SampleRow:
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     """Samples one token per row of logits [n, V] (any dtype); where the temperature is (next to) 0, the argmax.
 
-    Returns int64 [n] on the device of the logits: whoever reads it waits for the device.
+    Returns int64 [n] on the device of the logits: whoever reads it waits for the device. What the rows bring from the
+    host goes there in one copy, and every processor is a few operators over all rows that want it.
     """
     logits = logits.float()
     if all(row.sequence.takes_argmax and row.sequence.grammar is None for row in rows):
         return logits.argmax(-1)
-    if any(row.sequence.sampling.needs_history for row in rows):
-        logits = _process_history(logits.clone(), rows)
-    if any(row.sequence.grammar is not None for row in rows):
-        logits = _forbid(logits, rows)
-    if any(_is_held(row) for row in rows):
-        logits = _hold_ends(logits, rows)
-    random = [i for i, row in enumerate(rows) if not row.sequence.sampling.is_greedy]
-    if not random:
-        return logits.argmax(-1)
+    params = [row.sequence.sampling for row in rows]
+    vocabulary = logits.shape[1]
+    random = [i for i, each in enumerate(params) if not each.is_greedy]
+    given = _upload(
+        {
+            **_history(rows, params, vocabulary),
+            **_masks(rows),
+            **_ends(rows, params, vocabulary),
+            **_draws([rows[i] for i in random], [params[i] for i in random], vocabulary),
+            "random": np.array(random if len(random) < len(rows) else [], np.int64),
+        },
+        logits.device,
+    )
+    logits = _hold_ends(_forbid(_process_history(logits, given), given), given)
+    if len(random) == len(rows):
+        return _draw(logits, given)
     chosen = logits.argmax(-1)
-    index = to_device(random, logits.device)
-    drawn = [rows[i] for i in random]
-    filtered = _filter(logits[index], drawn)
-    chosen[index] = (filtered + gumbel_noise(drawn, logits.shape[-1], logits.device)).argmax(-1)
+    if random:
+        chosen.index_copy_(0, given["random"], _draw(logits.index_select(0, given["random"]), given))
     return chosen
 
 
-def _process_history(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
-    """Applies logit_bias and the penalties to logits [n, V], in place."""
-    for line, row in zip(logits, rows, strict=True):
-        params = row.sequence.sampling
-        if params.logit_bias:
-            ids = to_device(list(params.logit_bias), logits.device)
-            line[ids] += to_device(list(params.logit_bias.values()), logits.device, logits.dtype)
-        if params.repetition_penalty != 1.0:
-            seen = to_device(sorted({*row.sequence.tokens, *row.pending}), logits.device)
-            scores = line[seen]
-            line[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
-        if params.presence_penalty or params.frequency_penalty:
-            counts = row.sequence.output_counts.copy()
-            counts.update(row.pending)
-            if counts:
-                ids = to_device(list(counts), logits.device)
-                amounts = to_device(list(counts.values()), logits.device, logits.dtype)
-                line[ids] -= params.presence_penalty + params.frequency_penalty * amounts
-    return logits
+def _upload(columns: Mapping[str, Column], device: torch.device) -> dict[str, Tensor]:
+    """The columns on the device, those that are not empty."""
+    wanted = {name: column for name, column in columns.items() if column.size}
+    return dict(zip(wanted, pack_to_device(list(wanted.values()), device), strict=True))
 
 
-def _forbid(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+def _history(rows: SequenceOf[SampleRow], params: SequenceOf[SamplingParams], vocabulary: int) -> dict[str, Column]:
+    """What logit_bias and the penalties change: places in the flat logits (row * vocabulary + id), and by how much.
+
+    A place may occur twice among the repeated ones, which all get the same number.
+    """
+    biased, repeated, counted = _Places(), _Places(), _Places()
+    for first, row, each in zip(range(0, len(rows) * vocabulary, vocabulary), rows, params, strict=True):
+        if not each.needs_history:
+            continue
+        sequence, pending = row.sequence, row.pending
+        if each.logit_bias:
+            count = len(each.logit_bias)
+            values = np.fromiter(each.logit_bias.values(), np.float32, count)
+            biased.add(first, np.fromiter(each.logit_bias, np.int64, count), values)
+        if each.repetition_penalty != 1.0:
+            own = np.array([*sequence.output_counts, *pending], np.int64)
+            ids = np.concatenate([np.frombuffer(sequence.prompt_ids, np.int64), own])
+            repeated.add(first, ids, np.full(len(ids), each.repetition_penalty, np.float32))
+        if each.presence_penalty or each.frequency_penalty:
+            counts = sequence.output_counts
+            if pending:
+                counts = counts.copy()
+                counts.update(pending)
+            amounts = np.fromiter(counts.values(), np.float32, len(counts)) * np.float32(each.frequency_penalty)
+            amounts += np.float32(each.presence_penalty)
+            counted.add(first, np.fromiter(counts, np.int64, len(counts)), amounts)
+    return {**biased.columns("biased"), **repeated.columns("repeated"), **counted.columns("counted")}
+
+
+class _Places:
+    """Places in the flat logits with a number for each, row by row."""
+
+    def __init__(self) -> None:
+        self._places: list[Column] = []
+        self._numbers: list[Column] = []
+
+    def add(self, first: int, ids: Column, numbers: Column) -> None:
+        """Takes ids of the row whose logits begin at `first`."""
+        self._places.append(ids + first)
+        self._numbers.append(numbers)
+
+    def columns(self, name: str) -> dict[str, Column]:
+        """All places, and all numbers; nothing where there is none."""
+        if not self._places:
+            return {}
+        return {name: np.concatenate(self._places), f"{name} by": np.concatenate(self._numbers)}
+
+
+def _process_history(logits: Tensor, given: Given) -> Tensor:
+    """logits [n, V] under logit_bias and the penalties; the given ones stay as they are."""
+    if not any(name in given for name in ("biased", "repeated", "counted")):
+        return logits
+    processed = logits.clone()
+    flat = processed.view(-1)
+    if "biased" in given:
+        flat.index_add_(0, given["biased"], given["biased by"])
+    if "repeated" in given:
+        places, penalty = given["repeated"], given["repeated by"]
+        scores = flat.index_select(0, places)
+        flat.index_copy_(0, places, torch.where(scores > 0, scores / penalty, scores * penalty))
+    if "counted" in given:
+        flat.index_add_(0, given["counted"], given["counted by"], alpha=-1)
+    return processed
+
+
+def _masks(rows: SequenceOf[SampleRow]) -> dict[str, Column]:
+    """The rows that have a grammar, and what it allows in each, a bit for every id."""
+    masks = {
+        i: row.sequence.grammar.allowed(row.pending) for i, row in enumerate(rows) if row.sequence.grammar is not None
+    }
+    if not masks:
+        return {}
+    bits = np.frombuffer(bytearray(b"".join(masks.values())), np.uint8)
+    return {"formed": np.array(list(masks), np.int64), "allowed": bits}
+
+
+def _forbid(logits: Tensor, given: Given) -> Tensor:
     """logits [n, V] with what the rows' grammars do not allow at -inf; the given ones stay as they are."""
-    grammars = [(i, row.sequence.grammar, row.pending) for i, row in enumerate(rows)]
-    masks = [(i, grammar.allowed(pending)) for i, grammar, pending in grammars if grammar is not None]
-    index = to_device([i for i, _ in masks], logits.device)
-    allowed = bits_to_device([mask for _, mask in masks], logits.shape[-1], logits.device)
+    if "formed" not in given:
+        return logits
+    index = given["formed"]
+    allowed = unpack_bits(given["allowed"].view(len(index), -1), logits.shape[1])
     return logits.index_copy(0, index, logits.index_select(0, index).masked_fill_(~allowed, float("-inf")))
 
 
-def _is_held(row: SampleRow) -> bool:
-    """Whether the text may not end with this token: min_tokens are still to come."""
-    return row.output_position < row.sequence.sampling.min_tokens and bool(row.sequence.ends)
+def _ends(rows: SequenceOf[SampleRow], params: SequenceOf[SamplingParams], vocabulary: int) -> dict[str, Column]:
+    """Places of what would end a text whose min_tokens are still to come."""
+    held = [
+        [i * vocabulary + id for id in row.sequence.ends]
+        for i, (row, each) in enumerate(zip(rows, params, strict=True))
+        if each.min_tokens and row.output_position < each.min_tokens
+    ]
+    return {"held": np.array([place for places in held for place in places], np.int64)}
 
 
-def _hold_ends(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+def _hold_ends(logits: Tensor, given: Given) -> Tensor:
     """logits [n, V] with what would end a held row's text at -inf, unless its grammar allows nothing else."""
-    held = logits.clone()
-    for number, row in enumerate(rows):
-        if _is_held(row):
-            line = held[number].index_fill(0, to_device(sorted(row.sequence.ends), logits.device), float("-inf"))
-            held[number] = torch.where(line.amax() == float("-inf"), held[number], line)
-    return held
-
-
-def _filter(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
-    """Temperature, then top_k, top_p, min_p: logits [n, V] with what must not be sampled at -inf."""
-    params = [row.sequence.sampling for row in rows]
-    logits = logits / _column([p.temperature for p in params], logits)
-    if all(p.top_k == 0 and p.top_p >= 1.0 and p.min_p == 0.0 for p in params):
+    if "held" not in given:
         return logits
-    ordered = logits.sort(-1, descending=True).values
-    vocabulary = logits.shape[-1]
-    rank = torch.arange(vocabulary, device=logits.device)
-    within = rank < _column([p.top_k or vocabulary for p in params], logits)
-    probabilities = ordered.masked_fill(~within, float("-inf")).softmax(-1)
-    # A token stays if the mass before it is below top_p: the first one always does.
-    within &= probabilities.cumsum(-1) - probabilities < _column([p.top_p for p in params], logits)
-    within &= probabilities >= _column([p.min_p for p in params], logits) * probabilities[:, :1]
-    within[:, 0] = True
-    cutoff = ordered.gather(-1, within.sum(-1, keepdim=True) - 1)
+    held = logits.flatten().index_fill(0, given["held"], float("-inf")).view(logits.shape)
+    return torch.where(held.amax(-1, keepdim=True) == float("-inf"), logits, held)
+
+
+def _draws(rows: SequenceOf[SampleRow], params: SequenceOf[SamplingParams], vocabulary: int) -> dict[str, Column]:
+    """What rows that are drawn at random bring: keys of their noise, temperatures; and for those that are filtered
+    their numbers, top_k, top_p and min_p. One that keeps few has no need of a sorted vocabulary.
+    """
+    filtered = [i for i, each in enumerate(params) if each.top_k or each.top_p < 1.0 or each.min_p]
+    few = [i for i in filtered if 0 < params[i].top_k <= _FEW]
+    columns: dict[str, Column] = {
+        "keys": noise_keys(rows),
+        "temperature": np.array([each.temperature for each in params], np.float32),
+    }
+    for name, numbers in (("few", few), ("sorted", [i for i in filtered if i not in set(few)])):
+        own = [params[i] for i in numbers]
+        columns[name] = np.array(numbers, np.int64)
+        columns[f"{name} top_k"] = np.array([each.top_k or vocabulary for each in own], np.int64)
+        columns[f"{name} top_p"] = np.array([each.top_p for each in own], np.float32)
+        columns[f"{name} min_p"] = np.array([each.min_p for each in own], np.float32)
+    return columns
+
+
+def _draw(logits: Tensor, given: Given) -> Tensor:
+    """Temperature, filters, noise, argmax: logits [m, V] of the rows that are drawn at random -> int64 [m]."""
+    filtered = _filter(logits / given["temperature"][:, None], given)
+    return filtered.add_(gumbel_noise(given["keys"], logits.shape[1])).argmax(-1)
+
+
+def _filter(logits: Tensor, given: Given) -> Tensor:
+    """logits [m, V] with what top_k, top_p and min_p rule out at -inf."""
+    groups = [name for name in ("few", "sorted") if name in given]
+    if not groups:
+        return logits
+    cutoff = torch.full_like(logits[:, :1], float("-inf"))
+    for name in groups:
+        index = given[name]
+        own = logits.index_select(0, index)
+        best = own.topk(min(_FEW, own.shape[1])) if name == "few" else own.sort(-1, descending=True)
+        limits = (given[f"{name} {limit}"][:, None] for limit in ("top_k", "top_p", "min_p"))
+        cutoff.index_copy_(0, index, _cutoff(best.values, *limits))
     return logits.masked_fill(logits < cutoff, float("-inf"))
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return to_device(values, like.device, like.dtype)[:, None]
+def _cutoff(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The smallest of the best logits `ordered` [m, K], best first, that may be sampled, [m, 1]; limits are [m, 1]."""
+    within = torch.arange(ordered.shape[1], device=ordered.device) < top_k
+    probabilities = ordered.masked_fill(~within, float("-inf")).softmax(-1)
+    # A token stays if the mass before it is below top_p: the first one always does.
+    within &= probabilities.cumsum(-1) - probabilities < top_p
+    within &= probabilities >= min_p * probabilities[:, :1]
+    return ordered.gather(-1, (within.sum(-1, keepdim=True) - 1).clamp_(min=0))
 
 
-def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise, fp32 [n, vocabulary], keyed by (seed, choice, output position, vocabulary id)."""
-    keys = to_device([_signed(_row_key(row)) for row in rows], device)[:, None]
-    bits = _splitmix64_finalise_(keys + _counters(vocabulary, device))
-    uniform = _shift_right(bits, 11).double().add_(0.5).mul_(2.0**-53)  # in (0, 1), never either end
-    return uniform.log_().neg_().log_().neg_().float()
-
-
-@lru_cache(maxsize=2)
-def _counters(vocabulary: int, device: torch.device) -> Tensor:
-    """What splitmix64 adds for each vocabulary id, int64 [vocabulary]."""
-    return torch.arange(1, vocabulary + 1, device=device) * _signed(_GOLDEN)
-
-
-def _row_key(row: SampleRow) -> int:
-    """One 64-bit key per (seed, choice, output position): each field is mixed before the next is added."""
-    key = _mix(row.sequence.sampling.seed)
-    key = _mix(key + row.sequence.index)
-    return _mix(key + row.output_position)
-
-
-def _mix(value: int) -> int:
-    """splitmix64 (Steele, Lea, Flood 2014) of one Python integer."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _splitmix64_finalise_(bits: Tensor) -> Tensor:
-    """The same finaliser on an int64 tensor, in place; multiplication wraps as unsigned would."""
-    bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
-    bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_signed(0x94D049BB133111EB))
-    return bits.bitwise_xor_(_shift_right(bits, 31))
-
-
-def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift: int64's own is arithmetic."""
-    return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit integer."""
-    return value - (1 << 64) if value >> 63 else value
+def noise_keys(rows: SequenceOf[SampleRow]) -> npt.NDArray[np.int64]:
+    """The key [n] of each row's noise."""
+    return mixed_keys(
+        [row.sequence.sampling.seed for row in rows],
+        [row.sequence.index for row in rows],
+        [row.output_position for row in rows],
+    )

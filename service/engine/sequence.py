@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class Sequence:
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
     _ngrams: NgramIndex = field(init=False)
+    _prompt_ids: array[int] | None = None
 
     def __post_init__(self) -> None:
         freeze_after = self.request.freeze_after
@@ -126,6 +128,13 @@ class Sequence:
         """The sampling parameters; only sequences that generate have them."""
         assert self.request.sampling is not None, "a scaling-pass-only sequence does not sample"
         return self.request.sampling
+
+    @property
+    def prompt_ids(self) -> array[int]:
+        """The distinct token ids of the prompt, int64; found when first asked for."""
+        if self._prompt_ids is None:
+            self._prompt_ids = array("q", set(self.tokens[: self.prompt_len]))
+        return self._prompt_ids
 
     @property
     def is_served(self) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from service.model.transfer import HostCopy
+from service.model.transfer import HostCopies
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -28,22 +28,22 @@ class GateSummary:
 class PendingSummary:
     """The summary of scalings [n, S, E]: a GPU makes it in the order of its queue, a CPU when it is read."""
 
-    def __init__(self, scalings: Tensor) -> None:
-        """`scalings` must not change any more where they are a CPU's."""
+    def __init__(self, scalings: Tensor, copies: HostCopies) -> None:
+        """`scalings` must not change any more where they are a CPU's. A GPU's summary leaves with `copies`."""
         self._scalings = scalings
         if not scalings.is_cpu:
             mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
-            self._copy = HostCopy(torch.cat([mean, share, entropy[None]]))
+            self._packed = copies.of(torch.cat([mean, share, entropy[None]]))
 
     def read(self) -> GateSummary:
-        """Waits for the copy of a GPU's."""
+        """The summary, once a GPU's copies are there."""
         if self._scalings.is_cpu:  # numpy's calls cost less
             rows = np.ascontiguousarray(self._scalings.numpy().transpose(2, 0, 1))
             with np.errstate(invalid="ignore"):
                 mean, share, entropy = _summary(rows, np.log)
         else:
-            packed = self._copy.read()[0].numpy()
-            mean, share, [entropy] = np.split(packed, [self._scalings.shape[2], 2 * self._scalings.shape[2]])
+            experts = self._scalings.shape[2]
+            mean, share, [entropy] = np.split(self._packed.numpy(), [experts, 2 * experts])
         return GateSummary(mean.T, share.T, entropy)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+_ALIGNMENT = 8  # bytes
 _BLOCK = 1 << 20  # elements converted at once: a copy of all of a large weight costs new memory
 
 
@@ -29,39 +33,57 @@ def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
-def bits_to_device(rows: Sequence[bytes], width: int, device: torch.device) -> Tensor:
-    """Bool [rows, width]: of each row of bytes the first `width` bits, lowest of a byte first. Copied as packed."""
-    packed = copy_to_device(torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), -1), device)
-    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+def pack_to_device(columns: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Writable arrays [n] as tensors on `device`, in one copy for all of them."""
+    if device.type == "cpu":
+        return [torch.from_numpy(column) for column in columns]
+    sizes = [-(-column.nbytes // _ALIGNMENT) * _ALIGNMENT for column in columns]
+    packed = np.zeros(sum(sizes), np.uint8)
+    first = 0
+    for column, size in zip(columns, sizes, strict=True):
+        packed[first : first + column.nbytes] = column.view(np.uint8)
+        first += size
+    parts = copy_to_device(torch.from_numpy(packed), device).split_with_sizes(sizes)
+    dtypes = [torch.from_numpy(column[:0]).dtype for column in columns]
+    return [
+        part.view(dtype).narrow(0, 0, len(column)) for part, dtype, column in zip(parts, dtypes, columns, strict=True)
+    ]
+
+
+def unpack_bits(packed: Tensor, width: int) -> Tensor:
+    """Bool [n, width]: of each row of bytes uint8 [n, bytes] the first `width` bits, lowest of a byte first."""
+    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(1)[:, :width].bool()
 
 
-class HostCopy:
-    """Copies of tensors of one device, on their way to the host.
+class HostCopies:
+    """Copies of tensors of one device on their way to the host, one wait for all of them.
 
-    A copy is queued behind what the device has been given so far, and what is given to it later does not delay it: the
+    They are queued behind what the device has been given before, and what it is given later does not delay them: the
     tensors may be overwritten then.
     """
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._event: torch.cuda.Event | None = None
-        device = tensors[0].device
-        if device.type == "cpu":
-            self._tensors = [tensor.clone() for tensor in tensors]
-            return
-        self._tensors = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-            for tensor in tensors
-        ]
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(torch.cuda.current_stream(device))
 
-    def read(self) -> list[Tensor]:
-        """The tensors in the host's memory. Waits until they are there."""
+    def of(self, tensor: Tensor) -> Tensor:
+        """Queues the copy of a tensor. Returns where it will be once `wait` has returned; from a CPU it is there."""
+        if self._device.type == "cpu":
+            return tensor.clone()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def close(self) -> None:
+        """Ends the queue: every copy has been asked for."""
+        if self._device.type != "cpu":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        """Waits until all copies are in the host's memory; a second time for nothing."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        return self._tensors
 
 
 def narrowed(tensor: Tensor) -> Tensor:

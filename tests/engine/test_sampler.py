@@ -26,10 +26,12 @@ from transformers import (
 )
 
 from service.contract.request import Request, SamplingParams
+from service.engine import noise as hashed
 from service.engine import sampler
 from service.engine.logprobs import Logprobs
-from service.engine.sampler import SampleRow, gumbel_noise
+from service.engine.sampler import SampleRow, noise_keys
 from service.engine.sequence import Sequence
+from service.model.transfer import HostCopies
 from tests.support.driver import words
 
 V = 97
@@ -56,6 +58,11 @@ def row(
 def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> list[int]:
     """As whoever reads them sees them."""
     return sampler.sample(logits, rows).tolist()
+
+
+def gumbel_noise(rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device) -> Tensor:
+    """The noise that these rows meet, fp32 [n, vocabulary]."""
+    return hashed.gumbel_noise(torch.from_numpy(noise_keys(rows)).to(device), vocabulary)
 
 
 def logits_for(count: int, seed: int = 0, spread: float = 3.0) -> Tensor:
@@ -192,7 +199,7 @@ def test_logprobs_are_of_the_raw_distribution(params: dict[str, Any]) -> None:
     raw = logits.double().log_softmax(-1)
     wanted = [line for line, one in enumerate(rows) if one.logprobs is not None]
     counts = [count for count in asked if count is not None]
-    outputs = Logprobs(logits[wanted], torch.tensor(tokens)[wanted], counts).read()
+    outputs = Logprobs(logits[wanted], torch.tensor(tokens)[wanted], counts, HostCopies(logits.device)).read()
     for line, output, count in zip(wanted, outputs, counts, strict=True):
         token = tokens[line]
         assert output.id == token

@@ -65,7 +65,8 @@ class FakeRunner:
         self.drafted.append(sum(self._write(share) for share in scheduled))
         results = [SequenceResult(share, self._tokens(share), self._predictions(share)) for share in scheduled]
         scores = {id(share): self._scores(share) for share in scheduled}
-        return SimpleNamespace(results=results, read_logprobs=dict, read_scores=lambda: scores)
+        copies = SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(results=results, copies=copies, read_logprobs=dict, read_scores=lambda: scores)
 
     def collect(self, launched: SimpleNamespace) -> list[SequenceResult]:
         results: list[SequenceResult] = launched.results

@@ -7,13 +7,14 @@ blocks bring it along. Everything else is parameters of single rows.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from service.contract.checks import layer_of
 from service.contract.steering import GateWeight
@@ -21,7 +22,7 @@ from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
 from service.model.batch import GateParameters, GivenGateRows
 from service.model.kv_cache import KVCache
-from service.model.transfer import copy_to_device, to_device
+from service.model.transfer import pack_to_device
 
 
 def dummy_slot(kv_cache: KVCache, sequence: Sequence) -> int:
@@ -37,30 +38,34 @@ def given_rows(
     """The gate rows of streams that begin in this step and bring their own; None where there are none."""
     stored_sites, experts = kv_cache.gate_rows.shape[1:]
     slots: list[int] = []
-    rows: list[Tensor] = []
+    rows: list[npt.NDArray[np.float32]] = []
     for one in scheduled:
         sequence = one.sequence
         steering, dummy_row = sequence.request.steering, sequence.gate.dummy_row
         if steering is not None and steering.weights is not None and one.real_count and one.real_start == 0:
             slots.append(sequence.real.blocks[0] * kv_cache.block_size)
-            rows.append(torch.tensor(fixed_row(steering.weights, sites[:stored_sites], experts)))
+            rows.append(np.array(fixed_row(steering.weights, sites[:stored_sites], experts), np.float32).ravel())
         if dummy_row is not None and one.scaling_count and one.scaling_start == 0:
             slots.append(dummy_slot(kv_cache, sequence))
-            rows.append(torch.frombuffer(bytearray(dummy_row), dtype=torch.float32).view(stored_sites, experts))
+            rows.append(np.frombuffer(dummy_row, np.float32))
     if not slots:
         return None
     device = kv_cache.gate_rows.device
-    return GivenGateRows(to_device(slots, device), copy_to_device(torch.stack(rows), device))
+    places, packed = pack_to_device([np.array(slots, np.int64), np.concatenate(rows)], device)
+    return GivenGateRows(places, packed.view(-1, stored_sites, experts))
 
 
 def parameters(
     scheduled: Iterable[ScheduledSequence], rows: int, experts: int, device: torch.device
 ) -> GateParameters | None:
     """How each of a batch's rows wants its gate; None where all want the checkpoint's."""
+    own = [one for one in scheduled if one.sequence.request.steering is not None or one.sequence.gate.weight != 1.0]
+    if not own:
+        return None
     temperature, top_k, weight = [0.0] * rows, [0] * rows, [1.0] * rows
     excluded = bytearray(rows * experts)
     found = False
-    for one in scheduled:
+    for one in own:
         steering, factor = one.sequence.request.steering, one.sequence.gate.weight
         if factor != 1.0:
             found = True
@@ -75,12 +80,14 @@ def parameters(
         excluded[first * experts : (first + count) * experts] = left_out * count
     if not found:
         return None
-    return GateParameters(
-        to_device(temperature, device, torch.float32),
-        to_device(array("q", top_k), device),
-        copy_to_device(torch.frombuffer(excluded, dtype=torch.bool).view(rows, experts), device),
-        to_device(weight, device, torch.float32),
-    )
+    columns: list[npt.NDArray[Any]] = [
+        np.array(temperature, np.float32),
+        np.array(top_k, np.int64),
+        np.frombuffer(excluded, np.bool_),
+        np.array(weight, np.float32),
+    ]
+    temperatures, top_ks, left_out_of_rows, weights = pack_to_device(columns, device)
+    return GateParameters(temperatures, top_ks, left_out_of_rows.view(rows, experts), weights)
 
 
 @lru_cache(maxsize=1024)

@@ -25,7 +25,7 @@ from service.engine.slots import gate_slots
 from service.model.classifier import Classifier
 from service.model.gate_stats import GateSummary, PendingSummary
 from service.model.kv_cache import KVCache
-from service.model.transfer import HostCopy, to_device
+from service.model.transfer import HostCopies, to_device
 
 _STEPS_TOGETHER = 64
 
@@ -43,16 +43,17 @@ class ReportSpan:
 class GateReading:
     """Gate rows on their way from the device."""
 
-    def __init__(self, spans: list[ReportSpan], scalings: Tensor, num_sites: int) -> None:
+    def __init__(self, spans: list[ReportSpan], scalings: Tensor, num_sites: int, copies: HostCopies) -> None:
         """scalings [n, S, E] of all spans in their order (S may be 1: the same row at every site). They must not change
         any more where they are a CPU's.
         """
         self.spans = spans
         self._rows = len(scalings)
         self._num_sites = num_sites
-        self._summary = PendingSummary(scalings)
+        self._copies = copies
+        self._summary = PendingSummary(scalings, copies)
         asks = any(span.sequence.request.return_scalings == "full" for span in spans)
-        self._full = HostCopy(scalings) if asks else None
+        self._full = copies.of(scalings) if asks else None
 
     def settle(self) -> None:
         """Leaves out what has not become final, and sequences that were dropped since. Once the drafts are verified."""
@@ -67,8 +68,8 @@ class GateReading:
         """The statistics of what is served, which go into the usage of each as well, and the rows that were asked for,
         by the sequence's id().
         """
-        spans, summary = self.spans, self._summary.read()
-        full = None if self._full is None else self._full.read()[0]
+        self._copies.wait()
+        spans, summary, full = self.spans, self._summary.read(), self._full
         if sum(span.count for span in spans) < self._rows:
             kept = np.concatenate([np.arange(span.offset, span.offset + span.count) for span in spans])
             summary = GateSummary(summary.mean[kept], summary.share[kept], summary.entropy[kept])
@@ -111,13 +112,14 @@ class GateReporter:
     def launch(self, launched: LaunchedStep) -> list[GateReading]:
         """Reads what may become final in a step that has just been launched."""
         served = [one for one in launched.scheduled if one.sequence.is_served]
-        readings = self._read(report_spans((one.sequence, one.real_end) for one in self.due(served)))
+        copies = launched.copies
+        readings = self._read(report_spans((one.sequence, one.real_end) for one in self.due(served)), copies)
         for one in launched.scheduled:
             if not one.sequence.generates:
                 first = one.scaling_row + one.sequence.reported - one.scaling_start
                 own = launched.scalings[first : one.scaling_row + one.scaling_count]
                 spans = report_spans([(one.sequence, one.scaling_end)])
-                readings += [GateReading(spans, own.clone(), self._num_sites)] if spans else []
+                readings += [GateReading(spans, own.clone(), self._num_sites, copies)] if spans else []
         return readings
 
     def due(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
@@ -141,17 +143,13 @@ class GateReporter:
         """What has become final in a step, and of those that `ended` all that is left, which is read now."""
         for reading in readings:
             reading.settle()
-        rest = self._read(report_spans((sequence, sequence.final) for sequence in ended if sequence.is_served))
-        for reading in rest:
-            reading.settle()
-        return [reading for reading in (*readings, *rest) if reading.spans]
+        rest = self._read_now((sequence, sequence.final) for sequence in ended if sequence.is_served)
+        return [*(reading for reading in readings if reading.spans), *rest]
 
     def drop(self, sequence: Sequence) -> None:
         """Reads what a sequence that ends early has not reported yet. Called before its blocks are released."""
         if sequence.is_served:
-            for reading in self._read(report_spans([(sequence, sequence.final)])):
-                reading.settle()
-                self._dropped.append(reading)
+            self._dropped += self._read_now([(sequence, sequence.final)])
 
     def report(self, readings: SequenceOf[GateReading], stats: StepStats) -> dict[int, GateRows | None]:
         """The rows that were asked for, by the sequence's id(); adds to the step's statistics."""
@@ -178,7 +176,16 @@ class GateReporter:
         """Adds the log's rows to `stats`, when they are enough together or `everything` is to come."""
         stats.logged = self._outgoing.take(everything=everything)
 
-    def _read(self, spans: list[ReportSpan]) -> list[GateReading]:
+    def _read_now(self, ends: Iterable[tuple[Sequence, int]]) -> list[GateReading]:
+        """A reading of what is final already, apart from any step."""
+        copies = HostCopies(self._kv_cache.gate_rows.device)
+        readings = self._read(report_spans(ends), copies)
+        for reading in readings:
+            copies.close()
+            reading.settle()
+        return readings
+
+    def _read(self, spans: list[ReportSpan], copies: HostCopies) -> list[GateReading]:
         """A reading of stored rows; none where there is nothing to read."""
         if not spans:
             return []
@@ -188,7 +195,7 @@ class GateReporter:
             scalings = torch.from_numpy(stored.numpy().take(slots, 0))
         else:
             scalings = stored.index_select(0, to_device(slots, stored.device))
-        return [GateReading(spans, scalings, self._num_sites)]
+        return [GateReading(spans, scalings, self._num_sites, copies)]
 
 
 def asked_rows(

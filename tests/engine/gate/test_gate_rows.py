@@ -16,7 +16,8 @@ from service.engine.gate.report import ReportSpan, gate_stats
 from service.engine.model_runner import OutOfMemory
 from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
-from service.model.gate_stats import PendingSummary
+from service.model.gate_stats import GateSummary, PendingSummary
+from service.model.transfer import HostCopies
 from tests.support.driver import Array, Engines, Run, greedy, run, sampled, words
 from tests.support.recompute import position_summary
 from tests.support.tiny import Tiny
@@ -159,6 +160,10 @@ def assert_observed_once(result: Run, requests: list[Request], experts: int) -> 
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+def summary_of(scalings: torch.Tensor) -> GateSummary:
+    return PendingSummary(scalings, HostCopies(scalings.device)).read()
+
+
 def requests_of_all_kinds() -> list[Request]:
     everything: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}
     return [
@@ -227,7 +232,7 @@ def test_phases_of_one_report() -> None:
     """A chunk that ends before its prompt does must not colour the rows of the next sequence in the report."""
     half, done = (Sequence.of(greedy(name, words(1, 20), 4), 0, 0.0) for name in "ab")
     scalings = torch.rand(7, 3, 4)
-    summary = PendingSummary(scalings).read()
+    summary = summary_of(scalings)
     stats = gate_stats([ReportSpan(half, 0, 5, 0), ReportSpan(done, 20, 2, 5)], summary)
     np.testing.assert_array_equal(np.frombuffer(stats.prompt_entropy, np.float32), summary.entropy[:5])
     np.testing.assert_array_equal(np.frombuffer(stats.generated_entropy, np.float32), summary.entropy[5:])
@@ -240,9 +245,12 @@ def test_statistics_add_up_until_they_are_taken() -> None:
     """Several requests may be aborted between two steps."""
     scalings = torch.rand(7, 3, 4)
     sequence = Sequence.of(greedy("a", words(1, 3), 9), 0, 0.0)
-    ours, theirs = GateStats(), gate_stats([ReportSpan(sequence, 0, 7, 0)], PendingSummary(scalings).read())
-    ours.add(gate_stats([ReportSpan(sequence, 0, 3, 0)], PendingSummary(scalings[:3]).read()))
-    ours.add(gate_stats([ReportSpan(sequence, 3, 4, 0)], PendingSummary(scalings[3:]).read()))
+    ours, theirs = (
+        GateStats(),
+        gate_stats([ReportSpan(sequence, 0, 7, 0)], summary_of(scalings)),
+    )
+    ours.add(gate_stats([ReportSpan(sequence, 0, 3, 0)], summary_of(scalings[:3])))
+    ours.add(gate_stats([ReportSpan(sequence, 3, 4, 0)], summary_of(scalings[3:])))
     assert (ours.prompt_entropy, ours.generated_entropy) == (theirs.prompt_entropy, theirs.generated_entropy)
     assert ours.weight == pytest.approx(theirs.weight)
     assert ours.top1 == theirs.top1

@@ -1,7 +1,6 @@
 """The Triton kernel against the SDPA reference: on the GPU where there is one, else in Triton's interpreter.
 
-torch's CPU builds come without triton; without it these tests are skipped. To run them on a CPU:
-`pip install --no-deps triton`, then pytest on this file with TRITON_INTERPRET=1 in the environment.
+torch's CPU builds come without triton; without it these tests are skipped. `make check-gpu` runs them on a CPU.
 """
 
 from __future__ import annotations
