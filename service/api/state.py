@@ -32,6 +32,7 @@ from service.settings import Settings
 logger = logging.getLogger("xlora")
 
 _WARM_UP_TOKENS = 4
+_WARM_UP_PROMPT = 8  # tokens: the first step then says how long a full one may take (client/progress.py)
 
 
 class Service:
@@ -55,19 +56,22 @@ class Service:
         self._scalings_log: ScalingsLog | None = None
         self._forms: TextForms | None = None
         self._chats: ChatRenderer | None = None
+        metrics.watch(lambda: self.state, settings.wanted_replicas)
 
     @property
     def state(self) -> str:
-        """ok, loading, draining or engine dead; only the first can serve."""
+        """One of observability's STATES. Only ok is ready; stalled and draining serve what comes nevertheless."""
         if not self.client.alive or self.error is not None:
             return "engine dead"
         if self.draining:
             return "draining"
-        return "loading" if self._tokenizer is None else "ok"
+        if self._tokenizer is None:
+            return "loading"
+        return "stalled" if self.client.stalled else "ok"
 
     @property
     def ready(self) -> bool:
-        """Loaded, warmed up, not told to stop, and the engine lives."""
+        """Loaded, warmed up, not told to stop, and the engine lives and gets on."""
         return self.state == "ok"
 
     def check_serving(self) -> None:
@@ -141,12 +145,14 @@ class Service:
         await self._warm_up()
         self.client.on_step = self._on_step
         self._tokenizer = tokenizer
+        self.metrics.resources.start()
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
 
     async def close(self) -> None:
         """Ends the engine, and the processes that judge forms of text and render chats."""
+        self.metrics.resources.stop()
         await self.client.close()
         for one in (self._forms, self._chats):
             if one is not None:
@@ -156,9 +162,11 @@ class Service:
         return self.metrics.render()
 
     async def _warm_up(self) -> None:
-        sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)
+        room = self.info.max_model_len
+        prompt = [0] * min(_WARM_UP_PROMPT, room - 1)
+        sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, room - len(prompt)), ignore_eos=True)
         try:
-            async with self.client.submit(Request(new_id("warmup"), [0], sampling)) as outputs:
+            async with self.client.submit(Request(new_id("warmup"), prompt, sampling)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "error":
                         raise StartupError(f"the warm-up generation failed: {output.error}")
