@@ -136,6 +136,7 @@ class Service:
 
     async def start(self) -> None:
         """Loads the model and runs one short generation. Raises StartupError."""
+        self.metrics.resources.start()  # what a load takes is worth seeing
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
         self._chats = ChatRenderer(Path(self.info.tokenizer_path).parent, self.settings.max_body_bytes)
         self._chats.start()
@@ -145,7 +146,6 @@ class Service:
         await self._warm_up()
         self.client.on_step = self._on_step
         self._tokenizer = tokenizer
-        self.metrics.resources.start()
         self.loaded_at = int(time.time())
         seconds = time.monotonic() - self.started_at
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
