@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
 from service.observability.gpus import Gpus
-from service.observability.resources import Reading, Resources
+from service.observability.resources import Reading, Resources, Usage
 from tests.support.fake_engine import write_bundle
 from tests.support.server_process import engine_process, server
 from tests.support.waiting import wait_for
@@ -34,6 +38,37 @@ def test_the_engine_s_process_is_shown_beside_the_api_s(tmp_path: Path) -> None:
         assert 0 < shown("cpu_seconds_total", "engine") <= sum(engine.cpu_times()[:2])
         assert shown("resident_memory_bytes", "helpers") > 1 << 20, "the process that renders chats"
         assert "_created" not in running.get("/metrics")[1].decode()
+
+
+def test_ranks_are_told_apart_and_what_helpers_took_is_kept() -> None:
+    """By their command lines; these only have those of the real ones. CPU time is a counter: it may not fall when a
+    helper ends.
+    """
+    sleep, burn = "import time; time.sleep(600)", "sum(range(10**7)); input()"
+    rank = "service.engine.tensor_parallel.rank_worker"
+    lines = [[sleep, "service.engine.worker", "7"], [sleep, rank, "7", "1"], [sleep, rank, "8", "2"], [burn]]
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", *line], stdin=subprocess.PIPE))
+            for line in lines
+        ]
+        for process in started:
+            stack.callback(process.kill)
+        resources = Resources()
+
+        def usages() -> dict[str, Usage]:
+            return dict(resources._read_processes())
+
+        assert wait_for(lambda: usages()["helpers"].cpu_seconds > psutil.Process().cpu_times().children_user + 0.05)
+        roles = usages()
+        assert set(roles) == {"api", "engine", "rank 1", "rank 2", "helpers"}
+        assert roles["rank 2"].started_at == psutil.Process(started[2].pid).create_time()
+        before = roles["helpers"].cpu_seconds
+        started[3].kill()
+        started[3].wait()
+        after = usages()["helpers"]
+        assert after.cpu_seconds >= before
+        assert after.resident_bytes < roles["helpers"].resident_bytes
 
 
 class Nvml:
