@@ -127,7 +127,7 @@ def replica_vanished(model: str, faster: float) -> dict[str, Any]:
 
 
 def crash_loop(model: str, faster: float) -> dict[str, Any]:
-    """25 s after each start the service is killed, and 15 s later started again."""
+    """25 s after it first answers the service is killed, and 15 s later started again."""
     service = Service("--model", model, down_seconds=15)
     with stage([service]) as prometheus:
         trial = Trial(prometheus, Callers(service))
@@ -137,9 +137,13 @@ def crash_loop(model: str, faster: float) -> dict[str, Any]:
         def kill() -> None:
             while not done.is_set():
                 process = service.running.process
+                while not done.is_set() and service.status("/livez") != 200:
+                    done.wait(0.2)
+                done.wait(25)
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                done.wait(40)
+                while not done.is_set() and service.running.process is process:
+                    done.wait(0.2)
 
         killing = threading.Thread(target=kill)
         killing.start()
