@@ -47,17 +47,12 @@ class Trial:
         self.callers.begin()
         self.began = time.monotonic()
 
-    def note(self, what: str) -> None:
-        """Something happened, so many seconds after the fault."""
-        self.notes[what] = round(time.monotonic() - self.began, 1)
-
-    def wait(self, condition: Callable[[], object], within: float = _WITHIN_SECONDS) -> bool:
-        """Whether it became true within some seconds."""
-        while time.monotonic() - self.began < within:
-            if condition():
-                return True
+    def wait(self, condition: Callable[[], object], within: float = _WITHIN_SECONDS, note: str = "") -> None:
+        """Until it is true, or some seconds have passed since the fault; notes when, or that it never was."""
+        while not (true := condition()) and time.monotonic() - self.began < within:
             time.sleep(0.1)
-        return False
+        if note:
+            self.notes[note] = round(time.monotonic() - self.began, 1) if true else f"not within {within:g} s"
 
     def wait_firing(self, alert: str, within: float = _WITHIN_SECONDS) -> None:
         self.wait(lambda: any(name.startswith(alert) for name in self.prometheus.firing), within)
@@ -75,10 +70,8 @@ def engine_killed(model: str, faster: float) -> dict[str, Any]:
         victim = service.engine
         trial.begin()
         victim.kill()
-        trial.wait(lambda: service.status("/readyz") != 200)
-        trial.note("/readyz red")
-        trial.wait(lambda: service.status("/readyz") == 200)
-        trial.note("serves again")
+        trial.wait(lambda: service.status("/readyz") != 200, note="/readyz red")
+        trial.wait(lambda: service.status("/readyz") == 200, note="serves again")
         trial.wait_firing("XLoraRestarted")
         return trial.result()
 
@@ -91,13 +84,10 @@ def engine_stopped(model: str, faster: float) -> dict[str, Any]:
         victim = service.engine
         trial.begin()
         victim.suspend()
-        trial.wait(lambda: service.status("/readyz") != 200)
-        trial.note("/readyz red")
+        trial.wait(lambda: service.status("/readyz") != 200, note="/readyz red")
         trial.wait_firing("XLoraEngineStuck")
-        trial.wait(lambda: service.status("/livez") != 200)
-        trial.note("/livez red")
-        trial.wait(lambda: service.status("/readyz") == 200)
-        trial.note("serves again")
+        trial.wait(lambda: service.status("/livez") != 200, note="/livez red")
+        trial.wait(lambda: service.status("/readyz") == 200, note="serves again")
         time.sleep(60)
         trial.notes["fires a minute later"] = "XLoraEngineStuck (page)" in prometheus.now_firing()
         return trial.result()
