@@ -28,6 +28,7 @@ from tests.support.server_process import ROOT, Server, engine_process, free_port
 
 SCRAPE_SECONDS, EVALUATION_SECONDS = 5.0, 15.0  # docker/prometheus/prometheus.yml
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600}
+FAKE = str(Path(tempfile.gettempdir(), "xlora-fake-bundle"))  # as a model: the engine without one, which starts soon
 _POLL_SECONDS = 0.2
 _CALL_SECONDS = 300.0  # a caller's patience
 _QUESTION = {"prompt": "Once upon a time", "max_tokens": 48, "ignore_eos": True, "stream": True}
@@ -41,7 +42,8 @@ class Service:
         self.port = port
         self.down_seconds = down_seconds
         self.restarts = True
-        self._command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--threads", "1", *flags]
+        module = "service" if FAKE not in flags else "tests.support.fake_server"
+        self._command = [sys.executable, "-m", module, "serve", "--port", str(port), "--threads", "1", *flags]
         self._popen = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "preexec_fn": limit, **popen}
         self._closed = threading.Event()
         self.running = self._start()
