@@ -51,11 +51,12 @@ class Trial:
         self.began = time.monotonic()
 
     def wait(self, condition: Callable[[], object], within: float = _WITHIN_SECONDS, note: str = "") -> None:
-        """Until it is true, or some seconds have passed since the fault; notes when, or that it never was."""
+        """Until it is true, or some seconds have passed since the fault; notes when, or `never`."""
         while not (true := condition()) and time.monotonic() - self.began < within:
             time.sleep(0.1)
         if note:
-            self.notes[note] = round((time.monotonic() - self.began) * self._faster, 1) if true else f"not within {within:g} s"
+            seconds = round((time.monotonic() - self.began) * self._faster, 1)
+            self.notes[note] = seconds if true else "never"
 
     def wait_firing(self, alert: str, within: float = _WITHIN_SECONDS) -> None:
         self.wait(lambda: any(name.startswith(alert) for name in self.prometheus.firing), within)
