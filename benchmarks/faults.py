@@ -16,6 +16,7 @@ which they fired, with the seconds since the fault; `notes`, what else was looke
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import signal
 import socket
@@ -27,10 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DEMO, emit
 from benchmarks.fault_stage import FAKE, Callers, Prometheus, Service, stage
 from tests.support.fake_engine import write_bundle
+from tests.support.server_process import ROOT
 
+DEMO = ROOT / "model_store/demo"  # not benchmarks.common's: that has torch
 _SETTLE_SECONDS = 20.0  # of a healthy service under Prometheus' eyes, before the fault
 _WITHIN_SECONDS = 240.0
 
@@ -256,7 +258,7 @@ def main() -> None:
     for name in arguments.names or FAULTS:
         if name not in FAULTS:
             parser.error(f"no fault {name}: {', '.join(FAULTS)}")
-        emit({"fault": name, "model": model, **FAULTS[name](model, arguments.faster)})
+        print(json.dumps({"fault": name, "model": model, **FAULTS[name](model, arguments.faster)}), flush=True)
 
 
 if __name__ == "__main__":
