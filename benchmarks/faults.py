@@ -201,6 +201,7 @@ def _half_a_head(port: int) -> socket.socket | None:
     try:
         connection = socket.create_connection(("127.0.0.1", port), timeout=1)
         connection.sendall(b"GET /livez HTTP/1.1\r\n")
+        connection.setblocking(False)
     except OSError:
         return None
     return connection
@@ -208,7 +209,7 @@ def _half_a_head(port: int) -> socket.socket | None:
 
 def _is_closed(connection: socket.socket) -> bool:
     try:
-        return connection.recv(1, socket.MSG_DONTWAIT) == b""
+        return connection.recv(1) == b""
     except BlockingIOError:
         return False
     except OSError:
