@@ -21,7 +21,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml constraints.txt ./
 # hadolint ignore=DL3042,SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
-    python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >requirements.txt \
+    python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["gpu"], sep="\n")' >requirements.txt \
     && grep -v '^torch==' constraints.txt >pins.txt && echo "$TORCH" >>pins.txt \
     && /opt/venv/bin/pip install -qq $PIP_ARGS -r requirements.txt -c pins.txt
 

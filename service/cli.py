@@ -29,12 +29,13 @@ _ENGINE_FLAGS = (
 _SERVE_FLAGS = (
     *("host", "port", "max_body_bytes", "max_queued_requests", "max_queued_tokens"),
     *("json_max_characters", "json_max_items", "json_max_digits"),
-    *("request_timeout", "drain_seconds", "engine_timeout", "api_key_file", "admin_key_file", "cors_origins"),
+    *("request_timeout", "drain_seconds", "engine_timeout", "stall_seconds", "cors_origins"),
+    *("api_key_file", "admin_key_file"),
     *("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "log_format", "otlp_endpoint"),
     *("served_model_name", "default_max_tokens", "generation_config"),
 )
 # Where no proxy of Ray's stands before the server.
-_OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay")
+_OWN_SOCKET_FLAGS = ("max_header_bytes", "keep_alive", "write_timeout", "drain_delay", "wanted_replicas")
 PLAN_FLAGS = ("quantization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size")
 _SOURCE_FLAGS = ("base", "expert", "ordering", "gate_relu", "allow_outside")
 _SEVERAL = ("served_model_name",)  # flags that take several values at once

@@ -208,6 +208,16 @@ class Settings(BaseSettings):
     engine_timeout: float = Field(
         120.0, ge=1, le=86_400, description="seconds without a sign of life after which the engine counts as hung"
     )
+    stall_seconds: float = Field(
+        10.0,
+        ge=0.1,
+        le=86_400,
+        description="seconds without a step, while there is work, after which /readyz is red until there is one; at "
+        "least the time of three full steps",
+    )
+    wanted_replicas: int = Field(
+        1, ge=1, description="how many replicas there should be; told to the metrics, for the alert on missing ones"
+    )
     api_key_file: str | None = Field(None, description="file of API keys, one a line; requests then need one of them")
     api_keys: SecretStr | None = Field(None, description="API keys, separated by commas")
     admin_key_file: str | None = Field(

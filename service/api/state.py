@@ -33,6 +33,7 @@ from service.settings import Settings
 logger = logging.getLogger("xlora")
 
 _WARM_UP_TOKENS = 4
+_WARM_UP_PROMPT = 8  # tokens: the first step then says how long a full one may take (client/progress.py)
 
 
 class Service:
@@ -57,19 +58,22 @@ class Service:
         self._scalings_log: ScalingsLog | None = None
         self._forms: TextForms | None = None
         self._chats: ChatRenderer | None = None
+        metrics.watch(lambda: self.state, settings.wanted_replicas)
 
     @property
     def state(self) -> str:
-        """ok, loading, draining or engine dead; only the first can serve."""
+        """One of observability's STATES. Only ok is ready; stalled and draining serve what comes nevertheless."""
         if not self.client.alive or self.error is not None:
             return "engine dead"
         if self.draining:
             return "draining"
-        return "loading" if self._tokenizer is None else "ok"
+        if self._tokenizer is None:
+            return "loading"
+        return "stalled" if self.client.stalled else "ok"
 
     @property
     def ready(self) -> bool:
-        """Loaded, warmed up, not told to stop, and the engine lives."""
+        """Loaded, warmed up, not told to stop, and the engine lives and gets on."""
         return self.state == "ok"
 
     def check_serving(self) -> None:
@@ -134,6 +138,7 @@ class Service:
 
     async def start(self) -> None:
         """Loads the model and runs one short generation. Raises StartupError."""
+        self.metrics.resources.start()  # what a load takes is worth seeing
         await self.client.start(engine_options(self.settings), lambda text: logger.info("%s", text))
         self._chats = ChatRenderer(Path(self.info.tokenizer_path).parent, self.settings.max_body_bytes)
         self._chats.start()
@@ -149,6 +154,7 @@ class Service:
 
     async def close(self) -> None:
         """Ends the engine, and the processes that judge forms of text and render chats."""
+        self.metrics.resources.stop()
         await self.client.close()
         for one in (self._forms, self._chats):
             if one is not None:
@@ -158,9 +164,11 @@ class Service:
         return self.metrics.render()
 
     async def _warm_up(self) -> None:
-        sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, self.info.max_model_len - 1), ignore_eos=True)
+        room = self.info.max_model_len
+        prompt = [0] * min(_WARM_UP_PROMPT, room - 1)
+        sampling = SamplingParams(max_tokens=min(_WARM_UP_TOKENS, room - len(prompt)), ignore_eos=True)
         try:
-            async with self.client.submit(Request(new_id("warmup"), [0], sampling)) as outputs:
+            async with self.client.submit(Request(new_id("warmup"), prompt, sampling)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == "error":
                         raise StartupError(f"the warm-up generation failed: {output.error}")

@@ -2,7 +2,8 @@
 
 One EngineClient lives on one event loop. It decodes each frame once and wakes exactly the requests the frame has news
 for. Leaving `submit`'s block early (a client that went away, an error, a stop string) aborts its requests in the
-engine. It also listens to the engine's heart: one that has ended, or has not answered for too long, is lost for good.
+engine. It also listens to the engine's heart: one that makes no step for a while is stalled, and one that has ended, or
+has not answered for too long, is lost for good.
 This file knows neither HTTP nor text.
 """
 
@@ -21,6 +22,7 @@ from typing import Protocol
 
 from service.client.connection import Connection
 from service.client.output_stream import OutputStream
+from service.client.progress import Progress
 from service.contract import wire
 from service.contract.checks import checked_request
 from service.contract.engine_info import EngineInfo
@@ -61,6 +63,10 @@ class Client(Protocol):
     def alive(self) -> bool:
         """Whether the engine may still answer: it is loading or running."""
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has work and makes no step, or does not answer, for longer than a step can take."""
+
     async def start(self, options: EngineOptions, on_progress: Callable[[str], None]) -> None:
         """Loads the engine; raises StartupError."""
 
@@ -85,11 +91,15 @@ class Client(Protocol):
 class EngineClient:
     """The engine's process, seen from the event loop."""
 
-    def __init__(self, loader: str = DEFAULT_LOADER, *, timeout_seconds: float = 120.0) -> None:
+    def __init__(
+        self, loader: str = DEFAULT_LOADER, *, timeout_seconds: float = 120.0, stall_seconds: float = 10.0
+    ) -> None:
         self.on_step: Callable[[StepStats], None] | None = None
         self.on_lost: Callable[[str], None] | None = None
         self._loader = loader
         self._timeout_seconds = timeout_seconds
+        self._progress = Progress(stall_seconds)
+        self._said_stalled = False
         self._info: EngineInfo | None = None
         self._weights_sha256: str | None = None  # where the engine said it later
         self._process: subprocess.Popen[bytes] | None = None
@@ -110,6 +120,21 @@ class EngineClient:
         """Whether the engine may still answer: it is loading or running."""
         return self._dead is None
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has work and makes no step, or does not answer, for longer than a step can take."""
+        connection = self._connection
+        if connection is None or self._info is None:
+            return False
+        waits = connection.asked_at > connection.heard_at
+        now = asyncio.get_running_loop().time()
+        return self._progress.stalled(now, has_work=self._has_work, asked_at=connection.asked_at if waits else None)
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether the engine has something to say that it has not said."""
+        return any(stream.open_choices for stream in self._streams.values())
+
     async def start(self, options: EngineOptions, on_progress: Callable[[str], None]) -> None:
         """Starts the process and waits until the model is loaded. Raises StartupError when it cannot be."""
         ours, theirs = socket.socketpair()
@@ -129,6 +154,7 @@ class EngineClient:
         connection.send(wire.Start(options))
         info = await connection.ready
         self._info = replace(info, weights_sha256=info.weights_sha256 or self._weights_sha256)
+        self._progress.max_step_rows = info.max_num_batched_tokens
         self._beat(connection)
 
     @asynccontextmanager
@@ -146,6 +172,8 @@ class EngineClient:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
         checked = [checked_request(request, self._info) for request in requests]
         stream = OutputStream(checked)
+        if not self._has_work:
+            self._progress.mark(asyncio.get_running_loop().time())
         for request in checked:
             self._streams[request.id] = stream
             connection.send(wire.Submit(request))
@@ -206,9 +234,19 @@ class EngineClient:
                 self._process.kill()
             connection.close()
             return
+        self._say_stalled()
         loop.call_later(min(_LONGEST_BEAT_SECONDS, self._timeout_seconds / _BEATS_PER_TIMEOUT), self._beat, connection)
 
+    def _say_stalled(self) -> None:
+        """Tells the log when the engine stalls, and when it goes on."""
+        if self.stalled and not self._said_stalled:
+            logger.warning("the engine has made no step for %.1f s: not ready", self._progress.limit_seconds)
+        elif self._said_stalled and not self.stalled:
+            logger.warning("the engine goes on")
+        self._said_stalled = self.stalled
+
     def _on_step(self, output: StepOutput) -> None:
+        self._progress.stepped(asyncio.get_running_loop().time(), output.stats)
         for one in output.outputs:
             stream = self._streams.get(one.request_id)
             if stream is not None:

@@ -137,7 +137,7 @@ def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
         "ray_actor_options": {"num_cpus": cpus_of(settings), "num_gpus": settings.tensor_parallel if gpus else 0},
     }
     return serve.deployment(name=DEPLOYMENT, **options)(serve.ingress()(Replica)).bind(
-        {**arguments.settings, "threads": settings.threads or 1}
+        {**arguments.settings, "threads": settings.threads or 1, "wanted_replicas": arguments.replicas}
     )
 
 

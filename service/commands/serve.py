@@ -101,7 +101,7 @@ def assemble(settings: Settings, failed: asyncio.Event | None = None) -> tuple[F
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    client = EngineClient(timeout_seconds=settings.engine_timeout)
+    client = EngineClient(timeout_seconds=settings.engine_timeout, stall_seconds=settings.stall_seconds)
     spans = [] if settings.otlp_endpoint is None else [SpanExport.to(settings.otlp_endpoint)]
     return create_app(client, settings, Metrics(registry), failed, spans), spans
 

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from service.client.engine_client import EngineClient
+from service.client.progress import Progress
 from service.contract import wire
 from service.contract.errors import InternalError, InvalidRequestError, StartupError, TimedOutError, UnavailableError
 from service.contract.options import EngineOptions
@@ -250,6 +251,29 @@ def test_an_engine_that_hangs_is_lost_and_ended(bundle: Path) -> None:
         assert await asyncio.to_thread(client._process.wait, 5) == -signal.SIGKILL
 
     with_engine(bundle, test, timeout_seconds=0.5)
+
+
+def test_a_stopped_engine_is_stalled_until_it_goes_on(bundle: Path) -> None:
+    """With work and without; what it owes comes when it goes on."""
+
+    async def until(client: EngineClient, stalled: bool) -> None:
+        while client.stalled is not stalled:
+            await asyncio.sleep(0.01)
+
+    async def test(client: EngineClient) -> None:
+        client._progress = Progress(0.3)
+        assert client._process is not None
+        for has_work in (True, False):
+            asking = asyncio.create_task(collect(client, request("a", max_tokens=60))) if has_work else None
+            await asyncio.sleep(0.05)
+            client._process.send_signal(signal.SIGSTOP)
+            await until(client, True)
+            assert client.alive
+            client._process.send_signal(signal.SIGCONT)
+            await until(client, False)
+            assert asking is None or len(await asking) == 60
+
+    with_engine(bundle, test, SLOW)
 
 
 def test_loading_failures_carry_message_and_hint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -88,6 +89,27 @@ def test_a_dead_or_hanging_engine_ends_the_service(tmp_path: Path, how: signal.S
         assert reason in last[0]
         assert last[0].startswith("error: the engine is lost")
         assert not engine.is_running()
+
+
+def test_an_engine_that_stands_still_is_not_ready_until_it_goes_on(tmp_path: Path) -> None:
+    """Load balancers send their requests elsewhere; nothing is restarted, and what was asked is answered."""
+    flags = ("--model", str(write_bundle(tmp_path)), "--stall-seconds", "0.3")
+    with (
+        (tmp_path / "stderr").open("wb") as log,
+        server(*flags, module=FAKE, stderr=log) as running,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        engine = engine_process(running)
+        engine.suspend()
+        asked = thread.submit(running.post, "/generate", {"prompt": "a"})
+        assert wait_for(lambda: running.get("/readyz") == (503, b'{"status":"stalled"}'))
+        assert running.get("/livez")[0] == 200
+        assert running.metric('xlora_state{state="stalled"}') == 1
+        assert running.metric('xlora_state{state="ok"}') == 0
+        assert wait_for(lambda: "has made no step for 0.3 s" in (tmp_path / "stderr").read_text())
+        engine.resume()
+        assert asked.result(PATIENCE_SECONDS)[0] == 200
+        assert wait_for(lambda: running.get("/readyz")[0] == 200)
 
 
 def test_a_second_ctrl_c_cuts_off_what_runs_and_says_so(tiny_bundle: Path, tmp_path: Path) -> None:

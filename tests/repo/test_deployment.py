@@ -137,7 +137,7 @@ def test_dashboard_uses_the_provisioned_data_source_and_panels_do_not_overlap():
     dashboard = json.loads(DASHBOARD.read_text())
     taken: set[tuple[int, int]] = set()
     assert [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"] == [
-        *("Overview", "Latency", "Gate", "Engine")
+        *("Overview", "Latency", "Gate", "Engine", "Processes")
     ]
     ids = [panel["id"] for panel in panels(dashboard)]
     assert len(set(ids)) == len(ids)
@@ -285,6 +285,14 @@ def test_variables_are_settings_and_what_is_named_exists(name):
             assert (DOCKER / source).exists() if source.startswith(".") else source in whole["volumes"]
         for secret in container.get("secrets", ()):
             assert secret in whole["secrets"]
+
+
+def test_the_alert_on_missing_replicas_knows_how_many_there_should_be():
+    replicated = compose("compose.replicas.yaml")["services"]["xlora"]
+    assert replicated["environment"]["XLORA_WANTED_REPLICAS"] == replicated["deploy"]["replicas"]
+    pod = load(DOCKER / "kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
+    wanted = {variable["name"]: variable["value"] for variable in pod["env"]}["XLORA_WANTED_REPLICAS"]
+    assert int(wanted) == load(DOCKER / "kubernetes/monitoring/autoscaler.yaml")["spec"]["minReplicas"]
 
 
 def test_env_example_lists_every_variable_with_its_default():

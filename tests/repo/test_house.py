@@ -30,7 +30,8 @@ def _requirements(*extras: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("constraints", "extras"), [("constraints.txt", ("test", "dev", "plot", "ray")), ("constraints-min.txt", ("test",))]
+    ("constraints", "extras"),
+    [("constraints.txt", ("test", "dev", "plot", "ray", "gpu")), ("constraints-min.txt", ("test",))],
 )
 def test_every_dependency_is_pinned(constraints, extras):
     assert _requirements(*extras) <= set(_pins(constraints))

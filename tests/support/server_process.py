@@ -41,9 +41,9 @@ class Server:
         return status, json.loads(answer)
 
     def metric(self, name: str) -> float:
-        """One sample without labels from /metrics."""
+        """One sample from /metrics; the name may have labels, as they stand there."""
         lines = self.get("/metrics")[1].decode().splitlines()
-        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+        return float(next(line.rpartition(" ")[2] for line in lines if line.startswith(f"{name} ")))
 
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.port}{path}"

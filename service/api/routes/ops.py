@@ -32,7 +32,9 @@ _RED: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "
 @router.head("/livez", include_in_schema=False)
 @router.get("/livez", tags=["operation"], summary="Is the process fine?", response_model=Status, responses=_RED)
 async def livez(service: ServiceDependency) -> Response:
-    """200 while the process and the engine are fine, also while the model loads; 503 when the engine died or hangs."""
+    """200 while the process and the engine are fine, also while the model loads; 503 when the engine has died, or has
+    given no sign of life for --engine-timeout.
+    """
     dead = service.state == "engine dead"
     return _status("engine dead" if dead else "ok", 503 if dead else 200)
 
@@ -40,17 +42,19 @@ async def livez(service: ServiceDependency) -> Response:
 @router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", tags=["operation"], summary="Can it serve?", response_model=Status, responses=_RED)
 async def readyz(service: ServiceDependency) -> Response:
-    """200 after the model has loaded and a warm-up generation has run, until the server is told to stop."""
+    """200 after the model has loaded and a warm-up generation has run, until the server is told to stop; 503 meanwhile
+    where the engine has work and has made no step for --stall-seconds.
+    """
     return _status(service.state, 200 if service.ready else 503)
 
 
 @router.head("/health", include_in_schema=False)
 @router.get("/health", tags=["operation"], summary="A glance", response_model=Health, responses=documented(500))
 async def health(service: ServiceDependency) -> Response:
-    """Always 200; `status` is ok, loading, draining or engine dead."""
+    """Always 200; `status` is ok, loading, draining, stalled or engine dead."""
     content: Health = {
         "status": service.state,
-        "model": service.info.model if service.ready else None,
+        "model": service.info.model if service.state in ("ok", "stalled") else None,
         "uptime_seconds": round(time.monotonic() - service.started_at, 3),
         "requests_running": service.metrics.running,
         "requests_waiting": service.metrics.waiting,
