@@ -1,4 +1,4 @@
-"""Which backend attends on a GPU, with stand-ins for Triton's kernel on the CPU: one that works, and each way to fail."""
+"""Which backend attends on a GPU, with stand-ins for Triton's kernel on a CPU: one that works, each way to fail."""
 
 from __future__ import annotations
 
