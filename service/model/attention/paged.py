@@ -4,7 +4,8 @@ One function serves every decoder family that uses the interface. transformers i
 arrives as None and masking is ours: causal within a row's own stream, with the layer's sliding window where it has one.
 Anything else that would change attention is refused by name rather than ignored.
 
-Behind it is one backend per device: on a CPU the reference (reference.py), on CUDA the fastest that works (backends.py).
+Behind it is one backend per device: on a CPU the reference (reference.py), on CUDA the fastest that works
+(backends.py).
 """
 
 from __future__ import annotations
