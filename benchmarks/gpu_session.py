@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of jobs; default: all")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
+    if args.device == "cpu":
+        os.environ["GPU_REHEARSAL"] = "1"  # tests/gpu/conftest.py
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
