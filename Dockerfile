@@ -24,12 +24,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >requirements.txt \
     && grep -v '^torch==' constraints.txt >pins.txt && echo "$TORCH" >>pins.txt \
     && /opt/venv/bin/pip install -qq $PIP_ARGS -r requirements.txt -c pins.txt
-# What nothing here loads: headers, static libraries, Triton's profiler, and two CUDA libraries that no other one links to.
-RUN site=$(echo /opt/venv/lib/python*/site-packages) \
-    && rm -rf "$site"/torch/include "$site"/torch/share "$site"/triton/backends/nvidia/lib/cupti \
-        "$site"/nvidia/cu*/lib/libcusolverMg.so.* "$site"/nvidia/cu*/lib/libnvrtc*.alt.so.* \
-    && find "$site" -name '*.a' -delete
-
 FROM dependencies AS wheel
 ARG PIP_ARGS=""
 # The compiler of the native kernels stays here: what it makes is for every CPU with AVX2, and for those with AVX-512.
@@ -46,9 +40,16 @@ RUN mkdir -p /opt/venv/share/triton && if /opt/venv/bin/pip show -qq triton; the
 COPY model_store/demo /models/demo
 RUN chmod -R a+rX /models
 
+# Without what nothing here loads: headers, static libraries, Triton's profiler, two CUDA libraries that no other links to.
+FROM dependencies AS environment
+RUN site=$(echo /opt/venv/lib/python*/site-packages) \
+    && rm -rf "$site"/torch/include "$site"/torch/share "$site"/triton/backends/nvidia/lib/cupti \
+        "$site"/nvidia/cu*/lib/libcusolverMg.so.* "$site"/nvidia/cu*/lib/libnvrtc*.alt.so.* \
+    && find "$site" -name '*.a' -delete
+
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin xlora
-COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=environment /opt/venv /opt/venv
 COPY --from=wheel /opt/venv/share/triton /opt/venv/share/triton
 COPY --from=wheel /models /models
 # HOME is /tmp: with a read-only root (--read-only --tmpfs /tmp) nothing else is ever written.

@@ -14,8 +14,8 @@ from service.contract.request import Request, SamplingParams, TextForm
 from service.engine.loader import load_engine
 from service.model.steps.cuda_graph import CapturedSteps
 from tests.gpu.conftest import DEMO, Build
-from tests.gpu.kinds import assert_same, every_kind, plain, prompt
 from tests.support.driver import Run, greedy, run
+from tests.support.gpu_requests import assert_same, every_kind, plain, prompt
 
 
 @pytest.fixture(scope="module")

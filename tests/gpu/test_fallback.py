@@ -17,8 +17,8 @@ from benchmarks.common import ROOT
 from service.model.attention import backends, paged
 from service.model.attention.reference import sdpa
 from tests.gpu.conftest import Build
-from tests.gpu.kinds import assert_same, plain, prompt
 from tests.support.driver import Run, greedy, run
+from tests.support.gpu_requests import assert_same, plain, prompt
 
 _SERVE = f"""
 import torch

@@ -84,8 +84,11 @@ def test_the_gpu_overlay_adds_a_gpu_and_takes_nothing_away() -> None:
     assert found["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "XLORA_DEVICE", "value": "cuda"} in found["env"]
     assert all(variable in found["env"] for variable in container()["env"])
-    for key in ("securityContext", "readinessProbe", "args", "volumeMounts"):
+    for key in ("securityContext", "readinessProbe", "args"):
         assert found[key] == container()[key]
+    shared = {"name": "shm", "mountPath": "/dev/shm"}  # what ranks exchange data through
+    assert [mount for mount in found["volumeMounts"] if mount != shared] == container()["volumeMounts"]
+    assert shared in found["volumeMounts"]
 
 
 def test_every_listed_file_exists_and_every_file_is_listed() -> None:
