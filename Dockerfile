@@ -24,6 +24,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >requirements.txt \
     && grep -v '^torch==' constraints.txt >pins.txt && echo "$TORCH" >>pins.txt \
     && /opt/venv/bin/pip install -qq $PIP_ARGS -r requirements.txt -c pins.txt
+
 FROM dependencies AS wheel
 ARG PIP_ARGS=""
 # The compiler of the native kernels stays here: what it makes is for every CPU with AVX2, and for those with AVX-512.
