@@ -24,7 +24,7 @@ from service.engine.engine import Engine
 from service.engine.loader import build_engine
 from service.model.loading.passes import BASE_PASSES, Loading, run
 from service.model.xlora_model import XLoraModel
-from tests.support.torch_fixtures import seeded  # noqa: F401
+from tests.support.torch_fixtures import one_thread, seeded  # noqa: F401
 
 Build = Callable[..., Engine]
 
