@@ -35,12 +35,23 @@ RUN /opt/venv/bin/python -c 'from service.native import build_portable; print("n
 # hadolint ignore=DL3042,SC2086
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip wheel -qq $PIP_ARGS --no-deps --wheel-dir /wheel .
+# Where there is Triton, the C module through which it reaches the driver: it would need a compiler at its first use.
+RUN mkdir -p /opt/venv/share/triton && if /opt/venv/bin/pip show -qq triton; then \
+        /opt/venv/bin/python -c 'from service.model.attention import triton_stub; triton_stub.build()'; fi
 COPY model_store/demo /models/demo
 RUN chmod -R a+rX /models
 
+# Without what nothing here loads: headers, static libraries, Triton's profiler, two CUDA libraries that no other links to.
+FROM dependencies AS environment
+RUN site=$(echo /opt/venv/lib/python*/site-packages) \
+    && rm -rf "$site"/torch/include "$site"/torch/share "$site"/triton/backends/nvidia/lib/cupti \
+        "$site"/nvidia/cu*/lib/libcusolverMg.so.* "$site"/nvidia/cu*/lib/libnvrtc*.alt.so.* \
+    && find "$site" -name '*.a' -delete
+
 FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin xlora
-COPY --from=dependencies /opt/venv /opt/venv
+COPY --from=environment /opt/venv /opt/venv
+COPY --from=wheel /opt/venv/share/triton /opt/venv/share/triton
 COPY --from=wheel /models /models
 # HOME is /tmp: with a read-only root (--read-only --tmpfs /tmp) nothing else is ever written.
 ENV PATH=/opt/venv/bin:$PATH \
@@ -48,7 +59,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     XLORA_HOST=0.0.0.0 \
-    XLORA_MODEL=/models/demo
+    XLORA_MODEL=/models/demo \
+    TRITON_CACHE_MANAGER=service.model.attention.triton_stub:ShippedCache
 # Copied, not mounted: buildah would not see that the wheel has changed, and take the layer of an older one.
 COPY --from=wheel /wheel /wheel
 # hadolint ignore=DL3042

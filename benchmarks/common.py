@@ -177,6 +177,13 @@ def print_row(row: dict[str, Any]) -> None:
     print("  ".join(f"{name} {rounded(value)}" for name, value in row.items()), flush=True)
 
 
+def note(results: Path | None, row: dict[str, Any]) -> None:
+    """Adds a row to a file of JSON lines, if there is one: what is there stays, however the process ends."""
+    if results is not None:
+        with results.open("a") as file:
+            file.write(json.dumps(rounded(row)) + "\n")
+
+
 @dataclass(frozen=True)
 class Bar:
     """What a benchmark must show, and what it showed."""

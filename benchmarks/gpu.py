@@ -2,38 +2,44 @@
 
     python -m benchmarks.gpu [--requests 1 8 32 128] [--agreement 1 0.7 0] [--layers N] [--hidden N]
     python -m benchmarks.gpu --device cpu --tiny          the same code in seconds, for a test
+    python -m benchmarks.gpu --sections copy decode --results FILE
 
     copy        bytes read and written per second by a device-to-device copy of the largest buffers
     warm_up     seconds to capture the steps of both sides
     parity      logits of captured and eager steps
-    step        one captured step alone: seconds, and weight bytes per second as a share of the copy
     decode      tokens/s of the engine when all requests decode, at forced agreement rates, over the plain base
-    graphs      the same with every kernel launched by itself
+    step        one captured step alone: seconds, and weight bytes per second as a share of the copy
     prefill     prompt tokens/s until all requests have their first token, over the plain base
     attention   every backend on block sizes 16, 64 and 256: seconds a call, and bytes of keys and values per second
+    graphs      decode with every kernel launched by itself
     kernels     how many a step launches, and which take longest
     memory      peak, weights, keys and values
 
 The base is the same weights and the same engine without gate, experts and scaling stream. Tokens are forced to depend
 on positions alone (benchmarks/synthetic.py), so that drafts agree as often as asked. A section that fails is reported
-under "errors" and does not stop the others.
+under "errors" and does not stop the others. One that hangs ends the process after its own limit, with a traceback; what
+was measured until then is in the results file, and gpu_session.py goes on with the sections after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import statistics
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import emit, print_row
+from benchmarks import gpu_parts
+from benchmarks.common import emit, note, print_row
 from benchmarks.forced import PlainBase
+from benchmarks.gpu_parts import idle_batch, seconds_of, synchronize
 from benchmarks.synthetic import (
     LLAMA_8B,
     TINY,
@@ -48,13 +54,16 @@ from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.model.attention import paged as attention
-from service.model.attention import varlen
-from service.model.batch import AttentionGroup, Batch
-from service.model.kv_cache import KVCache, KVLayout
 
 _PROMPT = 64
 _WARM_TOKENS = 8
+SECTIONS = {
+    **{"copy": 20, "warm_up": 90, "parity": 30, "decode": 150, "step": 30, "prefill": 30},
+    **{"attention": 60, "graphs": 60, "kernels": 30, "memory": 10},
+}
+"""In their order, with the seconds that each may take."""
+_BUILD_SECONDS = 120
+_DEVICE_IS_LOST = 3  # exit code
 
 
 @dataclass
@@ -65,6 +74,7 @@ class Bench:
     shape: Shape
     device: torch.device
     dtype: torch.dtype
+    section: str = "build"
 
     def __post_init__(self) -> None:
         self.context = min(self.shape.context, 4096)
@@ -99,41 +109,39 @@ class Bench:
     def xlora(self, agreement: float, *, graphs: bool = True) -> Engine:
         """The engine with drafts forced to agree that often."""
         step = self.captured if graphs else self.model
-        self.engine.runner.step = ForcedTokens(step, self.shape, self.device, agreement)
+        self.engine.runner.step = self.forced(step, agreement)
         return self.engine
 
     def base(self, *, graphs: bool = True) -> Engine:
         """The engine of the plain base."""
         step = RealRowsOnly(self.base_captured if graphs else self.plain, self.shape.vocabulary)
-        self.base_engine.runner.step = ForcedTokens(step, self.shape, self.device, 1.0)
+        self.base_engine.runner.step = self.forced(step, 1.0)
         return self.base_engine
 
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        """Of one call, the mean of `repeats` after two that do not count."""
-        for _ in range(2):
-            call()
-        self.synchronize()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        self.synchronize()
-        return (time.perf_counter() - started) / repeats
+    def forced(self, step: Any, agreement: float) -> ForcedTokens:
+        """The step with tokens that follow from positions."""
+        return ForcedTokens(step, self.shape.vocabulary, self.shape.context, self.device, agreement)
 
     # -- sections ------------------------------------------------------------------------------------------------
 
-    def copy(self) -> dict[str, Any]:
+    @cached_property
+    def copy_bytes_per_second(self) -> float:
         """What the memory can do."""
         size = (1 << 32) if self.device.type == "cuda" else 1 << 24
         source = torch.ones(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        seconds = self.seconds(lambda: target.copy_(source), 10)
-        self.copy_bytes_per_second = 2 * size / seconds
-        return {"bytes_per_second": self.copy_bytes_per_second}
+        return 2 * size / seconds_of(lambda: target.copy_(source), 10, self.device)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Shows a row, and puts it where it stays."""
+        print_row(row)
+        note(self.args.results, {"section": self.section, **row})
+
+    def copy(self) -> dict[str, Any]:
+        """What the memory can do."""
+        row = {"bytes_per_second": self.copy_bytes_per_second}
+        self.record(row)
+        return row
 
     def warm_up(self) -> dict[str, Any]:
         """Captures all numbers of rows, so that no later section pays for it."""
@@ -142,6 +150,7 @@ class Bench:
             started = time.perf_counter()
             steps.warm_up()
             result[name] = {"seconds": time.perf_counter() - started, "captured": len(steps.captured)}
+            self.record({"side": name, **result[name]})
             if len(steps.captured) < len(steps.row_buckets):
                 raise RuntimeError(f"{name}: captured only {steps.captured}; the log above says why")
         return result
@@ -158,11 +167,11 @@ class Bench:
             for name, engine, steps, rows in sides:
                 cache = engine.runner.kv_cache
                 batch = idle_batch(cache, rows, position=_PROMPT)
-                seconds = self.seconds(lambda steps=steps, batch=batch, cache=cache: steps.forward(batch, cache), 20)
+                seconds = seconds_of(partial(steps.forward, batch, cache), 20, self.device)
                 read = weight_bytes(self.model, with_experts=name != "base") / seconds
                 row = {"side": name, "requests": requests, "rows": rows, "seconds": seconds}
                 row |= {"weight_bytes_per_second": read, "share_of_copy": read / self.copy_bytes_per_second}
-                print_row(row)
+                self.record(row)
                 results.append(row)
         return results
 
@@ -174,14 +183,14 @@ class Bench:
             read = weight_bytes(self.model, with_experts=False) / base["seconds_per_step"]
             rows.append({"side": "base", "requests": requests, **base})
             rows[-1]["share_of_copy"] = read / self.copy_bytes_per_second
-            print_row(rows[-1])
+            self.record(rows[-1])
             for agreement in self.args.agreement:
                 ours = self.decode_once(self.xlora(agreement), requests, frozen=False)
                 read = weight_bytes(self.model, with_experts=True) / ours["seconds_per_step"]
                 ours["share_of_copy"] = read / self.copy_bytes_per_second
                 ours["over_base"] = ours["tokens_per_second"] / base["tokens_per_second"]
                 rows.append({"side": "xlora", "requests": requests, "agreement": agreement, **ours})
-                print_row(rows[-1])
+                self.record(rows[-1])
         return rows
 
     def graphs(self) -> list[dict[str, Any]]:
@@ -191,7 +200,7 @@ class Bench:
             for name, engine in (("base", self.base(graphs=False)), ("xlora", self.xlora(1.0, graphs=False))):
                 measured = self.decode_once(engine, requests, frozen=name == "base")
                 rows.append({"side": f"{name}, no graphs", "requests": requests, **measured})
-                print_row(rows[-1])
+                self.record(rows[-1])
         return rows
 
     def decode_once(self, engine: Engine, requests: int, *, frozen: bool) -> dict[str, Any]:
@@ -232,99 +241,20 @@ class Bench:
             rows[-1]["prompt_tokens_per_second"] = requests * length / seconds
         rows[1]["over_base"] = rows[0]["seconds"] / rows[1]["seconds"]
         for row in rows:
-            print_row(row)
+            self.record(row)
         return rows
 
     def prefill_once(self, engine: Engine, requests: int, length: int, *, frozen: bool) -> float:
         """Seconds until the last request has its token."""
         sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
         prompt = [16 + i % 256 for i in range(length)]
-        self.synchronize()
+        synchronize(self.device)
         started = time.perf_counter()
         for number in range(requests):
             engine.add(Request(str(number), prompt, sampling, freeze_after=1 if frozen else None))
         while engine.has_work():
             engine.step()
         return time.perf_counter() - started
-
-    def attention(self) -> list[dict[str, Any]]:
-        """Backends by themselves, in the shapes of one layer."""
-        tiny = self.args.tiny
-        cases = [(2, 1, 64), (4, 8, 64)] if tiny else [(2, 1, 1024), (64, 1, 1024), (2, 1, 4000), (1, 1024, 1024)]
-        rows = []
-        for segments, queries, keys in cases:
-            for block in (16,) if tiny else (16, 64, 256):
-                rows += self.attention_case(segments, queries, keys, block)
-        return rows
-
-    def attention_case(self, segments: int, queries: int, keys: int, block: int) -> list[dict[str, Any]]:
-        """`segments` streams of `keys` keys in blocks of `block`, the last `queries` positions attend."""
-        shape, device = self.shape, self.device
-        width = -(-keys // block)
-        layout = KVLayout(1, shape.kv_heads, shape.head_dim, block, 1, 1, self.dtype)
-        cache = KVCache.allocate(layout, segments * width, torch.zeros(1, 1, device=device))
-        for pool in (*cache.keys, *cache.values):
-            pool.normal_()
-        table = torch.randperm(segments * width, device=device).view(segments, width)
-        positions = torch.arange(keys - queries, keys, device=device).expand(segments, -1).contiguous()
-        group = AttentionGroup(0, segments, queries, positions, table, keys, needs_mask=queries > 1)
-        query = torch.randn(segments * queries, shape.heads, shape.head_dim, device=device, dtype=self.dtype)
-        backends: dict[str, attention.Backend] = {"sdpa": attention.sdpa}
-        if device.type == "cuda" and attention.triton_attend is not None:
-            backends["triton"] = attention.triton_attend
-        if device.type == "cuda" and varlen.works(
-            device, self.dtype, shape.heads, shape.kv_heads, shape.head_dim, block
-        ):
-            backends["varlen"] = varlen.attend
-        read = 2 * segments * keys * shape.kv_heads * shape.head_dim * self.dtype.itemsize
-        arguments = (query, group, 0, cache, shape.head_dim**-0.5, None, None)
-        reference = attention.sdpa(*arguments)
-        rows = []
-        for name, attend in backends.items():
-            error = (attend(*arguments) - reference).abs().max().item()
-            seconds = self.seconds(self.replayed(lambda attend=attend: attend(*arguments)), 50)
-            rows.append({"backend": name, "block": block, "streams": segments, "queries": queries, "keys": keys})
-            rows[-1] |= {"seconds": seconds, "bytes_per_second": read / seconds, "error": error}
-            print_row(rows[-1])
-        return rows
-
-    def replayed(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """`call` in a CUDA graph, so that its time on the device is measured and not its launch."""
-        if self.device.type != "cuda":
-            return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
-
-    def kernels(self) -> dict[str, Any]:
-        """Of one step with a real row and a draft, launched one by one."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        cache = self.engine.runner.kv_cache
-        batch = idle_batch(cache, 2, position=_PROMPT)
-        self.model.forward(batch, cache)
-        with torch.profiler.profile(activities=activities) as profile:
-            self.model.forward(batch, cache)
-            self.synchronize()
-        if self.device.type != "cuda":
-            return {"launched": 0, "longest": []}
-        events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-        events = [event for event in events if str(event.device_type).endswith("CUDA")]
-        events.sort(key=lambda event: -event.self_device_time_total)
-        longest = [
-            {"name": event.key[:90], "count": event.count, "microseconds": event.self_device_time_total}
-            for event in events[:15]
-        ]
-        for row in longest:
-            print_row(row)
-        return {"launched": sum(event.count for event in events), "longest": longest}
 
     def parity(self) -> dict[str, Any]:
         """Logits of the same rows, captured and eager: the largest difference over the largest logit."""
@@ -334,54 +264,77 @@ class Bench:
             expected = self.model.forward(batch, cache).logits.float()
             ours = self.captured.forward(batch, cache).logits.float()
         difference = ((ours - expected).abs().max() / expected.abs().max()).item()
-        print_row({"difference": difference})
+        self.record({"difference": difference})
         return {"difference": difference}
+
+    def attention(self) -> list[dict[str, Any]]:
+        """Backends by themselves."""
+        cases, blocks = [(2, 1, 1024), (64, 1, 1024), (2, 1, 4000), (1, 1024, 1024)], [16, 64, 256]
+        if self.args.tiny:
+            cases, blocks = [(2, 1, 64), (4, 8, 64)], [16]
+        return gpu_parts.attention(self.shape, self.dtype, self.device, cases, blocks, self.record)
+
+    def kernels(self) -> dict[str, Any]:
+        """Of one step with a real row and a draft, launched one by one."""
+        cache = self.engine.runner.kv_cache
+        return gpu_parts.kernels(self.model, cache, idle_batch(cache, 2, position=_PROMPT), self.record)
 
     def memory(self) -> dict[str, Any]:
         """In bytes."""
         cache = self.engine.runner.kv_cache
         pools = (*cache.keys, *cache.values, cache.gate_rows)
-        return {
+        row = {
             "peak": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
             "reserved": torch.cuda.max_memory_reserved() if self.device.type == "cuda" else None,
             "weights_read": weight_bytes(self.model, with_experts=True),
             "weights_read_by_base": weight_bytes(self.model, with_experts=False),
             "kv_of_one_engine": sum(pool.numel() * pool.element_size() for pool in pools),
         }
+        self.record(row)
+        return row
 
 
-def idle_batch(cache: KVCache, rows: int, *, position: int, scaling_rows: int = 0) -> Batch:
-    """`rows` rows at `position`, each in blocks of its own with whatever is in them; `scaling_rows` of them first."""
-    device, width = cache.gate_rows.device, -(-(position + 1) // cache.block_size)
-    table = (torch.arange(rows * width, device=device) % cache.num_blocks).view(rows, width)
-    slots = table[:, position // cache.block_size] * cache.block_size + position % cache.block_size
-    positions = torch.full((rows,), position, device=device)
-    gates = torch.full_like(positions, cache.dummy_slot)
-    gates[scaling_rows:] = slots[scaling_rows:]
-    new_gates = torch.full_like(positions, cache.scratch_slot)
-    group = AttentionGroup(0, rows, 1, positions[:, None], table, position + 1, needs_mask=False)
-    is_scaling = (torch.arange(rows, device=device) < scaling_rows).long()
-    lines = torch.stack([positions + 16, positions, slots, gates, new_gates, is_scaling])
-    return Batch(lines, scaling_rows, torch.arange(rows, device=device), [group])
-
-
-def run_sections(bench: Bench, deadline: float) -> dict[str, Any]:
+def run_sections(bench: Bench, names: list[str]) -> dict[str, Any]:
     """Every section's result by name; what went wrong under "errors"."""
     results: dict[str, Any] = {}
     errors: dict[str, str] = {}
-    for name in ("copy", "warm_up", "parity", "step", "decode", "prefill", "attention", "graphs", "kernels", "memory"):
-        if time.monotonic() > deadline:
-            errors[name] = "skipped: out of time"
-            continue
-        print(f"-- {name}", flush=True)
-        started = time.perf_counter()
+    for name in names:
+        started = begin(bench.args.results, name, SECTIONS[name])
+        bench.section = name
         try:
             results[name] = getattr(bench, name)()
         except Exception as error:
             traceback.print_exc()
             errors[name] = f"{type(error).__name__}: {error}"[:500]
-        print(f"   {time.perf_counter() - started:.1f} s", flush=True)
+        note(bench.args.results, end_row(name, started, errors.get(name)))
+        if name in errors:
+            stop_if_lost(bench.device)
+    faulthandler.cancel_dump_traceback_later()
     return results | {"errors": errors}
+
+
+def begin(results: Path | None, section: str, seconds: float) -> float:
+    """Begins a section that ends the process if it takes longer, wherever it hangs. Returns when it began."""
+    print(f"-- {section}", flush=True)
+    note(results, {"section": section, "begins": True})
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    return time.perf_counter()
+
+
+def end_row(section: str, started: float, error: str | None) -> dict[str, Any]:
+    """The last row of a section."""
+    seconds = time.perf_counter() - started
+    print(f"   {seconds:.1f} s", flush=True)
+    return {"section": section, "ends": True, "seconds": seconds} | ({"error": error} if error else {})
+
+
+def stop_if_lost(device: torch.device) -> None:
+    """Ends the process where a failure has left a CUDA context in which nothing works any more."""
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        print(f"the device is lost to this process: {error}", flush=True)
+        raise SystemExit(_DEVICE_IS_LOST) from None
 
 
 def main() -> None:
@@ -397,10 +350,10 @@ def main() -> None:
     parser.add_argument("--prefill-requests", type=int, default=4)
     parser.add_argument("--prefill-tokens", type=int, default=2048)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--minutes", type=float, default=7.0, help="no section is begun later")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to which every row is added as it comes")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    deadline = time.monotonic() + 60 * args.minutes
     shape = LLAMA_8B
     if args.tiny:
         shape, args.requests, args.tokens = TINY, [1, 2], 24
@@ -414,13 +367,17 @@ def main() -> None:
     device = torch.device(args.device if args.device != "cuda" else "cuda:0")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     document: dict[str, Any] = {"benchmark": "gpu", "device": name, "dtype": args.dtype, "shape": vars(shape)}
+    started = begin(args.results, "build", _BUILD_SECONDS)
     try:
         bench = Bench(args, shape, device, getattr(torch, args.dtype))
     except Exception as error:
         traceback.print_exc()
-        emit(document | {"errors": {"build": f"{type(error).__name__}: {error}"[:500]}})
-        return
-    emit(document | run_sections(bench, deadline))
+        errors = {"build": f"{type(error).__name__}: {error}"[:500]}
+        note(args.results, end_row("build", started, errors["build"]))
+        emit(document | {"errors": errors})
+        raise SystemExit(1) from None
+    note(args.results, end_row("build", started, None) | document)
+    emit(document | run_sections(bench, args.sections))
 
 
 if __name__ == "__main__":

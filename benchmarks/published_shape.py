@@ -79,4 +79,5 @@ def make(path: Path, layers: int, scale: int = 1) -> int:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return (torch.randn(shape) / shape[-1] ** 0.5).to(torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU draws them in no time
+    return (torch.randn(shape, device=device) / shape[-1] ** 0.5).to("cpu", torch.bfloat16)

@@ -1,6 +1,7 @@
 """A bundle of the published X-LoRA's shape: the real server with default flags, and its speed over the base.
 
     python -m benchmarks.real_size [--layers 4] [--bundle DIR] [--threads 1] [--quantization int4] [-- FLAGS OF SERVE]
+    python -m benchmarks.real_size --device cuda [--engine-only] [--results FILE]
 
     server         ready after so many seconds, peak memory of all its processes (sum of VmHWM), a streamed answer, exit
                    code of SIGTERM. Beside it what `check --plan` says, a read of all weights, a SHA-256 of the largest
@@ -11,6 +12,8 @@
     transformers   generate with a static cache over the base in bfloat16, and a prompt of 512 tokens; same threads
 
 With --quantization there is no base of the same kind to compare with: the server's row and the engine's rates remain.
+With --engine-only the server is left out, whose packages may be missing beside a GPU; steps are captured then.
+Bars are for a CPU: on a GPU there are none.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,24 +37,27 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.common import ROOT, Bar, emit, print_row, run_engine, use_threads
-from benchmarks.forced import forced_engines
+from benchmarks.common import ROOT, Bar, emit, note, print_row, run_engine, use_threads
+from benchmarks.forced import PlainBase, forced_engines
 from benchmarks.published_shape import make
+from benchmarks.synthetic import ForcedTokens, captured_steps
 from benchmarks.vs_base import engine_side, take_turns
+from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
-from service.engine.loader import load_checkpoint_and_model, plan_for, read_checkpoint
+from service.engine.loader import build_engine, load_checkpoint_and_model, plan_for, read_checkpoint
 from service.engine.memory_plan import PROCESS_BYTES, weight_bytes
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 
 _READY_SECONDS = 1800.0
-_PROMPT, _PREFILL = 16, 512
+_PROMPT, _PREFILL, _CONTEXT = 16, 512, 1024
+_GPU_POOL = 1 << 30  # bytes of keys and values of an engine on a GPU
 _LOAD = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM
 started = time.perf_counter()
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to(sys.argv[2])
 peak = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(time.perf_counter() - started, peak)
 """
@@ -115,14 +122,15 @@ def forget_files() -> bool:
     return True
 
 
-def loading(path: Path, flags: list[str]) -> dict[str, Any]:
-    """The server's start beside what bounds it, the files from the disk both times where that can be had; and
-    transformers' own loading of the base.
+def loading(path: Path, device: str, flags: list[str] | None) -> dict[str, Any]:
+    """The server's start (None: no server) beside what bounds it, the files from the disk both times where that can be
+    had; and transformers' own loading of the base.
     """
     files = list(path.rglob("*.safetensors"))
     row: dict[str, Any] = {"files_bytes": sum(file.stat().st_size for file in files), "is_cold": forget_files()}
-    row |= serve(path, flags)
-    forget_files()
+    if flags is not None:
+        row |= serve(path, flags)
+        forget_files()
     started = time.perf_counter()
     for file in files:
         with file.open("rb", buffering=0) as handle:
@@ -133,25 +141,47 @@ def loading(path: Path, flags: list[str]) -> dict[str, Any]:
         started = time.perf_counter()
         hashlib.file_digest(handle, "sha256")
     row["sha256_seconds"] = time.perf_counter() - started
-    command = [sys.executable, "-c", _LOAD, str(path / "base")]
+    command = [sys.executable, "-c", _LOAD, str(path / "base"), device]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     row |= {"from_pretrained_seconds": float(loaded[0]), "from_pretrained_peak_bytes": int(loaded[1])}
     return row
 
 
-def engines_of(path: Path, quantization: str | None) -> tuple[dict[str, Engine], XLoraModel]:
-    """Engines for one request over one model."""
+def engines_of(
+    path: Path, device: str, quantization: str | None, *, captured: bool
+) -> tuple[dict[str, Engine], XLoraModel, float]:
+    """Engines for one request over one model, and the seconds in which the model was loaded."""
     options = EngineOptions(
         str(path),
+        device=device,
+        kv_memory_bytes=_GPU_POOL if captured else None,
+        native_kernels=not captured,
         dtype="auto" if quantization is None else "bfloat16",
         quantization=quantization,  # type: ignore[arg-type]
-        max_model_len=1024,
+        max_model_len=_CONTEXT,
         max_num_seqs=1,
         prefix_cache=False,
         speculative_tokens=0,
     )
+    started = time.perf_counter()
     model, checkpoint = load_checkpoint_and_model(options)
-    return forced_engines(model, checkpoint, options), model
+    seconds = time.perf_counter() - started
+    make = captured_engines if captured else forced_engines
+    return make(model, checkpoint, options), model, seconds
+
+
+def captured_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Engine]:
+    """The sides of forced_engines in CUDA graphs; on a CPU in the same static buffers."""
+    engines: dict[str, Engine] = {}
+    for name, agreement in (("base", 1.0), ("agree", 1.0), ("miss", 0.0)):
+        engine = build_engine(model, checkpoint, replace(options, cuda_graphs=False))
+        inner = PlainBase(model) if name == "base" else model
+        steps = captured_steps(inner, engine.runner.kv_cache, 2 * options.max_num_seqs, _CONTEXT)
+        steps.warm_up()
+        vocabulary = model.config.get_text_config().vocab_size
+        engine.runner.step = ForcedTokens(steps, vocabulary, _CONTEXT, model.device, agreement)  # type: ignore[assignment]
+        engines[name] = engine
+    return engines
 
 
 def decoding(engines: dict[str, Engine], tokens: int, repeats: int) -> dict[str, Any]:
@@ -188,10 +218,10 @@ def byte_limits(model: XLoraModel) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def transformers_side(base: Path, tokens: int, repeats: int) -> dict[str, Any]:
+def transformers_side(base: Path, device: str, tokens: int, repeats: int) -> dict[str, Any]:
     """generate with a static cache, and one forward over a prompt."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
-    prompt = torch.arange(100, 100 + _PROMPT)[None]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval().to(device)
+    prompt = torch.arange(100, 100 + _PROMPT, device=device)[None]
     settings: dict[str, Any] = {"do_sample": False, "cache_implementation": "static", "disable_compile": True}
     rates = []
     for _ in range(repeats + 1):
@@ -199,12 +229,12 @@ def transformers_side(base: Path, tokens: int, repeats: int) -> dict[str, Any]:
         for count in (1, tokens):
             config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, pad_token_id=0, **settings)
             started = time.perf_counter()
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).tolist()
             seconds.append(time.perf_counter() - started)
         rates.append((tokens - 1) / (seconds[1] - seconds[0]))
-    long = torch.tensor([[100 + number % 300 for number in range(_PREFILL)]])
+    long = torch.tensor([[100 + number % 300 for number in range(_PREFILL)]], device=device)
     started = time.perf_counter()
-    model(input_ids=long, use_cache=True, logits_to_keep=1)
+    model(input_ids=long, use_cache=True, logits_to_keep=1).logits.tolist()
     return {
         "transformers_tokens_per_second": median(rates[1:]),  # the first warms up
         "transformers_prefill_seconds": time.perf_counter() - started,
@@ -240,28 +270,52 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quantization", choices=["int8", "int4"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--engine-only", action="store_true", help="measure the engine alone")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to which every row is added as it comes")
     parser.add_argument("flags", nargs="*", help="flags of serve, after --")
     args = parser.parse_args()
     flags = [*args.flags, *(["--quantization", args.quantization] if args.quantization else [])]
+    flags += ["--device", args.device]
     with tempfile.TemporaryDirectory() as work:
         path = args.bundle or Path(work) / "bundle"
         if not path.exists():
             make(path, args.layers, args.scale)
+        row = measured(args, path, None if args.engine_only else flags)
+    bars = bars_of(row) if args.device == "cpu" and not args.engine_only else []
+    emit({"benchmark": "real_size", "flags": flags, "threads": args.threads, "rows": [row]}, bars)
+
+
+def measured(args: argparse.Namespace, path: Path, flags: list[str] | None) -> dict[str, Any]:
+    """The one row, of which every part is noted when it is there."""
+    row: dict[str, Any] = {"layers": args.layers, "device": args.device}
+
+    def add(part: dict[str, Any]) -> None:
+        row.update(part)
+        print_row(part)
+        note(args.results, {"section": "real_size", **part})
+
+    if args.device == "cpu":
         options = EngineOptions(str(path), quantization=args.quantization)
         plan = plan_for(read_checkpoint(options), options, None)
         stays = plan.weights.total + plan.pool_bytes + PROCESS_BYTES
-        row = {"layers": args.layers, "dtype": plan.dtype, "max_model_len": plan.max_model_len, "plan_bytes": stays}
-        row |= loading(path, flags)
-        print_row(row)
-        engines, model = engines_of(path, args.quantization)
-        use_threads(args.threads)
-        row |= decoding(engines, args.tokens, args.repeats) | byte_limits(model)
-        del engines, model
-        gc.collect()
-        if args.quantization is None:
-            row |= transformers_side(path / "base", args.tokens, args.repeats)
-        print_row(row)
-    emit({"benchmark": "real_size", "flags": flags, "threads": args.threads, "rows": [row]}, bars_of(row))
+        add({"dtype": plan.dtype, "max_model_len": plan.max_model_len, "plan_bytes": stays})
+    if flags is not None:
+        add(loading(path, args.device, flags))
+    captured = args.engine_only or args.device == "cuda"
+    engines, model, seconds = engines_of(path, args.device, args.quantization, captured=captured)
+    add({"load_seconds": seconds})
+    use_threads(args.threads)
+    add(decoding(engines, args.tokens, args.repeats) | byte_limits(model))
+    if args.device == "cuda":
+        add({"gpu_peak_bytes": torch.cuda.max_memory_allocated()})
+    del engines, model
+    gc.collect()
+    if args.quantization is None:
+        add(transformers_side(path / "base", args.device, args.tokens, args.repeats))
+    if flags is None:
+        add(loading(path, args.device, None))
+    return row
 
 
 if __name__ == "__main__":

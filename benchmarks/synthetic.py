@@ -122,9 +122,9 @@ class ForcedTokens:
     Everything is computed as ever; only what would be sampled is written over, at the cost of a few small kernels.
     """
 
-    def __init__(self, inner: Any, shape: Shape, device: torch.device, agreement: float) -> None:
-        self._inner, self._vocabulary = inner, shape.vocabulary
-        draws = torch.rand(shape.context + 1, generator=torch.Generator().manual_seed(0))
+    def __init__(self, inner: Any, vocabulary: int, context: int, device: torch.device, agreement: float) -> None:
+        self._inner, self._vocabulary = inner, vocabulary
+        draws = torch.rand(context + 1, generator=torch.Generator().manual_seed(0))
         self._misses = (draws >= agreement).to(device, torch.int64)
 
     @torch.inference_mode()

@@ -6,7 +6,8 @@
 #
 #   docker/verify.sh    build and check        docker/verify.sh build    build only        docker/verify.sh check    check only
 #
-# Uses docker where a daemon answers, else buildah and podman (no daemon needed). Variables:
+# Uses docker where a daemon answers, else buildah and podman (no daemon needed), with docker/podman.conf unless
+# CONTAINERS_CONF names another. What must be installed: docs/operations.md, "The image". Variables:
 #   IMAGE          tag to build (xlora-service:latest)
 #   BUILD_ARGS     more arguments for the build, such as --build-arg PIP_ARGS=...
 #   PORT           loopback port for the check (8000)
@@ -30,19 +31,22 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# Settings with which podman runs where there is neither systemd nor a journal.
-podman_settings() {
-    [ -n "${CONTAINERS_CONF:-}" ] && return
-    cat >"$work/containers.conf" <<CONF
-[containers]
-default_ulimits = ["nofile=8192:8192", "nproc=4096:4096"]
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-CONF
-    # runc where there is one: crun refuses mixed cgroup hierarchies.
-    command -v runc >/dev/null && sed -i '/^\[engine\]/a runtime = "runc"' "$work/containers.conf"
-    export CONTAINERS_CONF=$work/containers.conf
+# Everything that is missing in one message, before anything has begun.
+check_needs() {
+    local missing=() name
+    local needed=(python3 pip cc)
+    engine=docker
+    if ! docker info >/dev/null 2>&1; then
+        engine=podman
+        needed+=(podman buildah runc catatonit)
+        export CONTAINERS_CONF=${CONTAINERS_CONF:-$PWD/docker/podman.conf}
+    fi
+    for name in "${needed[@]}"; do
+        command -v "$name" >/dev/null || [ -x "/usr/libexec/podman/$name" ] || missing+=("$name")
+    done
+    [ ${#missing[@]} = 0 ] && return
+    engine=
+    fail "not installed: ${missing[*]} (docs/operations.md, \"The image\"; podman and buildah are for machines where no docker daemon answers)"
 }
 
 # This machine's pip configuration, certificates and local package folders, needed for the build and never in the image.
@@ -67,9 +71,18 @@ import_base() {
         --change 'ENV LANG=C.UTF-8' --change 'CMD ["python3"]' - "localhost/$base" >/dev/null
 }
 
+# The commit of what is built, with "-dirty" where its files differ from the commit's.
+revision() {
+    local commit changed
+    commit=$(git rev-parse HEAD 2>/dev/null) || { echo unknown; return; }
+    changed=$(git status --porcelain -- Dockerfile pyproject.toml constraints.txt service model_store/demo)
+    echo "$commit${changed:+-dirty}"
+}
+
 build() {
     local more=() mounts=() path
     read -ra more <<<"${BUILD_ARGS:-}"
+    more+=(--build-arg "REVISION=$(revision)")
     if [ "$engine" = docker ]; then
         docker build "${more[@]}" -t "$image" .
         return
@@ -113,6 +126,44 @@ print(hashlib.sha256(b"".join(p.relative_to(root).as_posix().encode() + p.read_b
     say "code" "that of this folder"
 }
 
+check_labels() {
+    local found
+    found=$("$engine" image inspect "$image" --format '{{index .Config.Labels "org.opencontainers.image.revision"}}')
+    [ "$found" = "$(revision)" ] || fail "the image's label says revision $found, and this folder is $(revision)"
+    say "revision" "$found"
+}
+
+# With a driver that has the names only: what Triton loads is in the image, and it asks for no compiler.
+check_triton() {
+    local names='import pathlib, re, triton.backends.nvidia.driver as d
+text = pathlib.Path(d.__file__).with_name("driver.c").read_text()
+print(*(f"int {n}(void) {{ return 1; }}" for n in sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", text)))), sep="\n")'
+    local load='from triton.backends.nvidia.driver import CudaUtils; print(CudaUtils())'
+    if ! "$engine" exec "$name" python -c 'import triton' 2>/dev/null; then
+        say "Triton" "not in this image"
+        return
+    fi
+    mkdir "$work/driver"
+    "$engine" exec "$name" python -c "$names" >"$work/driver.c"
+    cc -shared -fPIC -nostdlib -w -Wl,-soname,libcuda.so.1 -o "$work/driver/libcuda.so.1" "$work/driver.c"
+    chmod -R a+rX "$work"
+    "$engine" run --rm --read-only --tmpfs /tmp --cap-drop ALL --network none -v "$work/driver:/driver:ro" --entrypoint python \
+        -e TRITON_LIBCUDA_PATH=/driver -e LD_LIBRARY_PATH=/driver "$image" -c "$load" >"$work/triton.log" 2>&1 \
+        || { tail -n 5 "$work/triton.log" >&2; fail "Triton cannot reach a driver in the image"; }
+    say "Triton" "reaches a driver without a compiler"
+}
+
+# One line that says so, and no traceback.
+check_no_gpu() {
+    local code=0
+    "$engine" run --rm --read-only --tmpfs /tmp --cap-drop ALL --network none "$image" serve --device cuda >"$work/cuda.log" 2>&1 || code=$?
+    if [ "$code" = 0 ] || grep -q Traceback "$work/cuda.log" || ! grep -q 'this machine has 0 CUDA devices' "$work/cuda.log"; then
+        tail -n 20 "$work/cuda.log" >&2
+        fail "--device cuda without a GPU: exit code $code"
+    fi
+    say "--device cuda, no GPU" "exit code $code: $(grep -m 1 'CUDA devices' "$work/cuda.log")"
+}
+
 # Built with the image, for there is no compiler in it.
 check_kernels() {
     "$engine" logs "$name" 2>&1 | grep -q 'native kernels are in use' || fail "no native kernels: $("$engine" logs "$name" 2>&1 | tail -n 5)"
@@ -152,15 +203,7 @@ check_drains() {
     say "exit code after SIGTERM" "$code ($((SECONDS - begin)) s)"
 }
 
-if docker info >/dev/null 2>&1; then
-    engine=docker
-elif command -v buildah >/dev/null && command -v podman >/dev/null; then
-    engine=podman
-    podman_settings
-else
-    fail "needs docker with a running daemon, or buildah and podman"
-fi
-
+check_needs
 [ "${1:-}" = check ] || build
 say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | awk '{printf "%.0f MB", $1 / 1e6}')"
 [ "${1:-}" != build ] || exit 0
@@ -171,7 +214,10 @@ say "image" "$image, $("$engine" image inspect "$image" --format '{{.Size}}' | a
 wait_ready
 check_generates
 check_source
+check_labels
 check_kernels
+check_triton
+[ -e /dev/nvidiactl ] || check_no_gpu
 check_health
 check_user
 check_drains

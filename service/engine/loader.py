@@ -40,6 +40,7 @@ from service.model.loading.parallel_plan import Ranks
 from service.model.loading.passes import load_model
 from service.model.loading.skeleton import check_divisible, inspect_base
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
+from service.model.steps.warm_up import warm_up
 from service.model.xlora_model import XLoraModel
 
 # Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
@@ -178,8 +179,10 @@ def build_engine(
     runner = ModelRunner(model, kv_cache)
     if group is not None:
         runner.step = Leader(model, group)
-    elif model.device.type == "cuda" and options.cuda_graphs:
-        runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
+    if model.device.type == "cuda":
+        warm_up(runner.step, kv_cache)
+        if group is None and options.cuda_graphs:
+            runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,

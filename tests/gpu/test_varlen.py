@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.model.attention.paged import sdpa, varlen
+from service.model.attention import varlen
+from service.model.attention.reference import sdpa
 from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache, KVLayout
 

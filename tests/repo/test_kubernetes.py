@@ -99,6 +99,9 @@ def test_the_gpu_overlay_adds_a_gpu_and_takes_nothing_away() -> None:
     _, found = overlaid("gpu")
     assert found["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert {"name": "XLORA_DEVICE", "value": "cuda"} in found["env"]
+    shared = {"name": "shm", "mountPath": "/dev/shm"}  # what ranks exchange data through
+    assert [mount for mount in found["volumeMounts"] if mount != shared] == container()["volumeMounts"]
+    assert shared in found["volumeMounts"]
 
 
 def test_the_model_overlay_serves_from_the_volume_it_mounts() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from service.engine.engine import Engine
 from service.engine.loader import build_engine
 from service.model.xlora_model import XLoraModel
 from service.native.step import NativeStep
-from tests.support.tiny import Tiny, Variant
+
+if TYPE_CHECKING:  # it makes bundles with peft, which the driver itself does without
+    from tests.support.tiny import Tiny, Variant
 
 Array = NDArray[Any]
 Key = tuple[str, int]  # request id, choice

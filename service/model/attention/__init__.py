@@ -1,1 +1,1 @@
-"""Attention over the paged KV cache: the reference, torch's varlen kernel, ours in Triton."""
+"""Attention over the paged KV cache: the reference, torch's varlen kernel, ours in Triton, and which one runs."""

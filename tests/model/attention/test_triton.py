@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from service.model.attention import triton as paged_triton
-from service.model.attention.paged import sdpa
+from service.model.attention.reference import sdpa
 from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache, KVLayout
 
