@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from service.api.gate_views.rows import RowFormat, Rows
-from service.api.routes.scalings import scaling_rows
+from service.api.generation.scaling_pass import scaling_rows
 from service.api.state import new_id
 from service.commands import heat_map
 from service.commands.local import local_engine, read_prompt
