@@ -45,6 +45,7 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     open_standard_streams()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engine/worker.py: some commands load torch themselves
     arguments = build_parser().parse_args(argv)
     try:
         run: Callable[[argparse.Namespace], int] = importlib.import_module(arguments.module).run
