@@ -1,6 +1,6 @@
 """X-LoRA inference service: a base model, its LoRA experts and the gate that mixes them, behind HTTP or in process.
 
-    from service import XLora
+from service import XLora
 """
 
 from __future__ import annotations

@@ -237,9 +237,7 @@ def _output(run: Run, number: int, deltas: Sequence[Delta], dtype: str | None) -
     name = run.tokenizer.vocabulary.name
     text, call = "".join(delta.text for delta in deltas), run.generation.choices[number].call
     tokens = [
-        Token(
-            token.id, own, token.logprob, tuple(Token(id, name(id), logprob) for id, logprob in token.top_logprobs)
-        )
+        Token(token.id, own, token.logprob, tuple(Token(id, name(id), logprob) for id, logprob in token.top_logprobs))
         for token, own in found
     ]
     return Output(

@@ -61,9 +61,7 @@ def fields_of(prompt: Prompt, common: Mapping[str, Any], name: str = "prompt") -
         items = [_plain(item) for item in prompt]
         is_chat = bool(items) and isinstance(items[0], Mapping)
         return {**common, "messages" if is_chat and name == "prompt" else name: items}
-    raise InvalidRequestError(
-        f"a prompt is a text, token ids or messages, and not {type(prompt).__name__}", param=name
-    )
+    raise InvalidRequestError(f"a prompt is a text, token ids or messages, and not {type(prompt).__name__}", param=name)
 
 
 def scalings_field(fields: Mapping[str, Any], scalings: str | None) -> dict[str, Any]:

@@ -73,9 +73,7 @@ async def asynchronously(
             wanted = waiting[:1] if ordered else waiting
             if pulled is None and not wanted:
                 return
-            await asyncio.wait(
-                [*wanted, *([] if pulled is None else [pulled])], return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait([*wanted, *([] if pulled is None else [pulled])], return_when=asyncio.FIRST_COMPLETED)
             if pulled is not None and pulled.done():
                 item, pulled = pulled.result(), None
                 ended = item is _END

@@ -236,9 +236,7 @@ class XLora:
         if is_one_prompt(prompts):
             return self._loop.run(work(0, prompts))
         deliver = in_order if is_ordered else as_they_come
-        answers: Iterator[Any] = deliver(
-            self._numbered(work, return_exceptions), prompts, self._session.window
-        )
+        answers: Iterator[Any] = deliver(self._numbered(work, return_exceptions), prompts, self._session.window)
         return watched(answers, unit, count_of(prompts)) if progress else answers
 
     def _numbered(self, work: _Work[_T], return_exceptions: bool) -> Callable[[Prompt], Future[_T]]:

@@ -14,7 +14,9 @@ from service.library.answers import Answer, Gate, Output, TextScalings
 By = Literal["token", "text"]
 
 
-def rows(answers: Answer | TextScalings | Iterable[Answer | TextScalings], by: By = "token") -> Iterator[dict[str, Any]]:
+def rows(
+    answers: Answer | TextScalings | Iterable[Answer | TextScalings], by: By = "token"
+) -> Iterator[dict[str, Any]]:
     """One dictionary per token (with the weights that produced it), or per text (with their means).
 
     Weights are in columns `weight_NAME`, where scalings were asked for.
