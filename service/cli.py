@@ -111,7 +111,6 @@ def build_parser() -> argparse.ArgumentParser:
     scalings.add_argument(
         "--scalings",
         choices=("mean", "full"),
-        default="mean",
         help="with --prompts: the mean over the sites (the default), or every site, for lines that do not say",
     )
     scalings.add_argument("--png", metavar="FILE", help="also save a heat map (needs the extra `plot`)")

@@ -33,6 +33,8 @@ _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 def run(arguments: argparse.Namespace) -> int:
     """Streams one generation to the terminal, or answers a file; exit code 1 where one of its prompts fails."""
     check_flags(arguments)
+    if arguments.prompts is None and arguments.scalings == "full":
+        raise SettingsError("--scalings full with --prompt", hint="the colours are of the mean: leave `full` out")
     if arguments.prompts is not None:
         prompts = InputFile(Path(arguments.prompts))
         return min(1, run_batch(arguments, prompts, Path(arguments.output), _format(arguments, prompts)))

@@ -26,7 +26,7 @@ from service.terminal import scalings_table
 
 def run(arguments: argparse.Namespace) -> int:
     """Draws the table, and saves the heat map when asked for; or reads a file, with exit code 1 where a text fails."""
-    check_flags(arguments, "png")
+    check_flags(arguments, with_prompt=("png",), with_file=("scalings",))
     if arguments.prompts is not None:
         return _run_file(arguments)
     if arguments.png is not None:
@@ -43,7 +43,7 @@ def _run_file(arguments: argparse.Namespace) -> int:
     if prompts.is_openai:
         raise StartupError(f"{prompts.path}: its lines have {OPENAI_KEY!r}, and OpenAI has no scalings")
     is_npz = path.suffix == ".npz"
-    format = ScalingsFormat({"return_scalings": arguments.scalings}, arrays_only=is_npz)
+    format = ScalingsFormat({"return_scalings": arguments.scalings or "mean"}, arrays_only=is_npz)
     if not is_npz:
         return min(1, run_batch(arguments, prompts, path, format))
     failed = run_batch(arguments, prompts, npz.part_of(path), format, npz.ids_in(path))

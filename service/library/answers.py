@@ -286,12 +286,12 @@ def _compared(output: CompareOutput) -> Compared:
     if "scalings" in output:
         rows = output["scalings"]
         full = None if "full" not in rows else _from_npy(rows["full"])
-        arrays = (np.asarray(rows[name], np.float32) for name in ("mean", "entropy"))  # type: ignore[literal-required]
+        arrays = (np.asarray(rows[name], np.float32) for name in ("mean", "entropy"))
         mean, entropy = map(_read_only, arrays)
         gate = Gate(tuple(rows["experts"]), tuple(rows["sites"]), rows["start"], mean, full, entropy)
     return Compared(
         label=output["label"],
-        steering={name: output[name] for name in ("experts", "gate") if name in output},  # type: ignore[literal-required]
+        steering={name: output[name] for name in ("experts", "gate") if name in output},
         text=output["text"],
         token_ids=tuple(output["token_ids"]),
         tokens=tuple(Token(one["id"], one["text"], one["logprob"]) for one in output["tokens"]),

@@ -73,7 +73,8 @@ async def asynchronously(
             wanted = waiting[:1] if ordered else waiting
             if pulled is None and not wanted:
                 return
-            await asyncio.wait([*wanted, *([] if pulled is None else [pulled])], return_when=asyncio.FIRST_COMPLETED)
+            awaited: list[asyncio.Future[Any]] = [*wanted] if pulled is None else [*wanted, pulled]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             if pulled is not None and pulled.done():
                 item, pulled = pulled.result(), None
                 ended = item is _END
@@ -84,8 +85,10 @@ async def asynchronously(
             waiting.remove(first)
             yield first.result()
     finally:
-        for future in (*waiting, *([] if pulled is None else [pulled])):
+        for future in waiting:
             future.cancel()
+        if pulled is not None:
+            pulled.cancel()
 
 
 async def _each(items: Iterable[_Item] | AsyncIterable[_Item]) -> AsyncIterator[_Item]:

@@ -33,7 +33,7 @@ class LoopThread:
 
     @property
     def is_open(self) -> bool:
-        """Whether something may be submitted: not after `close`, nor in a child of os.fork, which has no such thread."""
+        """Whether something may be submitted: not after `close`, nor in a child of os.fork: it has no threads."""
         return self._open and self._thread.is_alive()
 
     def submit(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:

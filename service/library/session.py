@@ -32,7 +32,7 @@ from service.api.structured_output.grammar_spec import TextForms
 from service.client.engine_client import Client, EngineClient
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import EngineLostError, RequestError, UnavailableError
-from service.contract.request import Request, SamplingParams
+from service.contract.request import Request, SamplingParams, TextForm
 from service.library.bodies import GenerateJob
 from service.settings import Settings
 
@@ -162,7 +162,7 @@ class Session:
             prompt = await self.tokenizer.chat_ids(job.chat.chat())
             functions = job.chat.called
             if functions:
-                form = await tool_form(self.forms, functions)
+                form: TextForm | None = await tool_form(self.forms, functions)
             else:
                 form = await self.forms.of(body.response_format)
         called = [function.name for function in functions.values()]

@@ -12,11 +12,10 @@ from service.contract.errors import StartupError
 from service.library.answers import Answer, Gate, Output, TextScalings
 
 By = Literal["token", "text"]
+_Answers = Answer | TextScalings | Iterable[Answer | TextScalings]
 
 
-def rows(
-    answers: Answer | TextScalings | Iterable[Answer | TextScalings], by: By = "token"
-) -> Iterator[dict[str, Any]]:
+def rows(answers: _Answers, by: By = "token") -> Iterator[dict[str, Any]]:
     """One dictionary per token (with the weights that produced it), or per text (with their means).
 
     Weights are in columns `weight_NAME`, where scalings were asked for.
@@ -28,7 +27,7 @@ def rows(
             yield from _by_token(answer, part) if by == "token" else [_by_text(answer, part)]
 
 
-def data_frame(answers: Answer | TextScalings | Iterable[Answer | TextScalings], by: By = "token") -> Any:
+def data_frame(answers: _Answers, by: By = "token") -> Any:
     """The rows as a pandas.DataFrame. Raises StartupError where pandas is not installed."""
     try:
         pandas = importlib.import_module("pandas")
@@ -52,6 +51,7 @@ def _where(answer: Answer | TextScalings, part: Output | TextScalings) -> dict[s
 
 def _by_token(answer: Answer | TextScalings, part: Output | TextScalings) -> Iterator[dict[str, Any]]:
     gate = part.gate
+    tokens: list[tuple[int, str, float | None]]
     if isinstance(part, TextScalings):
         first, shift = part.gate.start, 0
         tokens = [(id, text, None) for id, text in zip(part.token_ids, part.token_texts, strict=True)]

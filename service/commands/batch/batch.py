@@ -17,19 +17,21 @@ from service.library.feed import as_they_come
 from service.library.progress import bar
 
 
-def check_flags(arguments: argparse.Namespace, *alone: str) -> None:
-    """Raises SettingsError for flags that go with one prompt, as those in `alone`, or with a file of them, and are
-    beside the other.
+def check_flags(
+    arguments: argparse.Namespace, with_prompt: tuple[str, ...] = (), with_file: tuple[str, ...] = ()
+) -> None:
+    """Raises SettingsError for flags that nothing would look at: those in `with_prompt` go with --prompt alone, and
+    --output and those in `with_file` with --prompts.
     """
-    if arguments.prompts is None and arguments.output is not None:
-        raise SettingsError("--output with --prompt", hint="it is for --prompts FILE")
-    if arguments.prompts is None:
+    is_file = arguments.prompts is not None
+    for name in with_prompt if is_file else ("output", *with_file):
+        if getattr(arguments, name) is not None:
+            given, wanted = ("--prompts", "--prompt TEXT") if is_file else ("--prompt", "--prompts FILE")
+            raise SettingsError(f"--{name} with {given}", hint=f"it is for {wanted}")
+    if not is_file:
         return
     if arguments.output is None:
         raise SettingsError("--prompts without --output", hint="name the file that the answers go to")
-    for name in alone:
-        if getattr(arguments, name) is not None:
-            raise SettingsError(f"--{name} with --prompts", hint="it is for --prompt TEXT")
     if Path(arguments.output).resolve() == Path(arguments.prompts).resolve():
         raise SettingsError("--output is the file of the --prompts", hint="name another one")
 

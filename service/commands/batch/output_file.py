@@ -79,8 +79,8 @@ class OutputFile:
         return file
 
     def _keep_what_is_good(self) -> None:
-        """Drops errors and the beginning of a line; where that is more than an end, by another file in this one's place,
-        so that a kill loses nothing.
+        """Drops errors and the beginning of a line. Where that is more than an end, another file takes this one's
+        place: a kill loses nothing.
         """
         good, total = 0, 0
         is_prefix = True  # whether all that is dropped stands behind all that is kept
