@@ -51,7 +51,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
 # Rooms that run where those packages are not installed, or must stay light.
 WEB_FREE = ("service.contract", "service.checkpoint", "service.model", "service.native", "service.engine")
 WEB = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings"}
-TORCH_FREE = tuple(f"service.{room}" for room in ("contract", "client", "api", "library", "cluster", "terminal", *_LEAVES))
+TORCH_FREE = tuple(
+    f"service.{room}" for room in ("contract", "client", "api", "library", "cluster", "terminal", *_LEAVES)
+)
 SCHEDULING = tuple(f"service.engine.{name}" for name in ("scheduler", "sequence", "block_manager", "block_keys"))
 TORCH = {"torch", "accelerate", "peft", "safetensors.torch", "transformers.AutoTokenizer", "transformers.AutoConfig"}
 # What the GPU benchmarks and tests start from: the machines they run on have not even the message formats installed.
