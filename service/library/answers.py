@@ -1,4 +1,4 @@
-"""What calls in process return: frozen dataclasses with NumPy arrays, which are read-only.
+"""Results of calls in process: frozen dataclasses with NumPy arrays, which are read-only.
 
 T positions, S sites, E experts. Scalings are what really weighted the experts, after softmax and top-k and as steered.
 Row i is of position start + i, and the row of position p produced the token at position p + 1.
@@ -69,7 +69,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What follows one prompt. With n > 1 the properties are of the first output."""
+    """The continuation of one prompt. With n > 1 the properties are of the first output."""
 
     index: int  # of the prompt among those of the call
     id: str
@@ -150,7 +150,7 @@ class TextScalings:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """What one setting wrote, or was given."""
+    """The output of one setting, written under it or given with it."""
 
     label: str | None
     steering: Mapping[str, Any]
@@ -193,7 +193,7 @@ def answer_of(index: int, run: Run, deltas: Mapping[int, Sequence[Delta]], dtype
 def text_scalings_of(
     index: int, id: str, looked: Looked, tokenizer: ModelTokenizer, info: EngineInfo, dtype: str | None
 ) -> TextScalings:
-    """What the scaling pass has found of one text. It takes time: not for the event loop."""
+    """The rows of a scaling pass over one text, as arrays. It takes time: not for the event loop."""
     [text] = looked.texts(tokenizer)
     view = looked.view
     names, sites = tuple(view.expert_names), tuple(view.site_names)

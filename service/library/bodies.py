@@ -5,7 +5,7 @@ This file knows fields and no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,7 +38,7 @@ class GenerateJob:
 
 def is_one_prompt(prompts: object) -> bool:
     """Whether something is one prompt, and no collection of prompts: a text, token ids, messages, or an object."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | bytearray | Mapping):
         return True
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1 and prompts.dtype.kind in "iu"
@@ -57,7 +57,7 @@ def fields_of(prompt: Prompt, common: Mapping[str, Any], name: str = "prompt") -
         return {**common, **prompt}
     if isinstance(prompt, str):
         return {**common, name: prompt}
-    if isinstance(prompt, Sequence | np.ndarray):
+    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray):
         items = [_plain(item) for item in prompt]
         is_chat = bool(items) and isinstance(items[0], Mapping)
         return {**common, "messages" if is_chat and name == "prompt" else name: items}
@@ -146,4 +146,4 @@ def _plain(value: Any) -> Any:
 
 def count_of(prompts: Iterable[Any]) -> int | None:
     """How many prompts there are, where they can say."""
-    return len(prompts) if isinstance(prompts, Sequence | np.ndarray) else None
+    return len(prompts) if isinstance(prompts, Sized) else None

@@ -171,7 +171,7 @@ class Session:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What has become of the engine, in the words of a process that has it for itself."""
+    """Turns the errors of an engine that is gone into those of a process that has it for itself."""
     try:
         yield
     except RequestError as error:

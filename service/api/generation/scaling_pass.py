@@ -58,7 +58,7 @@ class Looked:
         return texts
 
     def frame(self, id: str, model: str) -> ScalingsFrame:
-        """What stands around the texts in a document."""
+        """The part of a document that stands around the texts."""
         usages = [usage for _, usage in self.found]
         return {
             "id": id,

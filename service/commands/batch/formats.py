@@ -1,4 +1,4 @@
-"""What a line asks for and what its answer looks like: ours, as POST /generate and POST /scalings answer, and that of
+"""Lines of prompts and lines of answers, in two formats: ours, as POST /generate and POST /scalings answer, and that of
 OpenAI's batch files.
 """
 
