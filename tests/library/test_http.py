@@ -50,17 +50,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[XLora]:
 
 
 @pytest.fixture(scope="module")
-def post(model: XLora) -> Post:
-    async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
-        app = create_app(Shared(model._session.client), Settings(), Metrics(CollectorRegistry()))
-        async with app.router.lifespan_context(app):
-            service = app.state.service
-            while not service.ready:
-                await asyncio.sleep(0.01)
-            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
-                return (await http.post(path, json=body)).json()
+def post(model: XLora) -> Iterator[Post]:
+    """Asks an application over the model's own engine, on the model's own loop."""
+    app = create_app(Shared(model._session.client), Settings(), Metrics(CollectorRegistry()))
+    lifespan = app.router.lifespan_context(app)
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here")
 
-    return lambda path, body: model._loop.run(ask(path, body))
+    async def ready() -> None:
+        await lifespan.__aenter__()
+        while not app.state.service.ready:
+            await asyncio.sleep(0.01)
+
+    async def ask(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return (await http.post(path, json=body)).json()
+
+    async def end() -> None:
+        await http.aclose()
+        await lifespan.__aexit__(None, None, None)
+
+    model._loop.run(ready())
+    yield lambda path, body: model._loop.run(ask(path, body))
+    model._loop.run(end())
 
 
 def full_of(scalings: dict[str, Any]) -> np.ndarray:
@@ -70,7 +80,7 @@ def full_of(scalings: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"temperature": 0, "scalings_start": 0},
+        {"temperature": 0, "seed": 1, "scalings_start": 0},
         {"seed": 7, "n": 2, "logprobs": 2, "scalings_dtype": "float16", **STEERED},
         {"seed": 3, "response_format": {"type": "regex", "pattern": "[a-z]{3,9}"}},
     ],

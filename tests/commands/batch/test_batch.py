@@ -102,7 +102,7 @@ def test_what_is_no_answer_is_dropped(files: Files, end: str) -> None:
         (['{"prompt": "a"}', "[1]"], "line 2: it is no JSON object"),
         (['{"id": "2"}', '{"prompt": "a"}'], "line 2: its id 2 is that of line 1 already"),
         (['{"id": [1]}'], "line 1: its id is [1]"),
-        (['{"custom_id": "a"}', '{"id": "a"}'], "line 2: 'custom_id' is in some lines"),
+        (['{"custom_id": "a"}', '{"id": "b"}'], "line 2: 'custom_id' is in some lines"),
         ([""], "has no prompts"),
     ],
 )
@@ -208,7 +208,9 @@ def test_a_lost_engine_ends_the_run_and_no_line_is_blamed(files: Files) -> None:
     assert "error" not in files.output.read_text()
 
 
-@pytest.mark.parametrize(("end", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("end", "code"), [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_killed_in_the_middle_it_goes_on_without_a_loss_or_a_repetition(
     tmp_path: Path, end: signal.Signals, code: int
 ) -> None:
