@@ -57,7 +57,7 @@ def fields_of(prompt: Prompt, common: Mapping[str, Any], name: str = "prompt") -
         return {**common, **prompt}
     if isinstance(prompt, str):
         return {**common, name: prompt}
-    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray):
+    if isinstance(prompt, list | tuple | range | np.ndarray):
         items = [_plain(item) for item in prompt]
         is_chat = bool(items) and isinstance(items[0], Mapping)
         return {**common, "messages" if is_chat and name == "prompt" else name: items}

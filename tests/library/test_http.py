@@ -23,7 +23,7 @@ from service.settings import Settings
 from tests.support.bundles import make_bundle
 
 Post = Callable[[str, dict[str, Any]], dict[str, Any]]
-STEERED = {"experts": {"exclude": ["code"]}, "gate": {"temperature": 0.5, "freeze_after": 3}}
+STEERED = {"experts": {"exclude": ["beta"]}, "gate": {"temperature": 0.5, "freeze_after": 3}}
 
 
 class Shared:
@@ -121,7 +121,7 @@ def test_many_prompts_have_the_answers_of_each_alone(model: XLora, post: Post) -
 @pytest.mark.parametrize(
     "fields",
     [
-        {"return_scalings": "full", "select": {"start": 1, "experts": ["math"]}},
+        {"return_scalings": "full", "select": {"start": 1, "experts": ["beta"]}},
         {"perplexity": True},
         {"granularity": "module_type"},
     ],
@@ -167,7 +167,7 @@ def test_compare(model: XLora, post: Post) -> None:
     [
         {"temperature": 9},
         {"nonsense": 1},
-        {"experts": {"only": ["maths"]}},
+        {"experts": {"only": ["alhpa"]}},
         {"max_tokens": 10**6},
         {"prompt": []},
         {"response_format": {"type": "regex", "pattern": "("}},
