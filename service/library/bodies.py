@@ -48,20 +48,21 @@ def is_one_prompt(prompts: object) -> bool:
     return _is_number(first) or (isinstance(first, Mapping) and "role" in first)
 
 
-def fields_of(prompt: Prompt, common: Mapping[str, Any], name: str = "prompt") -> dict[str, Any]:
+def fields_of(prompt: Prompt, common: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of one prompt: its own, where it is an object of fields, over those of the call.
 
-    `name` is the field of texts and token ids.
+    Raises InvalidRequestError for what is no prompt at all.
     """
     if isinstance(prompt, Mapping):
         return {**common, **prompt}
     if isinstance(prompt, str):
-        return {**common, name: prompt}
+        return {**common, "prompt": prompt}
     if isinstance(prompt, list | tuple | range | np.ndarray):
         items = [_plain(item) for item in prompt]
         is_chat = bool(items) and isinstance(items[0], Mapping)
-        return {**common, "messages" if is_chat and name == "prompt" else name: items}
-    raise InvalidRequestError(f"a prompt is a text, token ids or messages, and not {type(prompt).__name__}", param=name)
+        return {**common, "messages" if is_chat else "prompt": items}
+    kind = type(prompt).__name__
+    raise InvalidRequestError(f"a prompt is a text, token ids or messages, and not {kind}", param="prompt")
 
 
 def scalings_field(fields: Mapping[str, Any], scalings: str | None) -> dict[str, Any]:
