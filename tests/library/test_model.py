@@ -60,7 +60,11 @@ print(sorted({name.split(".")[0] for name in set(sys.modules) - before[1]}), dic
 service.XLora
 print("torch" in sys.modules, dict(os.environ) == before[0])
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Not in the environment of the tests, which have imported it.
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == ["['__future__', 'service'] True", "False True"]
 
 
