@@ -73,7 +73,7 @@ def test_in_process(tmp_path: Path) -> None:
     (tmp_path / "model_store").symlink_to(ROOT / "model_store")
     (tmp_path / "in_process.py").write_text(script[1])
     printed = run_script(tmp_path / "in_process.py")
-    assert "math Ones: 0+7=7. Tens: 4+8=12. Sum: 127." in printed.splitlines()
+    assert "math Ones: 0+7=7, carry 0. Tens: 4+8+0=12. Sum: 127." in printed.splitlines()
 
 
 @pytest.mark.slow
