@@ -1,3 +1,5 @@
 """Measurements of the service; each module is a command."""
 
-import service  # noqa: F401  # before torch: it says how torch's threads wait
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, which reads it: as in the engine's own process

@@ -1,9 +1,17 @@
-"""X-LoRA inference service: a base model, its LoRA experts and the gate that mixes them, behind HTTP."""
+"""X-LoRA inference service: a base model, its LoRA experts and the gate that mixes them, behind HTTP or in process.
 
-import os
+from service import XLora
+"""
 
-# torch's threads sleep while they have nothing to do: those of the native kernels want their cores
-# (model/kernels/helpers.h). Read when torch is loaded; who has chosen otherwise is left in peace.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """XLora, imported when it is asked for: whoever wants the engine or a command alone does not wait for it."""
+    if name == "XLora":
+        from service.library.model import XLora
+
+        return XLora
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -46,6 +46,7 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     open_standard_streams()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as engine/worker.py: some commands load torch themselves
     arguments = build_parser().parse_args(argv)
     try:
         run: Callable[[argparse.Namespace], int] = importlib.import_module(arguments.module).run
@@ -96,12 +97,23 @@ def build_parser() -> argparse.ArgumentParser:
     cluster.add_argument("--address", help="a running Ray cluster, as host:6379; default: one of this machine alone")
     _add_settings(cluster, (*_ENGINE_FLAGS, *_SERVE_FLAGS))
     generate = _command(commands, "generate", "service.commands.generate", "generate text in the terminal")
-    _add_prompt(generate)
+    _add_prompt(generate, "JSON Lines with the answers")
     _add_sampling(generate)
-    generate.add_argument("--scalings", action="store_true", help="colour each token by its leading expert")
+    generate.add_argument(
+        "--scalings",
+        nargs="?",
+        const="mean",
+        choices=("mean", "full"),
+        help="colour each token by its leading expert; with --prompts, return_scalings of lines that do not say",
+    )
     _add_settings(generate, _ENGINE_FLAGS)
     scalings = _command(commands, "scalings", "service.commands.scalings", "draw the gate's weights over a text")
-    _add_prompt(scalings)
+    _add_prompt(scalings, ".npz, or JSON Lines")
+    scalings.add_argument(
+        "--scalings",
+        choices=("mean", "full"),
+        help="with --prompts: the mean over the sites (the default), or every site, for lines that do not say",
+    )
     scalings.add_argument("--png", metavar="FILE", help="also save a heat map (needs the extra `plot`)")
     _add_settings(scalings, _ENGINE_FLAGS)
     check = _command(commands, "check", "service.commands.check", "check a checkpoint on disk")
@@ -183,9 +195,14 @@ def _positive(text: str) -> int:
     return number
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
+def _add_prompt(parser: argparse.ArgumentParser, output: str) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text to begin with; - reads standard input")
+    source.add_argument(
+        "--prompts", metavar="FILE", help='JSON Lines: {"prompt": ...} or {"messages": ...} with other fields and an id'
+    )
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the text to begin with; - reads standard input"
+        "--output", metavar="FILE", help=f"with --prompts: {output}; what is there already is not done again"
     )
 
 

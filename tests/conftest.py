@@ -10,6 +10,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the engine's own process
 for variable in [name for name in os.environ if name.startswith("XLORA_")]:
     del os.environ[variable]
 

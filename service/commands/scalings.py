@@ -1,4 +1,6 @@
-"""xlora-serve scalings: the gate's weights over a text, as a table of tokens and experts, and as a heat map."""
+"""xlora-serve scalings: the gate's weights over a text, as a table of tokens and experts, and as a heat map; or over a
+file of texts, as arrays or as JSON Lines.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,13 @@ from pathlib import Path
 from rich.console import Console
 
 from service.api.gate_views.rows import RowFormat, Rows
-from service.api.routes.scalings import scaling_rows
+from service.api.generation.scaling_pass import scaling_rows
 from service.api.state import new_id
 from service.commands import heat_map
+from service.commands.batch import npz
+from service.commands.batch.batch import check_flags, run_batch
+from service.commands.batch.formats import ScalingsFormat
+from service.commands.batch.input_file import OPENAI_KEY, InputFile
 from service.commands.local import local_engine, read_prompt
 from service.contract.errors import StartupError
 from service.contract.request import Request
@@ -19,7 +25,10 @@ from service.terminal import scalings_table
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draws the table; saves the heat map when asked for."""
+    """Draws the table, and saves the heat map when asked for; or reads a file, with exit code 1 where a text fails."""
+    check_flags(arguments, with_prompt=("png",), with_file=("scalings",))
+    if arguments.prompts is not None:
+        return _run_file(arguments)
     if arguments.png is not None:
         _check_png(Path(arguments.png))
     tokens, experts, rows = asyncio.run(_run(arguments))
@@ -27,6 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         save_heat_map(Path(arguments.png), tokens, experts, rows)
     return 0
+
+
+def _run_file(arguments: argparse.Namespace) -> int:
+    prompts, path = InputFile(Path(arguments.prompts)), Path(arguments.output)
+    if prompts.is_openai:
+        raise StartupError(f"{prompts.path}: its lines have {OPENAI_KEY!r}, and OpenAI has no scalings")
+    is_npz = path.suffix == ".npz"
+    format = ScalingsFormat({"return_scalings": arguments.scalings or "mean"}, arrays_only=is_npz)
+    if not is_npz:
+        return min(1, run_batch(arguments, prompts, path, format))
+    failed = run_batch(arguments, prompts, npz.part_of(path), format, npz.ids_in(path))
+    npz.finish(path, keep_part=failed > 0)
+    return min(1, failed)
 
 
 async def _run(arguments: argparse.Namespace) -> tuple[list[str], list[str], Rows]:

@@ -207,6 +207,9 @@ def main(argv: list[str]) -> int:
     """Entry point of the process."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
+    # torch's threads sleep while they have nothing to do: those of the native kernels want their cores. Read when
+    # torch is loaded; who has chosen otherwise is left in peace.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     module, _, function = argv[2].partition(":")
 

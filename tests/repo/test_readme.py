@@ -51,6 +51,39 @@ def test_from_peft_to_an_endpoint(tmp_path: Path) -> None:
     assert (tmp_path / "my-model/bundle.json").exists()
 
 
+def run_script(path: Path, *arguments: str) -> str:
+    """What a script of the documentation prints, in a folder beside the model_store."""
+    done = subprocess.run(
+        [sys.executable, str(path), *arguments],
+        cwd=path.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_in_process(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("### In Python, without a server")[1]
+    script = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert script is not None
+    (tmp_path / "model_store").symlink_to(ROOT / "model_store")
+    (tmp_path / "in_process.py").write_text(script[1])
+    printed = run_script(tmp_path / "in_process.py")
+    assert "math Ones: 0+7=7, carry 0. Tens: 4+8+0=12. Sum: 127." in printed.splitlines()
+
+
+@pytest.mark.slow
+def test_the_example_ends_in_a_plot(tmp_path: Path) -> None:
+    (tmp_path / "heat_map.py").write_text((ROOT / "docs" / "heat_map.py").read_text())
+    printed = run_script(tmp_path / "heat_map.py", str(ROOT / "model_store" / "demo"), str(tmp_path / "a.png"))
+    assert "positions, sites, experts" in printed
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def table(header: str) -> str:
     """The rows of the README's table that begins so."""
     return (ROOT / "README.md").read_text().split(f"\n{header}\n")[1].split("\n\n")[0]

@@ -40,10 +40,10 @@ class Call:
         self.deadline = deadline_of(self.record, body, service.settings.request_timeout)
         self._receive = http_request.receive
 
-    def begin(self, sampling: SamplingParams | None) -> None:
+    def begin(self, sampling: SamplingParams | None, prompt_tokens: int | None = None) -> None:
         """The call has been checked: its record names it from now on."""
         self.record.model, self.record.response_id = self.service.info.model, self.id
-        self.record.sampling = sampling
+        self.record.sampling, self.record.prompt_tokens = sampling, prompt_tokens
 
     def admit(self, requests: Sequence[Request], *, continued: bool = False) -> AbstractContextManager[Permit]:
         """A place in the queue, as Admission.admit gives it."""

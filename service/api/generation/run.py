@@ -17,6 +17,7 @@ from fastapi import Response
 
 from service.api.gate_views.rows import RowFormat, join
 from service.api.generation.call import Call
+from service.api.generation.caller import Caller
 from service.api.generation.choice import Delta, Generation
 from service.api.generation.sse import DONE, EventStream
 from service.api.generation.tokenizer import ModelTokenizer, draw_seed
@@ -36,7 +37,7 @@ class Run:
 
     def __init__(
         self,
-        call: Call,
+        call: Caller,
         prompts: Sequence[list[int]],
         body: SamplingFields,
         xlora: XLoraFields,
@@ -108,20 +109,26 @@ class Writer(Protocol):
         """The whole answer, from the deltas of each choice."""
 
 
-async def respond(run: Run, writer: Writer, stream: bool | None) -> Response:
+async def respond(call: Call, run: Run, writer: Writer, stream: bool | None) -> Response:
     """The answer to one call, as a document or as events."""
-    run.call.record.stream = bool(stream)
+    call.record.stream = bool(stream)
     if stream:
-        return EventStream(_events(run, writer), run.call.deadline)
-    return await run.call.answer(_whole(run, writer))
+        return EventStream(_events(run, writer), call.deadline)
+    return await call.answer(_whole(run, writer))
 
 
-async def _whole(run: Run, writer: Writer) -> bytes:
+async def collected(run: Run) -> dict[int, list[Delta]]:
+    """All deltas of a run, by choice."""
     deltas: dict[int, list[Delta]] = defaultdict(list)
     async with aclosing(run.deltas()) as stream:
         async for together in stream:
             for delta in together:
                 deltas[delta.index].append(delta)
+    return deltas
+
+
+async def _whole(run: Run, writer: Writer) -> bytes:
+    deltas = await collected(run)
 
     def document() -> bytes:
         return orjson.dumps(writer.document(deltas), option=orjson.OPT_SERIALIZE_NUMPY)

@@ -10,6 +10,7 @@ from fastapi import Request as HttpRequest
 
 from service.api import models
 from service.api.generation.call import Call
+from service.api.generation.caller import Caller
 from service.api.generation.choice import Delta
 from service.api.generation.deadlines import before
 from service.api.generation.openai_frame import Frame, choice_xlora, delta_xlora
@@ -43,18 +44,26 @@ async def chat_completions(
     service: ServiceDependency,
 ) -> Response:
     """The messages become a prompt by the model's own chat template; with a tool_choice the answer is a call."""
-    xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
     call = Call(http_request, service, "chatcmpl", body)
     async with before(call.deadline):
-        prompt = await service.tokenizer.chat_ids(body.chat())
-        if body.called:
-            form: TextForm | None = await tool_form(service.forms, body.called)
-        else:
-            form = await service.forms.of(body.response_format)
+        run = await run_of(body, call)
+    return await respond(call, run, ChatWriter(run, body), body.stream)
+
+
+async def run_of(body: ChatBody, call: Caller) -> Run:
+    """The run that a body asks for. Raises InvalidRequestError for what this model or this server cannot do, and
+    NotFoundError for another model's name.
+    """
+    service = call.service
+    xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
+    prompt = await service.tokenizer.chat_ids(body.chat())
+    if body.called:
+        form: TextForm | None = await tool_form(service.forms, body.called)
+    else:
+        form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     called = [function.name for function in body.called.values()]
-    run = Run(call, [prompt], body, xlora, logprobs=logprobs, form=form, called=called)
-    return await respond(run, ChatWriter(run, body), body.stream)
+    return Run(call, [prompt], body, xlora, logprobs=logprobs, form=form, called=called)
 
 
 class ChatWriter:

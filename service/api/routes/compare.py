@@ -19,11 +19,12 @@ from fastapi import Request as HttpRequest
 
 from service.api.gate_views.rows import RowFormat, join
 from service.api.generation.call import Call
+from service.api.generation.caller import Caller
 from service.api.generation.choice import Delta, Generation
+from service.api.generation.scaling_pass import MAX_WEIGHTS
 from service.api.generation.scoring import log_probabilities, score_request
 from service.api.middleware.json_body import JsonRoute
 from service.api.openapi import GENERATION_ERRORS, documented
-from service.api.routes.scalings import MAX_WEIGHTS
 from service.api.schemas.answers import CompareAnswer, CompareOutput, LogLikelihood, WithScalings
 from service.api.schemas.bodies import CompareBody, CompareSetting
 from service.api.schemas.examples import COMPARE_ANSWER, COMPARE_BODIES
@@ -60,10 +61,14 @@ async def compare(
 
 async def answer(body: CompareBody, call: Call) -> bytes:
     """The whole answer. Raises InvalidRequestError before anything is computed."""
+    return orjson.dumps(await compared(body, call), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+async def compared(body: CompareBody, call: Caller) -> CompareAnswer:
+    """The answer as a document. Raises InvalidRequestError before anything is computed."""
     prompt = await call.service.tokenizer.prompt_ids(body.prompt)
     form = await call.service.forms.of(body.response_format)
-    document = await Comparison(call, body, prompt, form).run()
-    return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return await Comparison(call, body, prompt, form).run()
 
 
 @dataclass(slots=True)
@@ -85,7 +90,7 @@ class Output:
 class Comparison:
     """The settings of one call, checked, and what they make of each other."""
 
-    def __init__(self, call: Call, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
+    def __init__(self, call: Caller, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
         self._call, self._body, self._prompt = call, body, prompt
         self._service = service = call.service
         most = _most_tokens(body, len(service.info.sites) * len(service.info.experts))

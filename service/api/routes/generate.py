@@ -9,6 +9,7 @@ from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
 from service.api.generation.call import Call
+from service.api.generation.caller import Caller
 from service.api.generation.choice import Delta
 from service.api.generation.deadlines import before
 from service.api.generation.run import Run, respond
@@ -39,10 +40,15 @@ async def generate(
     """The scalings of a generated token are those of the position that produced it, its predecessor."""
     call = Call(http_request, service, "gen", body)
     async with before(call.deadline):
-        prompt = await service.tokenizer.prompt_ids(body.prompt)
-        form = await service.forms.of(body.response_format)
-    run = Run(call, [prompt], body, body, logprobs=body.logprobs, form=form)
-    return await respond(run, GenerateWriter(run), body.stream)
+        run = await run_of(body, call)
+    return await respond(call, run, GenerateWriter(run), body.stream)
+
+
+async def run_of(body: GenerateBody, call: Caller) -> Run:
+    """The run that a body asks for. Raises InvalidRequestError for what this model or this server cannot do."""
+    prompt = await call.service.tokenizer.prompt_ids(body.prompt)
+    form = await call.service.forms.of(body.response_format)
+    return Run(call, [prompt], body, body, logprobs=body.logprobs, form=form)
 
 
 class GenerateWriter:

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 
 from service.api import models
 from service.api.generation.call import Call
+from service.api.generation.caller import Caller
 from service.api.generation.choice import Delta
 from service.api.generation.deadlines import before
 from service.api.generation.openai_frame import Frame, choice_xlora, delta_xlora
@@ -43,12 +44,21 @@ async def completions(
     service: ServiceDependency,
 ) -> Response:
     """Several prompts at once; the choices of prompt i have the indices i * n to i * n + n - 1."""
-    xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
     call = Call(http_request, service, "cmpl", body)
     async with before(call.deadline):
-        prompts = await service.tokenizer.all_prompt_ids(body.prompt)
-        form = await service.forms.of(body.response_format)
-    run = Run(
+        run = await run_of(body, call)
+    return await respond(call, run, CompletionWriter(run, body), body.stream)
+
+
+async def run_of(body: CompletionBody, call: Caller) -> Run:
+    """The run that a body asks for. Raises InvalidRequestError for what this model or this server cannot do, and
+    NotFoundError for another model's name.
+    """
+    service = call.service
+    xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
+    prompts = await service.tokenizer.all_prompt_ids(body.prompt)
+    form = await service.forms.of(body.response_format)
+    return Run(
         call,
         prompts,
         body,
@@ -57,7 +67,6 @@ async def completions(
         prompt_logprobs=body.logprobs if body.echo else None,
         form=form,
     )
-    return await respond(run, CompletionWriter(run, body), body.stream)
 
 
 @router.get(

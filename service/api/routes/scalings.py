@@ -1,6 +1,6 @@
 """POST /scalings: the scaling pass alone over texts, to look at the gate without generating.
 
-What is looked at, and in what grouping, is gate_views/view.py.
+What is looked at is generation/scaling_pass.py; this is how it is written.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import orjson
 from fastapi import APIRouter, Body, Depends, Response
 from fastapi import Request as HttpRequest
 
-from service.api.gate_views.perplexity import Columns, Likelihoods
-from service.api.gate_views.rows import FloatArray, RowFormat, Rows, join, npy
+from service.api.gate_views.perplexity import Columns
+from service.api.gate_views.rows import FloatArray, RowFormat, npy
 from service.api.gate_views.view import View, divergence, over_sites, shares, summarise
 from service.api.generation.call import Call
-from service.api.generation.scoring import log_probabilities
+from service.api.generation.scaling_pass import Text, look
 from service.api.middleware.json_body import JsonRoute
 from service.api.openapi import GENERATION_ERRORS, documented
 from service.api.schemas.answers import (
@@ -35,15 +35,9 @@ from service.api.schemas.answers import (
 from service.api.schemas.bodies import ScalingsBody
 from service.api.schemas.examples import SCALINGS_ANSWER, SCALINGS_BODIES, SCALINGS_CSV
 from service.api.state import Service, service_of
-from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import InternalError, InvalidRequestError
-from service.contract.output import SequenceUsage
-from service.contract.request import Request, ReturnScalings
 
 _T = TypeVar("_T")
-
-MAX_WEIGHTS = 1 << 26  # float32 numbers that the rows of one call may have
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
 
@@ -76,16 +70,6 @@ async def scalings(
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """One text and the rows of its selected positions, over the selected sites, of all experts."""
-
-    ids: list[int]  # of the selected positions
-    token_texts: list[str]
-    rows: Rows
-    likelihoods: Likelihoods | None  # where asked for
-
-
-@dataclass(frozen=True, slots=True)
 class Table:
     """What one text looks like at the asked granularity: one row per token or group, one column per expert."""
 
@@ -98,80 +82,15 @@ class Table:
 async def answer(body: ScalingsBody, call: Call) -> bytes:
     """The whole answer in the asked format. Raises InvalidRequestError before anything is computed."""
     service = call.service
-    prompts = await service.tokenizer.all_prompt_ids(body.texts)
-    view = View.of(body, service.info)
-    positions = [view.positions(len(ids)) for ids in prompts]
-    _check_sizes(view, positions, service.info)
-    columns = Columns(view.experts, view.expert_names)
-    if body.perplexity:
-        columns.check_size(positions)
-    id = call.id
-    kind: ReturnScalings = "full" if view.needs_sites else "mean"
-    requests = [
-        Request(f"{id}-{number}" if number else id, ids[: span.stop], None, kind, span.start)
-        for number, (ids, span) in enumerate(zip(prompts, positions, strict=True))
-    ]
-    scores = [
-        columns.requests(f"{request.id}-score", request.prompt_token_ids, span.start) if body.perplexity else []
-        for request, span in zip(requests, positions, strict=True)
-    ]
-    tokens = sum(len(request.prompt_token_ids) for request in requests)
-    call.begin(None)
-    call.record.prompt_tokens = tokens
-    format = RowFormat(service.info)
-    all_scores = [one for own in scores for one in own]
-    with call.admit([*requests, *all_scores]) as permit:
-        found = await scaling_rows(service.client, requests, format, call.deadline)
-        logprobs = await log_probabilities(service.client, all_scores, permit, call.deadline)
-    usages = [usage for _, usage in found]
-    call.record.queue_seconds = min(usage.queue_seconds for usage in usages)
-    service.metrics.prompt_tokens.inc(tokens)
-    frame: ScalingsFrame = {
-        "id": id,
-        "model": service.info.model,
-        "usage": {
-            "prompt_tokens": tokens,
-            "forward_passes": sum(usage.forward_passes for usage in usages),
-            "scaling_rows": sum(usage.scaling_rows for usage in usages),
-        },
-    }
+    looked = await look(body, call)
+    frame = looked.frame(call.id, service.info.model)
+    call.record.queue_seconds = min(usage.queue_seconds for _, usage in looked.found)
+    service.metrics.prompt_tokens.inc(frame["usage"]["prompt_tokens"])
 
     def rendered() -> bytes:
-        texts = []
-        for request, (rows, _), judged in zip(requests, found, scores, strict=True):
-            ids = request.prompt_token_ids
-            start = request.scalings_start or 0
-            likelihoods = Likelihoods.of(columns, len(ids) - start, [logprobs[one.id] for one in judged])
-            token_texts = service.tokenizer.texts(ids)[start:]
-            texts.append(Text(ids[start:], token_texts, view.seen(rows), likelihoods if body.perplexity else None))
-        return Renderer(body, view, service.info).render(texts, frame)
+        return Renderer(body, looked.view, service.info).render(looked.texts(service.tokenizer), frame)
 
     return await asyncio.to_thread(rendered)
-
-
-async def scaling_rows(
-    client: Client, requests: Sequence[Request], format: RowFormat, deadline: float | None = None
-) -> list[tuple[Rows, SequenceUsage]]:
-    """Runs the scaling passes; one row per position from each request's `scalings_start` on (0 when None).
-
-    Raises TimedOutError at the deadline.
-    """
-    parts: dict[str, list[Rows]] = {request.id: [] for request in requests}
-    usages = {request.id: SequenceUsage() for request in requests}
-    async with client.submit(*requests, deadline=deadline) as outputs:
-        async for output in outputs:
-            if output.finish_reason == "error":
-                raise InternalError(output.error or "the engine could not go on with this request")
-            if output.gate is not None:
-                parts[output.request_id].append(format.parse(output.gate))
-            usages[output.request_id] = output.usage or usages[output.request_id]
-    found = []
-    for request in requests:
-        rows = join(parts[request.id])
-        if rows is None or len(rows.mean) != len(request.prompt_token_ids) - (request.scalings_start or 0):
-            raise InternalError("the engine did not return a gate row for every position")
-        found.append((rows, usages[request.id]))
-    return found
 
 
 class Renderer:
@@ -277,19 +196,6 @@ class Renderer:
                 blank = [""] * (len(view.expert_names) + 1)
                 writer.writerow([number, "", "", "perplexity", *blank, *map(_number, totals)])
         return buffer.getvalue().encode()
-
-
-def _check_sizes(view: View, positions: Sequence[range], info: EngineInfo) -> None:
-    """Raises InvalidRequestError for more than this server can hold."""
-    per_position = len(info.experts) * (len(info.sites) if view.needs_sites else 1)
-    weights = sum(map(len, positions)) * per_position
-    if weights > MAX_WEIGHTS:
-        raise InvalidRequestError(
-            f"the rows have {weights} weights ({per_position} per position); at most {MAX_WEIGHTS} are allowed",
-            param="select",
-            code="too_large",
-            hint="take fewer texts, or fewer positions with select.start and select.stop",
-        )
 
 
 def _number(value: float | None) -> str:

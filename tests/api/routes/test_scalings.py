@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from service.api.gate_views.rows import Rows
 from service.api.gate_views.view import View, divergence, over_sites, summarise
-from service.api.routes import scalings
+from service.api.generation import scaling_pass
 from service.api.schemas.bodies import ScalingsBody
 from service.contract.errors import InvalidRequestError
 from tests.api.conftest import ThreadClient
@@ -276,7 +276,7 @@ def test_bad_bodies(http: TestClient, client: ThreadClient, body: dict[str, Any]
 
 
 def test_sizes_are_bounded(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scalings, "MAX_WEIGHTS", 2 * 20 * 3)
+    monkeypatch.setattr(scaling_pass, "MAX_WEIGHTS", 2 * 20 * 3)
     ask(http, granularity="site")
     assert error(http, prompt=[PROMPT, [1]], granularity="site")["code"] == "too_large"
     ask(http, prompt=[PROMPT, PROMPT])

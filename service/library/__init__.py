@@ -1,0 +1,1 @@
+"""X-LoRA in process: the server's engine and checks behind Python calls. Reached as `from service import XLora`."""
