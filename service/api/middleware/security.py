@@ -16,7 +16,8 @@ from service.api.errors import error_response
 from service.api.middleware.record import record_of
 from service.contract.errors import PayloadTooLargeError, RequestError, SettingsError, SlowBodyError, UnauthorizedError
 
-OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/web"})  # the last two are the page that asks for the key
+# All but the probes are pages that ask for the key themselves, and their files.
+OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/docs", "/redoc", "/web"})
 ADMIN_ROUTES = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
 
 _SHORTEST_KEY = 8
