@@ -14,6 +14,7 @@ import { asCurl, asPython, chatCall } from "./server/snippets.js";
 
 const DEMO_PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n";
 const LOADING_MS = 1000;
+const MARGIN = 16; // pixels between the bar and the form
 
 /** @param {string} id */
 const byId = (id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -173,7 +174,9 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme)
 addEventListener("hashchange", () => form.restore(location.hash.slice(1)));
 
 // The form is as high as the window allows below the bar, so that its main button is in view.
-new ResizeObserver(() => formElement.style.setProperty("--above", `${formElement.offsetTop}px`)).observe(document.body);
+const bar = /** @type {HTMLElement} */ (document.querySelector(".bar"));
+const fit = () => formElement.style.setProperty("--above", `${bar.offsetHeight + MARGIN}px`);
+new ResizeObserver(fit).observe(bar);
 showTheme();
 showTips(byId("tip"));
 strip.run();

@@ -53,7 +53,7 @@ export class GatedText {
     if (scalings?.experts && scalings.sites) this.#name(scalings.experts, scalings.sites);
     const count = scalings?.mean.length ?? 0;
     const full = scalings?.full ? decodeNpy(scalings.full).data : null;
-    const before = Math.min(count, Math.max(this.prompt - 1 - (scalings?.start ?? 0), 0));
+    const before = Math.min(Math.max(count - tokens.length, 0), Math.max(this.prompt - 1 - (scalings?.start ?? 0), 0));
     for (let at = 0; at < before; at += 1) {
       const index = (scalings?.start ?? 0) + at + 1;
       this.rows[index] = this.#row(this.rows[index].token, scalings, at, full);

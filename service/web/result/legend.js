@@ -68,7 +68,7 @@ function entry({ name, led, mean, colour, line, tip, chosen, choose }) {
   }
   box.classList.add("entry");
   box.dataset.tip = tip;
-  box.append(swatch, title, strong, small);
+  box.append(swatch, title, " ", strong, " ", small);
   item.append(box);
   return item;
 }

@@ -90,10 +90,8 @@ export class ResultView {
     this.tokens.append(rows.slice(Math.max(prompt, before)), false);
     this.shown = rows.length;
     this.tokens.begin(this.#first);
-    for (let index = 0; index < this.shown; index += 1) {
-      if (index >= this.stale && index < before) continue;
-      this.tokens.paint(index, paint(this.look.colour, this.text, rows[index]), this.#spoken(rows[index]));
-    }
+    this.#paint(0, Math.min(this.stale, before));
+    this.#paint(before, this.shown);
     this.stale = 0;
     this.root.classList.toggle("pending", !experts.length || this.shown === prompt);
     if (!experts.length) return;
@@ -127,6 +125,17 @@ export class ResultView {
   /** @returns {number} index of the first token that is shown */
   get #first() {
     return this.look.prompt ? 0 : this.text.prompt;
+  }
+
+  /**
+   * @param {number} from
+   * @param {number} to  not painted
+   */
+  #paint(from, to) {
+    const { rows } = this.text;
+    for (let index = from; index < to; index += 1) {
+      this.tokens.paint(index, paint(this.look.colour, this.text, rows[index]), this.#spoken(rows[index]));
+    }
   }
 
   #later() {
