@@ -103,7 +103,7 @@ def test_keyboard_alone(inspector: Page) -> None:
     expect(tokens.nth(last)).to_be_focused()
     inspector.locator(".sites .scroller").focus()
     inspector.keyboard.press("ArrowRight")
-    expect(inspector.locator(".readout")).to_contain_text("model.layers.0.self_attn.k_proj: ")
+    expect(inspector.locator(".sites .readout")).to_contain_text("model.layers.0.self_attn.k_proj: ")
     inspector.keyboard.press("Escape")
     expect(tokens.nth(last)).to_be_focused()
 
@@ -111,7 +111,7 @@ def test_keyboard_alone(inspector: Page) -> None:
 def test_click_shows_the_sites(written: Page) -> None:
     document = exported_json(written)
     written.locator(ANSWER).nth(34).click()
-    readout = written.locator(".readout").inner_text()
+    readout = written.locator(".sites .readout").inner_text()
     site, weights = readout.split(": ", 1)
     assert site == document["scalings"]["sites"][0]
     shown = dict(pair.split() for pair in weights.split(", "))
@@ -123,6 +123,7 @@ def test_heat_map_has_the_weights(written: Page) -> None:
     """The row of the leader is opaque in its colour, and the column under the pointer is the token it stands for."""
     document = exported_json(written)
     canvas = written.locator(".along canvas")
+    written.locator(ANSWER).first.hover()  # the page scrolls there now, and not below
     drawn = canvas.evaluate("canvas => canvas.toDataURL('image/png').split(',')[1]")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn))).convert("RGBA")).astype(int)
     box = canvas.bounding_box()

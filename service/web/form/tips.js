@@ -19,7 +19,7 @@ export function showTips(tip) {
     if (!target || !text) return;
     owner = target;
     target.setAttribute("aria-describedby", tip.id);
-    (target.closest("dialog") ?? document.body).append(tip);
+    (target.closest("dialog, main, body > header") ?? document.body).append(tip);
     tip.textContent = text;
     tip.hidden = false;
     place(tip, target.getBoundingClientRect());

@@ -218,12 +218,13 @@ export class ResultView {
    * @param {string} source  where the pointer is
    */
   #activate(index, source) {
+    if (!this.shown) return;
     this.active = index;
     const { experts, maxEntropy, maxWeight, rows, prompt } = this.text;
     this.detailed = index ?? this.picked ?? this.detailed ?? Math.min(prompt, this.shown - 1);
     const place = placeOf(this.text, this.detailed);
     const context = { place, isPrompt: this.detailed < prompt, experts, maxEntropy, scale: maxWeight };
-    if (this.shown) showDetail(this.#part(".detail"), rows[this.detailed], context);
+    showDetail(this.#part(".detail"), rows[this.detailed], context);
     this.tokens.mark(source === "text" ? null : index);
     if (index !== null && source !== "text") this.tokens.reveal(index);
     const first = this.#first;
