@@ -27,7 +27,8 @@ export function showTips(tip) {
   document.addEventListener("pointerover", (event) => tip.contains(/** @type {Node} */ (event.target)) || show(event));
   document.addEventListener("focusin", show);
   document.addEventListener("focusout", hide);
-  document.addEventListener("scroll", hide, { capture: true, passive: true });
+  const follow = () => owner && place(tip, owner.getBoundingClientRect());
+  document.addEventListener("scroll", follow, { capture: true, passive: true });
   document.addEventListener("keydown", (event) => event.key === "Escape" && hide());
 }
 
