@@ -47,7 +47,8 @@ def key(page: Page) -> None:
 
 def snippet(page: Page) -> None:
     """Where the browser refuses both ways to copy."""
-    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); document.execCommand = () => false; }")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); }")
+    page.evaluate("() => { document.execCommand = () => false; }")
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.locator("#snippet-note")).not_to_be_empty()
 

@@ -98,8 +98,7 @@ def test_the_map_of_layers(looked: Page, group: str, rows: int) -> None:
     expect(looked.locator(".layers .readout")).to_have_text(
         f"token 5, {shown[1]}: "
         + ", ".join(
-            f"{name} {weight:.3f}"
-            for name, weight in zip(document["scalings"]["experts"], grouped[5, 1], strict=True)
+            f"{name} {weight:.3f}" for name, weight in zip(document["scalings"]["experts"], grouped[5, 1], strict=True)
         )
     )
     expect(looked.locator(".token.active")).to_have_text(document["tokens"][5]["text"])

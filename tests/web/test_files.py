@@ -53,9 +53,10 @@ def test_pages_and_files_have_the_policy(http: TestClient) -> None:
 
 def test_redoc_may_style_itself_and_nothing_more(http: TestClient) -> None:
     policy = http.get("/redoc").headers["content-security-policy"]
-    assert policy.replace(" 'unsafe-inline'", "").removesuffix("; worker-src blob:") == http.get("/").headers[
-        "content-security-policy"
-    ]
+    assert (
+        policy.replace(" 'unsafe-inline'", "").removesuffix("; worker-src blob:")
+        == http.get("/").headers["content-security-policy"]
+    )
     assert policy.count("unsafe") == 1
 
 

@@ -14,7 +14,16 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.support.inspector import ANSWER, SWITCHING_PROMPT, copied, exported, exported_json, leaders, open_inspector, run
+from tests.support.inspector import (
+    ANSWER,
+    SWITCHING_PROMPT,
+    copied,
+    exported,
+    exported_json,
+    leaders,
+    open_inspector,
+    run,
+)
 from tests.support.server_process import Server
 
 SWITCHING = {"prompt": SWITCHING_PROMPT, "temperature": 0, "logprobs": 5, "return_scalings": "full"}
@@ -145,7 +154,8 @@ def test_heat_map_has_the_weights(written: Page) -> None:
 def test_csv(written: Page) -> None:
     document = exported_json(written)
     whole = list(csv.DictReader(io.StringIO(exported(written, "csv").read_bytes().decode())))
-    assert [int(row["index"]) for row in whole] == list(range(-len(document["prompt"]["tokens"]), len(document["tokens"])))
+    before, after = len(document["prompt"]["tokens"]), len(document["tokens"])
+    assert [int(row["index"]) for row in whole] == list(range(-before, after))
     assert whole[0]["leader"] == whole[0]["bio"] == "", "nothing came before the first token"
     rows = [row for row in whole if int(row["index"]) >= 0]
     assert [row["text"] for row in rows] == [token["text"] for token in document["tokens"]]
