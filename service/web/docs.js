@@ -11,16 +11,17 @@ const api = new Api((refused) =>
 
 /** @param {object} spec */
 function swagger(spec) {
-  const ui = Object(window).SwaggerUIBundle({
+  Object(window).SwaggerUIBundle({
     spec,
     domNode: host,
     deepLinking: true,
-    // Beside this page, where a proxy may have put it under a prefix.
-    requestInterceptor: (/** @type {{url: string}} */ request) => {
+    // Beside this page, where a proxy may have put it under a prefix; with this page's key, unless another is given there.
+    requestInterceptor: (/** @type {{url: string, headers: Record<string, string>}} */ request) => {
       const { pathname, search } = new URL(request.url, location.origin);
-      return { ...request, url: new URL(`.${pathname}${search}`, document.baseURI).href };
+      const key = api.key ? { Authorization: `Bearer ${api.key}` } : {};
+      const url = new URL(`.${pathname}${search}`, document.baseURI).href;
+      return { ...request, url, headers: { ...key, ...request.headers } };
     },
-    onComplete: () => api.key && ui.preauthorizeApiKey("key", api.key),
   });
 }
 
