@@ -69,7 +69,7 @@ export function entropyFigure(text) {
   const most = `ln ${text.experts.length} = ${text.maxEntropy.toFixed(2)} nats`;
   return [
     {
-      text: `entropy ${share.toFixed(0)} %`,
+      text: `entropy ${share.toFixed(0)} % of ln ${text.experts.length}`,
       tip: `How undecided the gate was: the mean of the entropies of all sites at all tokens, as a share of ${most}, the most there can be.`,
     },
   ];

@@ -47,7 +47,7 @@ export class TokenList {
       fragment.append(item);
     }
     this.host.append(fragment);
-    if (following && !prompt) this.host.scrollTop = this.host.scrollHeight;
+    if (following) this.host.scrollTop = this.host.scrollHeight;
   }
 
   /**

@@ -2,7 +2,7 @@
 
 /** @typedef {import("./run.js").Run} Run */
 
-const MOST = 50; // the oldest go first
+const MOST = 20; // the oldest go first
 
 export class History {
   /**
