@@ -71,7 +71,10 @@ def weights(page: Page) -> None:
     page.select_option("[name='a.experts']", "weights")
 
 
-@pytest.mark.parametrize("state", [empty, result, comparison, chat, colours, error, scalings, key, snippet, weights])
+SLOW = pytest.param(colours, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("state", [empty, result, comparison, chat, SLOW, error, scalings, key, snippet, weights])
 def test_no_violations(inspector: Page, state: Callable[[Page], None]) -> None:
     inspector.emulate_media(color_scheme="light", reduced_motion="reduce")
     state(inspector)
