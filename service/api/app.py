@@ -67,6 +67,8 @@ def create_app(
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # web.py has both pages, with files that need no other host
+        redoc_url=None,
     )
     app.state.service = service
     errors.install(app)

@@ -14,6 +14,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 
 MISSING = "no Chromium is installed (Debian: apt-get install chromium)"
 WIDTH = 1440
+ANSWER = ".token:not(.prompt)"  # the tokens of an answer
 SWITCHING_PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # As root there is no sandbox; the others keep the browser from calling its maker's hosts.
@@ -37,6 +38,7 @@ def launch(playwright: Playwright, path: str) -> Browser:
 def new_page(browser: Browser) -> Page:
     """An empty tab in a context of its own."""
     context = browser.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     context.set_default_timeout(PATIENCE_SECONDS * 1000)
     return context.new_page()
 
@@ -50,16 +52,16 @@ def open_inspector(page: Page, running: Server, fragment: str = "") -> Page:
 
 def run(page: Page, button: str = "Generate") -> None:
     """Presses the button, and waits for the end."""
-    page.get_by_role("button", name=button).click()
+    page.get_by_role("button", name=button, exact=True).click()
+    expect(page.locator("#run")).to_be_enabled()
     expect(page.locator("#status")).not_to_have_text("Running…")
 
 
 def copied(page: Page, button: str) -> str:
-    """What a copy button shows; closes the dialog."""
+    """What a copy button puts into the clipboard."""
     page.get_by_role("button", name=button).click()
-    text = page.locator("#snippet-text").input_value()
-    page.keyboard.press("Escape")
-    expect(page.locator("#snippet-dialog")).to_be_hidden()
+    expect(page.locator("#status")).to_contain_text(" copied.")
+    text: str = page.evaluate("() => navigator.clipboard.readText()")
     return text
 
 

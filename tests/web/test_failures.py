@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 from playwright.sync_api import Page, Route, expect
 
-from tests.support.inspector import copied, open_inspector, run
+from tests.support.inspector import ANSWER, copied, open_inspector, run
 from tests.support.server_process import Server
 from tests.support.waiting import wait_for
 
@@ -18,11 +19,11 @@ def test_stop_stops_the_server(inspector: Page, demo_server: Server) -> None:
     inspector.locator("summary", has_text="More sampling").click()
     inspector.check("[name=ignore_eos]")
     inspector.click("#run")
-    expect(inspector.locator(".token").nth(5)).to_be_visible()
+    expect(inspector.locator(ANSWER).nth(5)).to_be_visible()
     inspector.get_by_role("button", name="Stop").click()
     expect(inspector.locator("#status")).to_have_text("X-LoRA: stopped.")
     assert wait_for(lambda: demo_server.metric("xlora_requests_running") == 0)
-    shown = inspector.locator(".token").count()
+    shown = inspector.locator(ANSWER).count()
     expect(inspector.locator(".summary")).to_have_text(f"stopped after {shown} tokens")
     assert 5 < shown < 4000
     inspector.fill("[name=max_tokens]", "5")
@@ -40,7 +41,7 @@ def test_refusal_is_shown_at_its_field(inspector: Page) -> None:
     expect(inspector.locator("[name=max_tokens]")).to_have_attribute("aria-invalid", "true")
     inspector.fill("[name=max_tokens]", "3")
     run(inspector)
-    assert inspector.locator(".token").count() == 3
+    assert inspector.locator(ANSWER).count() == 3
     assert inspector.locator("[aria-invalid]").count() == 0
 
 
@@ -54,10 +55,10 @@ def test_refused_steering_is_shown_at_its_setting(inspector: Page) -> None:
             route.continue_()
 
     inspector.route("**/generate", refuse)
-    inspector.check("[name=compare]")
+    inspector.get_by_role("button", name="Add a setting").click()
     inspector.select_option("[name='b.experts']", "only")
     run(inspector)
-    assert inspector.locator(".result").nth(0).locator(".token").count() > 0, "the other setting goes on"
+    assert inspector.locator(".result").nth(0).locator(ANSWER).count() > 0, "the other setting goes on"
     expect(inspector.locator(".result").nth(1).get_by_role("alert")).to_contain_text("no expert `x`")
     expect(inspector.locator("[name='b.experts']")).to_have_attribute("aria-invalid", "true")
     assert inspector.locator("[aria-invalid]").count() == 1
@@ -80,7 +81,7 @@ def test_error_within_a_stream(inspector: Page) -> None:
     inspector.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     run(inspector)
     expect(inspector.get_by_role("alert")).to_contain_text("the engine has died")
-    assert inspector.locator(".token").count() == 1, "what had come stays"
+    assert inspector.locator(ANSWER).count() == 1, "what had come stays"
 
 
 def test_stream_that_breaks_off(inspector: Page) -> None:
@@ -117,7 +118,7 @@ def test_key_is_asked_for_and_sent(page: Page, demo_server: Server) -> None:
     expect(dialog).to_be_hidden()
     expect(page.locator("#model")).to_have_text("demo")
     run(page)
-    assert page.locator(".token").count() > 0
+    assert page.locator(ANSWER).count() > 0
     snippet = copied(page, "Copy as curl")
     assert "Bearer $XLORA_API_KEY" in snippet
     assert "correct horse" not in snippet
@@ -133,7 +134,7 @@ def test_without_a_key_the_error_is_shown(page: Page, demo_server: Server) -> No
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     expect(page.locator("#status")).to_contain_text("a valid key is needed")
     run(page)  # where only the operator may read /info, the experts' names come with the first answer
-    assert page.locator(".token").count() > 0
+    assert page.locator(ANSWER).count() > 0
     page.select_option("[name='a.experts']", "only")
     expect(page.locator("#setting-a").get_by_role("checkbox")).to_have_count(4)
 
@@ -162,6 +163,7 @@ def test_loading_is_waited_for(page: Page, demo_server: Server) -> None:
 def test_refused_metrics_leave_the_strip_empty(page: Page, demo_server: Server) -> None:
     page.route("**/metrics", lambda route: route.fulfill(status=401, json={"error": REFUSED}))
     open_inspector(page, demo_server)
-    expect(page.locator("#live")).to_have_attribute("title", "no metrics: a valid key is needed")
-    assert page.locator("#live dd").all_inner_texts() == ["–"] * 4
+    figure = page.locator("#live .figure").first
+    expect(figure).to_have_attribute("data-tip", re.compile("^No metrics: a valid key is needed. Requests that "))
+    assert page.locator("[data-live]").all_inner_texts() == ["–"] * 5
     expect(page.get_by_role("dialog")).to_have_count(0)

@@ -14,19 +14,29 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from tests.support.inspector import SWITCHING_PROMPT, copied, exported, exported_json, leaders, open_inspector, run
+from tests.support.inspector import (
+    ANSWER,
+    SWITCHING_PROMPT,
+    copied,
+    exported,
+    exported_json,
+    leaders,
+    open_inspector,
+    run,
+)
 from tests.support.server_process import Server
 
 SWITCHING = {"prompt": SWITCHING_PROMPT, "temperature": 0, "logprobs": 5, "return_scalings": "full"}
 LEGEND_COLOURS = """items => Object.fromEntries(items.map(item => [
-    item.firstChild.nextSibling.textContent.trim(), item.firstChild.style.getPropertyValue('--colour')]))"""
+    item.querySelector('.expert').textContent, item.querySelector('.swatch').style.getPropertyValue('--colour')]))"""
 TOKEN_COLOURS = "tokens => tokens.map(token => token.style.getPropertyValue('--colour'))"
 
 
 def shares_of(page: Page) -> dict[str, int]:
     """The legend: percent of the tokens that each expert leads."""
-    entries = [entry.split() for entry in page.locator(".legend li").all_inner_texts()]
-    return {name: int(percent) for name, percent, *_ in entries}
+    names = page.locator(".legend .expert").all_inner_texts()
+    shares = page.locator(".legend strong").all_inner_texts()
+    return {name: int(share.removesuffix(" %")) for name, share in zip(names, shares, strict=True)}
 
 
 def test_tokens_and_scalings_are_the_servers(written: Page, demo_server: Server) -> None:
@@ -34,7 +44,7 @@ def test_tokens_and_scalings_are_the_servers(written: Page, demo_server: Server)
     _, answer = demo_server.post("/generate", SWITCHING | {"seed": document["request"]["seed"]})
     output = answer["outputs"][0]
     assert [token["id"] for token in document["tokens"]] == output["token_ids"]
-    assert "".join(written.locator(".token").all_text_contents()).removesuffix("</s>") == output["text"]
+    assert "".join(written.locator(ANSWER).all_text_contents()).removesuffix("</s>") == output["text"]
     assert document["scalings"]["experts"] == output["scalings"]["experts"]
     assert np.allclose(document["scalings"]["mean"], output["scalings"]["mean"], atol=1e-4)
     full = np.load(io.BytesIO(base64.b64decode(output["scalings"]["full"])))
@@ -50,7 +60,7 @@ def test_colours_change_where_the_domain_does(written: Page) -> None:
     assert leaders(document) == expected
     colours = written.locator(".legend li").evaluate_all(LEGEND_COLOURS)
     assert len(set(colours.values())) == len(colours) == 4
-    assert written.locator(".token").evaluate_all(TOKEN_COLOURS) == [colours[name] for name in expected]
+    assert written.locator(ANSWER).evaluate_all(TOKEN_COLOURS) == [colours[name] for name in expected]
 
 
 def test_legend_has_the_shares(written: Page) -> None:
@@ -62,7 +72,7 @@ def test_legend_has_the_shares(written: Page) -> None:
 
 def test_pointing_at_a_token_shows_its_weights(written: Page) -> None:
     document = exported_json(written)
-    written.locator(".token").nth(2).hover()
+    written.locator(ANSWER).nth(2).hover()
     detail = written.locator(".detail")
     expect(detail.locator("h3")).to_have_text(f"Token 2 {json.dumps(document['tokens'][2]['text'])}")
     bars = detail.get_by_role("list", name="Weights of the experts").locator(".number").all_inner_texts()
@@ -79,8 +89,10 @@ def test_keyboard_alone(inspector: Page) -> None:
     inspector.locator("[name=prompt]").focus()
     inspector.keyboard.press("Control+Enter")
     expect(inspector.locator("#status")).to_contain_text("tokens.")
-    tokens = inspector.locator(".token")
+    tokens = inspector.locator(ANSWER)
     assert inspector.locator(".token[tabindex='0']").count() == 1, "one stop on the way of the Tab key"
+    inspector.locator("#show-prompt").focus()
+    inspector.keyboard.press("Space")
     inspector.locator(".token[tabindex='0']").focus()
     for key, index in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("Home", 0)):
         inspector.keyboard.press(key)
@@ -97,17 +109,18 @@ def test_keyboard_alone(inspector: Page) -> None:
     expect(inspector.locator(".detail h3")).to_contain_text(f"Token {last} ")
     inspector.keyboard.press("Enter")
     expect(inspector.locator(".sites figcaption")).to_contain_text(f"Sites of token {last} ")
-    expect(inspector.locator(".sites .scroller")).to_be_focused()
+    expect(tokens.nth(last)).to_be_focused()
+    inspector.locator(".sites .scroller").focus()
     inspector.keyboard.press("ArrowRight")
-    expect(inspector.locator(".readout")).to_contain_text("model.layers.0.self_attn.k_proj: ")
+    expect(inspector.locator(".sites .readout")).to_contain_text("model.layers.0.self_attn.k_proj: ")
     inspector.keyboard.press("Escape")
     expect(tokens.nth(last)).to_be_focused()
 
 
 def test_click_shows_the_sites(written: Page) -> None:
     document = exported_json(written)
-    written.locator(".token").nth(34).click()
-    readout = written.locator(".readout").inner_text()
+    written.locator(ANSWER).nth(34).click()
+    readout = written.locator(".sites .readout").inner_text()
     site, weights = readout.split(": ", 1)
     assert site == document["scalings"]["sites"][0]
     shown = dict(pair.split() for pair in weights.split(", "))
@@ -118,27 +131,33 @@ def test_click_shows_the_sites(written: Page) -> None:
 def test_heat_map_has_the_weights(written: Page) -> None:
     """The row of the leader is opaque in its colour, and the column under the pointer is the token it stands for."""
     document = exported_json(written)
-    canvas = written.locator(".map:not(.sites) canvas")
+    canvas = written.locator(".along canvas")
+    written.locator(ANSWER).first.hover()  # the page scrolls there now, and not below
     drawn = canvas.evaluate("canvas => canvas.toDataURL('image/png').split(',')[1]")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn))).convert("RGBA")).astype(int)
     box = canvas.bounding_box()
     assert box is not None
-    cell = min(18, box["width"] / len(document["tokens"]))
+    prompt = len(document["prompt"]["tokens"])
+    cell = min(18, box["width"] / (prompt + len(document["tokens"])))
     for token, row in ((5, 0), (40, 2)):  # math, bio
-        *colour, alpha = pixels[54 + 20 * row + 8, int((token + 0.4) * cell)]
+        *colour, alpha = pixels[54 + 20 * row + 8, int((prompt + token + 0.4) * cell)]
         assert abs(alpha / 255 - document["scalings"]["mean"][token][row]) < 0.02
         assert np.allclose(colour, {0: (0x00, 0x72, 0xB2), 2: (0x00, 0x9E, 0x73)}[row], atol=2)
-    written.mouse.move(box["x"] + 40.4 * cell, box["y"] + 70)
+    written.mouse.move(box["x"] + (prompt + 40.4) * cell, box["y"] + 70)
     expect(written.locator(".detail h3")).to_contain_text("Token 40 ")
     for token in (0, 33, 53):
-        written.locator(".token").nth(token).hover()
+        written.locator(ANSWER).nth(token).hover()
         expect(written.locator(".detail h3")).to_contain_text(f"Token {token} ")
         assert canvas.bounding_box() == box, "the map moves away from under the pointer"
 
 
 def test_csv(written: Page) -> None:
     document = exported_json(written)
-    rows = list(csv.DictReader(io.StringIO(exported(written, "csv").read_bytes().decode())))
+    whole = list(csv.DictReader(io.StringIO(exported(written, "csv").read_bytes().decode())))
+    before, after = len(document["prompt"]["tokens"]), len(document["tokens"])
+    assert [int(row["index"]) for row in whole] == list(range(-before, after))
+    assert whole[0]["leader"] == whole[0]["bio"] == "", "nothing came before the first token"
+    rows = [row for row in whole if int(row["index"]) >= 0]
     assert [row["text"] for row in rows] == [token["text"] for token in document["tokens"]]
     assert [row["leader"] for row in rows] == leaders(document)
     assert np.allclose([float(row["bio"]) for row in rows], np.array(document["scalings"]["mean"])[:, 2])
@@ -148,11 +167,13 @@ def test_csv(written: Page) -> None:
 def test_png(written: Page) -> None:
     """The picture holds every token's column: blue to the line break, green after it."""
     tokens = len(exported_json(written)["tokens"])
+    written.uncheck("#show-prompt")
     picture = np.asarray(Image.open(exported(written, "png")).convert("RGB")).astype(int)
     blue = np.abs(picture - (0x00, 0x72, 0xB2)).sum(axis=2) < 12
     green = np.abs(picture - (0x00, 0x9E, 0x73)).sum(axis=2) < 12
     assert picture.shape[1] >= 2 * 12 * tokens
     maps = slice(2 * 100, None)  # under title, legend and curve
+    written.check("#show-prompt")
     assert blue[maps].any(axis=0).nonzero()[0].max() < green[maps].any(axis=0).nonzero()[0].min()
 
 
@@ -162,7 +183,7 @@ def test_a_link_carries_the_settings(inspector: Page, demo_server: Server) -> No
     inspector.fill("[name=temperature]", "")
     inspector.locator("summary", has_text="More sampling").click()
     inspector.fill("[name=stop]", "END\nSTOP")
-    inspector.check("[name=compare]")
+    inspector.get_by_role("button", name="Add a setting").click()
     inspector.select_option("[name='b.experts']", "exclude")
     inspector.check("[name='b.chosen'][value=bio]")
     link = copied(inspector, "Copy link")
@@ -172,7 +193,7 @@ def test_a_link_carries_the_settings(inspector: Page, demo_server: Server) -> No
     open_inspector(inspector, demo_server, link[link.index("#") :])
     assert inspector.locator("#form").evaluate(values) == before
     expect(inspector.locator("[name='b.chosen'][value=bio]")).to_be_visible()
-    assert inspector.locator(".token").count() == 0, "a link does not run by itself"
+    assert inspector.locator(ANSWER).count() == 0, "a link does not run by itself"
 
 
 @pytest.mark.parametrize("name", ["curl", "Python"])

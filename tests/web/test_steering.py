@@ -7,13 +7,15 @@ may not know the fields yet, the test answers it.
 from __future__ import annotations
 
 import json
+import math
 import re
+from difflib import SequenceMatcher
 from typing import Any
 
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.support.inspector import exported_json, run
+from tests.support.inspector import ANSWER, exported_json, run
 from tests.support.server_process import Server
 
 SETTINGS: dict[str, dict[str, Any] | None] = {
@@ -61,7 +63,7 @@ def test_settings_are_sent_as_the_contract_has_them(inspector: Page, sent: list[
 
 def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
     """Same prompt, same sampling, same seed; only the setting differs. Where the texts part is said and marked."""
-    inspector.check("[name=compare]")
+    inspector.get_by_role("button", name="Add a setting").click()
     inspector.select_option("[name='b.experts']", "base")
     run(inspector)
     first, second = sorted(sent, key=lambda body: "experts" in body)
@@ -71,10 +73,19 @@ def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
     headings = inspector.locator(".result h2").all_inner_texts()
     assert headings == ["A: X-LoRA", "B: base model"]
     ids = [[token["id"] for token in exported_json(inspector, result)["tokens"]] for result in (0, 1)]
-    parted = next(i for i, (ours, theirs) in enumerate(zip(*ids, strict=False)) if ours != theirs)
-    expect(inspector.locator("#status")).to_contain_text(f"The same for {parted} tokens")
-    marked = inspector.locator(".diverges").evaluate_all("tokens => tokens.map(token => Number(token.dataset.index))")
-    assert marked == [parted, parted]
+    differing = []
+    for number, own in enumerate(ids):
+        tokens = inspector.locator(".result").nth(number).locator(ANSWER)
+        differ = tokens.evaluate_all("tokens => tokens.map(token => token.classList.contains('differs'))")
+        differing.append(differ)
+        assert len(differ) == len(own)
+    kept = [[id for id, is_other in zip(*one, strict=True) if not is_other] for one in zip(ids, differing, strict=True)]
+    matcher = SequenceMatcher(None, *ids, autojunk=False)
+    assert kept[0] == kept[1], "what is not marked is in both, in this order"
+    assert len(kept[0]) >= sum(block.size for block in matcher.get_matching_blocks()), "and no token more is marked"
+    assert sum(differing[0]) > 1
+    shared = f"B shares {len(kept[1])} of its {len(ids[1])} tokens with A"
+    expect(inspector.locator("#status")).to_contain_text(shared)
     left, right = (inspector.locator(".result").nth(index).bounding_box() for index in (0, 1))
     assert left
     assert right
@@ -84,7 +95,7 @@ def test_comparison(inspector: Page, sent: list[dict[str, Any]]) -> None:
 
 def test_log_likelihoods_of_a_comparison(inspector: Page, demo_server: Server) -> None:
     """After both have ended, a table: what each setting makes of each text, as the server says it of these tokens."""
-    inspector.check("[name=compare]")
+    inspector.get_by_role("button", name="Add a setting").click()
     inspector.select_option("[name='b.experts']", "base")
     run(inspector)
     documents = [exported_json(inspector, result) for result in (0, 1)]
@@ -98,7 +109,8 @@ def test_log_likelihoods_of_a_comparison(inspector: Page, demo_server: Server) -
     means, sums = answer["log_likelihood"]["per_token"], answer["log_likelihood"]["sum"]
     cells = [(means[judge][text], sums[judge][text]) for judge in (0, 1) for text in (0, 1)]
     for shown, (mean, total) in zip(found, cells, strict=True):
-        assert [float(number) for number in re.findall(r"-?[0-9.]+", shown)] == pytest.approx([mean, total], abs=0.06)
+        expected = [math.exp(-mean), mean, total]
+        assert [float(number) for number in re.findall(r"-?[0-9.]+", shown)] == pytest.approx(expected, abs=0.06)
     assert means[0][0] > means[1][0], "X-LoRA finds its own text likelier than the base does"
     assert inspector.locator(".likelihood .best").count() == 2
     expect(inspector.locator(".likelihood th[scope=row]").first).to_have_text("A: X-LoRA")
@@ -110,10 +122,10 @@ def test_without_log_likelihoods_the_texts_stay(inspector: Page) -> None:
     assert inspector.locator(".likelihood").count() == 0
     body = json.dumps({"error": {"message": "the server is full", "type": "t", "param": None, "code": "overloaded"}})
     inspector.route("**/compare", lambda route: route.fulfill(status=429, body=body, content_type="application/json"))
-    inspector.check("[name=compare]")
+    inspector.get_by_role("button", name="Add a setting").click()
     run(inspector)
-    expect(inspector.locator("#status")).to_contain_text("No log-likelihoods: the server is full")
-    assert inspector.locator(".token").count() > 0
+    expect(inspector.locator("#status")).to_contain_text("No likelihoods: the server is full")
+    assert inspector.locator(ANSWER).count() > 0
     assert inspector.locator(".likelihood").count() == 0
 
 
@@ -129,7 +141,8 @@ def test_rows_without_experts_are_neutral(inspector: Page) -> None:
     inspector.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     run(inspector)
     expect(inspector.locator(".legend li").last).to_contain_text("no expert 100 %")
-    inspector.locator(".token").hover()
+    inspector.locator(ANSWER).hover()
+    expect(inspector.locator(".along")).to_be_hidden()
     expect(inspector.locator(".facts")).to_contain_text("none: no expert acts")
 
 
@@ -137,5 +150,5 @@ def test_one_expert_alone_on_the_server(inspector: Page) -> None:
     inspector.select_option("[name='a.experts']", "only")
     inspector.check("[name='a.chosen'][value=tales]")
     run(inspector)
-    assert inspector.locator(".token").count() > 0
+    assert inspector.locator(ANSWER).count() > 0
     expect(inspector.locator(".legend li").last).to_contain_text("tales 100 %")

@@ -14,7 +14,8 @@ from service.api.middleware.keys import Keys
 from service.api.middleware.record import record_of
 from service.contract.errors import PayloadTooLargeError, RequestError, SlowBodyError, UnauthorizedError
 
-OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/web"})  # the last two are the page that asks for the key
+# All but the probes are pages that ask for the key themselves, and their files.
+OPEN_ROUTES = frozenset({"/livez", "/readyz", "/", "/docs", "/redoc", "/web"})
 ADMIN_ROUTES = frozenset({"/metrics", "/health", "/info", "/gate", "/scalings/log", "/scalings/log.npz"})
 
 _BODY_SECONDS = 60.0

@@ -119,11 +119,15 @@ async def info(service: ServiceDependency) -> Response:
 async def tokenize(
     body: Annotated[TokenizeBody, Body(openapi_examples=TOKENIZE_BODIES)], service: ServiceDependency
 ) -> Response:
-    """As /generate sees a prompt."""
+    """As /generate sees a prompt, and a chat's route its messages."""
     tokenizer, max_model_len = service.tokenizer, service.info.max_model_len
+    text = body.text or ""
+    written = None if body.messages is None else await tokenizer.chat_ids(body.chat())
 
     def answer() -> bytes:
-        ids = tokenizer.tokenize(body.text, body.add_special_tokens is not False, tokenizer.max_tokenized)
+        ids = written
+        if ids is None:
+            ids = tokenizer.tokenize(text, body.add_special_tokens is not False, tokenizer.max_tokenized)
         if ids is None or len(ids) > tokenizer.max_tokenized:
             raise _too_many(tokenizer, "text", f"more than {tokenizer.max_tokenized}" if ids is None else str(len(ids)))
         texts = tokenizer.texts(ids)
@@ -135,7 +139,7 @@ async def tokenize(
         }
         return orjson.dumps(content)
 
-    return _json(await off_loop(answer, tokens=len(body.text)))
+    return _json(await off_loop(answer, tokens=len(text) + len(written or ())))
 
 
 @router.post(

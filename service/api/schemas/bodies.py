@@ -22,7 +22,9 @@ from service.api.schemas.fields import (
     TokenIds,
     XLoraFields,
 )
+from service.api.schemas.messages import MAX_MESSAGES, Message
 from service.api.schemas.sizes import is_list_of, is_prompts
+from service.chat_template import Chat
 
 MAX_SETTINGS = 8  # of one POST /compare
 MAX_TEXTS = 64  # of one POST /scalings
@@ -240,10 +242,27 @@ class ScalingsBody(Body):
 class TokenizeBody(Body):
     """POST /tokenize."""
 
-    text: str = Field(description="Text to split into tokens.")
-    add_special_tokens: bool | None = Field(
-        None, description="As the model's tokenizer does for a prompt; true when absent."
+    meant: ClassVar = frozenset({"text"})  # "" has no tokens
+
+    text: str | None = Field(None, description="Text to split into tokens.")
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] | None = Field(
+        None, description="In place of text: a conversation, written by the model's chat template as for an answer."
     )
+    add_special_tokens: bool | None = Field(
+        None, description="As the model's tokenizer does for a prompt; true when absent. Only with text."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeBody:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("exactly one of text and messages is needed")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise ValueError("add_special_tokens goes with text alone: the chat template writes them itself")
+        return self
+
+    def chat(self) -> Chat:
+        """Return the conversation as the template takes it."""
+        return Chat([message.to_template() for message in self.messages or ()])
 
 
 class DetokenizeBody(Body):

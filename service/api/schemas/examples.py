@@ -164,7 +164,10 @@ SCALINGS_ANSWER: answers.ScalingsAnswer = {
     "entropy": 0.19,
     "usage": {"prompt_tokens": 2, "forward_passes": 1, "scaling_rows": 2},
 }
-TOKENIZE_BODIES: Any = {"text": {"summary": "A text", "value": {"text": "12 + 30 ="}}}
+TOKENIZE_BODIES: Any = {
+    "text": {"summary": "A text", "value": {"text": "12 + 30 ="}},
+    "chat": {"summary": "A conversation", "value": {"messages": [{"role": "user", "content": "12 + 30 ="}]}},
+}
 DETOKENIZE_BODIES: Any = {"ids": {"summary": "Two tokens", "value": {"token_ids": [21, 300]}}}
 
 _AS_USED: openai_answers.AsUsed = {"seed": 7}

@@ -17,6 +17,7 @@ from service.api.schemas.no_effect import NO_EFFECT, CacheControl, Name
 from service.api.schemas.sizes import is_list_of
 from service.api.schemas.tools import ToolCall
 
+MAX_MESSAGES = 1024
 MAX_PARTS = 256
 MAX_CALLS = 128  # of one turn
 

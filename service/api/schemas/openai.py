@@ -20,14 +20,13 @@ from service.api.schemas.fields import (
     SamplingFields,
     XLoraFields,
 )
-from service.api.schemas.messages import Message
+from service.api.schemas.messages import MAX_MESSAGES, Message
 from service.api.schemas.no_effect import NO_EFFECT, CacheControl, Name
 from service.api.schemas.sizes import FINITE, at_most, is_list_of, is_prompts
 from service.api.schemas.tools import MAX_TOOLS, Function, Tool, ToolChoice
 from service.chat_template import Chat
 
 MAX_PROMPTS = 256
-MAX_MESSAGES = 1024
 MAX_METADATA = 16
 MAX_VARIABLES = 64
 # What the template is given in any case, and what would replace it.

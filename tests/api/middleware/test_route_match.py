@@ -27,7 +27,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 USERS = {
     *("/generate", "/compare", "/scalings", "/tokenize", "/detokenize"),
     *("/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name:path}"),
-    *("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"),
+    *("/examples", "/openapi.json"),
 }
 PATCH = b'{"global_scaling_weight": 0.0, "enabled": true}'
 

@@ -52,8 +52,10 @@ def test_everything_but_the_probes_needs_a_key_once_there_is_one(client: ThreadC
                     assert error_of(refused, 401)["code"] == "invalid_api_key"
                     assert refused.headers["www-authenticate"] == "Bearer"
                     assert "401" in operations[method]["responses"]
-        for path in ("/docs", "/openapi.json", "/nowhere"):
+        for path in ("/openapi.json", "/examples", "/nowhere"):
             assert http.get(path).status_code == 401
+        for path in ("/", "/docs", "/redoc", "/web/docs.js"):  # pages that ask for the key themselves
+            assert http.get(path).status_code == 200
         for key in (KEY, OTHER, "third-key-from-env"):
             assert http.post("/generate", json=BODY, headers=bearer(key)).status_code == 200
         for wrong in ("", KEY[:-1], KEY + "x", "# ours", "naïve-naïve"):

@@ -37,6 +37,7 @@ POSTED: list[tuple[str, dict[str, Any]]] = [
     ("/scalings", {"prompt": "Once", "perplexity": True}),
     ("/scalings", {"prompt": ["Once", "upon"], "granularity": "layer"}),
     ("/tokenize", {"text": "Once"}),
+    ("/tokenize", {"messages": [{"role": "user", "content": "Once"}]}),
     ("/detokenize", {"token_ids": [8, 9]}),
 ]
 MODULES = (admin, compare, generate, openai, ops, scalings)

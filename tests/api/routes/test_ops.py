@@ -14,6 +14,7 @@ from service.api.app import create_app
 from service.observability.metrics import Metrics
 from service.settings import Settings
 from tests.api.conftest import ThreadClient, wait_until_ready
+from tests.api.test_errors import error_of
 from tests.support.fake_engine import EXPERTS, SITES
 
 
@@ -72,6 +73,17 @@ def test_tokenize_and_back(http: TestClient) -> None:
     assert http.post("/detokenize", json={"token_ids": answer["token_ids"]}).json() == {"text": "naïve 🙂"}
     assert http.post("/tokenize", json={"text": ""}).json()["token_ids"] == []
     assert http.post("/detokenize", json={"token_ids": [999]}).status_code == 400
+
+
+def test_tokens_of_a_conversation(http: TestClient) -> None:
+    """As a chat's route has them written; text and messages exclude each other."""
+    messages = [{"role": "user", "content": "naïve"}]
+    answer = http.post("/tokenize", json={"messages": messages}).json()
+    assert "".join(token["text"] for token in answer["tokens"]) == "<user>naïve"
+    chat = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert chat["usage"]["prompt_tokens"] == answer["count"]
+    for wrong in ({}, {"text": "a", "messages": messages}, {"messages": messages, "add_special_tokens": True}):
+        assert error_of(http.post("/tokenize", json=wrong), 400)["code"] == "invalid_request", wrong
 
 
 def test_every_route_documents_examples_and_errors(http: TestClient) -> None:

@@ -1,8 +1,9 @@
 /** The form: from its controls to request bodies, and to and from the fragment of a link. */
 
-import { Setting } from "./settings.js";
+import { SettingList } from "./setting_list.js";
 
 /** @typedef {HTMLInputElement|HTMLSelectElement|HTMLTextAreaElement} Control */
+/** @typedef {import("./settings.js").Setting} Setting */
 
 const NUMBERS = [
   "max_tokens",
@@ -16,84 +17,86 @@ const NUMBERS = [
   "seed",
   "logprobs",
 ];
-const TABS = ["generate", "scalings"];
+/** What each tab's main button says. */
+const TABS = { generate: "Generate", chat: "Send", scalings: "Show scalings" };
 
 export class RequestForm {
   /** @param {HTMLFormElement} form */
   constructor(form) {
     this.form = form;
-    this.settings = [
-      new Setting(byId("setting-a"), "a", "Setting"),
-      new Setting(byId("setting-b"), "b", "Second setting"),
-    ];
     this.tab = "generate";
-    this.hasExperts = false;
-    this.#control("compare").addEventListener("change", () => this.update());
-    for (const tab of TABS) byId(`tab-${tab}`).addEventListener("click", () => this.show(tab));
+    this.settings = new SettingList(byId("settings"), /** @type {HTMLButtonElement} */ (byId("add-setting")));
+    for (const tab of Object.keys(TABS)) byId(`tab-${tab}`).addEventListener("click", () => this.show(tab));
     byId("tab-generate").parentElement?.addEventListener("keydown", (event) => this.#onTabKey(event));
+    for (const change of ["input", "change"]) {
+      form.addEventListener(change, ({ target }) => target instanceof Element && target.removeAttribute("aria-invalid"));
+    }
   }
 
   /** @param {string} tab */
   show(tab) {
     this.tab = tab;
-    for (const name of TABS) {
+    for (const name of Object.keys(TABS)) {
       const button = byId(`tab-${name}`);
       button.setAttribute("aria-selected", String(name === tab));
       button.tabIndex = name === tab ? 0 : -1;
       byId(`panel-${name}`).hidden = name !== tab;
     }
-  }
-
-  /** Shows the controls that the present values need. */
-  update() {
-    byId("setting-b").hidden = !this.comparing;
-    for (const setting of this.settings) setting.update();
+    byId("sampling").hidden = tab === "scalings";
+    this.settings.showFirstAlone(tab === "chat");
+    byId("run").textContent = TABS[/** @type {keyof TABS} */ (tab)];
+    this.mark(null, "");
   }
 
   /** @param {{name: string, description?: string}[]} experts */
   setExperts(experts) {
-    for (const setting of this.settings) setting.setExperts(experts);
-    this.hasExperts = experts.length > 0;
+    this.settings.setExperts(experts);
   }
 
-  /** @param {string} text */
-  set prompt(text) {
-    this.#control("prompt").value = text;
-  }
-
-  get comparing() {
-    return /** @type {HTMLInputElement} */ (this.#control("compare")).checked;
+  get hasExperts() {
+    return this.settings.experts.length > 0;
   }
 
   /**
-   * The bodies to send, one per setting, without `stream`.
-   * @returns {{path: string, body: Record<string, any>, setting: Setting|null}[]}
+   * @param {string} name
+   * @param {string} text
    */
-  requests() {
-    if (this.tab === "scalings") {
-      const body = { prompt: this.#control("text").value, return_scalings: "full" };
-      return [{ path: "scalings", body, setting: null }];
-    }
-    const settings = this.comparing ? this.settings : this.settings.slice(0, 1);
-    return settings.map((setting) => ({
-      path: "generate",
-      body: { ...this.#sampling(), ...setting.read() },
-      setting,
-    }));
+  fill(name, text) {
+    this.#control(name).value = text;
   }
 
-  /** @returns {Record<string, any>} */
-  #sampling() {
+  /** @param {string} name */
+  value(name) {
+    return this.#control(name).value;
+  }
+
+  /** @returns {Setting[]} those that count */
+  get asked() {
+    return this.tab === "chat" ? this.settings.all.slice(0, 1) : this.settings.all;
+  }
+
+  /** @returns {Record<string, any>} the body of POST /scalings */
+  scalings() {
+    const likely = /** @type {HTMLInputElement} */ (this.#control("perplexity")).checked;
+    return { prompt: this.value("text"), return_scalings: "full", ...(likely ? { perplexity: true } : {}) };
+  }
+
+  /**
+   * @param {Setting} setting
+   * @returns {Record<string, any>} the body of POST /generate without the prompt
+   */
+  generation(setting) {
     /** @type {Record<string, any>} */
-    const body = { prompt: this.#control("prompt").value };
+    const body = {};
     for (const name of NUMBERS) {
-      const { value } = this.#control(name);
+      const value = this.value(name);
       if (value !== "") body[name] = Number(value);
     }
-    const stop = this.#control("stop").value.split("\n").filter(Boolean);
+    const stop = this.value("stop").split("\n").filter(Boolean);
     if (stop.length) body.stop = stop;
     if (/** @type {HTMLInputElement} */ (this.#control("ignore_eos")).checked) body.ignore_eos = true;
-    return { ...body, return_scalings: this.#control("return_scalings").value };
+    const rows = this.value("scalings_start") === "0" ? { scalings_start: 0 } : {};
+    return { ...body, return_scalings: this.value("return_scalings"), ...rows, ...setting.read() };
   }
 
   /**
@@ -114,7 +117,7 @@ export class RequestForm {
    * @param {string} prefix  of the setting that was refused
    */
   mark(param, prefix) {
-    for (const control of this.#controls()) control.removeAttribute("aria-invalid");
+    for (const control of this.#controls()) if (!param) control.removeAttribute("aria-invalid");
     if (!param) return;
     const own = `${prefix}.${param.startsWith("experts") ? "experts" : param}`;
     const refused = this.#controls().find(
@@ -129,6 +132,7 @@ export class RequestForm {
   fragment() {
     const parts = new URLSearchParams();
     if (this.tab !== "generate") parts.append("tab", this.tab);
+    if (this.settings.all.length > 1) parts.append("settings", this.settings.letters);
     for (const control of this.#controls()) {
       if (isBox(control) ? control.checked : control.value !== defaultOf(control))
         parts.append(control.name, control.value);
@@ -140,13 +144,14 @@ export class RequestForm {
   restore(fragment) {
     const parts = new URLSearchParams(fragment);
     this.form.reset();
+    this.settings.reset(parts.get("settings") ?? "a");
     for (const control of this.#controls()) {
       if (isBox(control)) control.checked = parts.getAll(control.name).includes(control.value);
       else if (parts.has(control.name)) control.value = parts.get(control.name) ?? "";
     }
     const tab = parts.get("tab") ?? "";
-    this.show(TABS.includes(tab) ? tab : "generate");
-    this.update();
+    this.settings.update();
+    this.show(tab in TABS ? tab : "generate");
   }
 
   /** @param {string} name */
@@ -161,8 +166,10 @@ export class RequestForm {
 
   /** @param {KeyboardEvent} event */
   #onTabKey(event) {
-    if (!["ArrowLeft", "ArrowRight"].includes(event.key)) return;
-    this.show(TABS[1 - TABS.indexOf(this.tab)]);
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    const names = Object.keys(TABS);
+    this.show(names[(names.indexOf(this.tab) + by + names.length) % names.length]);
     byId(`tab-${this.tab}`).focus();
   }
 }

@@ -4,6 +4,23 @@
  * @typedef {{url: string, body: object, withKey: boolean}} Call
  */
 
+/** Fields of POST /generate that are in the object `xlora` of OpenAI's routes. */
+const OURS = ["return_scalings", "scalings_start", "experts", "gate"];
+
+/**
+ * A chat as OpenAI's route takes it.
+ * @param {object[]} messages
+ * @param {Record<string, any>} generation  fields of POST /generate
+ * @returns {{path: string, body: object}}
+ */
+export function chatCall(messages, { logprobs, ...generation }) {
+  const entries = Object.entries(generation);
+  const xlora = Object.fromEntries(entries.filter(([name]) => OURS.includes(name)));
+  const sampling = Object.fromEntries(entries.filter(([name]) => !OURS.includes(name)));
+  const likely = logprobs === undefined ? {} : { logprobs: true, top_logprobs: logprobs };
+  return { path: "v1/chat/completions", body: { messages, ...sampling, ...likely, xlora } };
+}
+
 /**
  * @param {Call} call
  * @returns {string} a shell command

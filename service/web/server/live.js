@@ -29,11 +29,25 @@ export class LiveStrip {
       const sample = { at: performance.now(), values: parse(await this.read()) };
       this.#show(sample, this.last ?? sample);
       this.last = sample;
-      this.host.title = "";
+      this.#explain("");
     } catch (error) {
       this.last = null;
-      for (const cell of this.host.querySelectorAll("dd")) cell.textContent = "–";
-      this.host.title = `no metrics: ${/** @type {Error} */ (error).message}`;
+      for (const cell of this.host.querySelectorAll("[data-live]:not([data-live=forward])")) cell.textContent = "–";
+      this.#explain(`No metrics: ${/** @type {Error} */ (error).message}.`);
+    }
+  }
+
+  /** @param {number} tokens  of the last answer, per forward pass */
+  showLast(tokens) {
+    this.#set("forward", tokens.toFixed(2));
+  }
+
+  /** @param {string} reason  why there are no figures */
+  #explain(reason) {
+    for (const figure of this.host.querySelectorAll("button")) {
+      const { meaning = figure.dataset.tip ?? "" } = figure.dataset;
+      figure.dataset.meaning = meaning;
+      figure.dataset.tip = [reason, meaning].filter(Boolean).join(" ");
     }
   }
 

@@ -1,9 +1,12 @@
-/** The text as a list of tokens, coloured by their leading expert; one of them takes the focus, arrows move it. */
+/** The text as a list of tokens in colours; one of them takes the focus, arrows move it. Scrolls itself, never the page. */
 
-import { colourOf, lineOf } from "./palette.js";
-import { sharesOf } from "./gate.js";
+/**
+ * @typedef {import("../gate/gate.js").Row} Row
+ * @typedef {import("../gate/colouring.js").Paint} Paint
+ */
 
-/** @typedef {import("./gate.js").Row} Row */
+const STRONGEST = 45; // percent of a colour behind a token: its text stays readable in both themes
+const DIMMED = 0.5; // of the prompt's
 
 export class TokenList {
   /**
@@ -15,26 +18,60 @@ export class TokenList {
     this.handlers = handlers;
     /** @type {HTMLElement[]} */
     this.items = [];
+    this.first = 0; // of those that are shown
     this.current = 0;
     /** @type {number|null} */
     this.picked = null;
+    /** @type {number|null} */
+    this.active = null;
     this.#listen();
   }
 
   /**
    * @param {Row[]} rows
-   * @param {string[]} experts
+   * @param {boolean} prompt  whether they are the prompt's
    */
-  append(rows, experts) {
+  append(rows, prompt) {
     const following = this.host.scrollTop + this.host.clientHeight >= this.host.scrollHeight - 4;
     const fragment = document.createDocumentFragment();
-    for (const row of rows) {
-      const item = this.#item(row, experts);
+    for (const { token } of rows) {
+      const item = document.createElement("span");
+      item.className = token.text.startsWith("\n") ? "token newline" : token.text ? "token" : "token partial";
+      item.classList.toggle("prompt", prompt);
+      item.textContent = token.text;
+      item.role = "option";
+      item.tabIndex = -1;
+      item.dataset.index = String(this.items.length);
+      item.setAttribute("aria-selected", "false");
       this.items.push(item);
       fragment.append(item);
     }
     this.host.append(fragment);
     if (following) this.host.scrollTop = this.host.scrollHeight;
+  }
+
+  /**
+   * @param {number} index
+   * @param {Paint} paint
+   * @param {string} spoken  what a screen reader says beside the text
+   */
+  paint(index, { colour, strength, line }, spoken) {
+    const item = this.items[index];
+    const most = item.classList.contains("prompt") ? STRONGEST * DIMMED : STRONGEST;
+    item.style.setProperty("--colour", colour);
+    item.style.setProperty("--strength", `${most * strength}%`);
+    item.style.borderBottomStyle = line;
+    item.setAttribute("aria-label", `${inWords(item.textContent ?? "")}, ${spoken}`);
+  }
+
+  /** @param {number} first  the first that is shown */
+  begin(first) {
+    this.first = first;
+    this.host.classList.toggle("answer-only", first > 0);
+    const old = this.items[this.current];
+    if (old) old.tabIndex = -1;
+    this.current = Math.max(this.current, first);
+    if (this.items[this.current]) this.items[this.current].tabIndex = 0;
   }
 
   /**
@@ -47,8 +84,23 @@ export class TokenList {
     this.items[this.current].tabIndex = -1;
     this.current = index;
     this.items[index].tabIndex = 0;
-    if (focus) this.items[index].focus();
-    else this.items[index].scrollIntoView({ block: "nearest" });
+    if (focus) this.items[index].focus({ preventScroll: true });
+    this.reveal(index);
+  }
+
+  /** @param {number|null} index  the one that something points at */
+  mark(index) {
+    if (this.active !== null) this.items[this.active]?.classList.remove("active");
+    this.active = index;
+    if (index !== null) this.items[index]?.classList.add("active");
+  }
+
+  /** @param {number} index  scrolls the text, not the page, until the token is in view */
+  reveal(index) {
+    const { host } = this;
+    const { offsetTop: top, offsetHeight: height } = this.items[index];
+    if (top < host.scrollTop) host.scrollTop = top - height;
+    else if (top + height > host.scrollTop + host.clientHeight) host.scrollTop = top + 2 * height - host.clientHeight;
   }
 
   /** @param {number} index */
@@ -58,31 +110,13 @@ export class TokenList {
     this.items[index].setAttribute("aria-selected", "true");
   }
 
-  /** @param {number} index  where this text leaves the one it is compared with */
-  markDivergence(index) {
-    this.items[index]?.classList.add("diverges");
-  }
-
-  /**
-   * @param {Row} row
-   * @param {string[]} experts
-   */
-  #item({ token, weights, lead }, experts) {
-    const item = document.createElement("span");
-    const share = lead < 0 ? 0 : sharesOf(weights)[lead];
-    const least = 1 / Math.max(experts.length, 2);
-    item.className = token.text.startsWith("\n") ? "token newline" : token.text ? "token" : "token partial";
-    item.textContent = token.text;
-    item.role = "option";
-    item.tabIndex = this.items.length ? -1 : 0;
-    item.dataset.index = String(this.items.length);
-    item.setAttribute("aria-selected", "false");
-    const leader = lead < 0 ? "no expert" : `${experts[lead]} ${Math.round(share * 100)} percent`;
-    item.setAttribute("aria-label", `${spoken(token.text)}, ${leader}`);
-    item.style.setProperty("--colour", colourOf(lead));
-    item.style.setProperty("--strength", `${lead < 0 ? 0 : 12 + (33 * Math.max(share - least, 0)) / (1 - least)}%`);
-    item.style.borderBottomStyle = lineOf(lead);
-    return item;
+  /** @param {Iterable<number>} indices  where this text differs from the one it is compared with */
+  markDifferences(indices) {
+    for (const index of indices) {
+      const item = this.items[index];
+      item?.classList.add("differs");
+      item?.setAttribute("aria-description", "differs");
+    }
   }
 
   #listen() {
@@ -101,7 +135,9 @@ export class TokenList {
     });
     host.addEventListener("click", (event) => {
       const index = indexOf(event);
-      if (index !== null) handlers.onPick(index);
+      if (index === null) return;
+      this.move(index, { focus: true });
+      handlers.onPick(index);
     });
     host.addEventListener("keydown", (event) => this.#onKey(event));
   }
@@ -126,7 +162,7 @@ export class TokenList {
     const last = this.items.length - 1;
     switch (key) {
       case "ArrowLeft":
-        return Math.max(this.current - 1, 0);
+        return Math.max(this.current - 1, this.first);
       case "ArrowRight":
         return Math.min(this.current + 1, last);
       case "ArrowUp":
@@ -134,7 +170,7 @@ export class TokenList {
       case "ArrowDown":
         return this.#onNextLine(1);
       case "Home":
-        return 0;
+        return this.first;
       case "End":
         return last;
       default:
@@ -150,7 +186,7 @@ export class TokenList {
     const from = this.items[this.current];
     let best = this.current;
     let line = null;
-    for (let index = this.current + step; this.items[index]; index += step) {
+    for (let index = this.current + step; index >= this.first && this.items[index]; index += step) {
       const { offsetTop, offsetLeft } = this.items[index];
       if (offsetTop === from.offsetTop) continue;
       line ??= offsetTop;
@@ -168,7 +204,7 @@ export class TokenList {
  * @param {string} text
  * @returns {string} what a screen reader can say
  */
-function spoken(text) {
+function inWords(text) {
   if (text === "") return "no text";
   if (/^\n+$/.test(text)) return "line break";
   return text.trim() || "space";

@@ -9,18 +9,26 @@
 export class Setting {
   /**
    * @param {HTMLElement} host
-   * @param {string} prefix  "a" or "b"
-   * @param {string} title
+   * @param {string} prefix  "a" to "h"
+   * @param {(setting: Setting) => void} onRemove
    */
-  constructor(host, prefix, title) {
+  constructor(host, prefix, onRemove) {
     const template = /** @type {HTMLTemplateElement} */ (document.getElementById("setting-template"));
-    host.append(template.content.cloneNode(true));
+    host.replaceChildren(template.content.cloneNode(true));
     this.host = host;
     this.prefix = prefix;
-    /** @type {HTMLElement} */ (host.querySelector("legend")).textContent = title;
+    const remove = /** @type {HTMLButtonElement} */ (host.querySelector("button.remove"));
+    remove.hidden = prefix === "a"; // there is always one
+    remove.setAttribute("aria-label", `Remove setting ${prefix.toUpperCase()}`);
+    remove.addEventListener("click", () => onRemove(this));
     for (const control of this.#named()) control.name = `${prefix}.${control.dataset.name}`;
     this.mode = /** @type {HTMLSelectElement} */ (host.querySelector("select"));
     this.mode.addEventListener("change", () => this.update());
+  }
+
+  /** @param {string} title */
+  set title(title) {
+    /** @type {HTMLElement} */ (this.host.querySelector("legend")).textContent = title;
   }
 
   /**
@@ -99,7 +107,7 @@ export class Setting {
     const input = document.createElement("input");
     Object.assign(input, { type, name, defaultValue: value, step: "any", placeholder: "0" });
     label.className = type === "checkbox" ? "check" : "field";
-    label.title = expert.description ?? "";
+    label.dataset.tip = [expert.name, expert.description].filter(Boolean).join(": ");
     label.append(...(type === "checkbox" ? [input, ` ${expert.name}`] : [`${expert.name} `, input]));
     return label;
   }

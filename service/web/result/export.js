@@ -1,12 +1,12 @@
 /** What a result can be saved as: JSON, CSV, and a picture of its maps. */
 
-import { drawMap, heightOf } from "./heatmap.js";
-import { colourOf } from "./palette.js";
+import { colourOf } from "../gate/palette.js";
+import { drawMap, heightOf } from "./drawing.js";
 
 /**
- * @typedef {import("./gate.js").GatedText} GatedText
- * @typedef {import("./heatmap.js").MapData} MapData
- * @typedef {import("./heatmap.js").Inks} Inks
+ * @typedef {import("../gate/gate.js").GatedText} GatedText
+ * @typedef {import("./drawing.js").MapData} MapData
+ * @typedef {import("./drawing.js").Inks} Inks
  */
 
 // Of the picture, in CSS pixels; RATIO real ones each. Browsers refuse canvases with sides over LARGEST real pixels.
@@ -19,35 +19,44 @@ const [CELL, COLUMNS, MARGIN, HEAD, LINE_GAP, LEAST_WIDTH] = [12, 100, 16, 48, 1
  * @returns {Blob}
  */
 export function asJson(text, about) {
-  const { experts, sites, rows } = text;
+  const { experts, sites, rows, prompt } = text;
+  const own = { experts, sites, ...rowsOf(text, rows.slice(prompt)) };
+  const tokens = rows.map((row) => row.token);
+  const document = { ...about, tokens: tokens.slice(prompt), scalings: own };
+  const before = { tokens: tokens.slice(0, prompt), scalings: rowsOf(text, rows.slice(0, prompt)) };
+  return new Blob([JSON.stringify(prompt ? { ...document, prompt: before } : document)], { type: "application/json" });
+}
+
+/**
+ * @param {GatedText} text
+ * @param {GatedText["rows"]} rows
+ * @returns {object} their part of the scalings; null for a token without a row
+ */
+function rowsOf({ experts, sites }, rows) {
   const size = experts.length;
   const full = rows.map(
     ({ full }) => full && sites.map((_, site) => [...full.subarray(site * size, (site + 1) * size)]),
   );
-  const scalings = {
-    experts,
-    sites,
-    mean: rows.map((row) => row.weights),
+  return {
+    mean: rows.map((row) => (row.known ? row.weights : null)),
     entropy: rows.map((row) => row.entropy),
-    ...(full.every(Boolean) ? { full } : {}),
+    ...(full.some(Boolean) ? { full } : {}),
   };
-  const document = { ...about, tokens: rows.map((row) => row.token), scalings };
-  return new Blob([JSON.stringify(document)], { type: "application/json" });
 }
 
 /**
- * One line per token.
+ * One line per token; the prompt's have negative indices.
  * @param {GatedText} text
  * @returns {Blob}
  */
-export function asCsv({ experts, rows }) {
+export function asCsv({ experts, rows, prompt }) {
   const head = ["index", "id", "text", "leader", ...experts, "entropy_nats", "logprob"];
-  const lines = rows.map(({ token, weights, entropy, lead }, index) => [
-    index,
+  const lines = rows.map(({ token, weights, entropy, lead, known }, index) => [
+    index - prompt,
     token.id,
     token.text,
     lead < 0 ? "" : experts[lead],
-    ...weights,
+    ...weights.map((weight) => (known ? weight : "")),
     entropy ?? "",
     token.logprob ?? "",
   ]);
@@ -83,7 +92,7 @@ export async function asPng(data, { title, inks, background }) {
   context.fillStyle = inks.ink;
   context.font = "600 14px system-ui, sans-serif";
   context.fillText(title, 0, 12);
-  drawLegend(context, data.experts, inks);
+  drawLegend(context, data.names, inks);
   context.translate(0, HEAD);
   for (let first = 0; first < data.columns; first += perLine) {
     drawMap(context, data, { first, last: Math.min(first + perLine, data.columns), cell: CELL, inks });

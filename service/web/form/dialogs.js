@@ -26,11 +26,11 @@ export function askForKey(reason) {
 }
 
 /**
- * Copies a text, and shows it: where the page may not write to the clipboard (plain http), the user copies it.
+ * Shows a text that the browser does not let the page copy, selected, for the user to copy.
  * @param {string} title
  * @param {string} text
  */
-export async function showSnippet(title, text) {
+export function showSnippet(title, text) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("snippet-dialog"));
   const area = /** @type {HTMLTextAreaElement} */ (byId("snippet-text"));
   byId("snippet-title").textContent = title;
@@ -38,12 +38,5 @@ export async function showSnippet(title, text) {
   byId("snippet-close").onclick = () => dialog.close();
   dialog.showModal();
   area.select();
-  const note = byId("snippet-note");
-  note.textContent = "";
-  try {
-    await navigator.clipboard.writeText(text);
-    note.textContent = "Copied.";
-  } catch {
-    note.textContent = "The browser does not let this page copy; the text is selected, press Ctrl+C.";
-  }
+  byId("snippet-note").textContent = "The browser does not let this page copy; the text is selected, press Ctrl+C.";
 }

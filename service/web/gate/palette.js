@@ -5,6 +5,9 @@ const LINES = ["solid", "dashed", "dotted", "double"];
 
 /** The colour of no expert. */
 export const NEUTRAL = "#8a8f98";
+/** What is no expert's: how undecided the gate is, and how unexpected a token. */
+export const ENTROPY = "#7b5cc9";
+export const SURPRISAL = "#c4452f";
 
 /**
  * @param {number} expert  index; -1 is no expert
@@ -15,10 +18,18 @@ export function colourOf(expert) {
 }
 
 /**
- * A second mark beside the colour: the line under a token tells experts apart whose colours repeat.
+ * @param {number} expert
+ * @returns {number} how often the colours have been used up before it: 0 for the first eight
+ */
+export function cycleOf(expert) {
+  return expert < 0 ? 0 : Math.floor(expert / COLOURS.length);
+}
+
+/**
+ * A second mark beside the colour: the line under a token tells experts apart whose colours repeat. In maps it is stripes.
  * @param {number} expert
  * @returns {string} a CSS border style
  */
 export function lineOf(expert) {
-  return expert < 0 ? "none" : LINES[Math.floor(expert / COLOURS.length) % LINES.length];
+  return expert < 0 ? "none" : LINES[cycleOf(expert) % LINES.length];
 }
