@@ -5,12 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import attrgetter
 
 from torch import Tensor
 
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.gate import batch_gate
+from service.engine.gate.batch_gate import dummy_slot
 from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Stream
 from service.engine.slots import gate_slots, stream_slots
@@ -49,6 +51,7 @@ class BatchBuilder:
         row_count = segments[-1].row + segments[-1].count
         grouped = _attention_groups(segments)
         tables = [self._block_table(group) for group in grouped]
+        own_gates = [one for one in scheduled if one.sequence.has_own_gate]
         values = array("q", chain(*self._lines(segments, scaling_rows, row_count), logit_rows))
         for table in tables:
             values += table
@@ -59,9 +62,9 @@ class BatchBuilder:
             scaling_rows,
             logit_index,
             [],
-            any(one.scaling_count and one.sequence.gate.dummy_row is not None for one in scheduled),
-            batch_gate.given_rows(scheduled, self._cache, self._sites),
-            batch_gate.parameters(scheduled, row_count, self._cache.gate_rows.shape[2], self._device),
+            any(one.scaling_count and one.sequence.gate.dummy_row is not None for one in own_gates),
+            batch_gate.given_rows(own_gates, self._cache, self._sites),
+            batch_gate.parameters(own_gates, row_count, self._cache.gate_rows.shape[2], self._device),
         )
         batch.groups = [_group(group, batch.positions, table) for group, table in zip(grouped, views, strict=True)]
         return batch
@@ -75,17 +78,16 @@ class BatchBuilder:
         read_from: list[int] = []
         write_to: list[int] = []
         for s in segments:
-            sequence = s.scheduled.sequence
-            if s.count == 1 and s.start < sequence.gate_end and sequence.generates:
-                position, blocks = s.start, s.stream.blocks
-                known = len(sequence.tokens)
+            sequence, position = s.scheduled.sequence, s.start
+            if s.count == 1 and position < sequence.gate_end and sequence.generates:  # most rows of most steps
+                known, block, offset = len(sequence.tokens), position // size, position % size
                 ids.append(sequence.tokens[position] if position < known else sequence.drafts[position - known])
                 positions.append(position)
-                slot = blocks[position // size] * size + position % size
+                slot = s.stream.blocks[block] * size + offset
                 kv_slots.append(slot)
                 if s.is_scaling:
-                    read_from.append(batch_gate.dummy_slot(cache, sequence))
-                    write_to.append(sequence.real.blocks[position // size] * size + position % size)
+                    read_from.append(dummy_slot(cache, sequence) if sequence.has_own_gate else cache.dummy_slot)
+                    write_to.append(sequence.real.blocks[block] * size + offset)
                 else:
                     read_from.append(slot)
                     write_to.append(scratch)
@@ -97,7 +99,7 @@ class BatchBuilder:
                 read_from += gate_slots(sequence, s.start, s.count, size)
                 write_to += [scratch] * s.count
                 continue
-            read_from += [batch_gate.dummy_slot(cache, sequence)] * s.count
+            read_from += [dummy_slot(cache, sequence)] * s.count
             if sequence.generates:
                 write_to += stream_slots(sequence.real, s.start, s.count, size)
             else:
@@ -139,21 +141,25 @@ def _logit_rows(scheduled: list[ScheduledSequence]) -> list[int]:
     rows: list[int] = []
     for one in scheduled:
         one.logit_row = len(rows)
-        real, scaling = one.real_row - one.real_start, one.scaling_row - one.scaling_start
-        rows += range(real + one.real_end - one.samples, real + one.real_end)
-        rows += range(scaling + one.predict_start - 1, scaling + one.predict_start - 1 + one.predict_count)
-        rows += range(real + one.scores.start, real + one.scores.stop) if one.scores else ()
+        end = one.real_row + one.real_count
+        rows += range(end - one.samples, end)
+        if one.predict_count:
+            first = one.scaling_row + one.predict_start - 1 - one.scaling_start
+            rows += range(first, first + one.predict_count)
+        if one.scores:
+            first = one.real_row - one.real_start
+            rows += range(first + one.scores.start, first + one.scores.stop)
     return rows
 
 
 def _attention_groups(segments: list[Segment]) -> list[list[Segment]]:
     """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
     groups: list[list[Segment]] = []
-    for segment in segments:
-        if groups and segment.count == groups[-1][0].count <= _MAX_SHARED_QUERIES:
-            groups[-1].append(segment)
+    for count, neighbours in groupby(segments, attrgetter("count")):
+        if count <= _MAX_SHARED_QUERIES:
+            groups.append(list(neighbours))
         else:
-            groups.append([segment])
+            groups += [[segment] for segment in neighbours]
     return groups
 
 

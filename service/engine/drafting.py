@@ -38,6 +38,10 @@ class Drafter:
         """A draft has been compared with what was sampled."""
         self.rate += _WEIGHT * (right - self.rate)
 
+    def pays(self, likelihood: float, needed: float) -> bool:
+        """Whether `length` is more than 0, where there is room."""
+        return likelihood * self.rate >= needed or self.idle_tokens >= _PROBE_TOKENS
+
     def length(self, likelihood: float, needed: float, most: int) -> int:
         """How many more drafts pay, at most `most`, after drafts that are right with probability `likelihood`.
 
@@ -61,6 +65,11 @@ class NgramIndex:
         self._tokens = tokens
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its latest occurrence
         self._indexed = 0  # n-grams that end before this position or at it are in
+
+    def repeats(self, drafts: Sequence[int]) -> bool:
+        """Whether the last two tokens of the text + `drafts` have occurred in it before: else nothing can be copied."""
+        self._index()
+        return (*self._tokens[-2:], *drafts)[-2:] in self._after
 
     def continuation(self, drafts: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens to follow the text + `drafts`; none where its last two tokens are new.

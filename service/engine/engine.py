@@ -22,7 +22,7 @@ from service.checkpoint.weights.weight_files import WeightFiles
 from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.output import Failure, FinishReason, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.contract.output import Failure, SequenceOutput, StepOutput, StepStats, TokenOutput
 from service.contract.request import Request
 from service.contract.steering import GateSettings
 from service.engine.block_manager import BlockManager
@@ -321,18 +321,10 @@ class Engine:
             return
         for count, token in enumerate(result.tokens, start=1):
             drafted = sequence.accept(token)
-            result.finish_reason = self._finish_reason(sequence, token)
+            result.finish_reason = sequence.reason_to_end(token)
             if result.finish_reason is not None or not drafted:
                 del result.tokens[count:]
                 return
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        """Whether a sequence ends with the token it has just accepted."""
-        if token in sequence.ends:
-            return "stop"
-        if sequence.grammar is not None and sequence.grammar.finished:
-            return "stop"
-        return "length" if sequence.output_len >= sequence.sampling.max_tokens else None
 
 
 def _output(

@@ -125,9 +125,11 @@ class Scheduler:
         """Caches the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
         if not sequence.generates:
             return
-        size = self.blocks.block_size
+        size, known = self.blocks.block_size, len(sequence.tokens)
         scaling, real = sequence.scaling, sequence.real
-        full = min(scaling.computed, len(sequence.tokens)) // size
+        if known < size * (1 + min(scaling.cached, real.cached)) and not sequence.scaling_ended:
+            return  # no block has become full
+        full = min(scaling.computed, known) // size
         if full > scaling.cached:
             self._cache_blocks(scaling, sequence.tokens, full)
         full = min(sequence.final, sequence.gate_row_end) // size
@@ -173,10 +175,12 @@ class Scheduler:
 
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
-        needed = self._worth[0 if sequence.scaling_ended else 1]
+        if not sequence.repeats:
+            return
         most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
         if most <= 0:
             return
+        needed = self._worth[0 if sequence.scaling_ended else 1]
         count = sequence.prompt_lookup.length(sequence.likelihood(0), needed, most)
         end = sequence.len_with_drafts + count
         if count and self._missing(sequence, end, end) <= self.blocks.free:
@@ -207,8 +211,8 @@ class Scheduler:
         """The scaling pass predicts the token after the last draft, and checks looked-up ones, where either pays."""
         sequence, end = one.sequence, one.scaling_end
         likelihood = sequence.likelihood(one.samples)  # its row is run once this step's samples have agreed
-        pays = sequence.lookahead.length(likelihood, self._worth[0], min(1, sequence.room_for_drafts))
-        if end < drafts_end or pays:
+        pays = sequence.lookahead.pays(likelihood, self._worth[0])
+        if end < drafts_end or (pays and sequence.room_for_drafts > 0):
             end += 1
         start = max(known, one.scaling_start + 1)
         if sequence.prompt_lookup.rate > sequence.lookahead.rate:  # its word would not count

@@ -10,7 +10,6 @@ No torch.
 
 from __future__ import annotations
 
-import math
 import sys
 from array import array
 from collections import Counter
@@ -18,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.contract.output import SequenceUsage
+from service.contract.output import FinishReason, SequenceUsage
 from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.drafting import Drafter, NgramIndex
@@ -81,6 +80,7 @@ class Sequence:
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
     drafts_end: bool = False  # no more are made: one may have made a row of the text not finite
+    has_own_gate: bool = field(init=False)  # other than the checkpoint's, in any respect
     generates: bool = field(init=False)  # False for a scaling pass alone (POST /scalings): it has no real stream
     takes_argmax: bool = field(init=False)  # of the logits as they are, as long as there is no grammar
     scores_only: bool = field(init=False)  # its tokens are all given, and the last one needs no row
@@ -95,6 +95,7 @@ class Sequence:
         freeze_after = self.request.freeze_after
         sampling = self.request.sampling
         score_from = self.request.score_from
+        self.has_own_gate = self.gate != CHECKPOINT_GATE or self.request.steering is not None
         self.generates = sampling is not None
         self.takes_argmax = sampling is not None and sampling.is_greedy and not sampling.needs_history
         self.scores_only = score_from is not None
@@ -193,9 +194,15 @@ class Sequence:
 
     def likelihood(self, verified: int) -> float:
         """The probability, by their drafters' records, that all drafts are right once the first `verified` are."""
-        if verified >= len(self.drafters):
-            return 1.0
-        return math.prod(drafter.rate for drafter in self.drafters[verified:])
+        likelihood = 1.0
+        for drafter in self.drafters[verified:]:
+            likelihood *= drafter.rate
+        return likelihood
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its last tokens, or drafts, have occurred in it before."""
+        return self._ngrams.repeats(self.drafts)
 
     # -- drafts are made, verified, dropped -------------------------------------------------------------------------
 
@@ -246,6 +253,12 @@ class Sequence:
         self.lookahead.idle_tokens += 1
         self.prompt_lookup.idle_tokens += 1
         return right
+
+    def reason_to_end(self, token: int) -> FinishReason | None:
+        """Why it ends with `token`, which it has just accepted; None where it goes on."""
+        if token in self.ends or (self.grammar is not None and self.grammar.finished):
+            return "stop"
+        return "length" if len(self.tokens) > self.draft_end else None
 
     def give_up_drafts(self) -> None:
         """Drops every draft."""

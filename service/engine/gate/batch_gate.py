@@ -56,16 +56,17 @@ def given_rows(
 
 
 def parameters(
-    scheduled: Iterable[ScheduledSequence], rows: int, experts: int, device: torch.device
+    scheduled: SequenceOf[ScheduledSequence], rows: int, experts: int, device: torch.device
 ) -> GateParameters | None:
-    """How each of a batch's rows wants its gate; None where all want the checkpoint's."""
-    own = [one for one in scheduled if one.sequence.request.steering is not None or one.sequence.gate.weight != 1.0]
-    if not own:
+    """How each of a batch's rows wants its gate, where only `scheduled` may want another than the checkpoint's. None
+    where they want that as well.
+    """
+    if not scheduled:
         return None
     temperature, top_k, weight = [0.0] * rows, [0] * rows, [1.0] * rows
     excluded = bytearray(rows * experts)
     found = False
-    for one in own:
+    for one in scheduled:
         steering, factor = one.sequence.request.steering, one.sequence.gate.weight
         if factor != 1.0:
             found = True
