@@ -42,6 +42,8 @@ TINY = {
     "steering": ["--requests", "4", "--tokens", "4", "--repeats", "1"],
     "one_request": ["--repeats", "1"],
     "ways": [],
+    "host": ["--sequences", "1", "3", "--device-ms", "1", "--tokens", "4"],
+    "in_process": ["--prompts", "6", "--tokens", "4", "--repeats", "1"],
     "linear": ["--outputs", "512", "--inputs", "256", "--repeats", "2"],
     "real_size": ["--layers", "1", "--scale", "32", "--tokens", "3", "--repeats", "1"],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
