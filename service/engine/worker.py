@@ -61,6 +61,9 @@ class EngineSurface(Protocol):
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
 
+    def wait(self) -> None:
+        """Returns once step() has no device to wait for."""
+
     def step(self) -> StepOutput:
         """One forward pass."""
 
@@ -130,6 +133,7 @@ class Worker:
 
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
+            engine.wait()  # what comes meanwhile is in time for the next launch
             messages = self._receive(wait=not engine.has_work())
             failed = [output for message in messages for output in self._apply(engine, message)]
             if engine.has_work():

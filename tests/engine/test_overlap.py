@@ -17,7 +17,7 @@ from service.contract.output import GateStats, StepOutput
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.model_runner import OutOfMemory
+from service.engine.out_of_memory import OutOfMemory
 from tests.engine.gate.test_scalings_log import logged
 from tests.engine.test_captured_steps import CallAgain, with_captured_steps
 from tests.engine.test_engine import mixed_requests, same
