@@ -78,7 +78,7 @@ class EngineSurface(Protocol):
 LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
 
 
-class _Disconnected(Exception):
+class Disconnected(Exception):
     """The parent has closed its end."""
 
 
@@ -99,7 +99,7 @@ class Worker:
         """Serves until the parent closes the socket (exit code 0) or the engine fails (1)."""
         try:
             return self._serve()
-        except (_Disconnected, ConnectionError):
+        except (Disconnected, ConnectionError):
             return 0
 
     def _serve(self) -> int:
@@ -117,7 +117,7 @@ class Worker:
             engine.identify(self._identified)
         try:
             self._loop(engine)
-        except (_Disconnected, ConnectionError):
+        except (Disconnected, ConnectionError):
             raise
         except XLoraError as error:
             return self._fail(error.message, error.hint)
@@ -183,7 +183,7 @@ class Worker:
             except BlockingIOError:
                 break
             if not data:
-                raise _Disconnected
+                raise Disconnected
             messages = [self._decoder.decode(frame) for frame in self._reader.feed(data)]
         return messages
 
