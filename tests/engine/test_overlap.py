@@ -21,6 +21,7 @@ from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from service.engine.engine import Engine
 from service.engine.gate.report import GateReading, GateReporter
+from service.engine.launched_step import LaunchedStep
 from service.engine.out_of_memory import OutOfMemory
 from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
@@ -226,22 +227,26 @@ def test_what_comes_while_the_device_computes_is_in_time_for_the_next_step(
     engine.add(greedy("a", words(1, 9), 12))
     ours, theirs = socket.socketpair()
     encoder = wire.FrameEncoder()
-    launch, launches = engine.runner.launch, []
+    launch = engine.runner.launch
+    launches: list[set[str]] = []
+    flights: list[HostCopies] = []
 
-    def note(scheduled: list[ScheduledSequence], **how: Any) -> Any:
+    def note(scheduled: list[ScheduledSequence], **how: Any) -> LaunchedStep:
+        launched = launch(scheduled, **how)
         launches.append({one.sequence.request.id for one in scheduled})
-        return launch(scheduled, **how)
+        flights.append(launched.copies)
+        return launched
 
-    def device(_: HostCopies) -> None:
-        """It takes its time for the third step."""
-        if len(launches) == 3:
+    def third_takes_its_time(copies: HostCopies) -> None:
+        if len(flights) == 3 and copies is flights[2]:
             ours.sendall(encoder.encode(wire.Abort("a")))
             ours.sendall(encoder.encode(wire.Submit(greedy("b", words(2, 9), 12))))
+            flights.append(HostCopies(torch.device("cpu")))  # once
         if len(launches) == 4:
             ours.shutdown(socket.SHUT_WR)
 
     monkeypatch.setattr(engine.runner, "launch", note)
-    monkeypatch.setattr(HostCopies, "wait", device)
+    monkeypatch.setattr(HostCopies, "wait", third_takes_its_time)
     with ours, theirs, pytest.raises(Disconnected):
         Worker(theirs, lambda *_: engine)._loop(engine)
     assert launches[:4] == [{"a"}, {"a"}, {"a"}, {"b"}]
