@@ -72,7 +72,7 @@ def check(chosen: list[Variant]) -> None:
 
 
 def test_steps_share_a_kernel() -> None:
-    """Views of a step's indices begin anywhere, and their sizes change: nothing may be compiled for that while serving."""
+    """Views of a step's indices begin anywhere, and their sizes change: nothing is compiled for that while serving."""
     layout = KVLayout(1, 2, 64, 16, 1, 1, torch.bfloat16)
     cache = KVCache.allocate(layout, 64, torch.zeros(1, 1))
     with compiling_for(90) as found:
