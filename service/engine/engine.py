@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
 from dataclasses import dataclass
 
 from service.checkpoint.weights.weight_files import WeightFiles
@@ -29,7 +28,8 @@ from service.engine.block_manager import BlockManager
 from service.engine.gate.report import GateReading, GateReporter
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_ratio, with_top_k
 from service.engine.launched_step import LaunchedStep, SequenceResult
-from service.engine.model_runner import ModelRunner, OutOfMemory
+from service.engine.model_runner import ModelRunner
+from service.engine.out_of_memory import OutOfMemory
 from service.engine.plan import Plan, ScheduledSequence
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
@@ -134,6 +134,13 @@ class Engine:
         """Whether step() has anything to do."""
         return self._flight is not None or self._scheduler.has_work() or bool(self._compiling)
 
+    def wait(self) -> None:
+        """Returns once the device is done with the step that it was given, if any: what is added or aborted before
+        step() is called counts for the next one.
+        """
+        if self._flight is not None:
+            self._flight.launched.copies.wait()
+
     def step(self) -> StepOutput:
         """Advances every scheduled sequence by one forward pass.
 
@@ -235,12 +242,16 @@ class Engine:
         readings: SequenceOf[GateReading] = (),
         seconds: float = 0.0,
     ) -> StepOutput:
-        """What there is to say of a step that has been collected, if any, and of the load; `ended` ended besides it."""
+        """What there is to say of a step that has been collected, if any, and of the load. `ended` ended besides it, or
+        since: the last to be heard of a sequence is its end.
+        """
         stats = StepStats(step_seconds=seconds)
         rows = self._reporter.report(readings, stats)
         outputs: list[SequenceOutput] = []
         if flight is not None:
             stats.preemptions = flight.plan.preemptions
+            stats.scaling_rows = sum(one.scaling_count for one in flight.plan.scheduled)
+            stats.real_rows = sum(one.real_count for one in flight.plan.scheduled)
             self._reporter.log(flight.launched, results)
             logprobs, scores = flight.launched.read_logprobs(), flight.launched.read_scores()
             for result in results:
@@ -249,8 +260,9 @@ class Engine:
                 _count(result.scheduled, stats)
                 if output.tokens or output.gate or output.prompt_logprobs or output.finish_reason is not None:
                     outputs.append(output)
-        self._reporter.flush(stats, everything=flight is None or any(one.finish_reason is not None for one in results))
-        return StepOutput(ended + outputs, self._with_load(stats))
+        outputs += ended
+        self._reporter.flush(stats, everything=flight is None or any(one.finish_reason is not None for one in outputs))
+        return StepOutput(outputs, self._with_load(stats))
 
     def _shed(self, plan: Plan) -> SequenceOutput:
         """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
@@ -259,8 +271,7 @@ class Engine:
         self.runner.free_memory()
         _, number = max((one.rows, number) for number, one in enumerate(plan.scheduled))
         sequence = plan.scheduled[number].sequence
-        with suppress(RuntimeError, MemoryError):  # to read its last statistics takes memory as well
-            self._reporter.drop(sequence)
+        self._reporter.drop(sequence)
         self._drop(sequence)
         return _failed(sequence, Failure("the server is out of memory"))
 
@@ -360,7 +371,7 @@ def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
 
 
 def _count(scheduled: ScheduledSequence, stats: StepStats) -> None:
-    """Adds one sequence's step to its usage and to the step's statistics."""
+    """Adds one sequence's step to its usage, and what became of its drafts to the step's statistics."""
     sequence, usage = scheduled.sequence, scheduled.sequence.usage
     lookahead, copying = sequence.lookahead, sequence.prompt_lookup
     before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
@@ -369,8 +380,6 @@ def _count(scheduled: ScheduledSequence, stats: StepStats) -> None:
     usage.real_rows += scheduled.real_count
     usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
     usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
-    stats.scaling_rows += scheduled.scaling_count
-    stats.real_rows += scheduled.real_count
     stats.draft_hits += usage.draft_hits - before[0]
     stats.draft_misses += usage.draft_misses - before[1]
     stats.speculated_tokens += usage.speculated_tokens - before[2]

@@ -12,6 +12,7 @@ from torch import Tensor
 from service.contract.errors import InvalidRequestError
 from service.contract.output import Failure
 from service.contract.steering import GateSettings
+from service.engine import out_of_memory
 from service.engine.batch_builder import BatchBuilder
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.logprobs import Logprobs
@@ -23,10 +24,6 @@ from service.model.transfer import HostCopies, to_device
 from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
-
-
-class OutOfMemory(Exception):
-    """A step needs more memory than there is."""
 
 
 class ModelRunner:
@@ -62,13 +59,9 @@ class ModelRunner:
 
         Raises OutOfMemory; then nothing has changed but what the next step will write again.
         """
-        try:
+        with out_of_memory.told_apart():
             output = self.step.forward(self._batches.build(scheduled), self.kv_cache)
             return _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise OutOfMemory(str(error)) from error
 
     def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
         """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""
@@ -178,7 +171,3 @@ def _marks(output: ForwardOutput) -> Tensor:
     win; gate rows by the sum.
     """
     return torch.cat([output.logits.amax(-1).float(), output.gate_logits.sum((1, 2))])
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

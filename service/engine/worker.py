@@ -61,6 +61,9 @@ class EngineSurface(Protocol):
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
 
+    def wait(self) -> None:
+        """Returns once step() has no device to wait for."""
+
     def step(self) -> StepOutput:
         """One forward pass."""
 
@@ -75,7 +78,7 @@ class EngineSurface(Protocol):
 LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
 
 
-class _Disconnected(Exception):
+class Disconnected(Exception):
     """The parent has closed its end."""
 
 
@@ -96,7 +99,7 @@ class Worker:
         """Serves until the parent closes the socket (exit code 0) or the engine fails (1)."""
         try:
             return self._serve()
-        except (_Disconnected, ConnectionError):
+        except (Disconnected, ConnectionError):
             return 0
 
     def _serve(self) -> int:
@@ -114,7 +117,7 @@ class Worker:
             engine.identify(self._identified)
         try:
             self._loop(engine)
-        except (_Disconnected, ConnectionError):
+        except (Disconnected, ConnectionError):
             raise
         except XLoraError as error:
             return self._fail(error.message, error.hint)
@@ -130,6 +133,7 @@ class Worker:
 
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
+            engine.wait()  # what comes meanwhile is in time for the next launch
             messages = self._receive(wait=not engine.has_work())
             failed = [output for message in messages for output in self._apply(engine, message)]
             if engine.has_work():
@@ -179,7 +183,7 @@ class Worker:
             except BlockingIOError:
                 break
             if not data:
-                raise _Disconnected
+                raise Disconnected
             messages = [self._decoder.decode(frame) for frame in self._reader.feed(data)]
         return messages
 

@@ -30,20 +30,21 @@ class PendingSummary:
 
     def __init__(self, scalings: Tensor, copies: HostCopies) -> None:
         """`scalings` must not change any more where they are a CPU's. A GPU's summary leaves with `copies`."""
-        self._scalings = scalings
-        if not scalings.is_cpu:
+        self._scalings = scalings if scalings.is_cpu else None  # the next step may need the memory
+        if self._scalings is None:
             mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
             self._packed = copies.of(torch.cat([mean, share, entropy[None]]))
 
     def read(self) -> GateSummary:
         """The summary, once a GPU's copies are there."""
-        if self._scalings.is_cpu:  # numpy's calls cost less
+        if self._scalings is not None:  # numpy's calls cost less
             rows = np.ascontiguousarray(self._scalings.numpy().transpose(2, 0, 1))
             with np.errstate(invalid="ignore"):
                 mean, share, entropy = _summary(rows, np.log)
         else:
-            experts = self._scalings.shape[2]
-            mean, share, [entropy] = np.split(self._packed.numpy(), [experts, 2 * experts])
+            packed = self._packed.numpy()
+            experts = len(packed) // 2
+            mean, share, [entropy] = np.split(packed, [experts, 2 * experts])
         return GateSummary(mean.T, share.T, entropy)
 
 

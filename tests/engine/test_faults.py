@@ -39,14 +39,14 @@ def test_a_failing_sampler_ends_one_request(
     engines: Engines, lookahead: bool, alone: Run, after: int, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the first token, or later; with predictions and prompt logprobs of others in the same batch."""
-    process = sampler._process_history
+    history = sampler._history
 
-    def fail(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
+    def fail(rows: SequenceOf[SampleRow], *others: Any) -> Any:
         if any(row.sequence.request.id == "poison" and row.sequence.output_len >= after for row in rows):
             raise ValueError("a grammar with a hole")
-        return process(logits, rows)
+        return history(rows, *others)
 
-    monkeypatch.setattr(sampler, "_process_history", fail)
+    monkeypatch.setattr(sampler, "_history", fail)
     engine = engines.build(lookahead=lookahead, prefix_cache=prefix_cache)
     result = run(engine, [poisoned(), *mixed_requests()])
     assert result["poison"].finish_reason == "error"

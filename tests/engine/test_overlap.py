@@ -7,17 +7,26 @@ captured step's buffers.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from service.contract import wire
 from service.contract.output import GateStats, StepOutput
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.model_runner import OutOfMemory
+from service.engine.gate.report import GateReading, GateReporter
+from service.engine.launched_step import LaunchedStep
+from service.engine.out_of_memory import OutOfMemory
+from service.engine.plan import ScheduledSequence
+from service.engine.sequence import Sequence
+from service.engine.worker import Disconnected, Worker
+from service.model.transfer import HostCopies
 from tests.engine.gate.test_scalings_log import logged
 from tests.engine.test_captured_steps import CallAgain, with_captured_steps
 from tests.engine.test_engine import mixed_requests, same
@@ -125,21 +134,122 @@ def test_the_next_step_is_launched_before_the_results_are_returned(engines: Engi
         assert len(launches) == steps + engine.has_work()
 
 
-def test_too_large_a_next_step_ends_one_and_loses_nothing(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results of the step before are still to be written when the memory runs out."""
-    engine = engines.build(overlaps=True, prefix_cache=False)
-    expected = run(engine, [greedy("a", words(1, 9), 12)])["a"].tokens
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_too_large_a_next_step_ends_one_and_loses_nothing(
+    engines: Engines, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of the step before are still to be written when the memory runs out: they come before the end, also
+    those of whom it ends.
+    """
+    options: dict[str, Any] = {"prefix_cache": False, "adaptive": False}
+    everything: dict[str, Any] = {"return_scalings": "full", "scalings_start": 0}
+    requests = [greedy("a", words(1, 9), 12, **everything), greedy("large", words(2, 60), 30, **everything)]
+    expected = run(engines.build(**options), requests)
+    engine = engines.build(overlaps=True, **options)
+    engine.log_scalings(True)
     launch, launches = engine.runner.launch, iter(range(100))
+    scheduled: list[Sequence] = []
 
-    def run_out(*args: Any, **kwargs: Any) -> Any:
-        if next(launches) == 4:
+    def run_out(plan: list[ScheduledSequence], **how: Any) -> Any:
+        scheduled[:] = [one.sequence for one in plan]
+        if next(launches) == at:
             raise OutOfMemory
-        return launch(*args, **kwargs)
+        return launch(plan, **how)
 
     monkeypatch.setattr(engine.runner, "launch", run_out)
-    ours = run(engine, [greedy("a", words(1, 9), 12), greedy("large", words(2, 60), 30)])
-    assert ours["a"].tokens == expected
-    assert ours["large"].error == "the server is out of memory"
+    accepted: dict[str, list[int]] = {}
+
+    def note(_: Engine, step: StepOutput) -> None:
+        accepted.update({one.request.id: one.tokens[one.prompt_len :] for one in scheduled})
+
+    ours = run(engine, requests, each_step=note)
+    [(name, _)] = [key for key, one in ours.choices.items() if one.error == "the server is out of memory"]
+    [other] = {"a", "large"} - {name}
+    same(ours[other], expected[other])
+    assert ours[name].tokens == accepted[name] == expected[name].tokens[: len(accepted[name])]
+    if accepted[name]:
+        np.testing.assert_allclose(ours[name].full, expected[name].full[: ours[name].rows], atol=1e-5, rtol=0)
+    [end] = [i for i, step in enumerate(ours.steps) if any(one.error for one in step.outputs)]
+    assert not any(rows.request_id == name for step in ours.steps[end + 1 :] for rows in step.stats.logged)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+@pytest.mark.parametrize("at", [0, 6])
+def test_no_memory_for_gate_rows_beside_a_step(
+    engines: Engines, at: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read behind the forward, where memory is least: it ends one request, as in a forward."""
+    requests = [greedy("a", words(1, 9), 12, return_scalings="mean"), greedy("large", words(2, 60), 30)]
+    expected = run(engines.build(adaptive=False), requests)
+    engine = engines.build(adaptive=False, overlaps=True)
+    read, reads = GateReporter._read, iter(range(1000))  # one with every launch, one after it
+
+    def run_out(*args: Any) -> list[GateReading]:
+        if next(reads) == at:
+            raise error
+        return read(*args)
+
+    monkeypatch.setattr(GateReporter, "_read", run_out)
+    ours = run(engine, requests)
+    [(name, _)] = [key for key, one in ours.choices.items() if one.error == "the server is out of memory"]
+    [other] = {"a", "large"} - {name}
+    same(ours[other], expected[other])
+
+
+def test_no_memory_to_read_what_has_ended(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics of last positions are lost, and nothing else: neither rows that were asked for nor the engine."""
+    requests = [greedy("a", words(1, 9), 12, return_scalings="mean"), greedy("b", words(2, 9), 20)]
+    expected = run(engines.build(adaptive=False), requests)
+    read_now = GateReporter._read_now
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def read(self: GateReporter, ends: Any) -> list[GateReading]:
+        with monkeypatch.context() as patch:
+            patch.setattr(GateReporter, "_read", run_out)
+            return read_now(self, ends)
+
+    monkeypatch.setattr(GateReporter, "_read_now", read)
+    aborted = greedy("aborted", words(3, 9), 20)
+    ours = run(engines.build(adaptive=False, overlaps=True), [*requests, aborted], aborts={4: [("aborted", None)]})
+    for made in requests:
+        same(ours[made.id], expected[made.id])
+
+
+def test_what_comes_while_the_device_computes_is_in_time_for_the_next_step(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a request would wait for one more step, and rows of one that has ended would run in it."""
+    engine = engines.build(overlaps=True)
+    engine.add(greedy("a", words(1, 9), 12))
+    ours, theirs = socket.socketpair()
+    encoder = wire.FrameEncoder()
+    launch = engine.runner.launch
+    launches: list[set[str]] = []
+    flights: list[HostCopies] = []
+
+    def note(scheduled: list[ScheduledSequence], **how: Any) -> LaunchedStep:
+        launched = launch(scheduled, **how)
+        launches.append({one.sequence.request.id for one in scheduled})
+        flights.append(launched.copies)
+        return launched
+
+    def third_takes_its_time(copies: HostCopies) -> None:
+        if len(flights) == 3 and copies is flights[2]:
+            ours.sendall(encoder.encode(wire.Abort("a")))
+            ours.sendall(encoder.encode(wire.Submit(greedy("b", words(2, 9), 12))))
+            flights.append(HostCopies(torch.device("cpu")))  # once
+        if len(launches) == 4:
+            ours.shutdown(socket.SHUT_WR)
+
+    monkeypatch.setattr(engine.runner, "launch", note)
+    monkeypatch.setattr(HostCopies, "wait", third_takes_its_time)
+    with ours, theirs, pytest.raises(Disconnected):
+        Worker(theirs, lambda *_: engine)._loop(engine)
+    assert launches[:4] == [{"a"}, {"a"}, {"a"}, {"b"}]
 
 
 def test_aborted_with_nothing_else_to_do(engines: Engines) -> None:
@@ -150,5 +260,7 @@ def test_aborted_with_nothing_else_to_do(engines: Engines) -> None:
     engine.abort("a")
     assert engine.has_work()
     assert engine.blocks.used == 0
-    assert not engine.step().outputs
+    output = engine.step()
+    assert not output.outputs
+    assert output.stats.real_rows == 9  # the device has computed them: a step, for the metrics and for readiness
     assert not engine.has_work()

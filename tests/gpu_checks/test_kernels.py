@@ -19,6 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
 from service.model.attention import triton as paged_triton
+from service.model.batch import AttentionGroup
+from service.model.kv_cache import KVCache, KVLayout
 from tests.support.triton_kernels import CHIPS, SHARED_MEMORY, Compiled, attend, compiling_for, kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,6 +69,19 @@ def check(chosen: list[Variant]) -> None:
         assert one.shared_bytes <= SMALLEST, f"{one} of {variant}: a block has {SMALLEST} bytes of shared memory"
     known = {name for _, name in kernels()}
     assert seen == known, f"kernels that no variant launches: {known - seen}"
+
+
+def test_steps_share_a_kernel() -> None:
+    """Views of a step's indices begin anywhere, and their sizes change: nothing is compiled for that while serving."""
+    layout = KVLayout(1, 2, 64, 16, 1, 1, torch.bfloat16)
+    cache = KVCache.allocate(layout, 64, torch.zeros(1, 1))
+    with compiling_for(90) as found:
+        for start, segments, width in itertools.product((0, 1), (1, 16), (1, 16, 17)):
+            indices = torch.zeros(1 + segments * (1 + width), dtype=torch.int64)[start : start + segments * (1 + width)]
+            positions, table = indices[:segments, None], indices[segments:].view(segments, width)
+            group = AttentionGroup(0, segments, 1, positions, table, 100, needs_mask=True)
+            paged_triton.attend(torch.zeros(segments, 4, 64, dtype=torch.bfloat16), group, 0, cache, 0.1, None, None)
+    assert len({one.hash for one in found}) == 1
 
 
 def test_compiles() -> None:

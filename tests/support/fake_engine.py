@@ -129,6 +129,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.choices)
 
+    def wait(self) -> None:
+        """It has no device."""
+
     def step(self) -> StepOutput:
         self.steps += 1
         time.sleep(self.step_seconds)

@@ -38,6 +38,7 @@ class Compiled:
 
     kernel: str
     shared_bytes: int
+    hash: str  # of source and specialisation: another one is another compilation
 
 
 @functools.cache
@@ -84,7 +85,7 @@ def compiling_for(chip: int) -> Iterator[list[Compiled]]:
 
     def compile(kernel: JITFunction[Any], grid: Any, args: Any, kwargs: Any) -> None:
         found = kernel.warmup(*args, grid=grid, **kwargs)
-        compiled.append(Compiled(kernel.fn.__name__, found.metadata.shared))
+        compiled.append(Compiled(kernel.fn.__name__, found.metadata.shared, found.hash))
 
     triton.runtime.driver.set_active(driver)
     try:

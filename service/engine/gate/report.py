@@ -7,6 +7,7 @@ preemption, are read from the cache, so what a request gets is complete and noth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from service.contract.output import GateRows, GateStats, StepStats
+from service.engine import out_of_memory
 from service.engine.gate import scalings_log
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.plan import ScheduledSequence
@@ -26,6 +28,8 @@ from service.model.classifier import Classifier
 from service.model.gate_stats import GateSummary, PendingSummary
 from service.model.kv_cache import KVCache
 from service.model.transfer import HostCopies, to_device
+
+logger = logging.getLogger(__name__)
 
 _STEPS_TOGETHER = 64
 
@@ -110,7 +114,11 @@ class GateReporter:
         self._outgoing = scalings_log.Outgoing(classifier)
 
     def launch(self, launched: LaunchedStep) -> list[GateReading]:
-        """Reads what may become final in a step that has just been launched."""
+        """Reads what may become final in a step that has just been launched. Raises OutOfMemory."""
+        with out_of_memory.told_apart():
+            return self._launch(launched)
+
+    def _launch(self, launched: LaunchedStep) -> list[GateReading]:
         served = [one for one in launched.scheduled if one.sequence.is_served]
         copies = launched.copies
         readings = self._read(report_spans((one.sequence, one.real_end) for one in self.due(served)), copies)
@@ -177,9 +185,16 @@ class GateReporter:
         stats.logged = self._outgoing.take(everything=everything)
 
     def _read_now(self, ends: Iterable[tuple[Sequence, int]]) -> list[GateReading]:
-        """A reading of what is final already, apart from any step."""
+        """A reading of what is final already, apart from any step: nothing but statistics, because rows that somebody
+        has asked for are read with their step. Where there is no memory for it they are left out.
+        """
         copies = HostCopies(self._kv_cache.gate_rows.device)
-        readings = self._read(report_spans(ends), copies)
+        try:
+            with out_of_memory.told_apart():
+                readings = self._read(report_spans(ends), copies)
+        except out_of_memory.OutOfMemory as error:
+            logger.warning("the gate's statistics lack the last positions of a request: out of memory: %s", error)
+            return []
         for reading in readings:
             copies.close()
             reading.settle()

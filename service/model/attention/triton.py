@@ -21,9 +21,14 @@ from service.model.kv_cache import KVCache
 _MAX_SPLITS = 32
 _KEYS_PER_SPLIT = 128  # fewer would cost more to join than they save
 _INTERPRETED_PROCESSORS = 16
+# What differs from step to step: Triton would compile the kernel once more, in the middle of serving, where a number is
+# 1 or a multiple of 16, and where views of the batch's indices happen to begin at a multiple of 16 bytes.
+_UNSPECIALIZED = [
+    *("block_table", "positions", "window", "queries", "splits", "rows", "table_stride", "position_stride"),
+]
 
 
-@triton.jit(do_not_specialize=["window", "queries", "splits", "rows", "table_stride", "position_stride"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _attend_kernel(
     query,  # [rows, heads, head_dim], strided
     keys,  # [blocks, PAGE, KV_HEADS, HEAD_DIM]

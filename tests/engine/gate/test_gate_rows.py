@@ -13,7 +13,7 @@ from service.contract.output import GateStats, StepOutput
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.gate.report import ReportSpan, gate_stats
-from service.engine.model_runner import OutOfMemory
+from service.engine.out_of_memory import OutOfMemory
 from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Sequence
 from service.model.gate_stats import GateSummary, PendingSummary

@@ -13,7 +13,7 @@ from service.contract.output import StepOutput
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import GateWeight, Steering
 from service.engine.engine import Engine
-from service.engine.model_runner import OutOfMemory
+from service.engine.out_of_memory import OutOfMemory
 from tests.support.driver import Array, Engines, Key, greedy, run, sampled, words
 from tests.support.tiny import Tiny, Variant
 
