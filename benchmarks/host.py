@@ -70,7 +70,7 @@ class DelayedRunner(ModelRunner):
     def __init__(self, runner: ModelRunner, step: Any, device_seconds: float) -> None:
         self.__dict__.update(runner.__dict__)
         self.step = step
-        self.overlaps = True
+        self.overlapped_rows = 1 << 20
         self._device_seconds = device_seconds
         self._cpu = 0.0
         self._arrived = self._done = 0.0  # when the ids of the last step did, and when the device is done with the next

@@ -75,6 +75,7 @@ class Engine:
         self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
         self._flight: Flight | None = None
+        self._planned: Plan | None = None  # scheduled, and not launched yet
         self._grammars = grammars
         self._compiling: dict[str, Future[Grammar]] = {}  # by request id: those that are not queued before it is done
 
@@ -144,19 +145,23 @@ class Engine:
     def step(self) -> StepOutput:
         """Advances every scheduled sequence by one forward pass.
 
-        Where the device computes beside the host, the forward pass was launched by the call before, and this one
-        launches the next.
+        Where the device computes beside the host and a launch takes no time, the forward pass was launched by the call
+        before, and this one launches the next.
         """
         ended = self._queue_compiled() if self._compiling else []
         if self._flight is None:
-            ended += self._launch()
+            ended += self._launch(self._next_plan())
         flight, self._flight = self._flight, None
         if flight is None:
             return self._write(ended)
         results, readings = self._collect(flight)
         seconds = time.perf_counter() - flight.started
-        if self.runner.overlaps:
-            ended += self._launch()
+        if self.runner.overlapped_rows:
+            plan = self._next_plan()
+            if plan is None or plan.rows <= self.runner.overlapped_rows:
+                ended += self._launch(plan)
+            else:
+                self._planned = plan  # its launch would take long: the results go first
         return self._write(ended, flight, results, readings, seconds)
 
     def report(self) -> StepOutput:
@@ -202,12 +207,20 @@ class Engine:
             del self._sequences[request_id]
             self._compiling.pop(request_id, None)
 
-    def _launch(self) -> list[SequenceOutput]:
+    def _next_plan(self) -> Plan | None:
+        """What to run next, if there is anything: what has been planned already, without whom was dropped since."""
+        plan, self._planned = self._planned, None
+        if plan is not None:
+            plan.scheduled = [one for one in plan.scheduled if not one.sequence.dropped]
+            if plan.scheduled:
+                return plan
+        return self._scheduler.schedule() if self._scheduler.has_work() else None
+
+    def _launch(self, plan: Plan | None) -> list[SequenceOutput]:
         """Gives the device the next step, if there is one. Returns the end of what was too large for it."""
-        if not self._scheduler.has_work():
+        if plan is None:
             return []
         started = time.perf_counter()
-        plan = self._scheduler.schedule()
         try:
             launched = self.runner.launch(plan.scheduled, keep_gate_logits=self._reporter.logs_scalings)
             readings = self._reporter.launch(launched)

@@ -210,6 +210,7 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) ->
         runner.model, runner.kv_cache, capture, max_rows=2 * max_num_seqs, max_model_len=max_model_len
     )
     steps.warm_up()
+    runner.overlapped_rows = steps.row_buckets[-1]
     return steps
 
 

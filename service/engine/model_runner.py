@@ -36,7 +36,7 @@ class ModelRunner:
         self._next_step: Step | None = None
         self._batches = BatchBuilder(kv_cache, model.sites)
         self._dummy_row = model.dummy_row.cpu()
-        self.overlaps = model.device.type == "cuda"  # whether launch() returns before the device has done the work
+        self.overlapped_rows = 0  # launch() of up to so many rows returns long before the device has done the work
 
     @property
     def step(self) -> Step:

@@ -54,4 +54,5 @@ class Plan:
     """One step."""
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
+    rows: int = 0  # of the flat batch
     preemptions: int = 0

@@ -170,6 +170,7 @@ class Scheduler:
         if not one.rows or not self._make_room(one, plan):
             return 0
         plan.scheduled.append(one)
+        plan.rows += one.rows
         self._scorable -= len(one.scores)
         return one.rows
 

@@ -46,7 +46,7 @@ class FakeRunner:
     block_size: int
     budget: int
     right: int = 2
-    overlaps: bool = False
+    overlapped_rows: int = 0
     slots: dict[int, tuple[str, int]] = field(default_factory=dict)  # slot -> (stream, token)
     gate: dict[int, list[int]] = field(default_factory=dict)  # slot -> the history its gate row was computed on
     logs_scalings: bool = False
@@ -176,10 +176,10 @@ def build(
     row_cost: float = 0.0,
     right: int = 2,
     length: int = 256,
-    overlaps: bool = False,
+    overlapped_rows: int = 0,
 ) -> tuple[Engine, FakeRunner, Scheduler]:
     """A real engine and scheduler around the fake runner."""
-    runner: Any = FakeRunner(block_size, budget, right, overlaps)
+    runner: Any = FakeRunner(block_size, budget, right, overlapped_rows)
     scheduler = Scheduler(
         BlockManager(blocks, block_size),
         max_num_seqs=seats,
@@ -247,7 +247,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "seats": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
-        "overlaps": draw(st.booleans()),
+        "overlapped_rows": draw(st.sampled_from([0, 4, 12, 40])),
         "speculative": draw(st.sampled_from([0, 1, 3, 8])),
         "prefix_cache": draw(st.booleans()),
         "row_cost": draw(st.sampled_from([0.0, 0.05, 0.5])),

@@ -177,7 +177,7 @@ class Engines:
         elif isinstance(engine.runner.step, NativeStep):
             self._native = engine.runner.step
         assert isinstance(engine.blocks, BlockManager)
-        engine.runner.overlaps = overlaps
+        engine.runner.overlapped_rows = 1 << 20 if overlaps else 0
         if not adaptive:
             engine._scheduler.row_cost = 0.0
         assert blocks is None or engine.blocks.num_blocks == blocks
