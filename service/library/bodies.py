@@ -151,10 +151,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {_name(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
     return value
+
+
+def _name(name: Any) -> Any:
+    """The name of a field as it is. Raises InvalidRequestError for a lone surrogate, which pydantic cannot report."""
+    try:
+        if isinstance(name, str):
+            name.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"the field {name!r:.60} has a lone surrogate in its name") from None
+    return name
 
 
 def count_of(prompts: Iterable[Any]) -> int | None:

@@ -144,7 +144,8 @@ class XLora:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, scalings: str | None = None, **fields: Any) -> Answer:
         """The answer to one conversation, by the model's chat template. `fields` are those of `generate`."""
-        return self.generate({"messages": messages}, scalings=scalings, **fields)
+        answer: Answer = self.generate({"messages": messages}, scalings=scalings, **fields)
+        return answer
 
     @overload
     def scalings(self, texts: _Single, scalings: str | None = None, **fields: Any) -> TextScalings: ...
