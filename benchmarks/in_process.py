@@ -5,9 +5,9 @@
     rate    tokens/s of XLora.generate (texts in, texts out) over those of Engine.step in a loop (ids in, ids out)
     full    tokens/s of XLora.generate with full scalings over those without
 
-The engine alone is in a process of its own, as XLora's is, and takes turns with it; the fastest of each counts. Both are
-made of the same settings, find no prompt in a prefix cache, and compute on all cores but one, without the thread that
-otherwise helps on the last one: that core is XLora's for texts and answers, and stands idle beside the engine alone.
+The engine alone is in a process of its own, as XLora's is, and takes turns with it; the fastest of each counts. Both
+are made of the same settings, find no prompt in a prefix cache, and compute on all cores but one, without the thread
+that otherwise helps on the last one: it is XLora's for texts and answers, and stands idle beside the engine alone.
 """
 
 from __future__ import annotations
