@@ -6,7 +6,8 @@
     full    tokens/s of XLora.generate with full scalings over those without
 
 The engine alone is in a process of its own, as XLora's is, and takes turns with it; the fastest of each counts. Both
-compute with the same options; neither finds a prompt in its prefix cache.
+are made of the same settings, find no prompt in a prefix cache, and compute on all cores but one, without the thread
+that otherwise helps on the last one: it is XLora's for texts and answers, and stands idle beside the engine alone.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, run_engine
+from benchmarks.common import DEMO, Bar, build, emit, print_row, prompt_tokens, run_engine
 from service import XLora
+from service.api.state import engine_options
+from service.engine.loader import load_checkpoint_and_model
+from service.engine.threads import default_threads
+from service.settings import load_settings
 
 
-def bare(connection: Connection, model: Path, tokens: int) -> None:
+def bare(connection: Connection, settings: dict[str, Any], tokens: int) -> None:
     """The engine alone: answers lists of prompts with seconds, until there are no more."""
-    engine = make_engine(model, speculative_tokens=8)
+    options = engine_options(load_settings(settings))
+    engine = build(*load_checkpoint_and_model(options), options)
     connection.send(None)
     while (prompts := connection.recv()) is not None:
         connection.send(run_engine(engine, prompts, tokens).seconds)
@@ -46,14 +52,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    settings = {"dtype": "float32", "prefix_cache": False, "threads": default_threads()}
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     alone = multiprocessing.get_context("spawn").Process(
-        target=bare, args=(theirs, options.model, options.tokens), daemon=True
+        target=bare, args=(theirs, {"model": str(options.model), **settings}, options.tokens), daemon=True
     )
     alone.start()
     ours.recv()
     best: dict[str, float] = {}
-    with XLora(str(options.model), dtype="float32", prefix_cache=False, progress=False) as model:
+    with XLora(str(options.model), progress=False, **settings) as model:
         ids = [prompt_tokens(options.model, 20 + number % 40, number) for number in range(options.prompts)]
         texts = [model.tokenizer.decode(one) for one in ids]
         ids = [model.tokenizer.encode(text) for text in texts]

@@ -66,6 +66,7 @@ class RequestError(XLoraError):
     type = "server_error"
     code = "internal_error"
     retry_after_seconds: int | None = None
+    prompt_index: int | None = None  # of the prompt among those of a call in process
 
     def __init__(
         self, message: str, *, param: str | None = None, hint: str | None = None, code: str | None = None

@@ -1,4 +1,5 @@
-"""Results of calls in process: frozen dataclasses with NumPy arrays, which are read-only.
+"""Results of calls in process: frozen dataclasses with NumPy arrays, which are read-only. Those with arrays compare by
+identity, since arrays have no truth of their own.
 
 T positions, S sites, E experts. Scalings are what really weighted the experts, after softmax and top-k and as steered.
 Row i is of position start + i, and the row of position p produced the token at position p + 1.
@@ -37,7 +38,7 @@ class Token:
     top_logprobs: tuple[Token, ...] = ()  # best first
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Gate:
     """Rows of the gate over consecutive positions."""
 
@@ -54,7 +55,7 @@ class Gate:
         return self.mean if self.full is None else self.full
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Output:
     """One choice: a text that follows the prompt."""
 
@@ -67,7 +68,7 @@ class Output:
     tool_calls: tuple[Mapping[str, Any], ...] = ()  # where a tool_choice wants one; `text` is then the arguments
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Answer:
     """The continuation of one prompt. With n > 1 the properties are of the first output."""
 
@@ -116,7 +117,7 @@ class Answer:
         return None if self.gate is None else self.gate.scalings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Groups:
     """Means over the positions, and over the sites of each of G groups."""
 
@@ -127,7 +128,7 @@ class Groups:
     top1: FloatArray  # [G, E], share of the positions that each expert leads
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TextScalings:
     """The gate over one text, without generating. The last row is of the token that would come next."""
 
@@ -148,7 +149,7 @@ class TextScalings:
         return self.gate.scalings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Compared:
     """The output of one setting, written under it or given with it."""
 
@@ -161,7 +162,7 @@ class Compared:
     gate: Gate | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """One prompt under N settings. Row i of the matrices is what setting i makes of the outputs."""
 

@@ -5,7 +5,7 @@ This file knows fields and no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,7 +45,13 @@ def is_one_prompt(prompts: object) -> bool:
     if not isinstance(prompts, Sequence) or not prompts:
         return False
     first = prompts[0]
-    return _is_number(first) or (isinstance(first, Mapping) and "role" in first)
+    return _is_number(first) or (isinstance(first, Mapping) and not first.keys().isdisjoint(("role", "content")))
+
+
+def check_many(prompts: object) -> None:
+    """Raises InvalidRequestError for what is no collection of prompts."""
+    if not isinstance(prompts, Iterable | AsyncIterable):
+        raise no_prompt(prompts)
 
 
 def fields_of(prompt: Prompt, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +67,14 @@ def fields_of(prompt: Prompt, common: Mapping[str, Any]) -> dict[str, Any]:
         items = [_plain(item) for item in prompt]
         is_chat = bool(items) and isinstance(items[0], Mapping)
         return {**common, "messages" if is_chat else "prompt": items}
-    kind = type(prompt).__name__
-    raise InvalidRequestError(f"a prompt is a text, token ids or messages, and not {kind}", param="prompt")
+    raise no_prompt(prompt)
+
+
+def no_prompt(value: object) -> InvalidRequestError:
+    """The error of something that is no prompt."""
+    message = f"a prompt is a text, token ids or messages, and not {type(value).__name__}"
+    hint = "give its .tolist()" if hasattr(value, "tolist") else None  # a tensor
+    return InvalidRequestError(message, param="prompt", hint=hint)
 
 
 def scalings_field(fields: Mapping[str, Any], scalings: str | None) -> dict[str, Any]:
@@ -139,10 +151,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {_name(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [_plain(item) for item in value]
     return value
+
+
+def _name(name: Any) -> Any:
+    """The name of a field as it is. Raises InvalidRequestError for a lone surrogate, which pydantic cannot report."""
+    try:
+        if isinstance(name, str):
+            name.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"the field {name!r:.60} has a lone surrogate in its name") from None
+    return name
 
 
 def count_of(prompts: Iterable[Any]) -> int | None:

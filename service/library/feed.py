@@ -18,12 +18,18 @@ _END: Any = object()
 
 
 def in_order(begin: Callable[[_Item], Future[_Answer]], items: Iterable[_Item], window: int) -> Iterator[_Answer]:
-    """The answers in the order of the items. At most `window` items are begun and not handed out."""
+    """The answers in the order of the items. At most `window` items are begun and not handed out.
+
+    One item is pulled for each answer, and more only while no answer is there: a slow source delays none by more than
+    one item.
+    """
     source, waiting = iter(items), deque[Future[_Answer]]()
     try:
         while True:
             while len(waiting) < window and (item := next(source, _END)) is not _END:
                 waiting.append(begin(item))
+                if waiting[0].done():
+                    break
             if not waiting:
                 return
             answer = waiting[0].result()
@@ -44,6 +50,8 @@ def as_they_come(begin: Callable[[_Item], Future[_Answer]], items: Iterable[_Ite
                 future = begin(item)
                 waiting.add(future)
                 future.add_done_callback(done.put)
+                if not done.empty():
+                    break
             if not waiting:
                 return
             first = done.get()

@@ -6,21 +6,21 @@ called from any thread, also beside a running event loop. Fields, checks and err
 
 from __future__ import annotations
 
-import difflib
 import functools
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
 from rich.console import Console
 
 from service.contract.engine_info import EngineInfo
-from service.contract.errors import RequestError, SettingsError
+from service.contract.errors import InvalidRequestError, RequestError
 from service.library.answers import Answer, Comparison, TextScalings, answer_of, comparison_of, text_scalings_of
 from service.library.bodies import (
     Prompt,
+    check_many,
     compare_body,
     count_of,
     fields_of,
@@ -33,23 +33,15 @@ from service.library.feed import as_they_come, asynchronously, in_order
 from service.library.loop_thread import LoopThread
 from service.library.progress import watched
 from service.library.session import Session, closed_error
-from service.library.table import By, data_frame, rows
+from service.library.settings import check_settings
+from service.library.table import Answers, By, data_frame, rows
 from service.library.tokenizer import Tokenizer
-from service.settings import Settings, load_settings
+from service.settings import load_settings
 
 _T = TypeVar("_T")
+_Single = str | Sequence[int] | Mapping[str, Any]
+_Settings = Sequence[Mapping[str, Any]]
 _Work = Callable[[int, Prompt], Coroutine[Any, Any, _T]]
-
-# Settings of the server that say nothing here.
-_OF_HTTP = frozenset(
-    {
-        *("host", "port", "max_header_bytes", "max_queued_requests", "max_queued_tokens", "request_timeout"),
-        *("write_timeout", "keep_alive", "drain_seconds", "drain_delay", "api_key_file", "api_keys"),
-        *("admin_key_file", "admin_keys", "cors_origins", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"),
-        *("log_format", "log_level", "otlp_endpoint", "model"),
-    }
-)
-SETTINGS = frozenset(Settings.model_fields) - _OF_HTTP
 
 
 class XLora:
@@ -75,7 +67,7 @@ class XLora:
         `settings` are those of the command line, as device="cuda", dtype, max_num_seqs or kv_memory="2GiB"; XLORA_*
         variables hold as they do there. Raises SettingsError, CheckpointError and StartupError.
         """
-        _check_settings(settings)
+        check_settings(settings)
         self._session = Session(load_settings({"model": str(model), **settings}))
         self._loop = LoopThread(closed_error)
         self._finalizer = weakref.finalize(self, self._loop.close, self._session.close)
@@ -90,6 +82,20 @@ class XLora:
             self.close()
             raise
 
+    @overload
+    def generate(self, prompts: _Single, **fields: Any) -> Answer: ...
+    @overload
+    def generate(self, prompts: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
+        """Messages of one chat, or many objects of fields: their keys tell, and not their type."""
+
+    @overload
+    def generate(
+        self, prompts: Iterable[Prompt], *, return_exceptions: Literal[False] = ..., **fields: Any
+    ) -> Iterator[Answer]: ...
+    @overload
+    def generate(
+        self, prompts: Iterable[Prompt], *, return_exceptions: bool, **fields: Any
+    ) -> Iterator[Answer | RequestError]: ...
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -108,7 +114,8 @@ class XLora:
         chat_template_kwargs, add_generation_prompt and continue_final_message of OpenAI's chats.
 
         With in_order=False answers come as they are there; their `index` says whose they are. With
-        return_exceptions=True a prompt that fails yields its RequestError in its place, and the others go on.
+        return_exceptions=True a prompt that fails yields its RequestError in its place, which has a `prompt_index`, and
+        the others go on.
         """
         common = scalings_field(fields, scalings)
         work = functools.partial(self._generate, common)
@@ -122,13 +129,14 @@ class XLora:
         in_order: bool = True,
         return_exceptions: bool = False,
         **fields: Any,
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Answer]:
         """The same on the caller's event loop, always an asynchronous iterator: `async for answer in ...`.
 
         Prompts may come from an asynchronous iterable as well.
         """
         common = scalings_field(fields, scalings)
         many: Any = [prompts] if is_one_prompt(prompts) else prompts
+        check_many(many)
         begin = self._numbered(functools.partial(self._generate, common), return_exceptions)
         answers = asynchronously(begin, many, self._session.window, ordered=in_order)
         async for answer in answers:
@@ -139,9 +147,24 @@ class XLora:
         answer: Answer = self.generate({"messages": messages}, scalings=scalings, **fields)
         return answer
 
+    @overload
+    def scalings(self, texts: _Single, scalings: str | None = None, **fields: Any) -> TextScalings: ...
+    @overload
     def scalings(
         self,
-        texts: str | Sequence[int] | Mapping[str, Any] | Iterable[Prompt],
+        texts: Iterable[Prompt],
+        scalings: str | None = None,
+        *,
+        return_exceptions: Literal[False] = ...,
+        **fields: Any,
+    ) -> Iterator[TextScalings]: ...
+    @overload
+    def scalings(
+        self, texts: Iterable[Prompt], scalings: str | None = None, *, return_exceptions: bool, **fields: Any
+    ) -> Iterator[TextScalings | RequestError]: ...
+    def scalings(
+        self,
+        texts: _Single | Iterable[Prompt],
         scalings: str | None = None,
         *,
         progress: bool = False,
@@ -158,10 +181,25 @@ class XLora:
         work = functools.partial(self._scalings, common)
         return self._one_or_many(texts, work, "texts", progress, in_order, return_exceptions)
 
+    @overload
+    def compare(self, prompts: _Single, settings: _Settings | None = None, **fields: Any) -> Comparison: ...
+    @overload
     def compare(
         self,
-        prompts: str | Sequence[int] | Mapping[str, Any] | Iterable[Prompt],
-        settings: Sequence[Mapping[str, Any]] | None = None,
+        prompts: Iterable[Prompt],
+        settings: _Settings | None = None,
+        *,
+        return_exceptions: Literal[False] = ...,
+        **fields: Any,
+    ) -> Iterator[Comparison]: ...
+    @overload
+    def compare(
+        self, prompts: Iterable[Prompt], settings: _Settings | None = None, *, return_exceptions: bool, **fields: Any
+    ) -> Iterator[Comparison | RequestError]: ...
+    def compare(
+        self,
+        prompts: _Single | Iterable[Prompt],
+        settings: _Settings | None = None,
         *,
         scalings: str | None = None,
         progress: bool = False,
@@ -188,12 +226,12 @@ class XLora:
         return self._session.info
 
     @staticmethod
-    def rows(answers: Any, by: By = "token") -> Iterator[dict[str, Any]]:
+    def rows(answers: Answers, by: By = "token") -> Iterator[dict[str, Any]]:
         """Answers of `generate` or `scalings` as one dictionary per token, or per text with by="text"."""
         return rows(answers, by)
 
     @staticmethod
-    def table(answers: Any, by: By = "token") -> Any:
+    def table(answers: Answers, by: By = "token") -> Any:
         """The same as a pandas.DataFrame. Raises StartupError where pandas is not installed."""
         return data_frame(answers, by)
 
@@ -234,7 +272,12 @@ class XLora:
         return_exceptions: bool,
     ) -> _T | Iterator[_T]:
         if is_one_prompt(prompts):
+            if return_exceptions:
+                raise InvalidRequestError(
+                    "return_exceptions goes with many prompts", param="return_exceptions", hint="catch the RequestError"
+                )
             return self._loop.run(work(0, prompts))
+        check_many(prompts)
         deliver = in_order if is_ordered else as_they_come
         answers: Iterator[Any] = deliver(self._numbered(work, return_exceptions), prompts, self._session.window)
         return watched(answers, unit, count_of(prompts)) if progress else answers
@@ -247,6 +290,7 @@ class XLora:
             try:
                 return await work(index, prompt)
             except RequestError as error:
+                error.prompt_index = index
                 if return_exceptions:
                     return error
                 error.add_note(f"this was prompt {index}, counted from 0")
@@ -258,13 +302,3 @@ class XLora:
             return self._loop.submit(guarded(started - 1, prompt))
 
         return begin
-
-
-def _check_settings(settings: Mapping[str, object]) -> None:
-    """Raises SettingsError for keywords that are no settings of a model in process."""
-    for name in settings:
-        if name not in SETTINGS:
-            close = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted(SETTINGS))}"
-            why = " in process: it is of the HTTP server" if name in _OF_HTTP else ""
-            raise SettingsError(f"`{name}` is no setting of a model{why}", hint=hint)

@@ -25,11 +25,6 @@ class Bar(Protocol):
         """So many more prompts are done, and so many tokens generated or read."""
 
 
-class _NoBar:
-    def advance(self, tokens: int, done: int = 1) -> None:
-        """Nothing is shown."""
-
-
 class _TerminalBar:
     def __init__(self, progress: Progress, name: str, total: int | None) -> None:
         self._progress = progress
@@ -86,12 +81,10 @@ class _Speed:
 
 
 @contextmanager
-def bar(name: str, total: int | None, *, done: int = 0, shown: bool = True) -> Iterator[Bar]:
+def bar(name: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
     """A bar for the length of the block; `total` is None where nobody knows it, `done` of it are done already."""
     console = Console(stderr=True)
-    if not shown:
-        yield _NoBar()
-    elif console.is_jupyter:
+    if console.is_jupyter:
         notebook = _NotebookBar(name, None if total is None else total - done)
         yield notebook
     else:

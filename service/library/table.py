@@ -8,26 +8,34 @@ from typing import Any, Literal
 
 import numpy as np
 
-from service.contract.errors import StartupError
+from service.contract.errors import RequestError, StartupError
 from service.library.answers import Answer, Gate, Output, TextScalings
 
 By = Literal["token", "text"]
-_Answers = Answer | TextScalings | Iterable[Answer | TextScalings]
+Answers = Answer | TextScalings | Iterable[Answer | TextScalings | RequestError]
 
 
-def rows(answers: _Answers, by: By = "token") -> Iterator[dict[str, Any]]:
+def rows(answers: Answers, by: By = "token") -> Iterator[dict[str, Any]]:
     """One dictionary per token (with the weights that produced it), or per text (with their means).
 
-    Weights are in columns `weight_NAME`, where scalings were asked for.
+    Weights are in columns `weight_NAME`, where scalings were asked for. A prompt that has failed is one row with an
+    `error`. Raises TypeError for what is no answer of `generate` or `scalings`.
     """
     if by not in ("token", "text"):
         raise ValueError(f'by is {by!r}; it may be "token" or "text"')
-    for answer in [answers] if isinstance(answers, Answer | TextScalings) else answers:
+    if not isinstance(answers, Iterable):
+        answers = [answers]
+    for answer in answers:
+        if isinstance(answer, RequestError):
+            yield {"prompt": answer.prompt_index, "error": str(answer)}
+            continue
+        if not isinstance(answer, Answer | TextScalings):
+            raise TypeError(f"rows are of answers of generate or scalings, and not of {type(answer).__name__}")
         for part in _parts(answer):
             yield from _by_token(answer, part) if by == "token" else [_by_text(answer, part)]
 
 
-def data_frame(answers: _Answers, by: By = "token") -> Any:
+def data_frame(answers: Answers, by: By = "token") -> Any:
     """The rows as a pandas.DataFrame. Raises StartupError where pandas is not installed."""
     try:
         pandas = importlib.import_module("pandas")

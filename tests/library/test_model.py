@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -108,14 +109,14 @@ def test_many_prompts_are_never_refused_and_pulled_as_there_is_room(open_fake: O
 
     def prompts() -> Iterator[str]:
         nonlocal pulled
-        for pulled in range(1, 2001):
+        for pulled in range(1, 601):
             yield "a" * (pulled % 30 + 1)
 
     ahead, lengths = 0, []
     for answer in model.generate(prompts(), max_tokens=2):
         lengths.append(len(answer.prompt_token_ids))
         ahead = max(ahead, pulled - len(lengths))
-    assert lengths == [number % 30 + 1 for number in range(1, 2001)]
+    assert lengths == [number % 30 + 1 for number in range(1, 601)]
     assert 0 < ahead < 4 * 64  # four times the seats that the fake engine says it has
 
 
@@ -132,11 +133,52 @@ def test_errors_of_one_prompt_end_the_iteration_or_take_its_place(fake: XLora) -
     found = list(fake.generate(prompts, max_tokens=2, return_exceptions=True))
     assert [isinstance(one, RequestError) for one in found] == [False, True, True, False]
     assert found[1].param == "top_p"
+    unordered = list(fake.generate(prompts, max_tokens=2, return_exceptions=True, in_order=False))
+    assert sorted(one.prompt_index for one in unordered if isinstance(one, RequestError)) == [1, 2]
+    table = list(XLora.rows(found, by="text"))
+    assert [(row["prompt"], "error" in row) for row in table] == [(0, False), (1, True), (2, True), (3, False)]
     answers = fake.generate(prompts, max_tokens=2)
     assert next(answers).index == 0
     with pytest.raises(InvalidRequestError) as caught:
         next(answers)
     assert caught.value.__notes__ == ["this was prompt 1, counted from 0"]
+
+
+@pytest.mark.parametrize("prompts", [5, None, b"a", 1.5])
+def test_what_is_no_prompt_is_told_at_once(fake: XLora, prompts: Any) -> None:
+    for call in (fake.generate, fake.scalings, lambda one: fake.compare(one, [{}])):
+        with pytest.raises(InvalidRequestError, match="a prompt is a text, token ids or messages, and not"):
+            call(prompts)
+    with pytest.raises(InvalidRequestError, match=r"`messages\[0\].role` is missing"):
+        fake.generate([{"content": "hi"}])
+    with pytest.raises(InvalidRequestError, match="return_exceptions goes with many"):
+        fake.generate("hi", return_exceptions=True)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_slow_source_does_not_delay_answers(fake: XLora, in_order: bool) -> None:
+    """It waits for the first prompt's answer to be read, long before the window is full."""
+    handed_out = 0
+
+    def prompts() -> Iterator[str]:
+        for number in range(200):
+            if number > 50:
+                assert handed_out, "50 prompts were pulled, and no answer was handed out"
+            threading.Event().wait(0.02)
+            yield "a"
+
+    for _ in fake.generate(prompts(), max_tokens=1, in_order=in_order):
+        handed_out += 1
+        if handed_out > 3:
+            return
+
+
+def test_answers_compare_by_identity(fake: XLora) -> None:
+    answer = fake.generate("hi", max_tokens=2, scalings="full")
+    again = pickle.loads(pickle.dumps(answer))
+    assert answer in [again, answer]
+    np.testing.assert_array_equal(again.scalings, answer.scalings)
+    assert len({answer, again}) == 2
 
 
 def test_threads_share_a_model(fake: XLora) -> None:
@@ -324,6 +366,14 @@ def test_the_tokenizer_reads_as_prompts_are_read(fake: XLora) -> None:
     assert answer.prompt_token_ids == tuple(tokenizer.chat([{"role": "user", "content": "hi"}]))
     assert tokenizer.decode(answer.prompt_token_ids) == "<user>hi"
     assert tokenizer.decode(tokenizer.encode("naïve 🙂")) == "naïve 🙂"
+    wrong: list[Callable[[], object]] = [
+        lambda: tokenizer.encode(5),  # type: ignore[arg-type]
+        lambda: tokenizer.decode("abc"),  # type: ignore[arg-type]
+        lambda: tokenizer.texts([10**9]),
+    ]
+    for call in wrong:
+        with pytest.raises(InvalidRequestError):
+            call()
     assert fake.chat([{"role": "user", "content": "hi"}], max_tokens=1).prompt_token_ids == answer.prompt_token_ids
 
 

@@ -71,10 +71,11 @@ def weights(page: Page) -> None:
     page.select_option("[name='a.experts']", "weights")
 
 
-SLOW = pytest.param(colours, marks=pytest.mark.slow)
+# A comparison has all that one result has, and more.
+SLOW = [pytest.param(state, marks=pytest.mark.slow) for state in (result, colours, snippet)]
 
 
-@pytest.mark.parametrize("state", [empty, result, comparison, chat, SLOW, error, scalings, key, snippet, weights])
+@pytest.mark.parametrize("state", [empty, comparison, chat, error, scalings, key, weights, *SLOW])
 def test_no_violations(inspector: Page, state: Callable[[Page], None]) -> None:
     inspector.emulate_media(color_scheme="light", reduced_motion="reduce")
     state(inspector)

@@ -196,7 +196,7 @@ def test_a_link_carries_the_settings(inspector: Page, demo_server: Server) -> No
     assert inspector.locator(ANSWER).count() == 0, "a link does not run by itself"
 
 
-@pytest.mark.parametrize("name", ["curl", "Python"])
+@pytest.mark.parametrize("name", ["curl", pytest.param("Python", marks=pytest.mark.slow)])
 def test_copied_request_gives_the_same_text(inspector: Page, name: str) -> None:
     """Also with quotes in the prompt."""
     inspector.fill("[name=prompt]", "Say 'it''s \"5 + 5\"' \\ and $HOME.\n")

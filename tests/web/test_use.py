@@ -27,7 +27,7 @@ def open_sized(browser: Browser, running: Server, width: int, height: int) -> Pa
     return open_inspector(page, running)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1280, 650), (390, 844), (640, 400)])
+@pytest.mark.parametrize(("width", "height"), [(1280, 650), (390, 844), pytest.param(640, 400, marks=pytest.mark.slow)])
 def test_small_windows(browser: Browser, demo_server: Server, width: int, height: int) -> None:
     """A laptop, a phone, and a window at 200 %: with all options open the main button is in view, a token that is
     clicked stays in view, arrows go on from it, every target has 24 pixels, and nothing scrolls sideways.

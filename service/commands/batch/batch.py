@@ -40,7 +40,7 @@ def run_batch(
     arguments: argparse.Namespace, prompts: InputFile, path: Path, format: Format, done: frozenset[str] = frozenset()
 ) -> int:
     """Answers all prompts that have no answer yet, here or among the ids in `done`. Returns how many have failed."""
-    with OutputFile(path, format.key, prompts.numbers, format.is_error) as output:
+    with OutputFile(path, format.key, prompts.numbers, format.is_answer) as output:
         left = prompts.numbers.keys() - output.done - done
         if not left:
             _say(f"all {len(prompts.numbers)} prompts are answered already")

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import orjson
-
 from service.api.errors import error_body
 from service.api.generation.run import Run
 from service.api.routes.chat import ChatWriter
@@ -20,7 +18,7 @@ from service.api.schemas.answers import ScalingsFrame
 from service.api.schemas.openai import CompletionBody
 from service.api.state import new_id
 from service.commands.batch.input_file import OPENAI_KEY, Line
-from service.commands.batch.output_file import encoded
+from service.commands.batch.output_file import decoded, encoded
 from service.contract.errors import InvalidRequestError, NotFoundError, RequestError
 from service.library.bodies import body_of, chat_body, generate_job, scalings_body
 from service.library.session import Session
@@ -45,23 +43,28 @@ class Format(Protocol):
     async def answer(self, session: Session, line: Line) -> Result:
         """The answer to a line, or its error. Raises EngineLostError where there is no engine any more."""
 
-    def is_error(self, document: Mapping[str, Any]) -> bool:
-        """Whether a line of the output says that a prompt has failed."""
+    def is_answer(self, document: Mapping[str, Any]) -> bool | None:
+        """Whether a line of the output has an answer; False for an error, None for what is no line of this format."""
 
 
 class _Ours:
     key = "id"
+    _field: str  # that all answers have, and neither prompts nor the answers of another command
 
-    def is_error(self, document: Mapping[str, Any]) -> bool:
-        """Return whether it has an error."""
-        return "error" in document
+    def is_answer(self, document: Mapping[str, Any]) -> bool | None:
+        """Return whether it has an answer."""
+        if "error" in document:
+            return False
+        return True if self._field in document else None
 
     def _failed(self, line: Line, error: RequestError) -> Result:
-        return Result(encoded({"id": line.id, **orjson.loads(error_body(error))}), 0, error)
+        return Result(encoded({"id": line.id, **decoded(error_body(error))}), 0, error)
 
 
 class GenerateFormat(_Ours):
     """Fields of POST /generate, or `messages` in place of the prompt."""
+
+    _field = "outputs"
 
     def __init__(self, common: Mapping[str, Any]) -> None:
         """`common` are the fields of lines that do not say otherwise."""
@@ -82,6 +85,8 @@ class GenerateFormat(_Ours):
 
 class ScalingsFormat(_Ours):
     """Fields of POST /scalings, about one text a line."""
+
+    _field = "tokens"
 
     def __init__(self, common: Mapping[str, Any], *, arrays_only: bool) -> None:
         """`arrays_only`: nothing may be asked for that is no array of scalings."""
@@ -111,17 +116,19 @@ class OpenAIFormat:
 
     key = OPENAI_KEY
 
-    def is_error(self, document: Mapping[str, Any]) -> bool:
-        """Return whether there is an error, or a response that is none of success."""
+    def is_answer(self, document: Mapping[str, Any]) -> bool | None:
+        """Return whether there is a response of success."""
         response = document.get("response")
-        return bool(document.get("error")) or not isinstance(response, dict) or response.get("status_code") != 200
+        if document.get("error"):
+            return False
+        return response.get("status_code") == 200 if isinstance(response, dict) else None
 
     async def answer(self, session: Session, line: Line) -> Result:
         """As OpenAI writes them; where a request fails, the response has the status and body that HTTP would have."""
         try:
             run, body = await self._body(session, line.fields)
         except RequestError as error:
-            return Result(self._line(line, error.status, new_id("req"), orjson.loads(error_body(error))), 0, error)
+            return Result(self._line(line, error.status, new_id("req"), decoded(error_body(error))), 0, error)
         return Result(self._line(line, 200, run.id, body), run.generation.completion_tokens)
 
     async def _body(self, session: Session, fields: Mapping[str, Any]) -> tuple[Run, Mapping[str, Any]]:

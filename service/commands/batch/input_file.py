@@ -35,8 +35,10 @@ class InputFile:
 
     def __init__(self, path: Path) -> None:
         """Raises StartupError, naming the line, for what is no object, for an id that is there twice, and for a mixture
-        of formats.
+        of formats; and for what can be read only once.
         """
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise StartupError(f"{path} is no regular file", hint="write the prompts to one: it is read twice")
         self.path = path
         self.is_openai = False
         self.numbers: dict[str, int] = {}  # by key
@@ -74,12 +76,24 @@ class InputFile:
         id = fields.get(name)
         if id is not None and (not isinstance(id, str | int) or isinstance(id, bool)):
             self._fail(number, f"its {name} is {id!r:.60}; it must be a text or an integer")
+        if isinstance(id, int) and not -(1 << 63) <= id < 1 << 63:
+            self._fail(number, f"its {name} has more than 64 bits", "write it as a text")
+        if isinstance(id, str) and not _is_unicode(id):
+            self._fail(number, f"its {name} {id!r:.60} has a lone surrogate")
         if name == "id":
             fields = {field: value for field, value in fields.items() if field != "id"}
         return Line(number, number if id is None else id, fields)
 
     def _fail(self, number: int, reason: str, hint: str | None = None) -> NoReturn:
         raise StartupError(f"{self.path}, line {number}: {reason}", hint=hint)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_number(name: str) -> NoReturn:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
+from service.commands.batch.output_file import decoded
 from service.contract.errors import StartupError
 
 _KINDS = ("scalings", "entropy", "start", "token_ids")  # of each text, as KIND/ID
@@ -85,7 +85,7 @@ def _add(archive: zipfile.ZipFile, document: dict[str, Any], names: dict[str, li
 def _documents(part: Path) -> Iterator[dict[str, Any]]:
     with part.open("rb") as lines:
         for line in lines:
-            document = orjson.loads(line)
+            document = decoded(line)
             if "error" not in document:
                 yield document
 

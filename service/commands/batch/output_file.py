@@ -23,20 +23,23 @@ class OutputFile:
     """One file, held against other processes from construction to `close`."""
 
     def __init__(
-        self, path: Path, key: str, known: Collection[str], is_error: Callable[[Mapping[str, Any]], bool]
+        self, path: Path, key: str, known: Collection[str], is_answer: Callable[[Mapping[str, Any]], bool | None]
     ) -> None:
         """Opens the file, and keeps the lines of an earlier run that are whole and no errors. `key` is the field of the
-        id, `known` are the ids of the prompts as texts.
+        id, `known` are the ids of the prompts as texts; `is_answer` is False for an error, and None for what is
+        neither.
 
-        Raises StartupError for a file that another process holds, and for one that has other lines than this command
-        would write.
+        Raises StartupError for a file that another process holds, for one that has other lines than this command
+        would write, and for what is no regular file: a run could not go on from it.
         """
         self.path = path
         self.done: set[str] = set()
         self._key = key
         self._known = known
-        self._is_error = is_error
+        self._is_answer = is_answer
         self._held: list[BinaryIO] = []
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise StartupError(f"{path} is no regular file", hint="name one, which a later run can go on from")
         try:
             self._file = self._take(path)
             self._keep_what_is_good()
@@ -115,7 +118,7 @@ class OutputFile:
         with self.path.open("rb") if file is None else file as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    document = orjson.loads(line)
+                    document = decoded(line)
                 except ValueError:
                     if line.endswith(b"\n") and line.strip():
                         self._fail(number, "is no JSON")
@@ -129,7 +132,10 @@ class OutputFile:
         id = str(document[self._key])
         if id not in self._known:
             self._fail(number, f"has the id {id!r:.60}, which none of the prompts has")
-        if id in self.done or self._is_error(document):
+        answered = self._is_answer(document)
+        if answered is None:
+            self._fail(number, "has neither an answer of this command nor an error")
+        if id in self.done or not answered:
             return False
         self.done.add(id)
         return True
@@ -145,8 +151,16 @@ def encoded(document: Mapping[str, Any]) -> bytes:
     """One line of output."""
     try:
         return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # a lone surrogate, or an integer of more than 64 bits, which the caller has sent
+    except TypeError:  # a lone surrogate in a name that the caller has sent
         return json.dumps(document).encode() + b"\n"
+
+
+def decoded(line: bytes) -> Any:
+    """What `encoded` has written. Raises ValueError for what is no JSON."""
+    try:
+        return orjson.loads(line)
+    except ValueError:  # a lone surrogate
+        return json.loads(line)
 
 
 def _cannot_write(path: Path, error: OSError) -> StartupError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +83,30 @@ def test_errors_stand_in_their_lines_and_are_tried_again(files: Files, capfd: py
     assert len(files.texts()) == 3
 
 
+def test_odd_names_in_a_line_are_its_error_alone(files: Files) -> None:
+    """A lone surrogate, which JSON can say and orjson cannot read; the second run reads it back."""
+    files.write(
+        {"id": 1, "prompt": "hi", "\ud800": 1},
+        {"id": 2, "prompt": "hi"},
+        {"id": 3, "prompt": "hi", "experts": {"only": ["\ud800"]}},
+        {"id": 4, "prompt": "hi", "seed": "\ud800"},
+    )
+    for _ in range(2):
+        assert files.run("--max-tokens", "2") == 1
+        assert files.texts() == {2: "The"}
+        assert {one["id"] for one in files.answers() if "error" in one} == {1, 3, 4}
+
+
+def test_a_pipe_is_told_to_be_no_file(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(files.prompts)
+    assert files.run() == 1
+    assert "is no regular file" in capfd.readouterr().err
+    files.prompts.unlink()
+    files.write({"prompt": "hi"})
+    assert files.run(output=Path("/dev/full")) == 1
+    assert "is no regular file" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("end", ['{"id": 2, "outp', '{"id": 2, "error": {}}\n', '{"id": 1, "outputs": []}\n'])
 def test_what_is_no_answer_is_dropped(files: Files, end: str) -> None:
     """The beginning of a line, an error, and an answer that is there already; also before an answer."""
@@ -104,6 +129,8 @@ def test_what_is_no_answer_is_dropped(files: Files, end: str) -> None:
         (['{"id": [1]}'], "line 1: its id is [1]"),
         (['{"custom_id": "a"}', '{"id": "b"}'], "line 2: 'custom_id' is in some lines"),
         ([""], "has no prompts"),
+        (['{"id": "\\ud800"}'], "has a lone surrogate"),
+        ([f'{{"id": {1 << 70}}}'], "line 1: its id has more than 64 bits"),
     ],
 )
 def test_a_wrong_file_of_prompts_is_one_line(
@@ -121,6 +148,8 @@ def test_another_files_output_is_left_alone(files: Files, capfd: pytest.CaptureF
         ('{"id": "b", "outputs": []}\n', "line 1 has the id 'b'"),
         ("a diary\n", "line 1 is no JSON"),
         ('{"text": 1}\n', "line 1 has no 'id'"),
+        ('{"id": "a", "prompt": "hi"}\n', "line 1 has neither an answer"),
+        ('{"id": "a", "tokens": [], "usage": {}}\n', "line 1 has neither an answer"),  # of the command scalings
     ):
         files.output.write_text(content)
         assert files.run() == 1
