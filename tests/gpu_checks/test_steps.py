@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from service.model.attention import paged
-from tests.support.fake_cuda import Counts, FakeCuda
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_cuda_device import Counts
 from tests.support.fake_cuda_engine import KINDS, FakeCudaEngines, Plant, attention
 from tests.support.tiny import Tiny
 
