@@ -102,7 +102,8 @@ KINDS: dict[str, Kind] = {
         _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
-    "abort": Kind(copies=3, abort_at=1),
+    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=4),
+    "stop": Kind(_sampling(max_tokens=16, min_tokens=6, stop_token_ids=(5,)), copies=3),
     "everything": Kind(
         _sampling(
             temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 1.0},
@@ -155,13 +156,17 @@ class FakeCudaEngines:
         kind.before(engine)
         return engine
 
+    def decoder(self, step: Step, plant: Plant | None = None) -> Step:
+        """The step with its launches counted as the decoder's, where asked with a defect behind it."""
+        return _Decoder(step, self._cuda, plant)
+
     def steps(self, kind: Kind, *, cuda_graphs: bool = False, plant: Plant | None = None) -> list[Counts]:
         """Runs the requests of a kind to their end, where asked with a defect in every forward. Returns what happened
         from each launch of a step to the next one. Raises AssertionError where a request fails, or the kind's purpose
         was missed.
         """
         engine = self.build(kind, cuda_graphs=cuda_graphs)
-        engine.runner.step = _Decoder(engine.runner.step, self._cuda, plant)
+        engine.runner.step = self.decoder(engine.runner.step, plant)
         counted: list[Counts] = []
         launch = engine.runner.launch
 

@@ -39,7 +39,7 @@ class Watch(TorchDispatchMode):
             return True if name == "equal" else cuda.number(args[0].dtype)
         if name == "scaled_dot_product_attention":  # its parts on a CPU are of no interest here
             cuda.launch(name)
-            _same_device(args)
+            same_device(args)
             return cuda.like(torch.empty(*args[0].shape[:-1], args[2].shape[-1], dtype=args[0].dtype), CUDA)
         if (
             func.namespace == "aten" and func._can_decompose()
@@ -119,7 +119,7 @@ def tensor_methods(cuda: Device) -> list[tuple[Any, str, Callable[..., Any]]]:
 
 def _on_meta(cuda: Device, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _same_device((self, *args)) == "cpu":
+        if same_device((self, *args)) == "cpu":
             return original(self, *args, **kwargs)
         if name in ("__getitem__", "__setitem__") and _has_list(args[0]):
             cuda.wait("index from a list")
@@ -140,7 +140,7 @@ def _to_meta(value: Any) -> Any:
     return type(value)(map(_to_meta, value)) if isinstance(value, tuple | list) else value
 
 
-def _same_device(values: Any) -> str:
+def same_device(values: Any) -> str:
     """The one type of device of all tensors."""
     found = _devices(values)
     if len(found) > 1:
