@@ -22,7 +22,7 @@ from tests.support.tiny import Tiny
 
 _KINDS = ("greedy", "sampled", "filtered", "penalties", "logit bias", "grammar", "logprobs", "steered",
           "mean scalings", "full scalings", "scalings log", "everything")  # fmt: skip
-_PROMPT, _TOKENS, _PREFILL = 5, 10, 3
+_PROMPT, _TOKENS, _PREFILL = 5, 5, 2
 
 
 def of_rows(kind: Kind, rows: int) -> Kind:
