@@ -102,8 +102,7 @@ KINDS: dict[str, Kind] = {
         _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
-    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=4),
-    "stop": Kind(_sampling(max_tokens=16, min_tokens=6, stop_token_ids=(5,)), copies=3),
+    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3),
     "everything": Kind(
         _sampling(
             temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 1.0},
