@@ -6,6 +6,7 @@ import gc
 import logging
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,10 @@ from service.engine.batch_builder import BatchBuilder
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
-from service.engine.sampler import SampleRow, sample
+from service.engine.sampler import SampleRow, sample, take_argmax
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
-from service.model.transfer import HostCopies, to_device
+from service.model.transfer import HostCopies, pack_to_device, to_device
 from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,12 @@ def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_
     logits, scores = _split(output.logits, scheduled, copies)
     rows = [_sample_rows(one) for one in scheduled]
     ids, errors = _sample(logits, rows)
+    are_largest = scores is None and not errors and take_argmax(list(chain(*rows)))
     launched = LaunchedStep(
         scheduled,
         copies,
         copies.of(ids),
-        copies.of(_marks(output)),
+        copies.of(_marks(output, ids if are_largest else None)),
         output.scalings,
         len(output.logits),
         errors,
@@ -122,11 +124,10 @@ def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopie
             alternatives += [one.sequence.sampling.prompt_logprobs or 0] * len(one.scores)
     if not scored:
         return logits, None
-    device = logits.device
     others = sorted({*range(len(logits))} - {*scored})
-    own, index = to_device(tokens, device), to_device(scored, device)
-    scores = Logprobs(logits.index_select(0, index), own, alternatives, copies)
-    return logits.index_select(0, to_device(others, device)), scores
+    columns = [np.array(column, np.int64) for column in (scored, tokens, others)]
+    index, own, sampled = pack_to_device(columns, logits.device)
+    return logits.index_select(0, sampled), Logprobs(logits.index_select(0, index), own, alternatives, copies)
 
 
 def _sample_rows(one: ScheduledSequence) -> list[SampleRow]:
@@ -164,10 +165,12 @@ def _sample(logits: Tensor, rows: list[list[SampleRow]]) -> tuple[Tensor, dict[i
     return torch.cat(ids), errors
 
 
-def _marks(output: ForwardOutput) -> Tensor:
+def _marks(output: ForwardOutput, largest: Tensor | None) -> Tensor:
     """fp32 [L + scaling rows]: one number per row of the logits, then of the gate logits, finite where the row is.
 
     -inf among logits is how some families rule out ids: their rows are judged by the largest, which NaN and infinity
-    win; gate rows by the sum.
+    win; gate rows by the sum. `largest`, int64 [L]: where it is, if that is known, which saves reading [L, V] again.
     """
-    return torch.cat([output.logits.amax(-1).float(), output.gate_logits.sum((1, 2))])
+    logits = output.logits
+    of_rows = logits.amax(-1) if largest is None else logits.gather(-1, largest[:, None])[:, 0]
+    return torch.cat([of_rows.float(), output.gate_logits.sum((1, 2))])

@@ -52,9 +52,9 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     Returns int64 [n] on the device of the logits: whoever reads it waits for the device. What the rows bring from the
     host goes there in one copy, and every processor is a few operators over all rows that want it.
     """
-    logits = logits.float()
-    if all(row.sequence.takes_argmax and row.sequence.grammar is None for row in rows):
+    if take_argmax(rows):
         return logits.argmax(-1)
+    logits = logits.float()
     params = [row.sequence.sampling for row in rows]
     vocabulary = logits.shape[1]
     random = [i for i, each in enumerate(params) if not each.is_greedy]
@@ -75,6 +75,11 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     if random:
         chosen.index_copy_(0, given["random"], _draw(logits.index_select(0, given["random"]), given))
     return chosen
+
+
+def take_argmax(rows: SequenceOf[SampleRow]) -> bool:
+    """Whether every row's token is the largest of its logits as they are."""
+    return all(row.sequence.takes_argmax and row.sequence.grammar is None for row in rows)
 
 
 def _upload(columns: Mapping[str, Column], device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from service.engine.sampler import sample
 from tests.engine.test_sampler import SETTINGS, row
 from tests.support.driver import words
-from tests.support.fake_cuda import Counts, FakeCuda
+from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_cuda_device import Counts
 
 VOCABULARY = 2000
 _MOST = 36  # most operators over the logits

@@ -17,13 +17,15 @@ from service.contract.output import StepStats
 from service.contract.request import Request, SamplingParams, TextForm
 from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
+from service.engine.launched_step import LaunchedStep
 from service.engine.loader import build_engine
 from service.model.attention import paged
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from tests.support.driver import words
-from tests.support.fake_cuda import CUDA, Counts, FakeCuda, move_to_cuda
+from tests.support.fake_cuda import FakeCuda, move_to_cuda
+from tests.support.fake_cuda_device import CUDA, Counts
 from tests.support.tiny import Tiny
 
 BLOCK_SIZE = 4
@@ -100,7 +102,7 @@ KINDS: dict[str, Kind] = {
         _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
-    "abort": Kind(copies=3, abort_at=1),
+    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3),
     "everything": Kind(
         _sampling(
             temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 1.0},
@@ -150,25 +152,41 @@ class FakeCudaEngines:
         if kind.blocks < 100:
             settings["max_model_len"] = kind.blocks // 2 * BLOCK_SIZE
         engine = build_engine(self.model, self._checkpoint, EngineOptions(model=self._path, device="cuda", **settings))
+        engine.runner.overlapped_rows = 1 << 20  # also eager steps are launched before results are written
         kind.before(engine)
         return engine
 
+    def decoder(self, step: Step, plant: Plant | None = None) -> Step:
+        """The step with its launches counted as the decoder's, where asked with a defect behind it."""
+        return _Decoder(step, self._cuda, plant)
+
     def steps(self, kind: Kind, *, cuda_graphs: bool = False, plant: Plant | None = None) -> list[Counts]:
-        """Runs the requests of a kind to their end, where asked with a defect in every forward. Returns what each step
-        did. Raises AssertionError where a request fails, or the kind's purpose was missed.
+        """Runs the requests of a kind to their end, where asked with a defect in every forward. Returns what happened
+        from each launch of a step to the next one. Raises AssertionError where a request fails, or the kind's purpose
+        was missed.
         """
         engine = self.build(kind, cuda_graphs=cuda_graphs)
-        engine.runner.step = _Decoder(engine.runner.step, self._cuda, plant)
+        engine.runner.step = self.decoder(engine.runner.step, plant)
+        counted: list[Counts] = []
+        launch = engine.runner.launch
+
+        def counted_launch(*args: Any, **kwargs: Any) -> LaunchedStep:
+            self._cuda.counts = Counts()
+            counted.append(self._cuda.counts)
+            return launch(*args, **kwargs)
+
+        with patch.object(engine.runner, "launch", counted_launch):
+            self._run(engine, kind)
+        return counted
+
+    def _run(self, engine: Engine, kind: Kind) -> None:
         for request in kind.requests():
             engine.add(checked_request(request, engine.info))
-        counted: list[Counts] = []
         stats: list[StepStats] = []
         while engine.has_work():
             if len(stats) == kind.abort_at:
                 engine.abort("r0")
-            with self._cuda.counted() as counts:
-                output = engine.step()
-            counted.append(counts)
+            output = engine.step()
             stats.append(output.stats)
             assert len(stats) < _MOST_STEPS, "the engine does not come to an end"
             for one in output.outputs:
@@ -176,7 +194,6 @@ class FakeCudaEngines:
         assert kind.happened(stats), "the requests did not bring about what they are for"
         engine.check_integrity()
         assert engine.blocks.used == 0
-        return counted
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from service.model.kv_cache import KVCache, KVLayout
 
 ROOT = Path(__file__).parents[2]
 CHIPS = (80, 90, 100)  # compute capabilities to compile for
-# Most shared memory of a block in bytes by compute capability (CUDA C++ Programming Guide, "Technical Specifications
-# per Compute Capability"). A kernel must fit the smallest: there is one tiling for all.
+# Most shared memory of a block in bytes by compute capability (CUDA C++ Programming Guide 13, "Compute Capabilities",
+# the sections "Shared Memory" of each). A kernel must fit the smallest: there is one tiling for all.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
