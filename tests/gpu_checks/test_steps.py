@@ -36,7 +36,7 @@ _COPIES_IN, COPIES_IN = 3, {"everything": 6}
 _COPIES_OUT = 4
 COPIES_OUT = {"logprobs": 7, "prompt logprobs": 7, "score": 6, "scaling pass alone": 6, "everything": 13}
 _LATE_READS = 1
-_CAPTURED = 8  # most launches of the decoder in a step that is replayed
+_CAPTURED = 9  # most launches of the decoder in a step that is replayed
 SAMPLED = ("everything", "drafts", "abort", "scaling pass alone")  # those of the short run
 SAMPLED_CAPTURES = ("everything",)
 SHORT = replace(KINDS["greedy"], prompt=5, sampling=replace(KINDS["greedy"].sampling, max_tokens=3))
