@@ -291,7 +291,7 @@ def test_the_alert_on_missing_replicas_knows_how_many_there_should_be():
     replicated = compose("compose.replicas.yaml")["services"]["xlora"]
     assert replicated["environment"]["XLORA_WANTED_REPLICAS"] == replicated["deploy"]["replicas"]
     pod = load(DOCKER / "kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
-    wanted = {variable["name"]: variable["value"] for variable in pod["env"]}["XLORA_WANTED_REPLICAS"]
+    [wanted] = [variable["value"] for variable in pod["env"] if variable["name"] == "XLORA_WANTED_REPLICAS"]
     assert int(wanted) == load(DOCKER / "kubernetes/monitoring/autoscaler.yaml")["spec"]["minReplicas"]
 
 
