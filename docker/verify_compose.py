@@ -55,6 +55,13 @@ TRAFFIC = [
     {"prompt": "Which strand pairs with CTA TCT TAT?\n", "max_tokens": 24, "stream": True},
     {"prompt": "What is 88 + 76?\n", "max_tokens": 24, "return_scalings": "mean"},
 ]
+# What resolves containers' names for podman, with CNI or netavark: without it Prometheus and the proxy find nobody.
+RESOLVERS = (
+    "/usr/lib/cni/dnsname",
+    "/opt/cni/bin/dnsname",
+    "/usr/lib/podman/aardvark-dns",
+    "/usr/libexec/podman/aardvark-dns",
+)
 READY = "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=8)"
 # compose.keys.yaml's files of keys, each with the variable that says where it lies.
 KEY_FILES = {"api_keys": "API_KEY_FILE", "admin_key": "ADMIN_KEY_FILE"}
@@ -203,6 +210,8 @@ def check_needs(compose: Compose, stand_ins: bool) -> None:
     programs = ["podman", "runc", "catatonit"] if compose.engine == "podman" else []
     programs += ["buildah"] if stand_ins else []
     missing = [name for name in programs if not (shutil.which(name) or Path("/usr/libexec/podman", name).exists())]
+    if compose.engine == "podman" and not any(map(os.path.exists, RESOLVERS)):
+        missing.append("names of containers for podman's networks (dnsname or aardvark-dns)")
     if not succeeds(*compose.program, "version"):
         missing.append(" ".join(compose.program))
     if not succeeds(compose.engine, "image", "inspect", image):
