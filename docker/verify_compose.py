@@ -10,8 +10,9 @@ one, Prometheus has another, and theirs does not open the metrics. With --stand-
 Prometheus, Alertmanager and the proxy are Debian's packages in images of the same names, and Grafana is left out. Ends
 with exit code 0, and removes what it made.
 
-Needs Python alone, the image xlora-service (docker/verify.sh build), and docker compose, or podman and podman-compose.
-COMPOSE names another command for the latter, CONTAINERS_CONF podman's settings.
+Needs Python alone, the image xlora-service (docker/verify.sh build; IMAGE names another), and docker compose, or podman
+and podman-compose: docs/operations.md, "The image". COMPOSE names another command for the latter, CONTAINERS_CONF other
+settings of podman's than docker/podman.conf.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ TRAFFIC = [
     {"prompt": "Which strand pairs with CTA TCT TAT?\n", "max_tokens": 24, "stream": True},
     {"prompt": "What is 88 + 76?\n", "max_tokens": 24, "return_scalings": "mean"},
 ]
+# What resolves containers' names for podman, with CNI or netavark: without it Prometheus and the proxy find nobody.
+RESOLVERS = (
+    "/usr/lib/cni/dnsname",
+    "/opt/cni/bin/dnsname",
+    "/usr/lib/podman/aardvark-dns",
+    "/usr/libexec/podman/aardvark-dns",
+)
 READY = "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/readyz', timeout=8)"
 # compose.keys.yaml's files of keys, each with the variable that says where it lies.
 KEY_FILES = {"api_keys": "API_KEY_FILE", "admin_key": "ADMIN_KEY_FILE"}
@@ -100,14 +108,22 @@ def wait(what: str, seconds: float, check: Callable[[], object]) -> None:
     print(f"{what:<44} after {time.monotonic() - began:.1f} s", flush=True)
 
 
+def succeeds(*command: str) -> bool:
+    """Whether a command is there and ends with 0."""
+    found = shutil.which(command[0]) is not None
+    return found and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 class Compose:
     """The compose command on the project's files, with ports of its own."""
 
     def __init__(self, files: list[str], variables: dict[str, str]) -> None:
-        has_docker = subprocess.run(["docker", "info"], capture_output=True, check=False).returncode == 0
-        default = "docker compose" if has_docker else "podman-compose"
-        self.engine = "docker" if has_docker else "podman"
-        self.command = [*shlex.split(os.environ.get("COMPOSE", default)), "-p", PROJECT]
+        self.engine = "docker" if succeeds("docker", "info") else "podman"
+        if self.engine == "podman":
+            os.environ.setdefault("CONTAINERS_CONF", str(DOCKER / "podman.conf"))
+        default = "docker compose" if self.engine == "docker" else "podman-compose"
+        self.program = shlex.split(os.environ.get("COMPOSE", default))
+        self.command = [*self.program, "-p", PROJECT]
         for file in files:
             self.command += ["-f", str(DOCKER / file)]
         self.ports = {name: free_port() for name in PORTS}
@@ -186,6 +202,24 @@ def dashboard_queries(replicas: int) -> Iterator[str]:
             yield re.sub(r"\$\{?\w+(:\w+)?\}?", ".*", expression)
 
 
+def check_needs(compose: Compose, stand_ins: bool) -> None:
+    """Everything that is missing in one message, before anything has begun."""
+    if stand_ins and compose.engine == "docker":
+        sys.exit("FAILED: --stand-ins is for podman, and a docker daemon answers here")
+    image = os.environ.get("IMAGE", "xlora-service:latest")
+    programs = ["podman", "runc", "catatonit"] if compose.engine == "podman" else []
+    programs += ["buildah"] if stand_ins else []
+    missing = [name for name in programs if not (shutil.which(name) or Path("/usr/libexec/podman", name).exists())]
+    if compose.engine == "podman" and not any(map(os.path.exists, RESOLVERS)):
+        missing.append("names of containers for podman's networks (dnsname or aardvark-dns)")
+    if not succeeds(*compose.program, "version"):
+        missing.append(" ".join(compose.program))
+    if not succeeds(compose.engine, "image", "inspect", image):
+        missing.append(f"the image {image} (docker/verify.sh build)")
+    if missing:
+        sys.exit(f'FAILED: not here: {", ".join(missing)}. See docs/operations.md, "The image"')
+
+
 def write_keys(folder: Path) -> dict[str, str]:
     """Makes the files of keys, readable for the containers' users; only their folder keeps others out."""
     keys = {name: secrets.token_hex(24) for name in KEY_FILES}
@@ -206,7 +240,7 @@ def build_stand_ins(services: list[str]) -> None:
     for service in services:
         found = re.search(images[service], texts)
         assert found is not None
-        if subprocess.run(["podman", "image", "exists", f"localhost/{found[0]}"], check=False).returncode == 0:
+        if succeeds("podman", "image", "exists", f"localhost/{found[0]}"):
             continue
         print(f"building a stand-in for {found[0]}", flush=True)
         lines = (
@@ -294,8 +328,7 @@ def check_loss(compose: Compose, traffic: Traffic, command: list[str], allowed: 
 
 def is_ready(compose: Compose, container: str) -> bool:
     """Whether a container of the service answers its own /readyz, whatever the proxy thinks of it."""
-    command = [compose.engine, "exec", container, "python", "-IS", "-c", READY]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return succeeds(compose.engine, "exec", container, "python", "-IS", "-c", READY)
 
 
 def up(compose: Compose, since: float = 0.0) -> list[str]:
@@ -334,18 +367,17 @@ def main() -> int:
     parser.add_argument("--stand-ins", action="store_true", help="Debian's packages in place of images")
     arguments = parser.parse_args()
     services = ["prometheus", "alertmanager", "pager", *(["proxy"] if arguments.replicas else [])]
-    if arguments.stand_ins:
-        build_stand_ins([name for name in services if name in STAND_INS])
-        print("Grafana is left out")
-    else:
+    if not arguments.stand_ins:
         services.append("grafana")
     overlays = [f"compose.{name}.yaml" for name in ("keys", "replicas") if getattr(arguments, name)]
     with tempfile.TemporaryDirectory() as folder:
         keys = write_keys(Path(folder)) if arguments.keys else {}
         variables = {KEY_FILES[name]: f"{folder}/{name}" for name in keys}
         compose = Compose(["compose.yaml", *overlays], variables)
-        if shutil.which(compose.command[0]) is None:
-            sys.exit(f"{compose.command[0]} is not installed")
+        check_needs(compose, arguments.stand_ins)
+        if arguments.stand_ins:
+            build_stand_ins([name for name in services if name in STAND_INS])
+            print("Grafana is left out")
         verify(compose, services, keys, 2 if arguments.replicas else 1)
     print("compose verified")
     return 0

@@ -207,6 +207,14 @@ def finds_nothing(tool: str, *arguments: str | Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_dockerfile_knows_what_compose_builds_with():
+    """An unknown argument is ignored but for a warning: the label would stay `unknown`."""
+    known = set(re.findall(r"^ARG (\w+)", (DOCKER.parent / "Dockerfile").read_text(), re.M))
+    given = set(compose("compose.yaml")["services"]["xlora"]["build"]["args"])
+    assert "REVISION" in given
+    assert given <= known
+
+
 def test_containers_are_locked_down_limited_and_health_checked():
     overlay = compose("compose.replicas.yaml")["services"]["proxy"]
     for name, container in {**compose("compose.yaml")["services"], "proxy": overlay}.items():
@@ -291,7 +299,7 @@ def test_the_alert_on_missing_replicas_knows_how_many_there_should_be():
     replicated = compose("compose.replicas.yaml")["services"]["xlora"]
     assert replicated["environment"]["XLORA_WANTED_REPLICAS"] == replicated["deploy"]["replicas"]
     pod = load(DOCKER / "kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]["containers"][0]
-    wanted = {variable["name"]: variable["value"] for variable in pod["env"]}["XLORA_WANTED_REPLICAS"]
+    [wanted] = [variable["value"] for variable in pod["env"] if variable["name"] == "XLORA_WANTED_REPLICAS"]
     assert int(wanted) == load(DOCKER / "kubernetes/monitoring/autoscaler.yaml")["spec"]["minReplicas"]
 
 
