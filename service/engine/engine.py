@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from service.checkpoint.weights.weight_files import WeightFiles
 from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.output import Failure, SequenceOutput, StepOutput, StepStats, TokenOutput
+from service.contract.output import Failure, SequenceOutput, StepOutput, StepStats
 from service.contract.request import Request
 from service.contract.steering import GateSettings
 from service.engine.block_manager import BlockManager
@@ -30,7 +30,8 @@ from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate, weight_r
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.model_runner import ModelRunner
 from service.engine.out_of_memory import OutOfMemory
-from service.engine.plan import Plan, ScheduledSequence
+from service.engine.outputs import count_step, failed, output_of
+from service.engine.plan import Plan
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence
 from service.grammar import Grammar, Grammars
@@ -193,7 +194,7 @@ class Engine:
             failure = Failure.of(error, "compiling failed") if isinstance(error, Exception) else Failure(str(error))
             for sequence in list(self._sequences[request_id]):
                 self._drop(sequence)
-                refused.append(_failed(sequence, failure))
+                refused.append(failed(sequence, failure))
         return refused
 
     def _drop(self, sequence: Sequence) -> None:
@@ -268,14 +269,16 @@ class Engine:
             self._reporter.log(flight.launched, results)
             logprobs, scores = flight.launched.read_logprobs(), flight.launched.read_scores()
             for result in results:
-                output = _output(result, logprobs, scores)
+                output = output_of(result, logprobs, scores)
                 output.gate = rows.get(id(result.scheduled.sequence))
-                _count(result.scheduled, stats)
+                count_step(result.scheduled, stats)
                 if output.tokens or output.gate or output.prompt_logprobs or output.finish_reason is not None:
                     outputs.append(output)
         outputs += ended
         self._reporter.flush(stats, everything=flight is None or any(one.finish_reason is not None for one in outputs))
-        return StepOutput(outputs, self._with_load(stats))
+        stats.requests_running, stats.requests_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
+        stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
+        return StepOutput(outputs, stats)
 
     def _shed(self, plan: Plan) -> SequenceOutput:
         """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
@@ -286,13 +289,7 @@ class Engine:
         sequence = plan.scheduled[number].sequence
         self._reporter.drop(sequence)
         self._drop(sequence)
-        return _failed(sequence, Failure("the server is out of memory"))
-
-    def _with_load(self, stats: StepStats) -> StepStats:
-        stats.requests_running = len(self._scheduler.running)
-        stats.requests_waiting = len(self._scheduler.waiting)
-        stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
-        return stats
+        return failed(sequence, Failure("the server is out of memory"))
 
     def _advance(self, result: SequenceResult) -> None:
         """Takes one sequence on by what its rows have brought. What it raises ends the sequence."""
@@ -335,13 +332,9 @@ class Engine:
         """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
         sequence = result.scheduled.sequence
         if not sequence.generates or sequence.scores_only:
-            done = (
-                sequence.scored == sequence.score_end
-                if sequence.generates
-                else (sequence.scaling.computed == sequence.prompt_len)
-            )
             result.tokens = []
-            result.finish_reason = "length" if done else None
+            if sequence.all_given_done:
+                result.finish_reason = "length"
             return
         for count, token in enumerate(result.tokens, start=1):
             drafted = sequence.accept(token)
@@ -349,51 +342,3 @@ class Engine:
             if result.finish_reason is not None or not drafted:
                 del result.tokens[count:]
                 return
-
-
-def _output(
-    result: SequenceResult, logprobs: Mapping[int, TokenOutput], scores: Mapping[int, list[TokenOutput]]
-) -> SequenceOutput:
-    """What a step brought one sequence, but for its gate rows."""
-    sequence = result.scheduled.sequence
-    if result.error is not None:
-        return _failed(sequence, result.error)
-    if logprobs:
-        tokens = [logprobs.get(row) or TokenOutput(id) for row, id in enumerate(result.tokens, result.token_row)]
-    else:
-        tokens = [TokenOutput(id) for id in result.tokens]
-    return SequenceOutput(
-        sequence.request.id,
-        sequence.index,
-        tokens,
-        prompt_logprobs=scores.get(id(result.scheduled), []) if result.finite else [],
-        finish_reason=result.finish_reason,
-        usage=sequence.usage,
-    )
-
-
-def _failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
-    return SequenceOutput(
-        sequence.request.id,
-        sequence.index,
-        finish_reason="error",
-        usage=sequence.usage,
-        error=failure.message,
-        error_param=failure.param,
-    )
-
-
-def _count(scheduled: ScheduledSequence, stats: StepStats) -> None:
-    """Adds one sequence's step to its usage, and what became of its drafts to the step's statistics."""
-    sequence, usage = scheduled.sequence, scheduled.sequence.usage
-    lookahead, copying = sequence.lookahead, sequence.prompt_lookup
-    before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
-    usage.forward_passes += 1
-    usage.scaling_rows += scheduled.scaling_count
-    usage.real_rows += scheduled.real_count
-    usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
-    usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
-    stats.draft_hits += usage.draft_hits - before[0]
-    stats.draft_misses += usage.draft_misses - before[1]
-    stats.speculated_tokens += usage.speculated_tokens - before[2]
-    stats.accepted_tokens += usage.accepted_tokens - before[3]

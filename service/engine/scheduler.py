@@ -179,12 +179,10 @@ class Scheduler:
         if not sequence.repeats:
             return
         most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
-        if most <= 0:
-            return
         needed = self._worth[0 if sequence.scaling_ended else 1]
         count = sequence.prompt_lookup.length(sequence.likelihood(0), needed, most)
         end = sequence.len_with_drafts + count
-        if count and self._missing(sequence, end, end) <= self.blocks.free:
+        if count > 0 and self._missing(sequence, end, end) <= self.blocks.free:
             sequence.look_up_drafts(count)
 
     def _next_rows(self, sequence: Sequence, budget: int) -> ScheduledSequence:
@@ -222,10 +220,9 @@ class Scheduler:
 
     def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
         """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""
-        size = self.blocks.block_size
-        missing = max(0, -(-self._scaling_extent(sequence, scaling_end) // size) - len(sequence.scaling.blocks))
+        missing = self.blocks.missing(sequence.scaling.blocks, self._scaling_extent(sequence, scaling_end))
         if sequence.generates:
-            missing += max(0, -(-max(scaling_end, real_end) // size) - len(sequence.real.blocks))
+            missing += self.blocks.missing(sequence.real.blocks, max(scaling_end, real_end))
         return missing
 
     def _scaling_extent(self, sequence: Sequence, end: int) -> int:

@@ -165,6 +165,11 @@ class Sequence:
         return min(self.real.computed, len(self.tokens) - 1) if self.generates else self.scaling.computed
 
     @property
+    def all_given_done(self) -> bool:
+        """Whether a sequence that samples nothing has been scored, or its scaling pass has run, to its end."""
+        return self.scored == self.score_end if self.generates else self.scaling.computed == self.prompt_len
+
+    @property
     def scaling_ended(self) -> bool:
         """Whether the gate is frozen for good: the scaling stream is not needed any more."""
         return self.gate_end != _NEVER and self.gate_end <= min(self.scaling.computed, len(self.tokens))

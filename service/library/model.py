@@ -6,6 +6,7 @@ called from any thread, also beside a running event loop. Fields, checks and err
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -255,8 +256,10 @@ class XLora:
     async def _scalings(self, common: Mapping[str, Any], index: int, text: Prompt) -> TextScalings:
         body = scalings_body(fields_of(text, common))
         id, looked = await self._session.scalings(body)
-        info = self._session.info
-        return text_scalings_of(index, id, looked, self._session.tokenizer, info, body.scalings_dtype)
+        session = self._session  # arrays of a long text take time, and other prompts share the loop
+        return await asyncio.to_thread(
+            text_scalings_of, index, id, looked, session.tokenizer, session.info, body.scalings_dtype
+        )
 
     async def _compare(self, common: Mapping[str, Any], index: int, prompt: Prompt) -> Comparison:
         document = await self._session.compare(compare_body(fields_of(prompt, common)))

@@ -102,7 +102,7 @@ KINDS: dict[str, Kind] = {
         _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
-    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3),
+    "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3, options={"speculative_tokens": 0}),
     "everything": Kind(
         _sampling(
             temperature=0.8, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.5, logit_bias={7: 1.0},
@@ -111,7 +111,7 @@ KINDS: dict[str, Kind] = {
         fields={"steering": Steering(only=(0, 2)), "return_scalings": "full", "scalings_start": 0},
         before=lambda engine: (engine.set_gate(GateSettings(0.25, 2, 0.7)), engine.log_scalings(True))[0],
         copies=3,
-        options={"speculative_tokens": 0},  # or a step would have too many rows to be captured
+        options={"speculative_tokens": 0},  # or a step has more rows than are captured
     ),
 }  # fmt: skip
 

@@ -1,0 +1,59 @@
+"""What a step has brought one sequence, in the words of the contract: tokens, the end, what it has cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from service.contract.output import Failure, SequenceOutput, StepStats, TokenOutput
+from service.engine.launched_step import SequenceResult
+from service.engine.plan import ScheduledSequence
+from service.engine.sequence import Sequence
+
+
+def output_of(
+    result: SequenceResult, logprobs: Mapping[int, TokenOutput], scores: Mapping[int, list[TokenOutput]]
+) -> SequenceOutput:
+    """What a step brought one sequence, but for its gate rows."""
+    sequence = result.scheduled.sequence
+    if result.error is not None:
+        return failed(sequence, result.error)
+    if logprobs:
+        tokens = [logprobs.get(row) or TokenOutput(id) for row, id in enumerate(result.tokens, result.token_row)]
+    else:
+        tokens = [TokenOutput(id) for id in result.tokens]
+    return SequenceOutput(
+        sequence.request.id,
+        sequence.index,
+        tokens,
+        prompt_logprobs=scores.get(id(result.scheduled), []) if result.finite else [],
+        finish_reason=result.finish_reason,
+        usage=sequence.usage,
+    )
+
+
+def failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
+    """The end of a sequence that cannot go on."""
+    return SequenceOutput(
+        sequence.request.id,
+        sequence.index,
+        finish_reason="error",
+        usage=sequence.usage,
+        error=failure.message,
+        error_param=failure.param,
+    )
+
+
+def count_step(scheduled: ScheduledSequence, stats: StepStats) -> None:
+    """Adds one sequence's step to its usage, and what became of its drafts to the step's statistics."""
+    sequence, usage = scheduled.sequence, scheduled.sequence.usage
+    lookahead, copying = sequence.lookahead, sequence.prompt_lookup
+    before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
+    usage.forward_passes += 1
+    usage.scaling_rows += scheduled.scaling_count
+    usage.real_rows += scheduled.real_count
+    usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
+    usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
+    stats.draft_hits += usage.draft_hits - before[0]
+    stats.draft_misses += usage.draft_misses - before[1]
+    stats.speculated_tokens += usage.speculated_tokens - before[2]
+    stats.accepted_tokens += usage.accepted_tokens - before[3]
