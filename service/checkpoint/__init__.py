@@ -8,12 +8,14 @@ from service.checkpoint.report import describe, find_problems
 from service.checkpoint.sources import Overrides
 from service.checkpoint.weights.classifier import ClassifierWeights
 from service.checkpoint.weights.draft_head import DraftHeadWeights
+from service.checkpoint.weights.draft_layer import DraftLayerWeights
 from service.checkpoint.weights.lora import LoraWeights
 
 __all__ = [
     "Checkpoint",
     "ClassifierWeights",
     "DraftHeadWeights",
+    "DraftLayerWeights",
     "Expert",
     "LoraWeights",
     "Overrides",

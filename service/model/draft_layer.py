@@ -1,0 +1,98 @@
+"""The draft layer: guesses several tokens ahead of the scaling pass, one after another (DESIGN section 3.1).
+
+    s_1 = h_q                          last hidden state of a scaling row at position q; its own draft is d_1
+    y   = W [s_i ; e(d_i)] + c_i       e: the base's embedding of the token just drafted, at position q + i
+    z   = y + O attention(RoPE(Q n(y)), keys, values)      n: RMS norm without a weight, which Q has in it
+    s_{i+1} = z + D silu(U z + b)      d_{i+1} is drafted from head(s_{i+1}), and is to stand at position q + i + 1
+
+Keys and values are the scaling stream's own of the base's last layer, positions 0 .. q: answers copy from their
+prompts, which a layer without attention cannot see, and a layer that reads what is cached anyway needs no cache.
+A draft decides only whether work done early is kept: in float32 no token and no scaling depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.checkpoint import DraftLayerWeights
+
+EPS = 1e-6  # of the norm
+
+Attend = Callable[[Tensor], Tensor]  # query [n, heads, head_dim] -> what it finds, the same shape
+
+
+class DraftLayer(nn.Module):
+    """Its tensors in the base's dtype, on its device. `depth` tokens are drafted in all, the first by the base's head."""
+
+    def __init__(
+        self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.depth = len(weights.agreement)
+        for name, tensor in weights.tensors().items():
+            setattr(self, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+
+    def forward(
+        self,
+        state: Tensor,  # [n, H]: s_i
+        embedded: Tensor,  # [n, H]: e(d_i)
+        depth: int,  # i, from 1 on
+        rotation: tuple[Tensor, Tensor] | None,  # cos and sin [n, rotated] at the positions q + i
+        attend: Attend,
+    ) -> Tensor:
+        """s_{i+1} [n, H], for the base's head."""
+        y = F.linear(torch.cat([state, embedded], -1), self.mix) + self.depths[depth - 1]
+        query = F.linear(F.rms_norm(y, y.shape[-1:], eps=EPS), self.query).view(len(y), -1, self.head_dim)
+        if rotation is not None:
+            query = rotated(query, *rotation)
+        z = y + F.linear(attend(query).flatten(1), self.output)
+        return z + F.linear(F.silu(F.linear(z, self.up, self.bias)), self.down)
+
+
+def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """query [n, heads, head_dim], of whose numbers the first are turned by cos and sin [n, rotated]."""
+    width = cos.shape[-1]
+    turning, rest = query[..., :width], query[..., width:]
+    low, high = turning.chunk(2, -1)
+    turned = turning * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    return turned if not rest.shape[-1] else torch.cat([turned, rest], -1)
+
+
+class Rotation:
+    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to live
+    with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
+    """
+
+    def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._rotary = rotary
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [n] -> cos and sin [n, rotated], fp32."""
+        like = torch.empty(0, device=positions.device)
+        cos, sin = self._rotary(like, positions[None])
+        return cos[0], sin[0]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, causal_lm: Any, head_dim: int) -> Rotation | None:
+        """What turns the queries of the causal LM's last layer, found by asking for two positions."""
+        rotary = next((module for name, module in causal_lm.named_modules() if name.endswith("rotary_emb")), None)
+        if rotary is None:
+            return None
+        kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None)
+        positions = torch.arange(2, device=causal_lm.device)
+        for extra in ([kinds[-1]], []) if kinds else ([],):
+            try:
+                rotation = cls(lambda like, at, extra=extra: rotary(like, at, *extra))  # type: ignore[misc]
+                cos, sin = rotation(positions)
+            except Exception:  # another family's module wants other arguments
+                continue
+            if cos.shape == sin.shape == (2, cos.shape[-1]) and cos.shape[-1] <= head_dim and not cos.shape[-1] % 2:
+                return rotation
+        return None
