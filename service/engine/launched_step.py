@@ -27,6 +27,7 @@ class SequenceResult:
     scheduled: ScheduledSequence
     tokens: list[int] = field(default_factory=list)  # sampled from the real rows, first position first
     predictions: list[int] = field(default_factory=list)  # sampled from the scaling rows
+    deeper: list[int] = field(default_factory=list)  # drafts of the draft layer, behind the first unexpected prediction
     token_row: int = 0  # of its first token among the step's sampled rows
     finite: bool = True  # False: NaN or infinity in what the sequence would go on with
     error: Failure | None = None  # why the sequence cannot go on; it has nothing else then

@@ -51,7 +51,7 @@ class Choice:
     def drafts(self) -> tuple[int, int]:
         """Of the scaling pass: how many were kept and how many dropped."""
         assert self.usage is not None
-        return self.usage.draft_hits, self.usage.draft_misses
+        return self.usage.drafts.hits, self.usage.drafts.misses
 
     @property
     def rows(self) -> int:

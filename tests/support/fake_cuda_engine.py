@@ -99,7 +99,7 @@ KINDS: dict[str, Kind] = {
     ),
     "n = 4": Kind(_sampling(n=4, temperature=1.0)),
     "drafts": Kind(
-        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
+        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.drafts.accepted for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
     "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3, options={"speculative_tokens": 0}),
