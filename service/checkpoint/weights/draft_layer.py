@@ -31,7 +31,7 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class DraftLayerWeights:
-    """Any floating dtype. m is the depth: tokens drafted in all, the first by the base's head; Q is heads * head_dim."""
+    """Any floating dtype. m is the depth: tokens drafted in all, the first by the base's head; Q = heads * head_dim."""
 
     mix: torch.Tensor  # [H, 2 H]
     depths: torch.Tensor  # [m - 1, H]
