@@ -19,7 +19,7 @@ from demo_builder.evaluation import answers, held_out_sets
 from demo_builder.mixture import XLora
 from demo_builder.report import table
 from service.checkpoint import load_checkpoint
-from service.checkpoint.formats.writer import add_draft_head
+from service.checkpoint.formats.writer import add_drafts
 from service.contract.options import EngineOptions
 from service.tools.distill import Distilled, distill
 
@@ -47,7 +47,7 @@ def teach(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int, count: int) 
         seed=seed,
         on_progress=_every_tenth(),
     )
-    add_draft_head(out, made.weights)
+    add_drafts(out, made.weights, None)
     return made
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.formats.writer import add_draft_head
+from service.checkpoint.formats.writer import add_drafts
 from service.cli import given_settings
 from service.contract.errors import CheckpointError, SettingsError
 from service.contract.options import EngineOptions
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write("nothing written: the bundle drafts as well as it is\n")
         return 1
     try:
-        add_draft_head(folder, made.weights)
+        add_drafts(folder, made.weights, None)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     sys.stdout.write(

@@ -50,11 +50,12 @@ class WeightBytes:
     experts: int  # their stacks
     classifier: int
     draft_head: int = 0
+    draft_layer: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.base + self.experts + self.classifier + self.draft_head
+        return self.base + self.experts + self.classifier + self.draft_head + self.draft_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +215,11 @@ def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightByte
     quantised = (module for module in model.causal_lm.modules() if isinstance(module, QuantisedLinear))
     base += sum(module.bytes - module.get_buffer("packed").nbytes for module in quantised)
     classifier = sum(tensor.nbytes for _, tensor in _tensors(model.classifier))
-    draft_head = 0 if model.draft_head is None else sum(tensor.nbytes for tensor in model.draft_head.tensors)
-    return WeightBytes(base, experts, classifier, draft_head)
+    drafts = (getattr(model, name, None) for name in ("draft_head", "draft_layer"))
+    taken_by_drafts = (
+        0 if module is None else sum(tensor.nbytes for _, tensor in _tensors(module)) for module in drafts
+    )
+    return WeightBytes(base, experts, classifier, *taken_by_drafts)
 
 
 def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:

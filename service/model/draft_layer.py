@@ -32,9 +32,7 @@ Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of what 
 class DraftLayer(nn.Module):
     """Its tensors in the base's dtype, on its device. `depth` tokens are drafted in all, the first by the base's head."""
 
-    def __init__(
-        self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.depth = len(weights.agreement)
