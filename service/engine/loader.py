@@ -24,6 +24,7 @@ from service.engine.gate.report import GateReporter
 from service.engine.memory_plan import MemoryPlan
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
+from service.engine.sequence import LOOKAHEAD_RATE
 from service.engine.sizing import (
     Sizes,
     allocate_cache,
@@ -32,6 +33,7 @@ from service.engine.sizing import (
     resolve_device,
     resolve_dtype,
 )
+from service.engine.speculation.drafters import StepCost
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
@@ -188,9 +190,10 @@ def build_engine(
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,
         lookahead=options.lookahead,
+        draft_rates=_draft_rates(model, options),
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
-        row_cost=_ROW_COST[model.device.type],
+        step_cost=StepCost(_ROW_COST[model.device.type], _ROW_COST[model.device.type]),
         max_scored_rows=max(1, _MAX_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
@@ -201,6 +204,14 @@ def build_engine(
         native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
     reporter = GateReporter(kv_cache, model.classifier, len(model.sites))
     return Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
+
+
+def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
+    """What is expected of the scaling pass's drafts at depth 1, 2, ...: as deep as the bundle and the options go."""
+    if model.draft_chain is None:
+        return [LOOKAHEAD_RATE]
+    rates = model.draft_chain.layer.agreement
+    return rates[: options.draft_depth or len(rates)]
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:

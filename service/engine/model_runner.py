@@ -19,6 +19,7 @@ from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
 from service.engine.sampler import SampleRow, sample, take_argmax
+from service.engine.speculation.chain import draft_ahead
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.model.transfer import HostCopies, pack_to_device, to_device
@@ -61,8 +62,13 @@ class ModelRunner:
         Raises OutOfMemory; then nothing has changed but what the next step will write again.
         """
         with out_of_memory.told_apart():
-            output = self.step.forward(self._batches.build(scheduled), self.kv_cache)
-            return _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
+            step = self.step
+            output = step.forward(self._batches.build(scheduled), self.kv_cache)
+            launched, ids = _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
+            deeper = draft_ahead(step, scheduled, ids, output, self.kv_cache)
+            if deeper is not None:
+                launched.drafting, launched.deeper = deeper[0], launched.copies.of(deeper[1])
+            return launched
 
     def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
         """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""
@@ -80,8 +86,12 @@ class ModelRunner:
         return None if torch.equal(row, self._dummy_row) else row.numpy().tobytes()
 
 
-def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> LaunchedStep:
-    """Samples every sequence, and queues the copies of what there is to say of the step."""
+def _sampled(
+    output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool
+) -> tuple[LaunchedStep, Tensor]:
+    """Samples every sequence, and queues the copies of what there is to say of the step. Returns the sampled ids as
+    well, int64 [R], on the device.
+    """
     copies = HostCopies(output.logits.device)
     logits, scores = _split(output.logits, scheduled, copies)
     rows = [_sample_rows(one) for one in scheduled]
@@ -106,7 +116,7 @@ def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_
         )
     if keep_gate_logits:
         launched.gate_logits = copies.of(output.gate_logits)
-    return launched
+    return launched, ids
 
 
 def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopies) -> tuple[Tensor, Logprobs | None]:

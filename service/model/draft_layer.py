@@ -35,7 +35,7 @@ class DraftLayer(nn.Module):
     def __init__(self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.depth = len(weights.agreement)
+        self.agreement = weights.agreement.tolist()  # at each depth, where those before were right
         for name, tensor in weights.tensors().items():
             setattr(self, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 

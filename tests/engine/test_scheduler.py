@@ -65,7 +65,7 @@ class FakeRunner:
         self.steps.append([replace(share) for share in scheduled])
         self.drafted.append(sum(self._write(share) for share in scheduled))
         results = [
-            SequenceResult(share, self._tokens(share), predictions, self._deeper(share, predictions))
+            SequenceResult(share, self._tokens(share), predictions, deeper=self._deeper(share, predictions))
             for share in scheduled
             for predictions in [self._predictions(share)]
         ]
