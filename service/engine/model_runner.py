@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -36,6 +37,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self._step: Step = model
         self._next_step: Step | None = None
+        self.on_other_step: Callable[[], None] = lambda: None  # called by the engine's thread once it has taken one
         self._batches = BatchBuilder(kv_cache, model.sites)
         self._dummy_row = model.dummy_row.cpu()
         self.overlapped_rows = 0  # launch() of up to so many rows returns long before the device has done the work
@@ -44,7 +46,8 @@ class ModelRunner:
     def step(self) -> Step:
         """The step that computes batches. Only the engine's thread asks: one that was handed over is taken now."""
         if self._next_step is not None:
-            self._step, self._next_step = self._next_step, None
+            self.step = self._next_step
+            self.on_other_step()
         return self._step
 
     @step.setter
@@ -65,10 +68,18 @@ class ModelRunner:
             step = self.step
             output = step.forward(self._batches.build(scheduled), self.kv_cache)
             launched, ids = _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
-            deeper = draft_ahead(step, scheduled, ids, output, self.kv_cache)
-            if deeper is not None:
-                launched.drafting, launched.deeper = deeper[0], launched.copies.of(deeper[1])
-            return launched
+        self._draft_ahead(step, output, launched, ids)
+        return launched
+
+    def _draft_ahead(self, step: Step, output: ForwardOutput, launched: LaunchedStep, ids: Tensor) -> None:
+        """Queues what the draft layer makes of the step. Whatever goes wrong with it, the step is as good without."""
+        try:
+            drafts = draft_ahead(step, launched.scheduled, ids, output, self.kv_cache)
+        except Exception:
+            logger.exception("the draft layer failed: this step drafts a token at a time")
+            return
+        if drafts is not None:
+            launched.drafting, launched.deeper = drafts[0], launched.copies.of(drafts[1])
 
     def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
         """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""

@@ -112,17 +112,19 @@ class Chooser:
             return
         device = frontier.first.device
         self._processors = Processors(rows, vocabulary, device, with_grammars=False)
-        random = [rows[number] for number in self._processors.random]
-        self._keys, numbers = pack_to_device(
-            [_keys(random, frontier.width + frontier.depth - 2), np.array(self._processors.random, np.int64)], device
-        )
-        self._keys = self._keys.view(len(random), -1)
-        self._first = frontier.first.index_select(0, numbers)
+        self._keys: Tensor | None = None
+        random, count = [rows[number] for number in self._processors.random], frontier.width + frontier.depth - 2
+        if random:
+            numbers = np.array(self._processors.random, np.int64)
+            keys, index = pack_to_device([_keys(random, count), numbers], device)
+            self._keys, self._first = keys.view(-1, count), frontier.first.index_select(0, index)
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
         """logits [n, V] -> int64 [n], the drafts at this depth."""
         if self._processors is None:
             return logits.argmax(-1)
+        if self._keys is None:
+            return self._processors.choose(logits)
         return self._processors.choose(logits, self._keys.gather(1, self._first[:, None] + (depth - 2))[:, 0])
 
 

@@ -25,7 +25,7 @@ PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many token
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Costs of a step as shares of its fixed cost (row_cost.py measures them)."""
+    """Costs of a step as shares of its fixed cost (step_cost.py measures them)."""
 
     row: float = 0.0  # of one more row; 0: drafts are free
     layer: float = 0.0  # of one run of the draft layer
