@@ -49,6 +49,7 @@ from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
 
+_MAX_DRAFTING_ROWS = 256  # of a captured step: beyond, drafts of several tokens seldom pay
 _MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 
 
@@ -187,7 +188,8 @@ def build_engine(
     if model.device.type == "cuda":
         warm_up(runner.step, kv_cache, drafts=model.draft_chain is not None)
         if group is None and options.cuda_graphs:
-            runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
+            rows = _rows_to_capture(options.max_num_seqs, len(_draft_rates(model, options)))
+            runner.step = capture_steps(runner, rows, sizes.max_model_len)
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
@@ -231,12 +233,15 @@ def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
     return rates[: options.draft_depth or len(rates)]
 
 
-def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
-    """Graphs for steps in which every sequence has a row in both streams, those of short contexts made at once."""
+def _rows_to_capture(max_num_seqs: int, depth: int) -> int:
+    """A row in both streams for every sequence; with drafts, a few sequences have more of them, and many do not."""
+    return max(2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
+
+
+def capture_steps(runner: ModelRunner, max_rows: int, max_model_len: int) -> CapturedSteps:
+    """Graphs for steps of up to so many rows, those of short contexts made at once."""
     capture = GraphCapture(runner.model.device)
-    steps = CapturedSteps(
-        runner.model, runner.kv_cache, capture, max_rows=2 * max_num_seqs, max_model_len=max_model_len
-    )
+    steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=max_model_len)
     steps.warm_up()
     runner.overlapped_rows = steps.row_buckets[-1]
     return steps
