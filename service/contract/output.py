@@ -37,11 +37,13 @@ class TokenOutput:
 
 @dataclass(slots=True)
 class DraftCounts:
-    """Drafts that had rows, kept or dropped, by source. Each list is by depth from 1 on: how far a draft was from what it
-    was made of.
+    """Drafts that had rows, kept or dropped, by source and depth: how far a draft was from what it was made of. The
+    first number of each list is of depth 1.
     """
 
-    lookahead_kept: list[int] = field(default_factory=list)  # of the scaling pass, and of the draft layer from depth 2 on
+    lookahead_kept: list[int] = field(
+        default_factory=list
+    )  # of the scaling pass, and of the draft layer from depth 2 on
     lookahead_dropped: list[int] = field(default_factory=list)
     lookup_kept: list[int] = field(default_factory=list)  # of prompt lookup
     lookup_dropped: list[int] = field(default_factory=list)

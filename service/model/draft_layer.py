@@ -30,7 +30,15 @@ Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of what 
 
 
 class DraftLayer(nn.Module):
-    """Its tensors in the base's dtype, on its device. `depth` tokens are drafted in all, the first by the base's head."""
+    """Its tensors in the base's dtype, on its device."""
+
+    mix: Tensor
+    depths: Tensor
+    query: Tensor
+    output: Tensor
+    up: Tensor
+    bias: Tensor
+    down: Tensor
 
     def __init__(self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,7 +65,10 @@ class DraftLayer(nn.Module):
 
 
 def draft_tokens(
-    start: DraftStart, choose: Choose, next_state: Callable[[Tensor, Tensor, int], Tensor], head: Callable[[Tensor], Tensor]
+    start: DraftStart,
+    choose: Choose,
+    next_state: Callable[[Tensor, Tensor, int], Tensor],
+    head: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """The drafts behind `start`, int64 [n, depth - 1]. `next_state` makes s_{i+1} of s_i, d_i and i."""
     state, tokens = start.state, start.tokens
@@ -79,8 +90,8 @@ def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotation:
-    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to live
-    with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
+    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to
+    live with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
     """
 
     def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -120,9 +131,7 @@ class DraftChain:
         self._embedding, self._rotation, self._dtype = embedding, rotation, dtype
 
     @classmethod
-    def of(
-        cls, weights: DraftLayerWeights, causal_lm: Any, *, device: torch.device, dtype: torch.dtype
-    ) -> DraftChain:
+    def of(cls, weights: DraftLayerWeights, causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> DraftChain:
         """For a causal LM whose modules have no experts yet."""
         head_dim = kv_shape(causal_lm.config.get_text_config())[1]
         layer = DraftLayer(weights, head_dim, device=device, dtype=dtype)

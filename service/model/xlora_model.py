@@ -58,7 +58,7 @@ class HiddenStateTap(nn.Module):
             return _Given(last_hidden_state=given)
         outputs = self.decoder(*args, batch=batch, **kwargs)
         self.last_hidden_state = outputs.last_hidden_state
-        if draft_head is not None:
+        if draft_head is not None and batch is not None:
             outputs.last_hidden_state = draft_head(outputs.last_hidden_state, batch.is_scaling)
         return outputs
 
@@ -168,9 +168,7 @@ class XLoraModel:
             return backend_for(query, kv_cache)(query, group, last, kv_cache, scaling, None, None)
 
         def next_state(state: Tensor, tokens: Tensor, depth: int) -> Tensor:
-            found: Tensor = chain.layer(
-                state, chain.embedded(tokens), depth, chain.rotation(positions + depth), attend
-            )
+            found: Tensor = chain.layer(state, chain.embedded(tokens), depth, chain.rotation(positions + depth), attend)
             return found
 
         return draft_tokens(start, choose, next_state, self._head)

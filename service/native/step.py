@@ -115,10 +115,13 @@ class NativeStep:
 
         def next_state(state: Tensor, tokens: Tensor, depth: int) -> Tensor:
             mix, *others = self._draft_tensors
+            tensors = [mix, chain.layer.depths[depth - 1], *others]
+            rotation = self._rotation(positions + depth, group.keys + start.depth)
+            keys, values = kv_cache.keys[-1], kv_cache.values[-1]
             return operators.draft_state(
-                *(state, chain.embedded(tokens), [mix, chain.layer.depths[depth - 1], *others]),
-                self._rotation(positions + depth, group.keys + start.depth),
-                *(kv_cache.keys[-1], kv_cache.values[-1], positions, group.block_table, EPS),
+                *(state, chain.embedded(tokens), tensors, rotation),
+                *(keys, values, positions, group.block_table),
+                eps=EPS,
             )
 
         def logits(state: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Drafts of several tokens ahead in a real engine: right and wrong at every depth, they change nothing.
 
-A random draft layer is hardly ever right, so most tests here write over what the scaling pass and the layer have drafted:
-right or wrong as a test has it. What the layer itself drafts is compared with a recomputation of the whole text.
+A random draft layer is hardly ever right, so most tests here write over what the scaling pass and the layer have
+drafted: right or wrong as a test has it. What the layer itself drafts is compared with a recomputation of the text.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def test_a_draft_layer_that_fails_costs_drafts_only(
 
 
 def recomputed(engines: Engines, sequence: Sequence, text: list[int], depth: int) -> list[int]:
-    """What the draft layer makes of `text`, whose last token is the scaling pass's own draft: from the scaling pass over
-    all that stands before, with keys and values of nobody else.
+    """What the draft layer makes of `text`, whose last token is the scaling pass's own draft: from the scaling pass
+    over all that stands before, with keys and values of nobody else.
     """
     model, last = engines.model, len(text) - 2
     alone = OneRequest(model, len(text))
@@ -237,13 +237,11 @@ def test_drafts_equal_a_recomputation(engines: Engines, native: bool) -> None:
         results = collect(launched)
         for result in results:
             one, sequence = result.scheduled, result.scheduled.sequence
-            for number, (token, other) in enumerate(zip(result.predictions, one.expected, strict=True)):
-                if other not in (token, ANY_TOKEN):
-                    break
-            else:
-                continue
-            if one.draft_depth > 1:
-                text = [*sequence.tokens, *sequence.drafts][: one.predict_start + number] + [token]
+            compared = enumerate(zip(result.predictions, one.expected, strict=True))
+            number = next((number for number, (token, other) in compared if other not in (token, ANY_TOKEN)), None)
+            if number is not None and one.draft_depth > 1:
+                before = [*sequence.tokens, *sequence.drafts][: one.predict_start + number]
+                text = [*before, result.predictions[number]]
                 assert result.deeper == recomputed(engines, sequence, text, one.draft_depth)
                 seen[0] += 1
                 seen[1] += number > 0 or one.predict_count > 1
@@ -256,8 +254,8 @@ def test_drafts_equal_a_recomputation(engines: Engines, native: bool) -> None:
 
 
 def test_the_sampled_distribution_is_left_alone(engines: Engines) -> None:
-    """Every token given the ones before it follows the softmax of the oracle's logits: no draft is favoured, though four
-    are drafted at a time and share the noise of their places.
+    """Every token given the ones before it follows the softmax of the oracle's logits: no draft is favoured, though
+    four are drafted at a time and share the noise of their places.
     """
     few = words(7, 4)
     params = SamplingParams(max_tokens=5, logit_bias=dict.fromkeys(few, 30.0), temperature=3.0, ignore_eos=True)

@@ -54,8 +54,8 @@ def test_a_loop_is_continued_beyond_its_end() -> None:
 
 @pytest.mark.parametrize(("row", "layer", "sequences"), [(0.065, 0.0, 1), (0.065, 0.1, 16), (0.007, 0.02, 128)])
 def test_break_even_is_where_gain_equals_cost(row: float, layer: float, sequences: int) -> None:
-    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its rows, a draft of the layer
-    a run of it in any case.
+    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its rows, a draft of the
+    layer a run of it in any case.
     """
     needed = BreakEven.of(StepCost(row, layer), sequences)
     for p, rows, share in ((needed.one_row, 1, 0.0), (needed.two_rows, 2, 0.0), (needed.layer, 2, layer)):
@@ -153,7 +153,7 @@ def test_predictions_check_drafts() -> None:
 
 
 def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
-    """Where the text repeats itself and look-ups have been right, they replace drafts without rows, not those that have."""
+    """Where the text repeats itself and look-ups have been right, they replace drafts that have no rows yet."""
     sequence = Sequence.of(Request("a", [1, 2, 3, 4, 5, 6, 1, 2], SamplingParams(max_tokens=200)), 0, 0.0)
     sequence.look_ahead([0.5, 0.5])
     sequence.draft([3, 9], sequence.lookahead)

@@ -165,7 +165,7 @@ class FakeRunner:
         return [self._prediction(sequence, text[:position]) for position in positions]
 
     def _deeper(self, share: ScheduledSequence, predictions: list[int]) -> list[int]:
-        """What the draft layer makes of the first prediction that is not what was expected, as the real one finds it."""
+        """What the draft layer makes of the first prediction that differs, as the real one finds it."""
         sequence = share.sequence
         for position, (token, other) in enumerate(zip(predictions, share.expected, strict=True), share.predict_start):
             if other not in (token, ANY_TOKEN):
@@ -343,8 +343,8 @@ def test_forward_passes(lookahead: bool, right: int) -> None:
 
 
 def test_forward_passes_with_a_draft_layer() -> None:
-    """Everything right: `depth` tokens a step once the streams are a step apart. Everything wrong: two passes a token, as
-    without, and every draft has cost a row.
+    """Everything right: `depth` tokens a step once the streams are a step apart. Everything wrong: two passes a token,
+    as without, and every draft has cost a row.
     """
     for depth in (1, 2, 4):
         for right, passes in ((4, 1 + -(-39 // depth) + 1), (0, 80)):
@@ -357,8 +357,8 @@ def test_forward_passes_with_a_draft_layer() -> None:
 @pytest.mark.parametrize("wrong", range(7))
 @pytest.mark.parametrize("by", ["real pass", "scaling pass"])
 def test_a_draft_that_is_wrong_at_any_depth(wrong: int, by: str) -> None:
-    """Of seven drafts, all before the wrong one are kept in both streams, all behind it are dropped from both. The scaling
-    pass finds it a step before the real one, unless it thinks the same.
+    """Of seven drafts, all before the wrong one are kept in both streams, all behind it are dropped from both. The
+    scaling pass finds it a step before the real one, unless it thinks the same.
     """
     engine, runner, scheduler = build(depth=7, right=4, block_size=2)
     made = request("a", 5, 40)
@@ -631,4 +631,6 @@ def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> N
                     seen["rejected"] += output.usage.drafts.speculated - output.usage.drafts.accepted
         seen["several tokens"] += sum(share.samples > 2 for plan in runner.steps for share in plan)
     assert all(seen[what] > 0 for what in ("cached", "hits", "misses", "accepted", "rejected")), seen
-    assert all(seen[what] > 0 for what in ("deep hits", "deep misses", "preemptions", "several tokens", "evicted")), seen
+    assert all(seen[what] > 0 for what in ("deep hits", "deep misses", "preemptions", "several tokens", "evicted")), (
+        seen
+    )

@@ -212,14 +212,14 @@ def test_a_draft_state_of_what_does_not_fit_is_an_error(native_kernels: None) ->
     _, good = draft_arguments(2, torch.float32)
     operators.draft_state(*good)
     for number, wrong in (
-        (0, good[0][:1]), (1, good[1][:, 1:]), (2, good[2][:7]), (3, (good[3][0][:1], good[3][1])), (4, good[4].double()),
-        (5, good[5][:3]), (6, good[6].int()), (6, good[6][:1]), (7, good[7][:1]),
+        (0, good[0][:1]), (1, good[1][:, 1:]), (2, good[2][:7]), (3, (good[3][0][:1], good[3][1])),
+        (4, good[4].double()), (5, good[5][:3]), (6, good[6].int()), (6, good[6][:1]), (7, good[7][:1]),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fitting shapes"):
             operators.draft_state(*good[:number], wrong, *good[number + 1 :])
     for number in range(8):
+        tensors = [*good[2][:number], torch.randn(5, 3), *good[2][number + 1 :]]
         with pytest.raises(RuntimeError, match="fitting shapes"):
-            tensors = [*good[2][:number], torch.randn(5, 3), *good[2][number + 1 :]]
             operators.draft_state(*good[:2], tensors, *good[3:])
 
 

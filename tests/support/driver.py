@@ -173,7 +173,9 @@ class Engines:
             settings["native_kernels"] = False
         chosen = EngineOptions(model=str(self.tiny.path), **settings)
         cost = StepCost(0.08, 0.08) if adaptive else StepCost()
-        engine = build_engine(self.model, self.checkpoint, chosen, None, self.news.append, wait_for_native=wait, step_cost=cost)
+        engine = build_engine(
+            self.model, self.checkpoint, chosen, None, self.news.append, wait_for_native=wait, step_cost=cost
+        )
         if shares:  # a model is made native once: its weights may be kept in bfloat16 then
             engine.runner.step = self._native
         elif isinstance(engine.runner.step, NativeStep):

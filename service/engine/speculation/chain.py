@@ -1,8 +1,8 @@
 """Drafts beyond the scaling pass's own: where the draft layer starts for each sequence, and how its tokens are chosen.
 
 The scaling pass has just predicted tokens that are on the device. For each sequence the first prediction that differs
-from what was expected is a draft, and the draft layer goes on from its row: which row that is, is found on the device as
-well, so the host waits for nothing (Sequence.predict finds the same again).
+from what was expected is a draft, and the draft layer goes on from its row. Which row that is, is found on the device,
+so the host waits for nothing; Sequence.predict finds the same again.
 
 A draft is chosen as its token will be, with the noise of its position, under the processors of the text that is known:
 tokens that were drafted a moment ago count for no penalty, and a grammar cuts off what it does not allow later.
@@ -67,7 +67,9 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
     first_id, position, first_row, limit, wanted, table = pack_to_device(
         [*columns, expected.ravel(), tables.ravel()], ids.device
     )
-    first = torch.zeros_like(limit) if width == 1 else _first_difference(ids, first_id, limit, wanted.view(count, width))
+    first = (
+        torch.zeros_like(limit) if width == 1 else _first_difference(ids, first_id, limit, wanted.view(count, width))
+    )
     group = AttentionGroup(
         start=0,
         segments=count,

@@ -1,8 +1,8 @@
 """Who drafts, how often each has been right, and how many drafts are worth their rows.
 
-A draft is a token with a likelihood: the share of right ones among the recent drafts of its kind whose predecessors were
-right. There are two sources: the scaling pass with what looks further ahead of it (lookahead, one drafter per depth), and
-earlier text (prompt lookup).
+A draft is a token with a likelihood: the share of right ones among the recent drafts of its kind whose predecessors
+were right. There are two sources: the scaling pass with what looks further ahead of it (lookahead, one drafter per
+depth), and earlier text (prompt lookup).
 
 A step costs `fixed + per_row * rows`. A draft that is kept spares its sequence a step, which is its share of the fixed
 cost; one that is dropped has cost its rows; a run of the draft layer costs a share `layer_cost` of a step for all

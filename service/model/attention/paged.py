@@ -72,9 +72,7 @@ def paged_attention(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-def backend_for(
-    rows: Tensor, kv_cache: KVCache, window: int | None = None, softcap: float | None = None
-) -> Backend:
+def backend_for(rows: Tensor, kv_cache: KVCache, window: int | None = None, softcap: float | None = None) -> Backend:
     """What attends for rows [n, heads, head_dim] over the cache."""
     if not rows.is_cuda:
         return sdpa
