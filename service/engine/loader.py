@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from service.engine.sizing import (
     resolve_dtype,
 )
 from service.engine.speculation.drafters import StepCost
-from service.engine.speculation.step_cost import measure_cost
+from service.engine.step_cost import measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
@@ -46,8 +45,6 @@ from service.model.loading.skeleton import check_divisible, inspect_base
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
 from service.model.steps.warm_up import warm_up
 from service.model.xlora_model import XLoraModel
-
-logger = logging.getLogger(__name__)
 
 _MAX_DRAFTING_ROWS = 256  # of a captured step: beyond, drafts of several tokens seldom pay
 _MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
@@ -207,22 +204,11 @@ def build_engine(
     if uses_native(options, model.device, model.dtype):
         cache = Path(options.native_cache).expanduser()
         native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
-    if step_cost is None:
-        _measure_steps(runner, scheduler)
     reporter = GateReporter(kv_cache, model.classifier, len(model.sites))
-    return Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
-
-
-def _measure_steps(runner: ModelRunner, scheduler: Scheduler) -> None:
-    """Lets the scheduler know what the runner's step costs, and each that takes its place."""
-
-    def measure() -> None:
-        drafts = len(scheduler.draft_rates) > 1
-        scheduler.step_cost = cost = measure_cost(runner.step, runner.kv_cache, drafts=drafts)
-        logger.info("a row costs %.3f of a step, a run of the draft layer %.3f", cost.row, cost.layer)
-
-    measure()
-    runner.on_other_step = measure
+    engine = Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
+    if step_cost is None:
+        measure_steps(engine, scheduler)
+    return engine
 
 
 def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
