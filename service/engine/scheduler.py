@@ -21,8 +21,9 @@ from itertools import islice
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.plan import Plan, ScheduledSequence
-from service.engine.sequence import ANY_TOKEN, LOOKAHEAD_RATE, Sequence, Stream
-from service.engine.speculation.drafters import BreakEven, StepCost
+from service.engine.sequence import LOOKAHEAD_RATE, Sequence, Stream
+from service.engine.speculation.drafters import ANY_TOKEN, BreakEven, StepCost
+from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
 _MAX_PASSES = 16  # of smaller ones past one for which there is no room
@@ -180,7 +181,7 @@ class Scheduler:
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
         needed = self._needed.one_row if sequence.scaling_ended else self._needed.two_rows
-        place, tokens = sequence.look_up_drafts(needed, self.speculative_tokens)
+        place, tokens = look_up(sequence, needed, self.speculative_tokens)
         if tokens:
             end = min(len(sequence.tokens) + place + len(tokens), sequence.draft_end)
             if self._missing(sequence, end, end) <= self.blocks.free:
@@ -211,11 +212,11 @@ class Scheduler:
         """The scaling pass predicts the tokens of drafts, and drafts more behind the last where that pays."""
         sequence, end = one.sequence, one.scaling_end
         likelihood = sequence.likelihood(one.samples)  # their rows are run once this step's samples have agreed
-        depth = sequence.lookahead_depth(likelihood, self._needed)
+        depth = lookahead_depth(sequence, likelihood, self._needed)
         if end < drafts_end or (depth and sequence.room_for_drafts > 0):
             end += 1
         start = max(known, one.scaling_start + 1)
-        one.expected = [sequence.expected_prediction(place) for place in range(start - known, end - known)]
+        one.expected = [expected_prediction(sequence, place) for place in range(start - known, end - known)]
         while one.expected and one.expected[0] == ANY_TOKEN:
             del one.expected[0]
             start += 1

@@ -15,23 +15,19 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any
 
 from service.contract.output import FinishReason, SequenceUsage
 from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate
-from service.engine.speculation.drafters import BreakEven, Drafter, Record, expected, lookahead_drafters, paying
+from service.engine.speculation.drafters import ANY_TOKEN, Drafter, Record, lookahead_drafters
 from service.engine.speculation.prompt_lookup import NgramIndex
 from service.grammar import Cursor
 
 # What is expected of drafts before any has been judged, where a bundle does not say.
 LOOKAHEAD_RATE = 0.8
 _PROMPT_LOOKUP_RATE = 0.7
-# In the place of a draft that a prediction is compared with.
-NO_DRAFT = -1  # there is none: it differs from every token
-ANY_TOKEN = -2  # one that a prediction does not overrule
 _NEVER = sys.maxsize  # a position that no text reaches
 
 
@@ -94,7 +90,7 @@ class Sequence:
     draft_end: int = field(init=False)  # positions from here on are never drafted: the last token of all needs no row
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
-    _ngrams: NgramIndex = field(init=False)
+    ngrams: NgramIndex = field(init=False)
     _lookup: list[Drafter] = field(default_factory=list)  # of prompt lookup, by depth, as far as they were needed
     _prompt_ids: array[int] | None = None
 
@@ -115,7 +111,7 @@ class Sequence:
         self.fixed_gate = self.request.has_fixed_gate
         if self.fixed_gate:
             self.gate_end = 0
-        self._ngrams = NgramIndex(self.tokens)
+        self.ngrams = NgramIndex(self.tokens)
         self.prompt_lookup.used_at = self.prompt_len
         self.look_ahead((LOOKAHEAD_RATE,))
 
@@ -219,27 +215,6 @@ class Sequence:
 
     # -- drafts are made, verified, dropped -------------------------------------------------------------------------
 
-    def lookahead_depth(self, likelihood: float, needed: BreakEven) -> int:
-        """How many drafts of the scaling pass pay after the drafts there are, which are right with `likelihood`."""
-        count, least = 0, needed.one_row
-        for drafter in self.lookahead:
-            likelihood *= drafter.record.rate
-            if likelihood < least:
-                return count + drafter.record.is_idle(len(self.tokens))
-            count, least = count + 1, needed.layer
-        return count
-
-    def expected_prediction(self, place: int) -> int:
-        """What the scaling pass's prediction of drafts[place] is compared with: the first that differs is a draft in
-        its place, for a look from nearer knows more. A looked-up draft with the better record stands.
-        """
-        if place >= len(self.drafts):
-            return NO_DRAFT
-        drafter = self.drafters[place]
-        if drafter.is_lookup and drafter.record.rate > self.lookahead[0].record.rate:
-            return ANY_TOKEN
-        return self.drafts[place]
-
     def predict(self, start: int, predictions: list[int], expected: list[int], deeper: list[int]) -> None:
         """Takes the scaling pass's predictions for positions start, start + 1, ... that were compared with `expected`,
         and what the draft layer makes of the first that differs. A contradiction found here costs no step, the real
@@ -254,32 +229,12 @@ class Sequence:
                 self.draft([token, *deeper], self.lookahead)
                 return
 
-    def look_up_drafts(self, needed: float, most: int) -> tuple[int, list[int]]:
-        """Up to `most` drafts from earlier text, to follow drafts[:place]: those that have rows, where these are
-        expected to bring more than the others, else all. Returns place and tokens; none where nothing repeats or pays.
-        """
-        rate, pending = self.prompt_lookup.rate, self.pending_drafts
-        computed = len(self.drafts) - pending
-        if pending and self._ngrams.repeats(self.drafts[:computed]):
-            count = paying(repeat(rate, most), self.likelihood(0), repeat(needed))
-            if expected(repeat(rate, count)) > expected(drafter.record.rate for drafter in self.drafters[computed:]):
-                return computed, self._copied(computed, count)
-        if not self._ngrams.repeats(self.drafts):
-            return 0, []
-        count = paying(repeat(rate, most - pending), self.likelihood(0), repeat(needed))
-        if not count and most > pending and self.prompt_lookup.is_idle(len(self.tokens)):
-            count = 1
-        return len(self.drafts), self._copied(len(self.drafts), count)
-
     def take_lookup(self, place: int, tokens: list[int]) -> None:
         """Adds drafts that were looked up, to follow drafts[:place]."""
         self._cut(place)
         while len(self._lookup) < len(tokens):
             self._lookup.append(Drafter(self.prompt_lookup, len(self._lookup) + 1, is_lookup=True))
         self.draft(tokens, self._lookup)
-
-    def _copied(self, place: int, count: int) -> list[int]:
-        return self._ngrams.continuation(self.drafts[:place], count) if count else []
 
     def draft(self, tokens: list[int], drafters: list[Drafter]) -> None:
         """Adds draft tokens, the first of the first drafter, as far as there is room and the grammar allows them: what

@@ -21,7 +21,8 @@ from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.noise import gumbel_noise
 from service.engine.sampler import SampleRow, noise_keys
-from service.engine.sequence import ANY_TOKEN, Sequence
+from service.engine.sequence import Sequence
+from service.engine.speculation.drafters import ANY_TOKEN
 from service.model.batch import AttentionGroup, DraftStart
 from tests.engine.test_captured_steps import CallAgain, with_captured_steps
 from tests.engine.test_engine import mixed_requests, same

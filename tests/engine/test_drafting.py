@@ -12,6 +12,7 @@ from service.contract.request import Request, SamplingParams
 from service.engine.sequence import Sequence
 from service.engine.speculation.drafters import BreakEven, Record, StepCost, paying
 from service.engine.speculation.prompt_lookup import NgramIndex
+from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
@@ -82,8 +83,8 @@ def test_how_deep_it_pays_to_look_ahead() -> None:
     sequence = drafting()
     sequence.look_ahead([0.9, 0.8, 0.9])
     free, dear = BreakEven(0.0, 0.0, 0.0), BreakEven(0.5, 0.6, 0.7)
-    assert [sequence.lookahead_depth(likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
-    assert [sequence.lookahead_depth(likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
+    assert [lookahead_depth(sequence, likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
+    assert [lookahead_depth(sequence, likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
 
 
 def test_a_drafter_that_gave_up_tries_again() -> None:
@@ -92,11 +93,11 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
     sequence.look_ahead([0.0, 1.0])
     needed, depths = BreakEven(0.1, 0.1, 0.1), []
     for token in range(40):
-        depths.append(sequence.lookahead_depth(1.0, needed))
+        depths.append(lookahead_depth(sequence, 1.0, needed))
         sequence.accept(token)
     assert depths == [0] * 32 + [1] * 8
     sequence.draft([9], sequence.lookahead)
-    assert sequence.lookahead_depth(1.0, needed) == 0
+    assert lookahead_depth(sequence, 1.0, needed) == 0
 
 
 def drafting(*drafts: int, computed: int = 0) -> Sequence:
@@ -128,7 +129,7 @@ def test_a_wrong_draft_takes_all_behind_it_along() -> None:
 def predict(sequence: Sequence, start: int, predictions: list[int], deeper: list[int]) -> None:
     """As the scheduler and the engine have it."""
     places = range(start - 3, start - 3 + len(predictions))
-    sequence.predict(start, predictions, [sequence.expected_prediction(place) for place in places], deeper)
+    sequence.predict(start, predictions, [expected_prediction(sequence, place) for place in places], deeper)
 
 
 def test_predictions_check_drafts() -> None:
@@ -159,13 +160,13 @@ def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
     sequence.draft([3, 9], sequence.lookahead)
     sequence.scaling.computed = 9
     sequence.prompt_lookup.rate = 0.9
-    assert sequence.look_up_drafts(0.1, 3) == (1, [4, 5, 6])
+    assert look_up(sequence, 0.1, 3) == (1, [4, 5, 6])
     sequence.take_lookup(1, [4, 5, 6])
     assert sequence.drafts == [3, 4, 5, 6]
     assert not sequence.verdicts
     sequence.prompt_lookup.rate = 0.2
     sequence.draft([7], sequence.lookahead)
-    assert sequence.look_up_drafts(0.5, 8)[1] == []
+    assert look_up(sequence, 0.5, 8)[1] == []
 
 
 def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:

@@ -25,8 +25,8 @@ from service.engine.engine import Engine
 from service.engine.launched_step import SequenceResult
 from service.engine.plan import ScheduledSequence
 from service.engine.scheduler import Scheduler
-from service.engine.sequence import ANY_TOKEN, Sequence, Stream
-from service.engine.speculation.drafters import StepCost
+from service.engine.sequence import Sequence, Stream
+from service.engine.speculation.drafters import ANY_TOKEN, StepCost
 
 VOCABULARY = 50
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from service.engine.noise import mixed_keys
 from service.engine.plan import ScheduledSequence
 from service.engine.sampler import Processors, SampleRow
-from service.engine.sequence import ANY_TOKEN, NO_DRAFT
+from service.engine.speculation.drafters import ANY_TOKEN, NO_DRAFT
 from service.model.batch import AttentionGroup, DraftStart
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step

@@ -20,7 +20,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _WEIGHT = 1 / 8  # of the latest draft in a record
-PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many tokens
+_PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many tokens
+
+# In the place of a draft that a prediction is compared with.
+NO_DRAFT = -1  # there is none: it differs from every token
+ANY_TOKEN = -2  # one that a prediction does not overrule
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class Record:
 
     def is_idle(self, tokens: int) -> bool:
         """Whether it has not drafted for so long that it may try, whatever its record says."""
-        return tokens - self.used_at >= PROBE_TOKENS
+        return tokens - self.used_at >= _PROBE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
