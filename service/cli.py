@@ -22,7 +22,7 @@ _ENGINE_FLAGS = (
     *("model", "base", "expert", "ordering", "gate_relu", "eos_from_tokenizer", "device", "dtype"),
     *("quantization", "max_model_len"),
     *("max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
-    *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
+    *("draft_depth", "speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
     *REMOVED,
 )

@@ -19,6 +19,7 @@ from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep
 from service.engine.loader import build_engine
+from service.engine.speculation.drafters import StepCost
 from service.model.attention import paged
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
@@ -99,7 +100,7 @@ KINDS: dict[str, Kind] = {
     ),
     "n = 4": Kind(_sampling(n=4, temperature=1.0)),
     "drafts": Kind(
-        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
+        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.drafts.accepted for each in stats)
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
     "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3, options={"speculative_tokens": 0}),
@@ -152,7 +153,8 @@ class FakeCudaEngines:
         }  # fmt: skip
         if kind.blocks < 100:
             settings["max_model_len"] = kind.blocks // 2 * BLOCK_SIZE
-        engine = build_engine(self.model, self._checkpoint, EngineOptions(model=self._path, device="cuda", **settings))
+        options = EngineOptions(model=self._path, device="cuda", **settings)
+        engine = build_engine(self.model, self._checkpoint, options, step_cost=StepCost(0.007, 0.02))
         engine.runner.overlapped_rows = 1 << 20  # also eager steps are launched before results are written
         kind.before(engine)
         return engine
