@@ -26,7 +26,6 @@ from service.model.draft_head import DraftHead
 from service.model.draft_layer import DraftLayer
 from service.tools.distill.lessons import CHOOSING, JUDGING, LEARNING, LEAST_TEXTS, Lesson, read_lessons
 from service.tools.distill.plan import OnProgress, Plan, suitable_head_size, suitable_layer_size
-from service.tools.distill.recorder import head_dim_of
 from service.tools.distill.training import first_head, first_layer, train_head, train_layer
 from service.tools.distill.unrolled import agreement
 from service.tools.distill.work_folder import Text, WorkFolder, prompts_identity, weights_identity
@@ -142,7 +141,6 @@ class _Distillation:
 
     def _train_layer(self, parts: list[list[Lesson]], head: DraftHead | None) -> DraftLayerWeights:
         keys = parts[LEARNING][0].keys
-        head_dim_of(keys, parts[LEARNING][0].values)
         size = self._plan.layer_size or suitable_layer_size(self._hidden_size)
         query = keys[0].numel() * max(1, round(_QUERY_FACTOR * self._hidden_size / keys[0].numel()))
         return train_layer(

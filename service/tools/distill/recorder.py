@@ -59,13 +59,3 @@ class LastLayerRecorder:
             return own
         found: Attention = ALL_ATTENTION_FUNCTIONS[self._implementation]
         return found
-
-
-def head_dim_of(keys: Tensor, values: Tensor) -> int:
-    """The last layer's head_dim. Raises StartupError where keys and values differ in it."""
-    if keys.shape != values.shape:
-        raise StartupError(
-            f"keys of {keys.shape[-1]} numbers and values of {values.shape[-1]}: no draft layer can attend over those",
-            hint="--depth 1 trains the draft head alone",
-        )
-    return keys.shape[-1]

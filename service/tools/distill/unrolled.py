@@ -57,7 +57,7 @@ class Unrolled:
         keys, values = ([getattr(one.lesson, name).to(self._device).float() for one in anchors] for name in _KEYS)
         masks = [_mask(one).to(self._device) for one in anchors]
         positions = torch.cat([one.positions for one in anchors]).to(self._device)
-        for depth in range(1, self._layer.depth):
+        for depth in range(1, len(self._layer.agreement)):
             embedded = self._embeddings[self._gathered(anchors, depth, "tokens")].float()
             rotation = None if self._rotation is None else self._rotation(positions + depth)
             state = self._layer(state, embedded, depth, rotation, lambda query: _attended(query, keys, values, masks))
@@ -99,7 +99,7 @@ def agreement(
 ) -> list[float]:
     """At each depth, the share of drafts that are the real pass's best token, of those where all before were right."""
     unrolled = Unrolled(plain, layer)
-    depth = 1 if layer is None else layer.depth
+    depth = 1 if layer is None else len(layer.agreement)
     right, made = [0] * depth, [0] * depth
     for lesson in lessons:
         for positions in lesson.answer.split(_POSITIONS_AT_ONCE):
