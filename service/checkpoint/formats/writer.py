@@ -1,5 +1,5 @@
-"""Writing a bundle: bundle.json, classifier and drafts' weights around a base and adapters that already lie in place;
-or all of a checkpoint, whichever layout it was read from, into a new folder.
+"""Writing a bundle: bundle.json, classifier and drafts around a base and adapters that already lie in place; or all
+of a checkpoint, whichever layout it was read from, into a new folder.
 
 Knows the format of DESIGN section 5, and what is copied, renamed and cast. Builds no module: whoever calls says in
 which order the sites are.
