@@ -21,8 +21,8 @@ from itertools import islice
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.plan import Plan, ScheduledSequence
-from service.engine.sequence import LOOKAHEAD_RATE, Sequence, Stream
-from service.engine.speculation.drafters import ANY_TOKEN, BreakEven, StepCost
+from service.engine.sequence import LOOKAHEAD_RATE, LOOKUP_RATE, Sequence, Stream
+from service.engine.speculation.drafters import ANY_TOKEN, BreakEven, Record, StepCost
 from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
@@ -72,6 +72,8 @@ class Scheduler:
         self._scorable = max_scored_rows  # what this step has left of them
         self._most_choices = max(1, math.ceil(_MAX_SEAT_SHARE * max_num_seqs))  # of one request at once
         self._requests = 0  # that have arrived
+        self._lookahead = [Record(rate) for rate in draft_rates]  # of all sequences, by depth
+        self._lookup = Record(LOOKUP_RATE)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
@@ -83,7 +85,9 @@ class Scheduler:
         sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
         sequence.priority = self._requests + _PRIORITY_STEP * sequence.index
-        sequence.look_ahead(self.draft_rates)
+        sequence.look_ahead(
+            [record.begin(sequence.prompt_len) for record in self._lookahead], self._lookup.begin(sequence.prompt_len)
+        )
         insort(self.waiting, sequence, key=lambda other: other.priority)
 
     def remove(self, sequence: Sequence) -> None:

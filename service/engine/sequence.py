@@ -21,13 +21,13 @@ from service.contract.output import FinishReason, SequenceUsage
 from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockTable, table_of
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate
-from service.engine.speculation.drafters import ANY_TOKEN, Drafter, Record, lookahead_drafters
+from service.engine.speculation.drafters import ANY_TOKEN, Drafter, Record
 from service.engine.speculation.prompt_lookup import NgramIndex
 from service.grammar import Cursor
 
 # What is expected of drafts before any has been judged, where a bundle does not say.
 LOOKAHEAD_RATE = 0.8
-_PROMPT_LOOKUP_RATE = 0.7
+LOOKUP_RATE = 0.7
 _NEVER = sys.maxsize  # a position that no text reaches
 
 
@@ -76,8 +76,8 @@ class Sequence:
     priority: int = 0  # its place in the queue (scheduler.py)
     dropped: bool = False  # the engine has let go of it; a step that was launched before may still have rows of it
     passed: int = 0  # later ones that were admitted because there was no room for this one
-    lookahead: list[Drafter] = field(default_factory=list)  # of the scaling pass, by depth from 1 on
-    prompt_lookup: Record = field(default_factory=lambda: Record(_PROMPT_LOOKUP_RATE))  # drafts from earlier text
+    lookahead: list[Drafter] = field(init=False)  # of the scaling pass, by depth from 1 on
+    prompt_lookup: Record = field(init=False)  # of drafts from earlier text, at any depth
     verdicts: list[tuple[Drafter, bool]] = field(default_factory=list)  # drafts with rows, kept or dropped, not counted
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
@@ -112,8 +112,7 @@ class Sequence:
         if self.fixed_gate:
             self.gate_end = 0
         self.ngrams = NgramIndex(self.tokens)
-        self.prompt_lookup.used_at = self.prompt_len
-        self.look_ahead((LOOKAHEAD_RATE,))
+        self.look_ahead([Record(LOOKAHEAD_RATE, self.prompt_len)], Record(LOOKUP_RATE, self.prompt_len))
 
     @classmethod
     def of(
@@ -129,9 +128,10 @@ class Sequence:
         ends = frozenset() if request.sampling is None else request.sampling.ends(eos_token_ids)
         return cls(request, index, tokens, len(tokens), arrival_time, gate, ends)
 
-    def look_ahead(self, rates: Iterable[float]) -> None:
-        """Says how deep the scaling pass drafts, and what is expected of its drafts at depth 1, 2, ..."""
-        self.lookahead = lookahead_drafters(rates, self.prompt_len)
+    def look_ahead(self, lookahead: Iterable[Record], lookup: Record) -> None:
+        """Says what is expected of drafts: of the scaling pass's at depth 1, 2, ..., and of those from earlier text."""
+        self.lookahead = [Drafter(record, depth) for depth, record in enumerate(lookahead, start=1)]
+        self.prompt_lookup = lookup
 
     @property
     def sampling(self) -> SamplingParams:

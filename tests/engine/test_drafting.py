@@ -81,7 +81,7 @@ def test_how_many_drafts_pay() -> None:
 def test_how_deep_it_pays_to_look_ahead() -> None:
     """The first draft costs less than those behind it, which have to be right together."""
     sequence = drafting()
-    sequence.look_ahead([0.9, 0.8, 0.9])
+    look_ahead(sequence, [0.9, 0.8, 0.9])
     free, dear = BreakEven(0.0, 0.0, 0.0), BreakEven(0.5, 0.6, 0.7)
     assert [lookahead_depth(sequence, likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
     assert [lookahead_depth(sequence, likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
@@ -90,7 +90,7 @@ def test_how_deep_it_pays_to_look_ahead() -> None:
 def test_a_drafter_that_gave_up_tries_again() -> None:
     """A text may become predictable: after 32 tokens one more draft is tried, and only one."""
     sequence = drafting()
-    sequence.look_ahead([0.0, 1.0])
+    look_ahead(sequence, [0.0, 1.0])
     needed, depths = BreakEven(0.1, 0.1, 0.1), []
     for token in range(40):
         depths.append(lookahead_depth(sequence, 1.0, needed))
@@ -98,6 +98,27 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
     assert depths == [0] * 32 + [1] * 8
     sequence.draft([9], sequence.lookahead)
     assert lookahead_depth(sequence, 1.0, needed) == 0
+
+
+def look_ahead(sequence: Sequence, rates: list[float]) -> None:
+    """With nothing drafted so far."""
+    used_at = sequence.prompt_len
+    sequence.look_ahead([Record(rate, used_at) for rate in rates], Record(0.7, used_at))
+
+
+def test_a_sequence_begins_as_others_have_fared() -> None:
+    """What has seldom been right is expected to be so in the next sequence, but is not given up before it was tried."""
+    of_all = Record(0.9)
+    first = of_all.begin(3)
+    assert (first.rate, first.used_at) == (0.9, 3)
+    for _ in range(40):
+        first.judge(False)
+    assert first.rate < 0.01
+    assert 0.3 < of_all.rate < 0.6
+    assert of_all.begin(5).rate == of_all.rate
+    for _ in range(400):
+        first.judge(False)
+    assert 0.2 < of_all.begin(5).rate < 0.4
 
 
 def drafting(*drafts: int, computed: int = 0) -> Sequence:
@@ -138,13 +159,13 @@ def test_predictions_check_drafts() -> None:
     """
     for lookup, ahead, drafts, computed in ((0.5, 0.8, [4, 5, 8, 1, 2], 5), (0.9, 0.8, [4, 5, 6, 9, 1, 2], 6)):
         sequence = drafting(4, 5, 6, computed=6)
-        sequence.look_ahead([ahead] * 3)
+        look_ahead(sequence, [ahead] * 3)
         sequence.prompt_lookup.rate = lookup
         predict(sequence, 4, [5, 8, 9], [1, 2])
         assert (sequence.drafts, sequence.scaling.computed) == (drafts, computed)
         assert sequence.drafters[-3:] == sequence.lookahead
     sequence = drafting(computed=6)
-    sequence.look_ahead([0.1, 0.9, 0.9])
+    look_ahead(sequence, [0.1, 0.9, 0.9])
     sequence.draft([4, 5, 6], sequence.lookahead)
     predict(sequence, 4, [5, 8, 9], [1])
     assert (sequence.drafts, sequence.scaling.computed) == ([4, 5, 8, 1], 5)
@@ -156,7 +177,7 @@ def test_predictions_check_drafts() -> None:
 def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
     """Where the text repeats itself and look-ups have been right, they replace drafts that have no rows yet."""
     sequence = Sequence.of(Request("a", [1, 2, 3, 4, 5, 6, 1, 2], SamplingParams(max_tokens=200)), 0, 0.0)
-    sequence.look_ahead([0.5, 0.5])
+    look_ahead(sequence, [0.5, 0.5])
     sequence.draft([3, 9], sequence.lookahead)
     sequence.scaling.computed = 9
     sequence.prompt_lookup.rate = 0.9

@@ -20,6 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _WEIGHT = 1 / 8  # of the latest draft in a record
+_WEIGHT_OF_ALL = 1 / 64  # ... of all sequences
+_MIN_FIRST_RATE = 0.3
 _PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many tokens
 
 # In the place of a draft that a prediction is compared with.
@@ -51,17 +53,26 @@ class BreakEven:
 
 
 class Record:
-    """How often drafts of a kind have been right lately."""
+    """How often drafts of a kind have been right lately: in one sequence, or (`of_all`) in those of an engine, which
+    tells what to expect in the next one.
+    """
 
-    __slots__ = ("rate", "used_at")
+    __slots__ = ("of_all", "rate", "used_at")
 
-    def __init__(self, rate: float, used_at: int = 0) -> None:
+    def __init__(self, rate: float, used_at: int = 0, of_all: Record | None = None) -> None:
         self.rate = rate  # what is expected of the first one
         self.used_at = used_at  # tokens of the sequence when it last drafted
+        self.of_all = of_all
+
+    def begin(self, used_at: int) -> Record:
+        """The record of another sequence, of so many tokens. However bad this one is, a few drafts are tried."""
+        return Record(max(self.rate, _MIN_FIRST_RATE), used_at, self)
 
     def judge(self, right: bool) -> None:
         """A draft whose predecessors were right has been compared with what was sampled."""
         self.rate += _WEIGHT * (right - self.rate)
+        if self.of_all is not None:
+            self.of_all.rate += _WEIGHT_OF_ALL * (right - self.of_all.rate)
 
     def is_idle(self, tokens: int) -> bool:
         """Whether it has not drafted for so long that it may try, whatever its record says."""
@@ -75,11 +86,6 @@ class Drafter:
     record: Record
     depth: int  # from 1 on
     is_lookup: bool = False
-
-
-def lookahead_drafters(rates: Iterable[float], used_at: int) -> list[Drafter]:
-    """Drafters of depth 1, 2, ... of the scaling pass, with what is expected of them."""
-    return [Drafter(Record(rate, used_at), depth) for depth, rate in enumerate(rates, start=1)]
 
 
 def paying(rates: Iterable[float], likelihood: float, needed: Iterable[float]) -> int:
