@@ -68,6 +68,12 @@ class SamplingParams:
         penalised = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
         return self.repetition_penalty != 1.0 or penalised or bool(self.logit_bias) or self.min_tokens > 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits and temperature alone say how a token is drawn, but for a grammar."""
+        is_filtered = bool(self.top_k) or self.top_p < 1.0 or bool(self.min_p)
+        return not self.needs_history and (self.is_greedy or not is_filtered)
+
     def ends(self, eos_token_ids: Collection[int]) -> frozenset[int]:
         """The tokens that end a text, for a model with these end-of-text tokens."""
         return frozenset((*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)))

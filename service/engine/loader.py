@@ -33,6 +33,7 @@ from service.engine.sizing import (
     resolve_device,
     resolve_dtype,
 )
+from service.engine.speculation.chain import idle_choices
 from service.engine.speculation.drafters import StepCost
 from service.engine.step_cost import measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
@@ -185,8 +186,9 @@ def build_engine(
     if model.device.type == "cuda":
         warm_up(runner.step, kv_cache, drafts=model.draft_chain is not None)
         if group is None and options.cuda_graphs:
-            rows = _rows_to_capture(options.max_num_seqs, len(_draft_rates(model, options)))
-            runner.step = capture_steps(runner, rows, sizes.max_model_len)
+            runner.step = capture_steps(
+                runner, options.max_num_seqs, sizes.max_model_len, len(_draft_rates(model, options))
+            )
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
@@ -224,11 +226,16 @@ def _rows_to_capture(max_num_seqs: int, depth: int) -> int:
     return max(2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
 
 
-def capture_steps(runner: ModelRunner, max_rows: int, max_model_len: int) -> CapturedSteps:
+def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int, draft_depth: int) -> CapturedSteps:
     """Graphs for steps of up to so many rows, those of short contexts made at once."""
-    capture = GraphCapture(runner.model.device)
-    steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=max_model_len)
-    steps.warm_up()
+    steps = CapturedSteps(
+        *(runner.model, runner.kv_cache, GraphCapture(runner.model.device)),
+        max_rows=_rows_to_capture(max_num_seqs, draft_depth),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        draft_depth=draft_depth,
+    )
+    steps.warm_up(idle_choices(draft_depth, runner.model.device) if draft_depth > 1 else ())
     runner.overlapped_rows = steps.row_buckets[-1]
     return steps
 

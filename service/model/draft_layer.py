@@ -13,6 +13,7 @@ A draft decides only whether work done early is kept: in float32 no token and no
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,23 @@ EPS = 1e-6  # of the norm
 
 Attend = Callable[[Tensor], Tensor]  # query [n, heads, head_dim] -> what it finds, the same shape
 Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of what they draft, 2, 3, ... -> int64 [n]
+
+
+@dataclass(frozen=True, slots=True)
+class PureChoice:
+    """A way to choose drafts that depends on logits, depth and tensors alone, so that a graph can hold it."""
+
+    function: Callable[[Tensor, int, tuple[Tensor, ...]], Tensor]  # the same one for all choices of a kind
+    inputs: tuple[Tensor, ...]  # [n], or [n, depth - 1]
+
+    def __call__(self, logits: Tensor, depth: int) -> Tensor:
+        """logits [n, V] and the depth of what they draft -> int64 [n]."""
+        return self.function(logits, depth, self.inputs)
+
+
+def take_largest(logits: Tensor, _depth: int, _inputs: tuple[Tensor, ...]) -> Tensor:
+    """The greedy PureChoice."""
+    return logits.argmax(-1)
 
 
 class DraftLayer(nn.Module):

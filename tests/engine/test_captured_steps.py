@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 
 from service.contract.request import Request
 from service.engine.engine import Engine
-from service.model.steps.cuda_graph import CapturedSteps, Replay, buckets
+from service.model.steps.buckets import buckets
+from service.model.steps.cuda_graph import Capture, CapturedSteps, Output
 from service.model.steps.step import ForwardOutput
 from tests.engine.gate.test_gate_settings import run_mixed
 from tests.support.driver import Engines, Run, greedy, run, sampled, words
@@ -31,24 +32,33 @@ class CallAgain:
     def __init__(self) -> None:
         self.captures: list[tuple[int, ...]] = []
         self.replays = 0
+        self.draft_replays = 0
 
-    def __call__(self, step: Replay) -> Replay:
-        output = step()
-        self.captures.append(tuple(output.logits.shape))
+    def __call__(self, work: Callable[[], Output], /) -> Callable[[], Output]:
+        output = work()
+        if isinstance(output, ForwardOutput):
+            self.captures.append(tuple(output.logits.shape))
 
-        def replay() -> ForwardOutput:
-            self.replays += 1
-            new = step()
-            for name in ("logits", "gate_logits", "scalings"):
-                getattr(output, name).copy_(getattr(new, name))
+        def replay() -> Output:
+            new = work()
+            if isinstance(output, ForwardOutput):
+                self.replays += 1
+                for field in fields(output):
+                    getattr(output, field.name).copy_(getattr(new, field.name))
+            else:
+                assert isinstance(output, torch.Tensor)
+                self.draft_replays += 1
+                output.copy_(new)  # type: ignore[call-overload]
             return output
 
         return replay
 
 
-def with_captured_steps(engine: Engine, capture: Callable[[Replay], Replay], max_rows: int = 16) -> CapturedSteps:
-    runner = engine.runner
-    steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256)
+def with_captured_steps(engine: Engine, capture: Capture, max_rows: int = 16) -> CapturedSteps:
+    runner, depth = engine.runner, len(engine._scheduler.draft_rates)
+    steps = CapturedSteps(
+        runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256, max_num_seqs=8, draft_depth=depth
+    )
     runner.step = steps
     return steps
 
@@ -143,7 +153,7 @@ def test_warm_up_leaves_nothing_to_capture(engines: Engines) -> None:
 def test_failure_to_capture_is_logged_once(engines: Engines, caplog: pytest.LogCaptureFixture) -> None:
     """Out of memory, say: the engine serves eagerly."""
 
-    def fail(step: Replay) -> Replay:
+    def fail(work: Callable[[], Output], /) -> Callable[[], Output]:
         raise RuntimeError("out of memory")
 
     expected = run(engines.build(), requests(2))

@@ -156,9 +156,11 @@ def test_forwards_per_token(engines: Engines, plain: dict[Key, Choice], depth: i
 def test_captured_steps(engines: Engines, plain: dict[Key, Choice]) -> None:
     """Several rows of each stream in a bucket of single rows, and the draft layer behind static outputs."""
     engine = engines.build(adaptive=False, overlaps=True, native_kernels=False)
-    with_captured_steps(engine, CallAgain(), max_rows=96)
+    capture = CallAgain()
+    with_captured_steps(engine, capture, max_rows=96)
     force(engine, plain, PATTERNS["every 5th wrong"])
     equal(run(engine, workload()), plain)
+    assert capture.draft_replays > 10
 
 
 def test_aborted_at_every_step(engines: Engines, plain: dict[Key, Choice]) -> None:
@@ -219,8 +221,8 @@ def recomputed(engines: Engines, sequence: Sequence, text: list[int], depth: int
     return model.draft(start, choose, alone.cache)[0].tolist()
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_drafts_equal_a_recomputation(engines: Engines, native: bool) -> None:
+@pytest.mark.parametrize("by", ["torch", "C++", "captured"])
+def test_drafts_equal_a_recomputation(engines: Engines, by: str) -> None:
     """Greedy, sampled and biased ones together: each starts behind the first prediction that differs, attends over its
     own scaling stream up to there, and meets the noise of its place.
     """
@@ -231,7 +233,9 @@ def test_drafts_equal_a_recomputation(engines: Engines, native: bool) -> None:
         Request("biased", words(5, 13), SamplingParams(max_tokens=9, logit_bias=bias, temperature=0.7, seed=4)),
         Request("deep", words(7, 40), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)),
     ]
-    engine = engines.build(adaptive=False, native_kernels=native, speculative_tokens=0, max_num_batched_tokens=48)
+    engine = engines.build(adaptive=False, native_kernels=by == "C++", speculative_tokens=0, max_num_batched_tokens=48)
+    if by == "captured":
+        with_captured_steps(engine, CallAgain(), max_rows=64)
     collect, seen = engine.runner.collect, [0, 0]
 
     def collected(launched: LaunchedStep) -> list[SequenceResult]:

@@ -110,6 +110,10 @@ KINDS: dict[str, Kind] = {
     "drafts ahead": Kind(
         _sampling(max_tokens=12), copies=2, options={"draft_depth": 4, "speculative_tokens": 0}, happened=_drafted_ahead
     ),
+    "drawn ahead": Kind(
+        _sampling(max_tokens=12, temperature=0.8), copies=2, options={"draft_depth": 4, "speculative_tokens": 0},
+        happened=_drafted_ahead,
+    ),
     "sampled ahead": Kind(
         _sampling(max_tokens=12, temperature=0.8, frequency_penalty=0.5), copies=2,
         options={"draft_depth": 4, "speculative_tokens": 0}, happened=_drafted_ahead,

@@ -18,14 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from service.engine.noise import mixed_keys
+from service.engine.noise import gumbel_noise, mixed_keys
 from service.engine.plan import ScheduledSequence
 from service.engine.sampler import Processors, SampleRow
 from service.engine.speculation.drafters import ANY_TOKEN, NO_DRAFT
 from service.model.batch import AttentionGroup, DraftStart
+from service.model.draft_layer import Choose, PureChoice, take_largest
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
-from service.model.transfer import pack_to_device
+from service.model.transfer import pack_to_device, to_device
 
 
 @dataclass(slots=True)
@@ -101,33 +102,47 @@ def _tables(drafting: list[ScheduledSequence], kv_cache: KVCache) -> npt.NDArray
     return tables
 
 
-class Chooser:
-    """How the drafts of a frontier are chosen, depth by depth (Choose)."""
+def choice_of(frontier: Frontier, vocabulary: int) -> Choose:
+    """How the drafts of a frontier are chosen, depth by depth."""
+    rows = [
+        SampleRow(one.sequence, one.sequence.drafts[: one.predict_start - len(one.sequence.tokens)], drafted=True)
+        for one in frontier.scheduled
+    ]
+    if all(row.sequence.takes_argmax for row in rows):
+        return PureChoice(take_largest, ())
+    device, count, params = frontier.first.device, frontier.depth - 1, [row.sequence.sampling for row in rows]
+    temperature = np.array([0.0 if each.is_greedy else each.temperature for each in params], np.float32)
+    candidates, temperatures = pack_to_device([_keys(rows, frontier.width - 1 + count), temperature], device)
+    after = frontier.first[:, None] + torch.arange(count, device=device)
+    keys = candidates.view(len(rows), -1).gather(1, after)
+    if all(each.is_plain for each in params):
+        return PureChoice(_drawn, (temperatures, keys))
+    return _Processed(Processors(rows, vocabulary, device, with_grammars=False), keys)
 
-    def __init__(self, frontier: Frontier, vocabulary: int) -> None:
-        rows = [
-            SampleRow(one.sequence, one.sequence.drafts[: one.predict_start - len(one.sequence.tokens)], drafted=True)
-            for one in frontier.scheduled
-        ]
-        self._processors: Processors | None = None
-        if all(row.sequence.takes_argmax for row in rows):
-            return
-        device = frontier.first.device
-        self._processors = Processors(rows, vocabulary, device, with_grammars=False)
-        self._keys: Tensor | None = None
-        random, count = [rows[number] for number in self._processors.random], frontier.width + frontier.depth - 2
-        if random:
-            numbers = np.array(self._processors.random, np.int64)
-            keys, index = pack_to_device([_keys(random, count), numbers], device)
-            self._keys, self._first = keys.view(-1, count), frontier.first.index_select(0, index)
+
+def _drawn(logits: Tensor, depth: int, inputs: tuple[Tensor, ...]) -> Tensor:
+    """With the noise of each place; greedily, where the temperature is 0."""
+    temperature, keys = inputs[0][:, None], inputs[1][:, depth - 2]
+    logits = logits.float()
+    noisy = logits / temperature + gumbel_noise(keys, logits.shape[1])
+    return torch.where(temperature > 0, noisy, logits).argmax(-1)
+
+
+def idle_choices(depth: int, device: torch.device) -> list[PureChoice]:
+    """The kinds of choices that a graph can hold, of one row."""
+    keys = torch.zeros(1, depth - 1, dtype=torch.int64, device=device)
+    return [PureChoice(take_largest, ()), PureChoice(_drawn, (keys[:, 0].float(), keys))]
+
+
+class _Processed:
+    """Choices under the processors of each text, as far as it is known."""
+
+    def __init__(self, processors: Processors, keys: Tensor) -> None:
+        self._processors = processors
+        self._keys = keys.index_select(0, to_device(processors.random, keys.device))
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
-        """logits [n, V] -> int64 [n], the drafts at this depth."""
-        if self._processors is None:
-            return logits.argmax(-1)
-        if self._keys is None:
-            return self._processors.choose(logits)
-        return self._processors.choose(logits, self._keys.gather(1, self._first[:, None] + (depth - 2))[:, 0])
+        return self._processors.choose(logits, self._keys[:, depth - 2])
 
 
 def _keys(rows: list[SampleRow], count: int) -> npt.NDArray[np.int64]:
@@ -151,4 +166,4 @@ def draft_ahead(
         return None
     state = output.hidden.index_select(0, frontier.rows)
     start = DraftStart(state, frontier.tokens, frontier.group, frontier.depth)
-    return frontier.scheduled, step.draft(start, Chooser(frontier, output.logits.shape[1]), kv_cache)
+    return frontier.scheduled, step.draft(start, choice_of(frontier, output.logits.shape[1]), kv_cache)

@@ -10,26 +10,37 @@ Buckets, padding and buffers are the same on every device; what it means to capt
 
 from __future__ import annotations
 
-import bisect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from service.model import gate_rows
 from service.model.batch import AttentionGroup, Batch, DraftStart, GateParameters
-from service.model.draft_layer import Choose
+from service.model.draft_layer import Choose, PureChoice
 from service.model.kv_cache import KVCache
+from service.model.steps.buckets import bucket, buckets
+from service.model.steps.captured_drafts import CapturedDrafts
 from service.model.steps.step import ForwardOutput, Step
+from service.model.steps.warm_up import idle_batch, idle_start
 
 logger = logging.getLogger(__name__)
+
+Output = TypeVar("Output")
 
 _SMALLEST_CONTEXT = 512  # tokens
 _CONTEXT_GROWTH = 4  # the kernels read what a row needs, so a wide table costs next to nothing
 
 Replay = Callable[[], ForwardOutput]  # over static inputs, of all their rows
-Capture = Callable[[Replay], Replay]
+
+
+class Capture(Protocol):
+    """Makes a replay of work over static inputs, which writes what it returns where it was the first time."""
+
+    def __call__(self, work: Callable[[], Output], /) -> Callable[[], Output]:
+        """Runs the work at least once."""
 
 
 class GraphCapture:
@@ -42,20 +53,20 @@ class GraphCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Replay) -> Replay:
-        """Runs the step twice (libraries allocate and kernels compile on first use), then captures it."""
+    def __call__(self, work: Callable[[], Output], /) -> Callable[[], Output]:
+        """Runs the work twice (libraries allocate and kernels compile on first use), then captures it."""
         with torch.cuda.device(self._device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(2):
-                    step()
+                    work()
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = step()
+                outputs = work()
 
-        def replay() -> ForwardOutput:
+        def replay() -> Output:
             graph.replay()
             return outputs
 
@@ -68,8 +79,20 @@ class CapturedSteps:
     Where capturing fails, the reason is logged once and every batch is run eagerly.
     """
 
-    def __init__(self, eager: Step, kv_cache: KVCache, capture: Capture, *, max_rows: int, max_model_len: int) -> None:
-        """Captures nothing yet. `max_rows`: rows of the largest step to capture."""
+    def __init__(
+        self,
+        eager: Step,
+        kv_cache: KVCache,
+        capture: Capture,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        max_num_seqs: int = 1,
+        draft_depth: int = 1,
+    ) -> None:
+        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `draft_depth`: tokens that the model's
+        draft layer drafts, 1 where there is none.
+        """
         self._eager, self._kv_cache, self._capture = eager, kv_cache, capture
         device, experts = kv_cache.gate_rows.device, kv_cache.gate_rows.shape[2]
         size = kv_cache.block_size
@@ -89,16 +112,25 @@ class CapturedSteps:
         self._steered = False  # whether `_parameters` differ from the checkpoint's
         self._captured: dict[tuple[int, int], Replay] = {}
         self._failed = False
+        self._max_num_seqs, self._draft_depth = max_num_seqs, draft_depth
+        self._drafts: CapturedDrafts | None = None
 
     @property
     def captured(self) -> list[tuple[int, int]]:
         """The buckets (rows, blocks) captured so far."""
         return sorted(self._captured)
 
-    def warm_up(self) -> None:
-        """Captures every number of rows for short contexts, so that no early request waits for it."""
+    def warm_up(self, choices: Iterable[PureChoice] = ()) -> None:
+        """Captures every number of rows for short contexts, and the draft layer with `choices` of one row, so that no
+        early request waits for it.
+        """
         for rows in reversed(self.row_buckets):  # the largest first: the others fit into its memory
             self._step_for(rows, self.width_buckets[0])
+        if self._draft_depth > 1:
+            hidden = self._eager.forward(idle_batch(self._kv_cache, 2), self._kv_cache).hidden
+            drafts = self._drafts_of(hidden)
+            for choice in choices:
+                drafts.warm_up(idle_start(self._kv_cache, hidden[:1]), choice)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
@@ -107,8 +139,8 @@ class CapturedSteps:
         count, scaling_rows = batch.rows.shape[1], batch.num_scaling_rows
         if count <= self.row_buckets[-1]:
             width = max(group.block_table.shape[1] for group in batch.groups)
-            rows = _bucket(self.row_buckets, count)
-            replay = self._step_for(rows, _bucket(self.width_buckets, width))
+            rows = bucket(self.row_buckets, count)
+            replay = self._step_for(rows, bucket(self.width_buckets, width))
             if replay is not None:
                 gate_rows.write_given(batch, kv_cache.gate_rows)
                 self._fill(batch, count, rows)
@@ -120,8 +152,20 @@ class CapturedSteps:
         return self._eager.forward(batch, kv_cache)
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """Runs the draft layer eagerly: what it starts from is in the static outputs until the next forward."""
-        return self._eager.draft(start, choose, kv_cache)
+        """Runs the draft layer, captured where that is possible. What it returns is good until the next call."""
+        assert kv_cache is self._kv_cache, "graphs are captured over one KV cache"
+        return self._drafts_of(start.state).draft(start, choose)
+
+    def _drafts_of(self, hidden: Tensor) -> CapturedDrafts:
+        if self._drafts is None:
+            self._drafts = CapturedDrafts(
+                *(self._eager, self._kv_cache, self._capture),
+                hidden=hidden,
+                depth=self._draft_depth,
+                max_sequences=self._max_num_seqs,
+                width_buckets=self.width_buckets,
+            )
+        return self._drafts
 
     def _fill(self, batch: Batch, count: int, rows: int) -> None:
         """Writes the batch into the static buffers: `count` rows and idle ones up to `rows`."""
@@ -168,17 +212,3 @@ class CapturedSteps:
         positions, tables = batch.positions[:, None], self._tables[:rows, :width]
         batch.groups = [AttentionGroup(0, rows, 1, positions, tables, keys, needs_mask=True)]
         return batch
-
-
-def buckets(smallest: int, growth: int, largest: int) -> list[int]:
-    """smallest, smallest * growth, ... up to `largest`, which is always one of them."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= growth
-    return [*sizes, largest]
-
-
-def _bucket(sizes: list[int], needed: int) -> int:
-    """The smallest size that is enough."""
-    return sizes[bisect.bisect_left(sizes, needed)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from service.model.batch import AttentionGroup, Batch, DraftStart
+from service.model.draft_layer import PureChoice, take_largest
 from service.model.kv_cache import KVCache
 from service.model.steps.step import Step
 
@@ -35,6 +36,11 @@ def idle_batch(kv_cache: KVCache, count: int) -> Batch:
 
 def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor) -> None:
     """Runs the draft layer once, behind hidden [1, H] as if it were of position 0 in the scratch block."""
+    step.draft(idle_start(kv_cache, hidden), PureChoice(take_largest, ()), kv_cache)
+
+
+def idle_start(kv_cache: KVCache, hidden: Tensor) -> DraftStart:
+    """One draft behind hidden [1, H]."""
     zeros = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
     group = AttentionGroup(0, 1, 1, zeros, zeros + kv_cache.num_blocks, 1, needs_mask=False)
-    step.draft(DraftStart(hidden, zeros[0], group, depth=2), lambda logits, _: logits.argmax(-1), kv_cache)
+    return DraftStart(hidden, zeros[0], group, depth=2)
