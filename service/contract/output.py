@@ -41,7 +41,9 @@ class DraftCounts:
     was made of.
     """
 
-    lookahead_kept: list[int] = field(default_factory=list)  # of the scaling pass, and of the draft layer from depth 2 on
+    lookahead_kept: list[int] = field(
+        default_factory=list
+    )  # of the scaling pass, and of the draft layer from depth 2 on
     lookahead_dropped: list[int] = field(default_factory=list)
     lookup_kept: list[int] = field(default_factory=list)  # of prompt lookup
     lookup_dropped: list[int] = field(default_factory=list)

@@ -67,7 +67,9 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
     first_id, position, first_row, limit, wanted, table = pack_to_device(
         [*columns, expected.ravel(), tables.ravel()], ids.device
     )
-    first = torch.zeros_like(limit) if width == 1 else _first_difference(ids, first_id, limit, wanted.view(count, width))
+    first = (
+        torch.zeros_like(limit) if width == 1 else _first_difference(ids, first_id, limit, wanted.view(count, width))
+    )
     group = AttentionGroup(
         start=0,
         segments=count,

@@ -22,8 +22,8 @@ class Plan:
 
 
 def suitable_head_size(hidden_size: int) -> int:
-    """R of a draft head for a model of that width: an eighth, but 64 at least, or the whole of a smaller model."""
-    return min(hidden_size, max(64, hidden_size // 8))
+    """R of a draft head for a model of that width: an eighth, but 256 at least, or the whole of a smaller model."""
+    return min(hidden_size, max(256, hidden_size // 8))
 
 
 def suitable_layer_size(hidden_size: int) -> int:
