@@ -144,8 +144,8 @@ def add_section(report: Path, made: Distilled, measured: tuple[list[str], list[l
 {HEADING}
 
 `xlora-serve distill` taught them, {widths}, on {made.learned:,} positions of texts that X-LoRA wrote
-from questions of the training kind, in {seconds / 60:.0f} min. In its answers to others of that kind, {made.judged:,} tokens,
-half of the texts sampled, drafts were what the real pass says {before} of the time, and are {after} now:
+from questions of the training kind, in {seconds / 60:.0f} min. In its answers to others of that kind, {made.judged:,}
+tokens, half of the texts sampled, drafts were what the real pass says {before} of the time, and are {after} now:
 at each depth where all before were right. That is {forwards_per_token(made.after):.2f} forwards per token
 (DESIGN section 3.1). On X-LoRA's greedy answers to held-out questions, "alone" being the scaling pass without the head:
 
