@@ -3,8 +3,9 @@
     python model_store/build_demo.py [--out model_store/demo] [--seed 0] [--quick] [--work DIR [--resume-from STAGE]]
 
 `--quick` runs a few steps of everything (one minute) to test the machinery; its model knows nothing. `--work` keeps
-the result of each stage, and `--resume-from gate` starts there; `--resume-from draft` needs none, it takes the bundle
-as it is and teaches only its drafts; with the same `--work` it goes on with a killed run. Exit status 1 if a bar of the report does not hold.
+the result of each stage, and `--resume-from gate` starts there. `--resume-from draft` needs none: it takes the bundle
+as it is and teaches only its drafts; with the same `--work` it goes on with a killed run. Exit status 1 if a bar of
+the report does not hold.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ PLANS = {
     "experts": Plan(steps=450, rows=12, length=128, learning_rate=4e-3),
     "gate": Plan(steps=250, rows=12, length=128, learning_rate=4e-3),
 }
-DRAFTS = DistillPlan(max_tokens=128, depth=6, layer_steps=6000)
-QUICK_DRAFTS = DistillPlan(max_tokens=8, depth=3, head_steps=4, layer_steps=4)
+DRAFTS = DistillPlan(max_tokens=128, depth=5, steps=4000)
+QUICK_DRAFTS = DistillPlan(max_tokens=8, depth=3, steps=8)
 QUICK = {"base": (8, 4), "experts": (4, 4), "gate": (4, 4)}  # steps, rows
 
 

@@ -147,7 +147,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--layer-size", type=_positive, metavar="N", help="width of the layer's MLP; default: by the base's"
     )
     distill.add_argument(
-        "--steps", type=_positive, default=3000, metavar="N", help="steps of the layer's training (default 3000)"
+        "--steps",
+        type=_positive,
+        default=3000,
+        metavar="N",
+        help="steps of the layer's training (default 3000); the head's takes half as many",
     )
     distill.add_argument(
         "--work",

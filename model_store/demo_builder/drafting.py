@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,7 @@ def teach(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int, count: int, 
     """Gives the bundle at `out` its draft head and its draft layer; `work` is distill's folder."""
     ids = [tokenizer.encode(text) for text in prompts(count, seed)]
     options = EngineOptions(str(out), device="cpu", dtype="float32", threads=1)
-    checkpoint = replace(load_checkpoint(out), draft_head=None, draft_layer=None)
-    made = distill(checkpoint, options, ids, plan, work, _every_hundredth())
+    made = distill(load_checkpoint(out), options, ids, plan, work, _every_hundredth())
     add_drafts(out, made.head, made.layer)
     return made
 
@@ -145,11 +143,11 @@ def add_section(report: Path, made: Distilled, measured: tuple[list[str], list[l
     section = f"""
 {HEADING}
 
-`xlora-serve distill` taught them, {widths}, on {made.learned:,} positions of texts that X-LoRA wrote from questions of
-the training kind, in {seconds / 60:.0f} min. In its answers to others of that kind, {made.judged:,} tokens, half of the
-texts sampled, the scaling pass alone drafts what the real pass says {before} of the time; with the drafts' weights
-{after}, at each depth of the drafts where all before were right: {forwards_per_token(made.after):.2f} forwards per token
-(DESIGN section 3.1). On X-LoRA's greedy answers to held-out questions:
+`xlora-serve distill` taught them, {widths}, on {made.learned:,} positions of texts that X-LoRA wrote
+from questions of the training kind, in {seconds / 60:.0f} min. In its answers to others of that kind, {made.judged:,}
+tokens, half of the texts sampled, drafts were what the real pass says {before} of the time, and are {after} now:
+at each depth where all before were right. That is {forwards_per_token(made.after):.2f} forwards per token
+(DESIGN section 3.1). On X-LoRA's greedy answers to held-out questions, "alone" being the scaling pass without the head:
 
 {table(*measured)}
 """

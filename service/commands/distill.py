@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         depth=arguments.depth,
         head_size=arguments.size,
         layer_size=arguments.layer_size,
-        layer_steps=arguments.steps,
+        steps=arguments.steps,
     )
     with _work_folder(arguments.work) as work, _Bars() as bars:
         checkpoint = _load(folder, settings, bars)

@@ -13,10 +13,10 @@ from tests.support.damage import edit_json
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never modified. Depth 3 and layerwise, so that every kind of classifier tensor exists; a draft head."""
+    """Never modified. Depth 3 and layerwise: all kinds of classifier tensors exist. Has a draft head and a draft layer."""
     path = tmp_path_factory.mktemp("pristine") / "tiny"
     xlora = {"xlora_depth": 3, "layerwise_scalings": True}
-    return make_bundle(path, xlora=xlora, gate_profile={"entropy": 0.5}, draft_head=6)
+    return make_bundle(path, xlora=xlora, gate_profile={"entropy": 0.5}, draft_head=6, draft_depth=3)
 
 
 @pytest.fixture

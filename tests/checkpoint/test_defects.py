@@ -34,6 +34,7 @@ EXPERT = "experts/alpha/adapter_model.safetensors"
 CONFIG = "classifier/xlora_config.json"
 GATE = "classifier/xlora_classifier.safetensors"
 DRAFT = "draft_head/draft_head.safetensors"
+LAYER = "draft_head/draft_layer.safetensors"
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 NAN, INF = float("nan"), float("inf")
 
@@ -130,7 +131,10 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
         set_json(BUNDLE, draft_head="../elsewhere"),
         ["draft_head", "outside the bundle"],
     ),
-    "draft head without its file": (remove(DRAFT), [DRAFT, "expected a file, found nothing"]),
+    "draft head's folder without files": (
+        lambda bundle: [remove(file)(bundle) for file in (DRAFT, LAYER)],
+        [DRAFT, "expected a file, found nothing"],
+    ),
     "draft head without a tensor": (
         set_tensor(DRAFT, "up.bias", None),
         [DRAFT, "missing tensor 'up.bias'"],
@@ -158,6 +162,62 @@ CASES: dict[str, tuple[Damage, list[str]]] = {
     "NaN in the draft head": (
         poison(DRAFT, "down.weight", NAN),
         [DRAFT, "tensor 'down.weight'", "found NaN"],
+    ),
+    "draft layer without a tensor": (
+        set_tensor(LAYER, "mix.weight", None),
+        [LAYER, "missing tensor 'mix.weight'"],
+    ),
+    "draft layer with another tensor": (
+        set_tensor(LAYER, "mix.bias", torch.zeros(32)),
+        [LAYER, "unexpected tensor 'mix.bias'", "a draft layer has mix.weight"],
+    ),
+    "draft layer of another base": (
+        set_tensor(LAYER, "mix.weight", torch.zeros(48, 96)),
+        [LAYER, "tensor 'mix.weight': expected shape [32, 64], found [48, 96]"],
+    ),
+    "draft layer that mixes states alone": (
+        set_tensor(LAYER, "mix.weight", torch.zeros(32, 32)),
+        [LAYER, "tensor 'mix.weight': expected shape [32, 64], found [32, 32]"],
+    ),
+    "draft layer whose queries do not fill heads": (
+        set_tensor(LAYER, "query.weight", torch.zeros(24, 32)),
+        [LAYER, "tensor 'query.weight': expected shape [a multiple of 16, 32], found [24, 32]"],
+    ),
+    "draft layer whose output is for other queries": (
+        set_tensor(LAYER, "output.weight", torch.zeros(32, 16)),
+        [LAYER, "tensor 'output.weight': expected shape [32, 32], found [32, 16]"],
+    ),
+    "draft layer without a depth's vector": (
+        set_tensor(LAYER, "depths", torch.zeros(1, 32)),
+        [LAYER, "tensor 'depths': expected shape [2, 32], found [1, 32]"],
+    ),
+    "draft layer of depth 1": (
+        set_tensor(LAYER, "agreement", torch.ones(1)),
+        [LAYER, "tensor 'agreement': expected a number for each of 2 to 17 depths, found [1]"],
+    ),
+    "draft layer that is too deep": (
+        set_tensor(LAYER, "agreement", torch.ones(18)),
+        [LAYER, "tensor 'agreement': expected a number for each of 2 to 17 depths, found [18]"],
+    ),
+    "draft layer that is right too often": (
+        set_tensor(LAYER, "agreement", torch.tensor([0.9, 1.5, 0.8])),
+        [LAYER, "tensor 'agreement': expected shares from 0 to 1, found [0.9, 1.5, 0.8]"],
+    ),
+    "draft layer of no width": (
+        set_tensor(LAYER, "up.weight", torch.zeros(0, 32)),
+        [LAYER, "tensor 'up.weight': expected shape [any, 32], found [0, 32]"],
+    ),
+    "draft layer with a bias for another width": (
+        set_tensor(LAYER, "up.bias", torch.zeros(7)),
+        [LAYER, "tensor 'up.bias': expected shape [16], found [7]"],
+    ),
+    "draft layer the wrong way round": (
+        set_tensor(LAYER, "down.weight", torch.zeros(16, 32)),
+        [LAYER, "tensor 'down.weight': expected shape [32, 16], found [16, 32]"],
+    ),
+    "NaN in the draft layer": (
+        poison(LAYER, "depths", NAN),
+        [LAYER, "tensor 'depths'", "found NaN"],
     ),
     "hash of a wrong type": (
         set_json(BUNDLE, sha256={BASE: "12"}),
@@ -554,7 +614,7 @@ def test_no_folder_and_a_file_instead_of_a_folder(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "file")
 
 
-@pytest.mark.parametrize("file", [BUNDLE, ADAPTER, EXPERT, CONFIG, GATE, "base/config.json", BASE, DRAFT])
+@pytest.mark.parametrize("file", [BUNDLE, ADAPTER, EXPERT, CONFIG, GATE, "base/config.json", BASE, DRAFT, LAYER])
 def test_random_damage_never_escapes_as_another_exception(bundle: Path, file: str) -> None:
     """Flipped bytes, cuts and insertions: the bundle loads or the error is ours, on one line."""
     generator = random.Random(file)
@@ -583,7 +643,8 @@ def test_summary(pristine: Path) -> None:
         "top_k_lora               null",
         "gate profile present",
         "draft head   6 wide, 390 parameters",
-        "6 files",
+        "draft layer  depth 3, agreement .90 .75 .60, 16 wide",
+            "7 files",
         "all match bundle.json",
     ):
         assert fragment in text

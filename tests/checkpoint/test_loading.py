@@ -16,7 +16,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.checkpoint import XLoraConfig, load_checkpoint, write_bundle
+from service.checkpoint import DraftLayerWeights, XLoraConfig, describe, load_checkpoint, write_bundle
+from service.checkpoint.formats.writer import add_drafts, convert
 from service.contract.errors import CheckpointError
 from service.contract.options import EngineOptions
 from service.engine.loader import load_engine
@@ -264,7 +265,7 @@ def test_two_experts_may_share_one_adapter(hashed: Path) -> None:
     edit_json("bundle.json", lambda data: data["sha256"].pop("classifier/xlora_classifier.safetensors"))(hashed)
     checkpoint = load_checkpoint(hashed)
     assert set(checkpoint.experts[1].weights) == set(checkpoint.experts[2].weights)
-    assert [file.verified for file in checkpoint.weight_files] == [True, False, True, True, True, True]
+    assert [file.verified for file in checkpoint.weight_files] == [True, False, True, True, True, True, True]
 
 
 def test_writer_is_idempotent(hashed: Path) -> None:
@@ -279,14 +280,55 @@ def test_writer_is_idempotent(hashed: Path) -> None:
         classifier=checkpoint.classifier.layers,
         gate_profile=checkpoint.gate_profile,
         draft_head=checkpoint.draft_head,
+        draft_layer=checkpoint.draft_layer,
     )
     assert (hashed / "bundle.json").read_bytes() == before
 
 
 def test_builder_is_seeded_and_its_tokenizer_is_complete(pristine: Path, tmp_path: Path) -> None:
-    again = make_bundle(tmp_path / "tiny", xlora={"xlora_depth": 3, "layerwise_scalings": True}, draft_head=6)
+    xlora = {"xlora_depth": 3, "layerwise_scalings": True}
+    again = make_bundle(tmp_path / "tiny", xlora=xlora, draft_head=6, draft_depth=3)
     assert load_checkpoint(again).weights_sha256 == load_checkpoint(pristine).weights_sha256
     tokenizer = AutoTokenizer.from_pretrained(again / "base")
     text = "naïve 日本語 😀 zebra\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer) <= json.loads((again / "base/config.json").read_text())["vocab_size"]
+
+
+@pytest.mark.parametrize("missing", ["draft_head.safetensors", "draft_layer.safetensors"])
+def test_a_bundle_may_have_either_draft(bundle: Path, missing: str) -> None:
+    (bundle / "draft_head" / missing).unlink()
+    checkpoint = load_checkpoint(bundle)
+    assert (checkpoint.draft_head is None) == (missing == "draft_head.safetensors")
+    assert (checkpoint.draft_layer is None) == (missing == "draft_layer.safetensors")
+    assert "absent; xlora-serve distill makes one" in describe(checkpoint)
+
+
+def test_a_draft_layer_comes_back_as_it_was_written(hashed: Path) -> None:
+    """In bfloat16, its agreement in float32 whatever the dtype of the rest."""
+    layer = load_checkpoint(hashed).draft_layer
+    assert layer is not None
+    assert layer.agreement.tolist() == pytest.approx([0.9, 0.75, 0.6])
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in layer.tensors().items()}
+    add_drafts(hashed, None, DraftLayerWeights(**narrow, agreement=layer.agreement.to(torch.bfloat16)))
+    checkpoint = load_checkpoint(hashed)
+    assert checkpoint.draft_layer is not None
+    assert all(file.verified for file in checkpoint.weight_files)
+    for name, tensor in checkpoint.draft_layer.tensors().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, narrow[name])
+    assert checkpoint.draft_layer.agreement.dtype == torch.float32
+    assert "draft layer  depth 3, agreement .90 .75 .60, 16 wide" in describe(checkpoint)
+
+
+def test_conversion_keeps_the_drafts(hashed: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(hashed)
+    copy = load_checkpoint(convert(checkpoint, tmp_path / "copy", checkpoint.sites or ()))
+    assert checkpoint.draft_head is not None
+    assert checkpoint.draft_layer is not None
+    assert copy.draft_head is not None
+    assert copy.draft_layer is not None
+    assert torch.equal(copy.draft_head.up, checkpoint.draft_head.up)
+    for name, tensor in checkpoint.draft_layer.tensors().items():
+        assert torch.equal(copy.draft_layer.tensors()[name], tensor)
+    assert torch.equal(copy.draft_layer.agreement, checkpoint.draft_layer.agreement)

@@ -1,4 +1,4 @@
-"""`xlora-serve distill`: a head that drafts better on texts it has not seen, and changes no token."""
+"""`xlora-serve distill`: drafts that come true more often on texts they have not seen, and change no token."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,14 @@ from service.checkpoint.formats.writer import add_drafts
 from service.cli import main
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
-from service.tools.distill import Distilled, _written, distill, suitable_size
+from service.tools.distill import Distilled, Plan, distill, training
+from service.tools.distill.plan import suitable_head_size, suitable_layer_size
+from service.tools.distill.work_folder import WorkFolder
+from service.tools.distill.writing import write_texts
 from service.tools.two_pass import TwoPassModel
 from tests.model.loading.test_families import FAMILIES, build
 from tests.support.bundles import make_bundle, make_draft_head
+from tests.support.drafting import ScalingPass
 from tests.support.driver import Engines, greedy, run, sampled, words
 from tests.support.tiny import CPU, Tiny, Variant
 
@@ -33,6 +38,9 @@ FIXTURES = Path(__file__).parents[1] / "checkpoint" / "fixtures"
 
 DEMO = Path(__file__).parents[2] / "model_store" / "demo"
 FILE = "draft_head/draft_head.safetensors"
+LAYER_FILE = "draft_head/draft_layer.safetensors"
+# Enough for the demo to learn something in.
+SMALL = Plan(max_tokens=32, depth=3, layer_size=64, steps=200)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +51,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo() -> Checkpoint:
-    """As it would be without its own draft head."""
-    return replace(load_checkpoint(DEMO), draft_head=None)
+    """As it would be without its own drafts."""
+    return replace(load_checkpoint(DEMO), draft_head=None, draft_layer=None)
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +65,32 @@ def prompts(demo: Checkpoint) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def made(demo: Checkpoint, prompts: list[list[int]]) -> Distilled:
-    """Of a third of the steps: it agrees almost as often as one of all."""
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work") / "demo"
+
+
+@pytest.fixture(scope="module")
+def made(demo: Checkpoint, prompts: list[list[int]], work: Path) -> Distilled:
     options = EngineOptions(str(DEMO), device="cpu", dtype="float32", max_model_len=512)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.tools.distill._STEPS", 500)
-        return distill(demo, options, prompts[::4], max_tokens=32)
+        patch.setattr(training, "_LAYER_POSITIONS", 320)
+        return distill(demo, options, prompts[::4], SMALL, work)
 
 
 def test_agreement_rises(made: Distilled, prompts: list[list[int]]) -> None:
-    assert made.before > 0.7
-    assert made.after > made.before + 0.05
-    assert made.positions > 0.6 * sum(map(len, prompts[::4]))
-    assert 100 < made.judged < made.positions / 5
-    assert made.weights.up.shape == (64, 192)
+    assert len(made.before) == 1
+    assert made.before[0] > 0.7
+    assert made.after[0] > made.before[0] + 0.05
+    assert made.after == made.trained
+    assert len(made.after) == 3
+    assert min(made.after[1:]) > 0.4  # of a new layer: 0.0
+    assert made.learned > 0.6 * sum(map(len, prompts[::4]))
+    assert 100 < made.judged < made.learned / 5
+    assert made.head is not None
+    assert made.head.up.shape == (192, 192)
+    assert made.layer is not None
+    assert made.layer.agreement.tolist() == pytest.approx(made.after)
+    assert made.layer.up.shape == (64, 192)
 
 
 def test_it_is_what_requests_see(demo: Checkpoint, made: Distilled, prompts: list[list[int]]) -> None:
@@ -80,10 +100,9 @@ def test_it_is_what_requests_see(demo: Checkpoint, made: Distilled, prompts: lis
         for i, prompt in enumerate(prompts[2::40])
     ]
     engines = [
-        Engines(Variant(Tiny(DEMO), replace(demo, draft_head=head))).build(adaptive=False)
-        for head in (None, made.weights)
+        Engines(Variant(Tiny(DEMO), replace(demo, draft_head=head))).build(adaptive=False) for head in (None, made.head)
     ]
-    assert [engine.info.draft_head for engine in engines] == [None, 64]
+    assert [engine.info.draft_head for engine in engines] == [None, 192]
     runs = [run(engine, requests) for engine in engines]
     for key, choice in runs[0].choices.items():
         assert runs[1][key].tokens == choice.tokens
@@ -93,25 +112,30 @@ def test_it_is_what_requests_see(demo: Checkpoint, made: Distilled, prompts: lis
     assert rates[1] > rates[0] + 0.03
 
 
-def test_the_figures_are_those_of_the_two_passes(demo: Checkpoint, made: Distilled, prompts: list[list[int]]) -> None:
+def test_the_figures_are_those_of_the_two_passes(demo: Checkpoint, made: Distilled, work: Path) -> None:
     """Recomputed on the very texts: every 20th and the next one, from the last token of the prompt on."""
-    options = EngineOptions(str(DEMO), device="cpu", dtype="float32", max_model_len=512)
-    texts = _written(demo, options, prompts[::4], 32, lambda _: None)
     base = AutoModelForCausalLM.from_pretrained(DEMO / "base", dtype=torch.float32)
     plain = TwoPassModel(demo, device=CPU, dtype=torch.float32)
-    right: dict[bool, list[bool]] = {False: [], True: []}
-    up, bias, down = (part.float() for part in (made.weights.up, made.weights.bias, made.weights.down))
-    for text in (text for number, text in enumerate(texts) if number % 20 in (0, 1)):
-        real = plain.forward(text.tokens)[0].argmax(-1)
-        with torch.no_grad():
-            hidden = base.model(torch.tensor([text.tokens])).last_hidden_state[0]
-            drafting = hidden + F.silu(hidden @ up.T + bias) @ down.T
-            for with_head, state in ((False, hidden), (True, drafting)):
-                agree = base.lm_head(state).argmax(-1) == real
-                right[with_head] += agree[text.prompt - 1 : -1].tolist()
-    assert len(right[False]) == made.judged
-    assert made.before == pytest.approx(sum(right[False]) / made.judged, abs=0.005)
-    assert made.after == pytest.approx(sum(right[True]) / made.judged, abs=0.005)
+    assert made.head is not None
+    assert made.layer is not None
+    up, bias, down = (part.float() for part in (made.head.up, made.head.bias, made.head.down))
+    alone: list[bool] = []
+    right: list[list[bool]] = [[], [], []]
+    texts = [json.loads(line) for line in (work / "texts.jsonl").read_text().splitlines()]
+    for text in (text for text in texts if text["text"] % 20 in (0, 1)):
+        real = plain.forward(text["tokens"])[0].argmax(-1)
+        scaling_pass = ScalingPass(base, text["tokens"])
+        for anchor in range(text["prompt"] - 1, len(text["tokens"]) - 1):
+            hidden, *deeper = scaling_pass.states(made.layer, anchor)
+            alone.append(bool(base.lm_head(hidden).argmax() == real[anchor]))
+            states = [hidden + F.silu(hidden @ up.T + bias) @ down.T, *deeper]
+            for ahead, state in enumerate(states[: len(text["tokens"]) - 1 - anchor]):
+                right[ahead].append(bool(base.lm_head(state).argmax() == real[anchor + ahead]))
+                if not right[ahead][-1]:
+                    break
+    assert len(alone) == made.judged
+    assert made.before[0] == pytest.approx(sum(alone) / made.judged, abs=0.005)
+    assert made.after == pytest.approx([sum(depth) / len(depth) for depth in right], abs=0.005)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -138,8 +162,100 @@ def test_the_head_of_the_plain_computation_is_the_models(path: Path) -> None:
     assert state.grad.abs().sum() > 0
 
 
-def test_a_width_that_suits() -> None:
-    assert [suitable_size(hidden) for hidden in (32, 192, 768, 4096)] == [32, 64, 96, 512]
+def test_widths_that_suit() -> None:
+    assert [suitable_head_size(hidden) for hidden in (32, 192, 768, 4096)] == [32, 192, 256, 512]
+    assert [suitable_layer_size(hidden) for hidden in (32, 192, 768, 4096)] == [64, 384, 1536, 4096]
+
+
+# -- the work folder -------------------------------------------------------------------------------------------------
+
+
+TINY = Plan(max_tokens=4, depth=3, steps=8)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many shards, and a state after every other step."""
+    monkeypatch.setattr("service.tools.distill.lessons._SHARD_POSITIONS", 100)
+    monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
+    monkeypatch.setattr(training, "_LAYER_POSITIONS", 64)
+
+
+def tiny_run(path: Path, work: Path, on_progress: Callable[[str, int, int], None], plan: Plan = TINY) -> Distilled:
+    options = EngineOptions(str(path), device="cpu", native_kernels=False)
+    checkpoint = load_checkpoint(path, examine_weights=False)
+    return distill(checkpoint, options, [words(seed, 9) for seed in range(40)], plan, work, on_progress)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("phase", "at"), [("writing", 11), ("reading", 17), ("training the head", 3), ("training the layer", 5)]
+)
+def test_a_killed_run_goes_on(path: Path, tmp_path: Path, phase: str, at: int) -> None:
+    """What was written, read and trained before stays, and the result is that of a run that was not killed."""
+
+    def kill(description: str, done: int, _: int) -> None:
+        if description.startswith(phase) and done == at:
+            raise KeyboardInterrupt
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = tiny_run(path, whole, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(path, killed, kill)
+    before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in killed.iterdir()}
+    with (killed / "texts.jsonl").open("a") as file:
+        file.write('{"text": 39, "prompt": 9, "tok')  # as a kill in the middle of a line leaves it
+    seen: list[tuple[str, int]] = []
+    made = tiny_run(path, killed, lambda description, done, _: seen.append((description.partition(":")[0], done)))
+    assert (killed / "texts.jsonl").read_bytes().startswith(before["texts.jsonl"][1])
+    for name in (name for name in before if name.startswith("lessons")):
+        assert (killed / name).stat().st_mtime_ns == before[name][0]
+    written = [done for description, done in seen if description == "writing texts"]
+    assert written[:1] == ([11] if phase == "writing" else [])
+    steps = [done for description, done in seen if description == phase]
+    if phase.startswith("training"):
+        assert steps[0] == at  # the state is that of the step before
+    assert (made.before, made.trained) == (expected.before, expected.trained)
+    for name in ("head.safetensors", "layer.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_runs_folder_is_refused(path: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    options = EngineOptions(str(path), device="cpu", native_kernels=False)
+    checkpoint = load_checkpoint(path, examine_weights=False)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(path, work, stop)
+    with pytest.raises(StartupError, match="made for other options"):
+        tiny_run(path, work, stop, replace(TINY, depth=2))
+    with pytest.raises(StartupError, match="made for other prompts"):
+        distill(checkpoint, options, [words(seed, 8) for seed in range(40)], TINY, work, stop)
+    other = make_bundle(tmp_path / "other", xlora={"xlora_depth": 2, "layerwise_scalings": True}, seed=7)
+    with pytest.raises(StartupError, match="made for other weights"):
+        tiny_run(other, work, stop)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(StartupError, match="expected a new or an empty folder"):
+        tiny_run(path, tmp_path / "full", stop)
+    with pytest.raises(StartupError, match="File exists"):
+        tiny_run(path, tmp_path / "full" / "notes.txt", stop)
+    copy = Path(shutil.copytree(path, tmp_path / "copy"))
+    add_drafts(copy, make_draft_head(32, 4, torch.Generator()), None)
+    with pytest.raises(KeyboardInterrupt):  # texts and lessons know nothing of a bundle's own drafts
+        tiny_run(copy, work, stop)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_head_alone(path: Path, tmp_path: Path) -> None:
+    made = tiny_run(path, tmp_path / "work", lambda *_: None, replace(TINY, depth=1))
+    assert made.layer is None
+    assert len(made.trained) == 1
+    assert not (tmp_path / "work" / "layer.safetensors").exists()
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -164,22 +280,28 @@ def test_the_command_writes_it(
     """And lets it be when the next one is no better."""
     bundle, texts = shutil.copytree(DEMO, tmp_path / "bundle"), tmp_path / "prompts"
     before = json.loads((bundle / "bundle.json").read_text())
-    del before["draft_head"], before["sha256"][FILE]
+    del before["draft_head"], before["sha256"][FILE], before["sha256"][LAYER_FILE]
     (bundle / "bundle.json").write_text(json.dumps(before))
     examples = json.loads((DEMO / "examples.json").read_text())
     texts.write_text("".join(json.dumps({"prompt": example["prompt"]}) + "\n" for example in examples))
-    monkeypatch.setattr("service.tools.distill._STEPS", 200)
+    monkeypatch.setattr(training, "_LAYER_POSITIONS", 320)
     command = ["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "40", "--size", "16", "--device", "cpu"]
+    command += ["--depth", "2", "--layer-size", "32", "--steps", "150"]
     assert main(command) == 0
-    found = r"16 wide, learned from [\d,]+ positions; on [\d,]+ others, .* 0\.\d+ -> 0\.\d+"
-    assert re.search(found, capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(r"learned from [\d,]+ positions, judged on [\d,]+ others", said)
+    assert re.search(r"agreement, before +0\.\d+ +\d\.\d+\n", said)
+    assert re.search(r"agreement, after +0\.\d+ +0\.\d+ +0\.\d+\n", said)
+    assert "a draft head, 16 wide, a draft layer of depth 2, 32 wide" in said
     checkpoint = load_checkpoint(bundle)
     assert checkpoint.draft_head is not None
     assert checkpoint.draft_head.size == 16
+    assert checkpoint.draft_layer is not None
+    assert checkpoint.draft_layer.depth == 2
     assert all(file.verified for file in checkpoint.weight_files)
     content = (bundle / "bundle.json").read_bytes()
-    monkeypatch.setattr("service.tools.distill._LEARNING_RATE", 0.0)
-    assert main(command) == 1
+    monkeypatch.setattr(training, "_LEARNING_RATE", 0.0)
+    assert main(command) == 0
     assert "nothing written" in capsys.readouterr().out
     assert (bundle / "bundle.json").read_bytes() == content
 
@@ -206,9 +328,9 @@ def test_writing_changes_nothing_else(bundle: Path) -> None:
 def test_nothing_is_written_where_it_does_not_help(
     bundle: Path, texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.tools.distill._LEARNING_RATE", 0.0)
-    monkeypatch.setattr("service.tools.distill._STEPS", 100)
-    assert main(["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "4", "--device", "cpu"]) == 1
+    monkeypatch.setattr(training, "_LEARNING_RATE", 0.0)
+    command = ["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "4", "--device", "cpu", "--steps", "2"]
+    assert main(command) == 0
     assert "nothing written" in capsys.readouterr().out
     assert not (bundle / "draft_head").exists()
 
@@ -249,11 +371,11 @@ def test_prompts_that_are_too_long(bundle: Path, tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [([5, 10**6], "token id 1000000"), ([], "the prompt is empty")])
-def test_prompts_that_the_model_cannot_read(path: Path, prompt: list[int], reason: str) -> None:
+def test_prompts_that_the_model_cannot_read(path: Path, tmp_path: Path, prompt: list[int], reason: str) -> None:
     """An added token beyond the vocabulary; a text that a normalizer leaves nothing of."""
     options = EngineOptions(str(path), device="cpu", native_kernels=False)
     with pytest.raises(StartupError, match=f"prompt 2: .*{reason}"):
-        _written(load_checkpoint(path), options, [[5, 6], prompt], 4, lambda _: None)
+        write_texts(load_checkpoint(path), options, [[5, 6], prompt], 4, WorkFolder(tmp_path / "work", {}), _quiet)
 
 
 def test_only_a_bundle_can_have_one(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,3 +385,7 @@ def test_only_a_bundle_can_have_one(texts: Path, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert "only a bundle can have a draft head" in said
     assert "xlora-serve convert" in said
+
+
+def _quiet(*_: object) -> None:
+    pass

@@ -146,13 +146,21 @@ class _Distillation:
         return train_layer(
             self._plain,
             parts[LEARNING],
-            first_layer(self._hidden_size, query, size, self._plan.depth, self._plan.seed),
+            self._start(query, size),
             lambda layer: forwards_per_token(self._agreement(head, layer, parts[CHOOSING])),
-            self._plan.layer_steps,
+            self._plan.steps,
             self._plan.seed,
             self._work,
             self._on_progress,
         )
+
+    def _start(self, query: int, size: int) -> DraftLayerWeights:
+        """The checkpoint's own draft layer where its widths are the plan's, or a new one."""
+        own, depth = self._plain.checkpoint.draft_layer, self._plan.depth
+        if own is None or (len(own.query), len(own.up)) != (query, size):
+            return first_layer(self._hidden_size, query, size, depth, self._plan.seed)
+        rows = torch.arange(depth - 1).clamp(max=own.depth - 2)  # what is deeper begins as the deepest
+        return replace(own, depths=own.depths[rows], agreement=torch.zeros(depth))
 
     def _head(self, weights: DraftHeadWeights | None) -> DraftHead | None:
         if weights is None:

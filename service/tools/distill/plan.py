@@ -16,14 +16,18 @@ class Plan:
     depth: int = 4  # tokens that are drafted in all; 1: by the head alone
     head_size: int | None = None  # R of the draft head; None: by the base's width
     layer_size: int | None = None  # R of the draft layer; None: by the base's width
-    head_steps: int = 1500
-    layer_steps: int = 3000
+    steps: int = 3000  # of the layer's training
     seed: int = 0
+
+    @property
+    def head_steps(self) -> int:
+        """Steps of the head's training, which is far smaller."""
+        return max(1, self.steps // 2)
 
 
 def suitable_head_size(hidden_size: int) -> int:
-    """R of a draft head for a model of that width: an eighth, but 64 at least, or the whole of a smaller model."""
-    return min(hidden_size, max(64, hidden_size // 8))
+    """R of a draft head for a model of that width: an eighth, but 256 at least, or the whole of a smaller model."""
+    return min(hidden_size, max(256, hidden_size // 8))
 
 
 def suitable_layer_size(hidden_size: int) -> int:

@@ -23,14 +23,13 @@ from service.tools.distill.unrolled import Anchors, Drafts, Unrolled
 from service.tools.distill.work_folder import WorkFolder
 from service.tools.two_pass import TwoPassModel
 
-EVALUATE_EVERY = 100
+EVALUATE_EVERY = 200
 _HEAD_POSITIONS = 512  # per step
-_LAYER_POSITIONS = 768
-_PROMPT_SHARE = 0.25  # of a prompt's positions, that the layer learns from: it drafts in answers
-_HEAD_LEARNING_RATE = 3e-3
-_LAYER_LEARNING_RATE = 1e-2
+_LAYER_POSITIONS = 640
+_PROMPT_SHARE = 0.25  # of a prompt's positions, which are learned from beside all of the answer's
+_LEARNING_RATE = 1e-2
+_WEIGHT_DECAY = 0.01  # of matrices
 _WARM_UP_STEPS = 50
-_FIRST_DEVIATION = 0.02  # of the head's U; D begins at zero, so that the head begins with no opinion
 
 
 class Training:
@@ -124,15 +123,14 @@ def train_head(
 ) -> DraftHeadWeights:
     """A draft head that begins as `weights`."""
     head = DraftHead(weights, device=plain.causal_lm.device, dtype=torch.float32).requires_grad_(True)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=_HEAD_LEARNING_RATE, weight_decay=0.01)
-    unrolled = Unrolled(plain, None)
+    unrolled, pool = Unrolled(plain, None), _pool(lessons, seed)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        anchors = _some_positions(lessons, generator)
+        anchors = _some_positions(lessons, pool, generator)
         drafts = next(unrolled.drafts(anchors))
         return _cross_entropy(plain.head(head.drafting(drafts.state)), drafts).mean()
 
-    training = Training(head, [optimizer], steps, work, "head")
+    training = Training(head, _optimizers(head), steps, work, "head")
     return DraftHeadWeights(**training.run(loss_of, lambda: judge(head), seed, on_progress))
 
 
@@ -150,12 +148,6 @@ def train_layer(
     head_dim = lessons[0].keys.shape[-1]
     layer = DraftLayer(weights, head_dim, device=plain.causal_lm.device, dtype=torch.float32).requires_grad_(True)
     unrolled = Unrolled(plain, layer)
-    matrices = [parameter for name, parameter in layer.named_parameters() if name not in ("depths", "bias")]
-    others = [layer.depths, layer.bias]
-    optimizers = [
-        Muon(matrices, _LAYER_LEARNING_RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=_LAYER_LEARNING_RATE, weight_decay=0.0),
-    ]
 
     def loss_of(generator: torch.Generator) -> Tensor:
         anchors = _some_texts(lessons, generator)
@@ -163,9 +155,20 @@ def train_layer(
         losses = [(_cross_entropy(plain.head(drafts.state), drafts) * drafts.inside).mean() for drafts in deeper]
         return torch.stack(losses).mean()
 
-    training = Training(layer, optimizers, steps, work, "layer")
+    training = Training(layer, _optimizers(layer), steps, work, "layer")
     found = training.run(loss_of, lambda: judge(layer), seed, on_progress)
     return DraftLayerWeights(**found, agreement=weights.agreement)
+
+
+def _optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for biases."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        groups[name not in ("bias", "depths")].append(parameter)
+    return [
+        Muon(groups[True], _LEARNING_RATE, weight_decay=_WEIGHT_DECAY),
+        torch.optim.AdamW(groups[False], lr=_LEARNING_RATE, weight_decay=0.0),
+    ]
 
 
 def _cross_entropy(logits: Tensor, drafts: Drafts) -> Tensor:
@@ -173,25 +176,33 @@ def _cross_entropy(logits: Tensor, drafts: Drafts) -> Tensor:
     return -(drafts.shares * F.log_softmax(logits, -1).gather(1, drafts.likeliest)).sum(-1)
 
 
-def _some_positions(lessons: Sequence[Lesson], generator: torch.Generator) -> list[Anchors]:
-    """Positions of all texts, each as likely as the others."""
-    lengths = torch.tensor([len(lesson.tokens) for lesson in lessons])
-    ends = lengths.cumsum(0)
-    some = torch.randint(int(ends[-1]), (_HEAD_POSITIONS,), generator=generator)
-    which = torch.searchsorted(ends, some, right=True)
-    offsets = some - (ends - lengths)[which]
-    return [Anchors(lessons[number], offsets[which == number]) for number in which.unique().tolist()]
+def _kept(lesson: Lesson, generator: torch.Generator) -> Tensor:
+    """Positions of a text to learn from: of its answer, and some of its prompt."""
+    every = torch.arange(len(lesson.tokens) - 1)
+    return every[(every >= lesson.prompt - 1) | (torch.rand(len(every), generator=generator) < _PROMPT_SHARE)]
+
+
+def _pool(lessons: Sequence[Lesson], seed: int) -> Tensor:
+    """int64 [N, 2]: texts and positions in them that the head learns from."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = [_kept(lesson, generator) for lesson in lessons]
+    texts = torch.arange(len(kept)).repeat_interleave(torch.tensor([len(positions) for positions in kept]))
+    return torch.stack([texts, torch.cat(kept)], 1)
+
+
+def _some_positions(lessons: Sequence[Lesson], pool: Tensor, generator: torch.Generator) -> list[Anchors]:
+    """Positions of the pool, each as likely as the others."""
+    texts, positions = pool[torch.randint(len(pool), (_HEAD_POSITIONS,), generator=generator)].unbind(1)
+    return [Anchors(lessons[number], positions[texts == number]) for number in texts.unique().tolist()]
 
 
 def _some_texts(lessons: Sequence[Lesson], generator: torch.Generator) -> list[Anchors]:
-    """Positions of a few texts: of their answers, and some of their prompts."""
+    """Positions of a few texts."""
     anchors: list[Anchors] = []
     left = _LAYER_POSITIONS
     while left > 0:
         lesson = lessons[int(torch.randint(len(lessons), (1,), generator=generator))]
-        every = torch.arange(len(lesson.tokens) - 1)
-        kept = (every >= lesson.prompt - 1) | (torch.rand(len(every), generator=generator) < _PROMPT_SHARE)
-        positions = every[kept]
+        positions = _kept(lesson, generator)
         if len(positions) > left:
             positions = positions[torch.randperm(len(positions), generator=generator)[:left]]
         anchors.append(Anchors(lesson, positions))
@@ -200,8 +211,8 @@ def _some_texts(lessons: Sequence[Lesson], generator: torch.Generator) -> list[A
 
 
 def first_head(hidden_size: int, size: int, seed: int) -> DraftHeadWeights:
-    """The state from which a draft head is trained: it changes nothing."""
-    up = torch.randn(size, hidden_size, generator=torch.Generator().manual_seed(seed)) * _FIRST_DEVIATION
+    """The state from which a draft head is trained: it changes nothing yet."""
+    up = torch.randn(size, hidden_size, generator=torch.Generator().manual_seed(seed)) * hidden_size**-0.5
     return DraftHeadWeights(up, torch.zeros(size), torch.zeros(hidden_size, size))
 
 
