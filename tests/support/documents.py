@@ -14,11 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.server_process import ROOT, free_port, server
+from tests.support.server_process import ROOT, server
 
 DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 # Examples that no test runs here, by what their text contains, and why.
@@ -30,6 +29,7 @@ NOT_RUN = {
     r"\bray (start|get-auth-token)|xlora-serve cluster": "it starts Ray; tests/e2e/test_replicas.py does",
     r"--tensor-parallel": "it serves on several devices; tests/e2e/test_tensor_parallel.py does",
     r"\b(lm-eval|guidellm) run": "these tools have environments of their own",
+    r"xlora-serve distill": "it trains for minutes; tests/tools/test_distill.py trains a tiny one",
     r"benchmarks\.(faults|rolling_upgrade|gpu_session)": "it takes minutes, and other programs",
 }
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
@@ -39,6 +39,7 @@ _VARYING = (
     (re.compile(r"[\d,.]+ tokens/s"), "N tokens/s"),
     (re.compile(r"this machine has [\d.]+ GiB"), "this machine has N GiB"),
     (re.compile(r"\d\.\de-\d\d"), "ROUNDING"),  # largest differences from PEFT
+    (re.compile(r"PEFT [\d.]+"), "PEFT VERSION"),
 )
 _LIMIT_SECONDS = 600
 
@@ -86,41 +87,43 @@ def examples(document: str) -> list[Example]:
 
 
 class Workspace:
-    """A folder in which examples run, as in a checkout whose .venv is the environment of the tests."""
+    """A checkout in which examples run, with its environment in .venv, and the port of the server that they ask."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder = folder
         self.port = port
-        self._other_port = free_port()  # of the servers that examples start themselves
+
+    @classmethod
+    def like_a_checkout(cls, folder: Path, port: int) -> Workspace:
+        """This checkout's files in a folder of their own, with the environment of the tests as its .venv."""
         for path in ROOT.iterdir():
             if not path.name.startswith("."):
                 (folder / path.name).symlink_to(path)
         commands = folder / ".venv/bin"
         commands.mkdir(parents=True)
-        for name, program in (("python", ""), ("python3", ""), ("xlora-serve", "-m service")):
-            (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+        for name, program in (("python", ""), ("xlora-serve", "-m service")):
+            (commands / name).write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {program} "$@"\n')
             (commands / name).chmod(0o755)
-        (folder / "prompts.txt").write_text("".join(f"Compute {number} + 87.\n" for number in range(20, 28)))
-        (folder / "prompts.jsonl").write_text('{"id": "q1", "prompt": "Compute 48 + 87.\\n"}\n')
+        return cls(folder, port)
 
     def run(self, example: Example) -> str:
         """What it prints. Raises AssertionError with its stderr where it fails."""
-        text = example.text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
-        text = text.replace("8001", str(self._other_port))
-        path = self.folder / f"example.{example.language}"
-        path.write_text(text)
-        program = ["bash", "-euo", "pipefail"] if example.language == "sh" else [sys.executable]
+        path = self.folder / f"example.{'sh' if example.language == 'sh' else 'py'}"
+        path.write_text(example.text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"))
+        program = ["bash", "-euo", "pipefail"] if example.language == "sh" else [str(self.folder / ".venv/bin/python")]
         path_variable = f"{self.folder / '.venv/bin'}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             [*program, str(path)],
             cwd=self.folder,
-            env=os.environ | {"PATH": path_variable, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "COLUMNS": "100"},
+            env=os.environ | {"PATH": path_variable, "MPLBACKEND": "agg", "COLUMNS": "100"},
             capture_output=True,
             text=True,
             check=False,
             timeout=_LIMIT_SECONDS,
         )
+        path.unlink()
         assert done.returncode == 0, f"{example}: {done.stdout}{done.stderr}"
+        assert example.printed is not None or '{"error"' not in done.stdout, f"{example}: {done.stdout}"
         return done.stdout.replace(f"127.0.0.1:{self.port}", "127.0.0.1:8000")
 
 
@@ -132,13 +135,11 @@ def is_as_printed(printed: str, stated: str) -> bool:
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in _comparable(printed))) is not None
 
 
-def _comparable(text: str) -> Iterator[str]:
+def _comparable(text: str) -> list[str]:
+    """Its lines, without empty ones at both ends, and without what differs from run to run."""
     for pattern, constant in _VARYING:
         text = pattern.sub(constant, text)
-    lines = [line.rstrip() for line in text.splitlines()]
-    while lines and not lines[-1]:
-        lines.pop()
-    yield from lines
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def rewrite(document: str, workspace: Workspace) -> None:
@@ -147,10 +148,12 @@ def rewrite(document: str, workspace: Workspace) -> None:
     for example in examples(document):
         if example.not_run:
             continue
-        printed = workspace.run(example)
-        if example.printed is not None and not is_as_printed(printed, example.printed):
-            print(f"{example}: other output")
-            edits.append((example.place, printed.rstrip("\n") + "\n"))
+        printed, stated = workspace.run(example), example.printed
+        if stated is None or is_as_printed(printed, stated):
+            continue
+        print(f"{example} prints:\n{printed}")
+        if "\n...\n" not in stated:  # which lines to leave out is for people to say
+            edits.append((example.place, printed.strip("\n") + "\n"))
     text = (ROOT / document).read_text()
     for (begin, end), printed in reversed(edits):
         text = text[:begin] + printed + text[end:]
@@ -162,4 +165,4 @@ if __name__ == "__main__":
         for number, name in enumerate(sys.argv[1:] or DOCUMENTS):
             place = Path(scratch, str(number))
             place.mkdir()
-            rewrite(name, Workspace(place, running.port))
+            rewrite(name, Workspace.like_a_checkout(place, running.port))
