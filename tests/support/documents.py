@@ -74,7 +74,7 @@ def examples(document: str) -> list[Example]:
     """The examples of one document, in their order."""
     text = (ROOT / document).read_text()
     blocks = list(_BLOCK.finditer(text))
-    following = [*blocks[1:], None]
+    following = [*blocks[1:], None][: len(blocks)]
     found = []
     for block, after in zip(blocks, following, strict=True):
         if block[1] not in ("sh", "python"):
