@@ -70,6 +70,18 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert not heading or heading in anchors(file.read_text()), target
 
 
+def test_the_files_of_the_structure_are_there() -> None:
+    """A name may leave out the folder that its sentence is about."""
+    named = set(re.findall(r"`([\w/]+\.(?:py|h|js))`", (ROOT / "docs/structure.md").read_text()))
+    kept = [
+        str(path.relative_to(ROOT))
+        for room in ("service", "tests", "benchmarks", "docs")
+        for path in (ROOT / room).rglob("*.*")
+    ]
+    assert len(named) > 50
+    assert [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in kept)] == []
+
+
 def anchors(text: str) -> set[str]:
     """The names that a renderer gives to headings."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
