@@ -1,10 +1,10 @@
-"""Builds the demo bundle from nothing: synthetic text, tokenizer, base, four experts, gate, report, draft head.
+"""Builds the demo bundle from nothing: synthetic text, tokenizer, base, four experts, gate, report, drafts.
 
     python model_store/build_demo.py [--out model_store/demo] [--seed 0] [--quick] [--work DIR [--resume-from STAGE]]
 
 `--quick` runs a few steps of everything (one minute) to test the machinery; its model knows nothing. `--work` keeps
 the result of each stage, and `--resume-from gate` starts there; `--resume-from draft` needs none, it takes the bundle
-as it is. Exit status 1 if a bar of the report does not hold.
+as it is and teaches only its drafts; with the same `--work` it goes on with a killed run. Exit status 1 if a bar of the report does not hold.
 """
 
 from __future__ import annotations
@@ -33,12 +33,16 @@ from demo_builder.tokenizer import train_tokenizer
 from demo_builder.training import GATE_SUPERVISION, Plan, train_base, train_experts, train_gate
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from service.tools.distill import Plan as DistillPlan
+
 STAGES = ("base", "experts", "gate", "report", "draft")
 PLANS = {
     "base": Plan(steps=1700, rows=12, length=128, learning_rate=4e-3, weight_decay=0.05, warmup=100, muon=True),
     "experts": Plan(steps=450, rows=12, length=128, learning_rate=4e-3),
     "gate": Plan(steps=250, rows=12, length=128, learning_rate=4e-3),
 }
+DRAFTS = DistillPlan(max_tokens=128, depth=6, layer_steps=6000)
+QUICK_DRAFTS = DistillPlan(max_tokens=8, depth=3, head_steps=4, layer_steps=4)
 QUICK = {"base": (8, 4), "experts": (4, 4), "gate": (4, 4)}  # steps, rows
 
 
@@ -127,10 +131,11 @@ class Build:
         return all(bar.holds for bar in bars(results))
 
     def draft(self) -> None:
-        """Gives the bundle its draft head, and the report a section about it."""
+        """Gives the bundle its draft head and draft layer, and the report a section about them."""
         started = time.monotonic()
         model, tokenizer = read_bundle(self.out, self.shape)
-        made = teach(self.out, tokenizer, self.seed + 6, 24 if self.quick else 1200)
+        count, plan = (24, QUICK_DRAFTS) if self.quick else (3000, DRAFTS)
+        made = teach(self.out, tokenizer, self.seed + 6, count, plan, self.work / "drafts")
         self.seconds["draft"] = time.monotonic() - started
         rows = agreements(self.out, model, tokenizer, self.seed + 5, *((3, 8) if self.quick else (40, 96)))
         add_section(self.out / "REPORT.md", made, rows, self.seconds["draft"])

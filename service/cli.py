@@ -22,7 +22,7 @@ _ENGINE_FLAGS = (
     *("model", "base", "expert", "ordering", "gate_relu", "eos_from_tokenizer", "device", "dtype"),
     *("quantization", "max_model_len"),
     *("max_num_seqs", "max_num_batched_tokens", "kv_memory", "block_size", "threads", "tensor_parallel", "lookahead"),
-    *("speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
+    *("draft_depth", "speculative_tokens", "prefix_cache", "cuda_graphs", "native_kernels", "native_cache"),
     *("allow_outside", "log_level"),
     *REMOVED,
 )
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpu-memory", metavar="SIZE", help="with --plan: for a GPU with this much free, as 80GiB; none is needed"
     )
     _add_settings(check, (*_SOURCE_FLAGS, "eos_from_tokenizer", "device", "dtype", *PLAN_FLAGS))
-    distill = _command(commands, "distill", "service.commands.distill", "give a bundle a draft head")
+    distill = _command(commands, "distill", "service.commands.distill", "give a bundle a draft head and a draft layer")
     distill.add_argument("directory", metavar="DIR", help="the bundle, which is changed")
     distill.add_argument(
         "--prompts",
@@ -135,7 +135,25 @@ def build_parser() -> argparse.ArgumentParser:
     distill.add_argument(
         "--max-tokens", type=_positive, default=128, metavar="N", help="most tokens to write after each (default 128)"
     )
+    distill.add_argument(
+        "--depth",
+        type=_positive,
+        default=4,
+        metavar="M",
+        help="tokens to draft at once (default 4); 1: with the draft head alone",
+    )
     distill.add_argument("--size", type=_positive, metavar="N", help="width of the head; default: by the base's")
+    distill.add_argument(
+        "--layer-size", type=_positive, metavar="N", help="width of the layer's MLP; default: by the base's"
+    )
+    distill.add_argument(
+        "--steps", type=_positive, default=3000, metavar="N", help="steps of the layer's training (default 3000)"
+    )
+    distill.add_argument(
+        "--work",
+        metavar="DIR",
+        help="where texts, lessons and the training's state are kept; the same one again goes on with a killed run",
+    )
     _add_settings(distill, ("base", "device", "dtype", "threads", "allow_outside"))
     convert = _command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle")
     convert.add_argument("source", metavar="SRC", help="a bundle, a PEFT or original X-LoRA save; directory or hub id")

@@ -151,6 +151,9 @@ class Settings(BaseSettings):
         1, ge=1, description="processes that compute the model together, each with a part of it (and a GPU of its own)"
     )
     lookahead: bool = Field(True, description="draft the next token in the scaling pass (drafts are exact, and faster)")
+    draft_depth: PositiveInt | None = Field(
+        None, description="most tokens drafted per step by the scaling pass and the bundle's draft layer; default: all"
+    )
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     native_kernels: bool = Field(
         True, description="C++ kernels (CPU; built in the background the first time, needs g++)"

@@ -198,6 +198,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         native_kernels=settings.native_kernels,
         cuda_graphs=settings.cuda_graphs,
         native_cache=settings.native_cache,
+        draft_depth=settings.draft_depth,
         speculative_tokens=settings.speculative_tokens,
         prefix_cache=settings.prefix_cache,
         allow_outside=settings.allow_outside,

@@ -59,6 +59,7 @@ def describe(checkpoint: Checkpoint) -> str:
         *_classifier_lines(checkpoint),
         f"gate profile {'present' if checkpoint.gate_profile else 'absent'}",
         f"draft head   {_draft_head(checkpoint)}",
+        f"draft layer  {_draft_layer(checkpoint)}",
         *_weight_lines(checkpoint),
         *(f"warning      {warning}" for warning in checkpoint.warnings),
     ]
@@ -97,6 +98,15 @@ def _draft_head(checkpoint: Checkpoint) -> str:
     if head is None:
         return "absent; xlora-serve distill makes one"
     return f"{head.size} wide, {head.up.numel() + head.bias.numel() + head.down.numel():,} parameters"
+
+
+def _draft_layer(checkpoint: Checkpoint) -> str:
+    layer = checkpoint.draft_layer
+    if layer is None:
+        return "absent; xlora-serve distill makes one"
+    shares = " ".join(f"{share:.2f}".removeprefix("0") for share in layer.agreement.tolist())
+    parameters = sum(tensor.numel() for tensor in layer.tensors().values())
+    return f"depth {layer.depth}, agreement {shares}, {len(layer.up)} wide, {parameters:,} parameters"
 
 
 def _weight_lines(checkpoint: Checkpoint) -> list[str]:

@@ -6,70 +6,135 @@ import argparse
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.checkpoint import Overrides, load_checkpoint
-from service.checkpoint.formats.writer import add_draft_head
+from service.checkpoint import Checkpoint, Overrides, load_checkpoint
+from service.checkpoint.formats.writer import add_drafts
+from service.checkpoint.weights.draft_layer import MAX_DEPTH
 from service.cli import given_settings
 from service.contract.errors import CheckpointError, SettingsError
 from service.contract.options import EngineOptions
 from service.model.loading.skeleton import inspect_base
-from service.settings import load_settings
+from service.settings import Settings, load_settings
 from service.tokenizer_files import open_tokenizer
-from service.tools.distill import distill
+from service.tools.distill import Distilled, Plan, distill, forwards_per_token
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the draft head into the bundle, unless the bundle drafts as well without: then 1."""
+    """Writes the draft head and the draft layer into the bundle, as far as they draft better than what it has."""
     settings = load_settings(given_settings(arguments))
+    if arguments.depth > MAX_DEPTH + 1:
+        raise SettingsError(f"--depth {arguments.depth}: expected at most {MAX_DEPTH + 1}")
     texts = read_prompts(Path(arguments.prompts))
     folder = Path(arguments.directory)
-    with Console(stderr=True).status(f"reading {folder}") as status:
-        checkpoint = load_checkpoint(
-            folder,
-            overrides=Overrides.parse(settings.base, [], None),
-            allow_outside=settings.allow_outside,
-            inspect_base=inspect_base,
-            on_progress=status.update,
-        )
-        if checkpoint.layout != "bundle" or not folder.is_dir():
-            raise CheckpointError(
-                f"{folder}: only a bundle can have a draft head", hint="xlora-serve convert makes one"
-            )
-        if not os.access(folder, os.W_OK):
-            raise CheckpointError(f"{folder}: cannot be written to", hint="work on a copy")
+    plan = Plan(
+        max_tokens=arguments.max_tokens,
+        depth=arguments.depth,
+        head_size=arguments.size,
+        layer_size=arguments.layer_size,
+        layer_steps=arguments.steps,
+    )
+    with _work_folder(arguments.work) as work, _Bars() as bars:
+        checkpoint = _load(folder, settings, bars)
         tokenizer = open_tokenizer(checkpoint.tokenizer_path)
-        options = EngineOptions(
-            str(folder),
-            base=settings.base,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-            allow_outside=settings.allow_outside,
-        )
-        made = distill(
-            checkpoint,
-            options,
-            [tokenizer.encode(text).ids for text in texts],
-            max_tokens=arguments.max_tokens,
-            size=arguments.size,
-            on_progress=status.update,
-        )
-    found = f"on {made.judged:,} others, drafts that come true {made.before:.3f} -> {made.after:.3f}"
-    sys.stdout.write(f"draft head   {made.weights.size} wide, learned from {made.positions:,} positions; {found}\n")
-    if made.after <= made.before:
+        prompts = [tokenizer.encode(text).ids for text in texts]
+        made = distill(checkpoint, _options(folder, settings), prompts, plan, work, bars)
+    sys.stdout.write(table(made))
+    if not made.helps:
         sys.stdout.write("nothing written: the bundle drafts as well as it is\n")
-        return 1
+        return 0
     try:
-        add_draft_head(folder, made.weights)
+        add_drafts(folder, made.head, made.layer)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    sys.stdout.write(
-        f"             written to {folder}; forwards per token {2 - made.before:.2f} -> {2 - made.after:.2f}\n"
-    )
+    parts = [] if made.head is None else [f"a draft head, {made.head.size} wide"]
+    if made.layer is not None:
+        parts.append(f"a draft layer of depth {made.layer.depth}, {len(made.layer.up)} wide")
+    sys.stdout.write(f"written to {folder}: {', '.join(parts)}\n")
     return 0
+
+
+def _load(folder: Path, settings: Settings, bars: _Bars) -> Checkpoint:
+    checkpoint = load_checkpoint(
+        folder,
+        overrides=Overrides.parse(settings.base, [], None),
+        allow_outside=settings.allow_outside,
+        inspect_base=inspect_base,
+        on_progress=lambda line: bars(line, 0, 0),
+    )
+    if checkpoint.layout != "bundle" or not folder.is_dir():
+        raise CheckpointError(f"{folder}: only a bundle can have a draft head", hint="xlora-serve convert makes one")
+    if not os.access(folder, os.W_OK):
+        raise CheckpointError(f"{folder}: cannot be written to", hint="work on a copy")
+    return checkpoint
+
+
+def _options(folder: Path, settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        str(folder),
+        base=settings.base,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        allow_outside=settings.allow_outside,
+    )
+
+
+@contextmanager
+def _work_folder(given: str | None) -> Iterator[Path]:
+    """The folder that was given, which stays, or one for this run only."""
+    if given is not None:
+        yield Path(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="xlora-distill-") as folder:
+        yield Path(folder)
+
+
+class _Bars:
+    """A bar for each kind of work, on stderr."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"))
+        self._progress = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        )
+        self._task: TaskID | None = None
+        self._kind = ""
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        """Shows how far the work has come; `total` is 0 where nobody knows."""
+        kind = description.partition(":")[0]
+        if self._task is None or kind != self._kind:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task, self._kind = self._progress.add_task(description, total=total or 1), kind
+        self._progress.update(self._task, description=description, completed=done, total=total or 1)
+
+
+def table(made: Distilled) -> str:
+    """Agreement at each depth before and after, and what it is worth, as lines."""
+    depth = max(len(shares) for shares in (made.before, made.after, made.trained))
+    lines = [
+        f"learned from {made.learned:,} positions, judged on {made.judged:,} others",
+        "depth                  " + "".join(f"{number:>7}" for number in range(1, depth + 1)) + "   forwards per token",
+    ]
+    for name, shares in (("before", made.before), ("trained", made.trained), ("after", made.after)):
+        cells = "".join(f"{share:7.3f}" for share in shares) + " " * 7 * (depth - len(shares))
+        lines.append(f"agreement, {name:<12}{cells}   {forwards_per_token(shares):.3f}")
+    return "\n".join([*lines, ""])
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -24,6 +24,9 @@ class EngineOptions:
     threads: int | None = None  # of each rank; None = all cores but one, divided among the ranks
     tensor_parallel: int = 1  # ranks that compute the model together, a process each
     lookahead: bool = True
+    draft_depth: int | None = (
+        None  # most tokens drafted per step by the scaling pass; None = as the bundle's layer does
+    )
     speculative_tokens: int = 8  # most tokens drafted per step from earlier text; 0 = none
     prefix_cache: bool = True
     cuda_graphs: bool = True  # capture small steps, on a GPU

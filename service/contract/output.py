@@ -6,6 +6,7 @@ Arrays travel as raw little-endian float32 bytes; their shape is in the field's 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, TypeVar
 
 from service.contract.errors import InvalidRequestError
@@ -35,6 +36,56 @@ class TokenOutput:
 
 
 @dataclass(slots=True)
+class DraftCounts:
+    """Drafts that had rows, kept or dropped, by source and depth: how far a draft was from what it was made of. The
+    first number of each list is of depth 1.
+    """
+
+    lookahead_kept: list[int] = field(
+        default_factory=list
+    )  # of the scaling pass, and of the draft layer from depth 2 on
+    lookahead_dropped: list[int] = field(default_factory=list)
+    lookup_kept: list[int] = field(default_factory=list)  # of prompt lookup
+    lookup_dropped: list[int] = field(default_factory=list)
+
+    def count(self, depth: int, *, is_lookup: bool, kept: bool) -> None:
+        """Counts one draft."""
+        if is_lookup:
+            counts = self.lookup_kept if kept else self.lookup_dropped
+        else:
+            counts = self.lookahead_kept if kept else self.lookahead_dropped
+        counts += [0] * (depth - len(counts))
+        counts[depth - 1] += 1
+
+    def add(self, other: DraftCounts) -> None:
+        """More drafts."""
+        self.lookahead_kept = _by_depth(self.lookahead_kept, other.lookahead_kept)
+        self.lookahead_dropped = _by_depth(self.lookahead_dropped, other.lookahead_dropped)
+        self.lookup_kept = _by_depth(self.lookup_kept, other.lookup_kept)
+        self.lookup_dropped = _by_depth(self.lookup_dropped, other.lookup_dropped)
+
+    @property
+    def hits(self) -> int:
+        """Lookahead drafts of every depth that were kept."""
+        return sum(self.lookahead_kept)
+
+    @property
+    def misses(self) -> int:
+        """Lookahead drafts of every depth that were dropped."""
+        return sum(self.lookahead_dropped)
+
+    @property
+    def accepted(self) -> int:
+        """Drafts from earlier text that were kept."""
+        return sum(self.lookup_kept)
+
+    @property
+    def speculated(self) -> int:
+        """All drafts from earlier text."""
+        return sum(self.lookup_kept) + sum(self.lookup_dropped)
+
+
+@dataclass(slots=True)
 class SequenceUsage:
     """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it: one
     live object in the engine's process, a snapshot across the border.
@@ -43,10 +94,7 @@ class SequenceUsage:
     forward_passes: int = 0  # steps this sequence had a row in
     scaling_rows: int = 0
     real_rows: int = 0
-    draft_hits: int = 0  # tokens drafted by the scaling pass, computed, and kept
-    draft_misses: int = 0  # ... and dropped
-    speculated_tokens: int = 0  # tokens copied from earlier text as a draft, computed, and kept or dropped
-    accepted_tokens: int = 0  # ... and kept
+    drafts: DraftCounts = field(default_factory=lambda: DraftCounts())
     cached_tokens: int = 0  # prompt positions not computed because another choice or request had
     queue_seconds: float = 0.0  # submission to first scheduled step
     gate_positions: int = 0  # that produced tokens, have a leader, and were summarised; a choice that the engine has
@@ -132,10 +180,7 @@ class StepStats:
     step_seconds: float = 0.0
     scaling_rows: int = 0
     real_rows: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
-    speculated_tokens: int = 0
-    accepted_tokens: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     preemptions: int = 0
     requests_running: int = 0
     requests_waiting: int = 0
@@ -151,6 +196,11 @@ class StepOutput:
 
     outputs: list[SequenceOutput] = field(default_factory=list)
     stats: StepStats = field(default_factory=StepStats)
+
+
+def _by_depth(one: list[int], other: list[int]) -> list[int]:
+    """Sums at each depth; missing is 0."""
+    return [a + b for a, b in zip_longest(one, other, fillvalue=0)]
 
 
 def _added(one: list[_Number], other: list[_Number]) -> list[_Number]:

@@ -326,7 +326,7 @@ class Engine:
         if result.finish_reason is not None:
             sequence.give_up_drafts()
         elif result.predictions and sequence.scaling.computed == scheduled.scaling_end:  # made after right tokens
-            sequence.predict(scheduled.predict_start, result.predictions)
+            sequence.predict(scheduled.predict_start, result.predictions, scheduled.expected, result.deeper)
 
     def _verify(self, result: SequenceResult) -> None:
         """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""

@@ -28,6 +28,7 @@ class SequenceResult:
     tokens: list[int] = field(default_factory=list)  # sampled from the real rows, first position first
     predictions: list[int] = field(default_factory=list)  # sampled from the scaling rows
     token_row: int = 0  # of its first token among the step's sampled rows
+    deeper: list[int] = field(default_factory=list)  # drafts of the draft layer, behind the first unexpected prediction
     finite: bool = True  # False: NaN or infinity in what the sequence would go on with
     error: Failure | None = None  # why the sequence cannot go on; it has nothing else then
     finish_reason: FinishReason | None = None
@@ -49,6 +50,8 @@ class LaunchedStep:
     logprob_rows: list[int] = field(default_factory=list)
     scores: Logprobs | None = None  # of the prompts' own tokens, sequence by sequence
     gate_logits: Tensor | None = None  # fp32 [scaling rows, S, E], copied, where they are to be kept
+    drafting: list[ScheduledSequence] = field(default_factory=list)  # whose draft layer has run
+    deeper: Tensor | None = None  # int64 [drafting, depth - 1], copied: what it drafted
 
     def collect(self) -> list[SequenceResult]:
         """Waits for the copies. One result per scheduled sequence, in the same order."""
@@ -68,6 +71,10 @@ class LaunchedStep:
                 result.finite = self._is_finite(one, finite)
             results.append(result)
             row = end
+        if self.deeper is not None:
+            drafted = {id(one): tokens for one, tokens in zip(self.drafting, self.deeper.tolist(), strict=True)}
+            for result in results:
+                result.deeper = drafted.get(id(result.scheduled), [])[: max(0, result.scheduled.draft_depth - 1)]
         return results
 
     def _is_finite(self, one: ScheduledSequence, finite: npt.NDArray[np.bool_]) -> bool:

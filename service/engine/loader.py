@@ -24,6 +24,7 @@ from service.engine.gate.report import GateReporter
 from service.engine.memory_plan import MemoryPlan
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
+from service.engine.sequence import LOOKAHEAD_RATE
 from service.engine.sizing import (
     Sizes,
     allocate_cache,
@@ -32,6 +33,8 @@ from service.engine.sizing import (
     resolve_device,
     resolve_dtype,
 )
+from service.engine.speculation.drafters import StepCost
+from service.engine.step_cost import measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
@@ -43,8 +46,7 @@ from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
 from service.model.steps.warm_up import warm_up
 from service.model.xlora_model import XLoraModel
 
-# Of one more row in a step, as a share of the step's fixed cost (DECISIONS.md).
-_ROW_COST = {"cpu": 0.08, "cuda": 0.007}
+_MAX_DRAFTING_ROWS = 256  # of a captured step: beyond, drafts of several tokens seldom pay
 _MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
 
 
@@ -164,11 +166,12 @@ def build_engine(
     on_progress: Callable[[str], None] = lambda _: None,
     *,
     wait_for_native: bool = False,
+    step_cost: StepCost | None = None,
 ) -> Engine:
     """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it.
 
     Native kernels may still have to be compiled, which is waited for or not; then `on_progress` may be called later,
-    from another thread.
+    from another thread. `step_cost` is measured unless it is given.
     """
     keep_freed_memory()
     sizes = divide_memory(model, options, model.device, free_device_bytes(model.device))
@@ -180,17 +183,19 @@ def build_engine(
     if group is not None:
         runner.step = Leader(model, group)
     if model.device.type == "cuda":
-        warm_up(runner.step, kv_cache)
+        warm_up(runner.step, kv_cache, drafts=model.draft_chain is not None)
         if group is None and options.cuda_graphs:
-            runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len)
+            rows = _rows_to_capture(options.max_num_seqs, len(_draft_rates(model, options)))
+            runner.step = capture_steps(runner, rows, sizes.max_model_len)
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,
         lookahead=options.lookahead,
+        draft_rates=_draft_rates(model, options),
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
-        row_cost=_ROW_COST[model.device.type],
+        step_cost=step_cost,
         max_scored_rows=max(1, _MAX_SCORED_LOGITS // model.config.get_text_config().vocab_size),
         dummy_row_key=model.dummy_row.cpu().numpy().tobytes(),
     )
@@ -200,15 +205,29 @@ def build_engine(
         cache = Path(options.native_cache).expanduser()
         native.build(model, runner.hand_over, on_progress, cache=cache, wait=wait_for_native)
     reporter = GateReporter(kv_cache, model.classifier, len(model.sites))
-    return Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
+    engine = Engine(runner, reporter, scheduler, info, grammars, checkpoint.files)
+    if step_cost is None:
+        measure_steps(engine, scheduler)
+    return engine
 
 
-def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int) -> CapturedSteps:
-    """Graphs for steps in which every sequence has a row in both streams, those of short contexts made at once."""
+def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
+    """What is expected of the scaling pass's drafts at depth 1, 2, ...: as deep as the bundle and the options go."""
+    if model.draft_chain is None:
+        return [LOOKAHEAD_RATE]
+    rates = model.draft_chain.layer.agreement
+    return rates[: options.draft_depth or len(rates)]
+
+
+def _rows_to_capture(max_num_seqs: int, depth: int) -> int:
+    """A row in both streams for every sequence; with drafts, a few sequences have more of them, and many do not."""
+    return max(2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
+
+
+def capture_steps(runner: ModelRunner, max_rows: int, max_model_len: int) -> CapturedSteps:
+    """Graphs for steps of up to so many rows, those of short contexts made at once."""
     capture = GraphCapture(runner.model.device)
-    steps = CapturedSteps(
-        runner.model, runner.kv_cache, capture, max_rows=2 * max_num_seqs, max_model_len=max_model_len
-    )
+    steps = CapturedSteps(runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=max_model_len)
     steps.warm_up()
     runner.overlapped_rows = steps.row_buckets[-1]
     return steps

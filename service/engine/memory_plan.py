@@ -50,11 +50,12 @@ class WeightBytes:
     experts: int  # their stacks
     classifier: int
     draft_head: int = 0
+    draft_layer: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.base + self.experts + self.classifier + self.draft_head
+        return self.base + self.experts + self.classifier + self.draft_head + self.draft_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +214,10 @@ def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightByte
             base += taken
     quantised = (module for module in model.causal_lm.modules() if isinstance(module, QuantisedLinear))
     base += sum(module.bytes - module.get_buffer("packed").nbytes for module in quantised)
-    classifier = sum(tensor.nbytes for _, tensor in _tensors(model.classifier))
-    draft_head = 0 if model.draft_head is None else sum(tensor.nbytes for tensor in model.draft_head.tensors)
-    return WeightBytes(base, experts, classifier, draft_head)
+    classifier = _bytes(model.classifier)
+    draft_head = 0 if model.draft_head is None else _bytes(model.draft_head)
+    draft_layer = 0 if model.draft_chain is None else _bytes(model.draft_chain.layer)
+    return WeightBytes(base, experts, classifier, draft_head, draft_layer)
 
 
 def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:
@@ -227,6 +229,10 @@ def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for _, tensor in _tensors(module))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -19,6 +20,7 @@ from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
 from service.engine.sampler import SampleRow, sample, take_argmax
+from service.engine.speculation.chain import draft_ahead
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.model.transfer import HostCopies, pack_to_device, to_device
@@ -35,6 +37,7 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self._step: Step = model
         self._next_step: Step | None = None
+        self.on_other_step: Callable[[], None] = lambda: None  # called by the engine's thread once it has taken one
         self._batches = BatchBuilder(kv_cache, model.sites)
         self._dummy_row = model.dummy_row.cpu()
         self.overlapped_rows = 0  # launch() of up to so many rows returns long before the device has done the work
@@ -43,7 +46,8 @@ class ModelRunner:
     def step(self) -> Step:
         """The step that computes batches. Only the engine's thread asks: one that was handed over is taken now."""
         if self._next_step is not None:
-            self._step, self._next_step = self._next_step, None
+            self.step = self._next_step
+            self.on_other_step()
         return self._step
 
     @step.setter
@@ -61,8 +65,21 @@ class ModelRunner:
         Raises OutOfMemory; then nothing has changed but what the next step will write again.
         """
         with out_of_memory.told_apart():
-            output = self.step.forward(self._batches.build(scheduled), self.kv_cache)
-            return _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
+            step = self.step
+            output = step.forward(self._batches.build(scheduled), self.kv_cache)
+            launched, ids = _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
+        self._draft_ahead(step, output, launched, ids)
+        return launched
+
+    def _draft_ahead(self, step: Step, output: ForwardOutput, launched: LaunchedStep, ids: Tensor) -> None:
+        """Queues what the draft layer makes of the step. Whatever goes wrong with it, the step is as good without."""
+        try:
+            drafts = draft_ahead(step, launched.scheduled, ids, output, self.kv_cache)
+        except Exception:
+            logger.exception("the draft layer failed: this step drafts a token at a time")
+            return
+        if drafts is not None:
+            launched.drafting, launched.deeper = drafts[0], launched.copies.of(drafts[1])
 
     def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
         """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""
@@ -80,8 +97,12 @@ class ModelRunner:
         return None if torch.equal(row, self._dummy_row) else row.numpy().tobytes()
 
 
-def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool) -> LaunchedStep:
-    """Samples every sequence, and queues the copies of what there is to say of the step."""
+def _sampled(
+    output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool
+) -> tuple[LaunchedStep, Tensor]:
+    """Samples every sequence, and queues the copies of what there is to say of the step. Returns the sampled ids as
+    well, int64 [R], on the device.
+    """
     copies = HostCopies(output.logits.device)
     logits, scores = _split(output.logits, scheduled, copies)
     rows = [_sample_rows(one) for one in scheduled]
@@ -106,7 +127,7 @@ def _sampled(output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_
         )
     if keep_gate_logits:
         launched.gate_logits = copies.of(output.gate_logits)
-    return launched
+    return launched, ids
 
 
 def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopies) -> tuple[Tensor, Logprobs | None]:

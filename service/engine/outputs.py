@@ -46,14 +46,10 @@ def failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
 def count_step(scheduled: ScheduledSequence, stats: StepStats) -> None:
     """Adds one sequence's step to its usage, and what became of its drafts to the step's statistics."""
     sequence, usage = scheduled.sequence, scheduled.sequence.usage
-    lookahead, copying = sequence.lookahead, sequence.prompt_lookup
-    before = (usage.draft_hits, usage.draft_misses, usage.speculated_tokens, usage.accepted_tokens)
     usage.forward_passes += 1
     usage.scaling_rows += scheduled.scaling_count
     usage.real_rows += scheduled.real_count
-    usage.draft_hits, usage.draft_misses = lookahead.kept, lookahead.dropped
-    usage.speculated_tokens, usage.accepted_tokens = copying.kept + copying.dropped, copying.kept
-    stats.draft_hits += usage.draft_hits - before[0]
-    stats.draft_misses += usage.draft_misses - before[1]
-    stats.speculated_tokens += usage.speculated_tokens - before[2]
-    stats.accepted_tokens += usage.accepted_tokens - before[3]
+    for drafter, kept in sequence.verdicts:
+        for counts in (usage.drafts, stats.drafts):
+            counts.count(drafter.depth, is_lookup=drafter.is_lookup, kept=kept)
+    sequence.verdicts.clear()

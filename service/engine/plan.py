@@ -19,8 +19,9 @@ class ScheduledSequence:
     real_start: int
     real_count: int
     samples: int  # the last so many real rows, from the last accepted position on: their logits give the next tokens
-    predict_start: int  # the logits of the scaling rows before positions predict_start ...
-    predict_count: int  # ... to predict_start + predict_count - 1 predict those
+    predict_start: int  # the logits of the scaling rows before positions predict_start ... predict those
+    expected: list[int]  # ... as many, and with what each prediction is compared (proposals.py)
+    draft_depth: int = 0  # tokens to draft in the place of the first that differs; beyond 1 by the draft layer
     scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
     # Where its rows are, once the batch is built: in the flat batch, and in the logits (`samples`, then
     # `predict_count`, then `scores`).
@@ -37,6 +38,11 @@ class ScheduledSequence:
     def real_end(self) -> int:
         """The position after the last real row."""
         return self.real_start + self.real_count
+
+    @property
+    def predict_count(self) -> int:
+        """Scaling rows whose logits predict."""
+        return len(self.expected)
 
     @property
     def rows(self) -> int:

@@ -54,27 +54,39 @@ def sample(logits: Tensor, rows: SequenceOf[SampleRow]) -> Tensor:
     """
     if take_argmax(rows):
         return logits.argmax(-1)
-    logits = logits.float()
-    params = [row.sequence.sampling for row in rows]
-    vocabulary = logits.shape[1]
-    random = [i for i, each in enumerate(params) if not each.is_greedy]
-    given = _upload(
-        {
-            **_history(rows, params, vocabulary),
-            **_masks(rows),
-            **_ends(rows, params, vocabulary),
-            **_draws([rows[i] for i in random], [params[i] for i in random], vocabulary),
-            "random": np.array(random if len(random) < len(rows) else [], np.int64),
-        },
-        logits.device,
-    )
-    logits = _hold_ends(_forbid(_process_history(logits, given), given), given)
-    if len(random) == len(rows):
-        return _draw(logits, given)
-    chosen = logits.argmax(-1)
-    if random:
-        chosen.index_copy_(0, given["random"], _draw(logits.index_select(0, given["random"]), given))
-    return chosen
+    return Processors(rows, logits.shape[1], logits.device).choose(logits)
+
+
+class Processors:
+    """What rows bring from the host to be sampled, on the device in one copy."""
+
+    def __init__(
+        self, rows: SequenceOf[SampleRow], vocabulary: int, device: torch.device, *, with_grammars: bool = True
+    ) -> None:
+        params = [row.sequence.sampling for row in rows]
+        self.random = [i for i, each in enumerate(params) if not each.is_greedy]
+        self._all_random = len(self.random) == len(rows)
+        self._given = _upload(
+            {
+                **_history(rows, params, vocabulary),
+                **(_masks(rows) if with_grammars else {}),
+                **_ends(rows, params, vocabulary),
+                **_draws([rows[i] for i in self.random], [params[i] for i in self.random], vocabulary),
+                "random": np.array([] if self._all_random else self.random, np.int64),
+            },
+            device,
+        )
+
+    def choose(self, logits: Tensor, keys: Tensor | None = None) -> Tensor:
+        """logits [n, V] -> int64 [n]. `keys` int64 [random rows] are of other noise than the rows' own."""
+        given = self._given if keys is None else {**self._given, "keys": keys}
+        logits = _hold_ends(_forbid(_process_history(logits.float(), given), given), given)
+        if self._all_random:
+            return _draw(logits, given)
+        chosen = logits.argmax(-1)
+        if self.random:
+            chosen.index_copy_(0, given["random"], _draw(logits.index_select(0, given["random"]), given))
+        return chosen
 
 
 def take_argmax(rows: SequenceOf[SampleRow]) -> bool:

@@ -15,13 +15,15 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
-from service.engine.drafting import break_even
 from service.engine.plan import Plan, ScheduledSequence
-from service.engine.sequence import Sequence, Stream
+from service.engine.sequence import LOOKAHEAD_RATE, LOOKUP_RATE, Sequence, Stream
+from service.engine.speculation.drafters import ANY_TOKEN, BreakEven, Record, StepCost
+from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
 _MAX_PASSES = 16  # of smaller ones past one for which there is no room
@@ -46,9 +48,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         lookahead: bool,
+        draft_rates: SequenceOf[float] = (LOOKAHEAD_RATE,),
         speculative_tokens: int = 0,
         prefix_cache: bool = True,
-        row_cost: float = 0.0,
+        step_cost: StepCost | None = None,
         max_scored_rows: int = 1024,
         dummy_row_key: bytes = b"",
     ) -> None:
@@ -56,18 +59,21 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.lookahead = lookahead
-        self.speculative_tokens = speculative_tokens  # most copied drafts per sequence and step
+        self.draft_rates = draft_rates  # what is expected of the scaling pass's drafts at depth 1, 2, ...
+        self.speculative_tokens = speculative_tokens  # most drafts from earlier text per sequence and step
         self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
-        self.row_cost = row_cost  # of one row, as a share of a step's fixed cost; 0: drafts are free
+        self.step_cost = StepCost() if step_cost is None else step_cost
         self.max_scored_rows = max_scored_rows  # whose logits are kept for prompt_logprobs, in one step
         self.dummy_row_key = dummy_row_key  # the checkpoint's dummy row, as a name for it
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
-        self._worth = (0.0, 0.0)  # break-even probabilities of this step for drafts of one and of two rows
+        self._needed = BreakEven(0.0, 0.0, 0.0)  # in this step
         self._scorable = max_scored_rows  # what this step has left of them
         self._most_choices = max(1, math.ceil(_MAX_SEAT_SHARE * max_num_seqs))  # of one request at once
         self._requests = 0  # that have arrived
+        self._lookahead = [Record(rate) for rate in draft_rates]  # of all sequences, by depth
+        self._lookup = Record(LOOKUP_RATE)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
@@ -79,6 +85,9 @@ class Scheduler:
         sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
         sequence.priority = self._requests + _PRIORITY_STEP * sequence.index
+        sequence.look_ahead(
+            [record.begin(sequence.prompt_len) for record in self._lookahead], self._lookup.begin(sequence.prompt_len)
+        )
         insort(self.waiting, sequence, key=lambda other: other.priority)
 
     def remove(self, sequence: Sequence) -> None:
@@ -106,8 +115,7 @@ class Scheduler:
         for sequence in self.running:
             (decoding if sequence.prefilled else prefilling).append(sequence)
         self._scorable = self.max_scored_rows
-        streams = max(1, len(self.running))
-        self._worth = break_even(self.row_cost, streams, 1), break_even(self.row_cost, streams, 2)
+        self._needed = BreakEven.of(self.step_cost, max(1, len(self.running)))
         others = 2 * len(decoding)  # rows: one of each stream for everyone before drafts for anyone
         for sequence in decoding:
             others -= 2
@@ -176,14 +184,12 @@ class Scheduler:
 
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
-        if not sequence.repeats:
-            return
-        most = min(self.speculative_tokens - sequence.pending_drafts, sequence.room_for_drafts)
-        needed = self._worth[0 if sequence.scaling_ended else 1]
-        count = sequence.prompt_lookup.length(sequence.likelihood(0), needed, most)
-        end = sequence.len_with_drafts + count
-        if count > 0 and self._missing(sequence, end, end) <= self.blocks.free:
-            sequence.look_up_drafts(count)
+        needed = self._needed.one_row if sequence.scaling_ended else self._needed.two_rows
+        place, tokens = look_up(sequence, needed, self.speculative_tokens)
+        if tokens:
+            end = min(len(sequence.tokens) + place + len(tokens), sequence.draft_end)
+            if self._missing(sequence, end, end) <= self.blocks.free:
+                sequence.take_lookup(place, tokens)
 
     def _next_rows(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
@@ -197,7 +203,7 @@ class Scheduler:
         if scoring:
             real_count = min(real_count, max(0, sequence.scored - real_start) + self._scorable)
         scaling_count = min(min(end, sequence.gate_end) - scaling_start, budget - real_count)
-        one = ScheduledSequence(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, 0)
+        one = ScheduledSequence(sequence, scaling_start, scaling_count, real_start, real_count, 0, 0, [])
         if sequence.generates:
             one.samples = max(0, real_start + real_count - (known - 1))
             if scoring:
@@ -207,16 +213,18 @@ class Scheduler:
         return one
 
     def _ask_predictions(self, one: ScheduledSequence, known: int, drafts_end: int) -> None:
-        """The scaling pass predicts the token after the last draft, and checks looked-up ones, where either pays."""
+        """The scaling pass predicts the tokens of drafts, and drafts more behind the last where that pays."""
         sequence, end = one.sequence, one.scaling_end
-        likelihood = sequence.likelihood(one.samples)  # its row is run once this step's samples have agreed
-        pays = sequence.lookahead.pays(likelihood, self._worth[0])
-        if end < drafts_end or (pays and sequence.room_for_drafts > 0):
+        likelihood = sequence.likelihood(one.samples)  # their rows are run once this step's samples have agreed
+        depth = lookahead_depth(sequence, likelihood, self._needed)
+        if end < drafts_end or (depth and sequence.room_for_drafts > 0):
             end += 1
         start = max(known, one.scaling_start + 1)
-        if sequence.prompt_lookup.rate > sequence.lookahead.rate:  # its word would not count
-            start = max(start, drafts_end)
-        one.predict_start, one.predict_count = start, max(0, end - start)
+        one.expected = [expected_prediction(sequence, place) for place in range(start - known, end - known)]
+        while one.expected and one.expected[0] == ANY_TOKEN:
+            del one.expected[0]
+            start += 1
+        one.predict_start, one.draft_depth = start, min(depth, sequence.room_for_drafts)
 
     def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
         """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""

@@ -13,20 +13,21 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.contract.output import FinishReason, SequenceUsage
 from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockTable, table_of
-from service.engine.drafting import Drafter, NgramIndex
 from service.engine.gate.settings import CHECKPOINT_GATE, AdmittedGate
+from service.engine.speculation.drafters import ANY_TOKEN, Drafter, Record
+from service.engine.speculation.prompt_lookup import NgramIndex
 from service.grammar import Cursor
 
-# What is expected of drafts before any has been judged.
-_LOOKAHEAD_RATE = 0.8
-_PROMPT_LOOKUP_RATE = 0.7
+# What is expected of drafts before any has been judged, where a bundle does not say.
+LOOKAHEAD_RATE = 0.8
+LOOKUP_RATE = 0.7
 _NEVER = sys.maxsize  # a position that no text reaches
 
 
@@ -75,8 +76,9 @@ class Sequence:
     priority: int = 0  # its place in the queue (scheduler.py)
     dropped: bool = False  # the engine has let go of it; a step that was launched before may still have rows of it
     passed: int = 0  # later ones that were admitted because there was no room for this one
-    lookahead: Drafter = field(default_factory=lambda: Drafter(_LOOKAHEAD_RATE))  # drafts of the scaling pass
-    prompt_lookup: Drafter = field(default_factory=lambda: Drafter(_PROMPT_LOOKUP_RATE))  # drafts from earlier text
+    lookahead: list[Drafter] = field(init=False)  # of the scaling pass, by depth from 1 on
+    prompt_lookup: Record = field(init=False)  # of drafts from earlier text, at any depth
+    verdicts: list[tuple[Drafter, bool]] = field(default_factory=list)  # drafts with rows, kept or dropped, not counted
     logged: int = 0  # positions below it have been taken for the scalings log, if they are to be
     unlogged: list[tuple[int, Any]] = field(default_factory=list)  # later ones: start, gate logits (scalings_log.py)
     drafts_end: bool = False  # no more are made: one may have made a row of the text not finite
@@ -88,7 +90,8 @@ class Sequence:
     draft_end: int = field(init=False)  # positions from here on are never drafted: the last token of all needs no row
     fixed_gate: bool = field(init=False)  # there is no scaling stream at all
     gate_end: int = field(init=False)  # positions from here on use the gate row of the position before it, or of 0
-    _ngrams: NgramIndex = field(init=False)
+    ngrams: NgramIndex = field(init=False)
+    _lookup: list[Drafter] = field(default_factory=list)  # of prompt lookup, by depth, as far as they were needed
     _prompt_ids: array[int] | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +111,8 @@ class Sequence:
         self.fixed_gate = self.request.has_fixed_gate
         if self.fixed_gate:
             self.gate_end = 0
-        self._ngrams = NgramIndex(self.tokens)
+        self.ngrams = NgramIndex(self.tokens)
+        self.look_ahead([Record(LOOKAHEAD_RATE, self.prompt_len)], Record(LOOKUP_RATE, self.prompt_len))
 
     @classmethod
     def of(
@@ -123,6 +127,11 @@ class Sequence:
         tokens = list(request.prompt_token_ids)
         ends = frozenset() if request.sampling is None else request.sampling.ends(eos_token_ids)
         return cls(request, index, tokens, len(tokens), arrival_time, gate, ends)
+
+    def look_ahead(self, lookahead: Iterable[Record], lookup: Record) -> None:
+        """Says what is expected of drafts: of the scaling pass's at depth 1, 2, ..., and of those from earlier text."""
+        self.lookahead = [Drafter(record, depth) for depth, record in enumerate(lookahead, start=1)]
+        self.prompt_lookup = lookup
 
     @property
     def sampling(self) -> SamplingParams:
@@ -201,62 +210,60 @@ class Sequence:
         """The probability, by their drafters' records, that all drafts are right once the first `verified` are."""
         likelihood = 1.0
         for drafter in self.drafters[verified:]:
-            likelihood *= drafter.rate
+            likelihood *= drafter.record.rate
         return likelihood
-
-    @property
-    def repeats(self) -> bool:
-        """Whether its last tokens, or drafts, have occurred in it before."""
-        return self._ngrams.repeats(self.drafts)
 
     # -- drafts are made, verified, dropped -------------------------------------------------------------------------
 
-    def draft(self, tokens: list[int], drafter: Drafter) -> None:
-        """Adds draft tokens."""
-        self.drafts += tokens
-        self.drafters += [drafter] * len(tokens)
-        drafter.idle_tokens = 0
-
-    def look_up_drafts(self, count: int) -> None:
-        """Adds up to `count` draft tokens: those that followed the last ones earlier in the text."""
-        copied = self._ngrams.continuation(self.drafts, count)
-        if copied and self.grammar is not None:  # a forbidden token is never sampled
-            copied = copied[: max(0, self.grammar.fitting([*self.drafts, *copied]) - len(self.drafts))]
-        if copied:
-            self.draft(copied, self.prompt_lookup)
-
-    def predict(self, start: int, tokens: list[int]) -> None:
-        """Takes the scaling pass's predictions for positions start, start + 1, ...
-
-        The one after the last draft becomes another. Where one contradicts a draft from prompt lookup, the drafter with
-        the better record wins; a contradiction found here costs no step, the real pass's does.
+    def predict(self, start: int, predictions: list[int], expected: list[int], deeper: list[int]) -> None:
+        """Takes the scaling pass's predictions for positions start, start + 1, ... that were compared with `expected`,
+        and what the draft layer makes of the first that differs. A contradiction found here costs no step, the real
+        pass's does.
         """
-        for place, token in enumerate(tokens, start - len(self.tokens)):
-            if place < len(self.drafts):
-                if self.drafts[place] == token or self.drafters[place].rate > self.lookahead.rate:
-                    continue
-                self.drafters[place].judge(False)
-                self._cut(place)
-            self.draft([token], self.lookahead)
-            return
+        for position, (token, other) in enumerate(zip(predictions, expected, strict=True), start):
+            if other not in (token, ANY_TOKEN):
+                place = position - len(self.tokens)
+                if place < len(self.drafts):
+                    self.drafters[place].record.judge(False)
+                    self._cut(place)
+                self.draft([token, *deeper], self.lookahead)
+                return
+
+    def take_lookup(self, place: int, tokens: list[int]) -> None:
+        """Adds drafts that were looked up, to follow drafts[:place]."""
+        self._cut(place)
+        while len(self._lookup) < len(tokens):
+            self._lookup.append(Drafter(self.prompt_lookup, len(self._lookup) + 1, is_lookup=True))
+        self.draft(tokens, self._lookup)
+
+    def draft(self, tokens: list[int], drafters: list[Drafter]) -> None:
+        """Adds draft tokens, the first of the first drafter, as far as there is room and the grammar allows them: what
+        it does not is never sampled.
+        """
+        tokens = tokens[: self.room_for_drafts]
+        if self.grammar is not None and tokens:
+            tokens = tokens[: max(0, self.grammar.fitting([*self.drafts, *tokens]) - len(self.drafts))]
+        self.drafts += tokens
+        self.drafters += drafters[: len(tokens)]
+        for drafter in drafters[: len(tokens)]:
+            drafter.record.used_at = len(self.tokens)
 
     def accept(self, token: int) -> bool:
         """Appends one sampled token. Returns whether it was drafted; a wrong draft is cut off with all that follow."""
         right = bool(self.drafts) and self.drafts[0] == token
         if self.drafts:
-            self.drafters[0].judge(right)
+            self.drafters[0].record.judge(right)
         if right:
             del self.drafts[0]
             drafter = self.drafters.pop(0)
-            drafter.kept += self._computed > len(self.tokens)
+            if self._computed > len(self.tokens):
+                self.verdicts.append((drafter, True))
         elif self.drafts:
             self._cut(0)
         self.tokens.append(token)
         self.output_counts[token] += 1
         if self.grammar is not None:
             self.grammar.accept(token)
-        self.lookahead.idle_tokens += 1
-        self.prompt_lookup.idle_tokens += 1
         return right
 
     def reason_to_end(self, token: int) -> FinishReason | None:
@@ -293,8 +300,9 @@ class Sequence:
     def _cut(self, place: int) -> None:
         """Drops drafts[place:] and what was computed on them."""
         position = len(self.tokens) + place
-        for drafter in self.drafters[place : max(place, self._computed - len(self.tokens))]:
-            drafter.dropped += 1
+        self.verdicts += [
+            (drafter, False) for drafter in self.drafters[place : max(place, self._computed - len(self.tokens))]
+        ]
         del self.drafts[place:], self.drafters[place:]
         self.scaling.computed = min(self.scaling.computed, position)
         self.real.computed = min(self.real.computed, position)

@@ -100,6 +100,16 @@ class GivenGateRows:
 
 
 @dataclass(slots=True)
+class DraftStart:
+    """Where n sequences draft on from a scaling row each, whose own draft is known (draft_layer.py)."""
+
+    state: Tensor  # [n, H], the row's last hidden state
+    tokens: Tensor  # int64 [n], its draft
+    group: AttentionGroup  # one query each, at the row's position, over the scaling stream
+    depth: int  # tokens drafted in all, `tokens` included
+
+
+@dataclass(slots=True)
 class Batch:
     """T rows. `rows` is one int64 tensor [6, T], so that a step costs one copy to the device; its lines by name below.
 

@@ -20,21 +20,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.checkpoint import DraftLayerWeights
+from service.model.batch import DraftStart
+from service.model.loading.family import kv_shape
 
 EPS = 1e-6  # of the norm
 
 Attend = Callable[[Tensor], Tensor]  # query [n, heads, head_dim] -> what it finds, the same shape
+Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of what they draft, 2, 3, ... -> int64 [n]
 
 
 class DraftLayer(nn.Module):
-    """Its tensors in the base's dtype, on its device. `depth` tokens are drafted in all, the first by the base's head."""
+    """Its tensors in the base's dtype, on its device."""
 
-    def __init__(
-        self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    mix: Tensor
+    depths: Tensor
+    query: Tensor
+    output: Tensor
+    up: Tensor
+    bias: Tensor
+    down: Tensor
+
+    def __init__(self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.depth = len(weights.agreement)
+        self.agreement = weights.agreement.tolist()  # at each depth, where those before were right
         for name, tensor in weights.tensors().items():
             setattr(self, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
@@ -55,6 +64,22 @@ class DraftLayer(nn.Module):
         return z + F.linear(F.silu(F.linear(z, self.up, self.bias)), self.down)
 
 
+def draft_tokens(
+    start: DraftStart,
+    choose: Choose,
+    next_state: Callable[[Tensor, Tensor, int], Tensor],
+    head: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The drafts behind `start`, int64 [n, depth - 1]. `next_state` makes s_{i+1} of s_i, d_i and i."""
+    state, tokens = start.state, start.tokens
+    drafted = []
+    for depth in range(1, start.depth):
+        state = next_state(state, tokens, depth)
+        tokens = choose(head(state), depth + 1)
+        drafted.append(tokens)
+    return torch.stack(drafted, 1)
+
+
 def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """query [n, heads, head_dim], of whose numbers the first are turned by cos and sin [n, rotated]."""
     width = cos.shape[-1]
@@ -65,8 +90,8 @@ def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotation:
-    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to live
-    with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
+    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to
+    live with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
     """
 
     def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -96,3 +121,29 @@ class Rotation:
             if cos.shape == sin.shape == (2, cos.shape[-1]) and cos.shape[-1] <= head_dim and not cos.shape[-1] % 2:
                 return rotation
         return None
+
+
+class DraftChain:
+    """A base's draft layer with what it needs of the base: embeddings and rotations."""
+
+    def __init__(self, layer: DraftLayer, embedding: Tensor, rotation: Rotation | None, dtype: torch.dtype) -> None:
+        self.layer = layer
+        self._embedding, self._rotation, self._dtype = embedding, rotation, dtype
+
+    @classmethod
+    def of(cls, weights: DraftLayerWeights, causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> DraftChain:
+        """For a causal LM whose modules have no experts yet."""
+        head_dim = kv_shape(causal_lm.config.get_text_config())[1]
+        layer = DraftLayer(weights, head_dim, device=device, dtype=dtype)
+        return cls(layer, causal_lm.get_input_embeddings().weight, Rotation.of(causal_lm, head_dim), dtype)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The base's embeddings [n, H] of tokens [n], without experts and a family's own factor."""
+        return F.embedding(tokens, self._embedding).to(self._dtype)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """cos and sin [n, rotated] at positions [n]; None where the base has no RoPE that is known."""
+        if self._rotation is None:
+            return None
+        cos, sin = self._rotation(positions)
+        return cos.to(self._dtype), sin.to(self._dtype)

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from service.checkpoint import Checkpoint
 from service.model import gate_rows
 from service.model.adapted import AdaptedModule
-from service.model.batch import Batch
+from service.model.attention.paged import backend_for
+from service.model.batch import Batch, DraftStart
 from service.model.classifier import Classifier
 from service.model.draft_head import DraftHead
+from service.model.draft_layer import Choose, DraftChain, draft_tokens
 from service.model.experts import stack_experts
 from service.model.gate import Gate
 from service.model.kv_cache import KVCache, KVLayout
@@ -40,13 +43,32 @@ class HiddenStateTap(nn.Module):
         self.decoder = decoder
         self.last_hidden_state: Tensor | None = None  # [1, T, H], after the final norm
 
-    def forward(self, *args: Any, batch: Batch, draft_head: DraftHead | None = None, **kwargs: Any) -> Any:
-        """The decoder's output, with what the draft head makes of it where there is one."""
+    def forward(
+        self,
+        *args: Any,
+        batch: Batch | None = None,
+        draft_head: DraftHead | None = None,
+        given: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder's output, with what the draft head makes of it where there is one; or the hidden state [1, T, H]
+        that is `given`, for the head alone.
+        """
+        if given is not None:
+            return _Given(last_hidden_state=given)
         outputs = self.decoder(*args, batch=batch, **kwargs)
         self.last_hidden_state = outputs.last_hidden_state
-        if draft_head is not None:
+        if draft_head is not None and batch is not None:
             outputs.last_hidden_state = draft_head(outputs.last_hidden_state, batch.is_scaling)
         return outputs
+
+
+class _Given(BaseModelOutputWithPast):
+    """What a decoder returns; what only some families' decoders have is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class XLoraModel:
@@ -74,6 +96,9 @@ class XLoraModel:
         self.draft_head: DraftHead | None = None
         if checkpoint.draft_head is not None:
             self.draft_head = DraftHead(checkpoint.draft_head, device=device, dtype=dtype)
+        self.draft_chain: DraftChain | None = None
+        if checkpoint.draft_layer is not None and shards.skeleton is causal_lm:  # a divided model has none
+            self.draft_chain = DraftChain.of(checkpoint.draft_layer, causal_lm, device=device, dtype=dtype)
         self.gate = self._adapt(checkpoint, causal_lm, shards, kept_bfloat16)
         self._kv_split = shards.kv_split
         dummy_row = self.classifier.dummy_row()
@@ -127,7 +152,35 @@ class XLoraModel:
         first_row = self.first_gated_row(batch)
         self.gate.set(gate_rows.read(batch, kv_cache.gate_rows, first_row), first_row)
         logits, hidden = self.run_decoder(batch, kv_cache)
-        return ForwardOutput(logits, *gate_rows.write_scalings(self.classifier, hidden, batch, kv_cache.gate_rows))
+        brought = gate_rows.write_scalings(self.classifier, hidden, batch, kv_cache.gate_rows)
+        return ForwardOutput(logits, *brought, hidden)
+
+    @torch.inference_mode()
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """The draft layer in operators of torch, under the base alone."""
+        chain, group = self.draft_chain, start.group
+        assert chain is not None, "a model without a draft layer was asked for its drafts"
+        self.gate.clear()
+        last, positions = len(kv_cache.keys) - 1, group.positions[:, 0]
+
+        def attend(query: Tensor) -> Tensor:
+            scaling = query.shape[2] ** -0.5
+            return backend_for(query, kv_cache)(query, group, last, kv_cache, scaling, None, None)
+
+        def next_state(state: Tensor, tokens: Tensor, depth: int) -> Tensor:
+            found: Tensor = chain.layer(state, chain.embedded(tokens), depth, chain.rotation(positions + depth), attend)
+            return found
+
+        return draft_tokens(start, choose, next_state, self._head)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> logits [n, V] of the family's own head."""
+        logits: Tensor = self.causal_lm(
+            input_ids=torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device),
+            use_cache=False,
+            given=hidden[None],
+        ).logits
+        return logits[0]
 
     def first_gated_row(self, batch: Batch) -> int:
         """The row from which on experts act: the first real row, unless they act in the scaling pass as well."""

@@ -6,6 +6,7 @@
     spread      stored scalings, at every rank
     scalings    the classifier, and its scalings into where they are stored
     drafting    rows as the draft head makes them for the language model's head
+    draft_state the draft layer's next state
 
 They work once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit together.
 """
@@ -35,12 +36,17 @@ _library.define(
     " int rows) -> (Tensor, Tensor)"
 )
 _library.define("drafting(Tensor hidden, Tensor rows, int scaling_rows, Tensor[] tensors) -> Tensor")
+_library.define(
+    "draft_state(Tensor state, Tensor embedded, Tensor[] tensors, Tensor? cos, Tensor? sin, Tensor keys, Tensor values,"
+    " Tensor positions, Tensor table, float eps) -> Tensor"
+)
 _linear = torch.ops.xlora.linear.default
 _norm = torch.ops.xlora.norm.default
 _layers = torch.ops.xlora.layers.default
 _spread = torch.ops.xlora.spread.default
 _scalings = torch.ops.xlora.scalings.default
 _drafting = torch.ops.xlora.drafting.default
+_draft_state = torch.ops.xlora.draft_state.default
 
 
 def linear(
@@ -118,4 +124,21 @@ def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[
     them, [L, H]. `tensors` are DraftHead's.
     """
     y: Tensor = _drafting(hidden, rows, scaling_rows, tensors)
+    return y
+
+
+def draft_state(
+    state: Tensor,  # [n, H]
+    embedded: Tensor,  # [n, H]
+    tensors: Sequence[Tensor],  # mix and its bias at this depth, the norm's weight [H], query, output, U, b and D
+    rotation: tuple[Tensor, Tensor] | None,  # cos and sin [n, head_dim]
+    keys: Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    values: Tensor,
+    positions: Tensor,  # int64 [n]: the last position that is attended to
+    table: Tensor,  # int64 [n, blocks]
+    eps: float,
+) -> Tensor:
+    """DraftLayer.forward: [n, H]."""
+    cos, sin = rotation or (None, None)
+    y: Tensor = _draft_state(state, embedded, tensors, cos, sin, keys, values, positions, table, eps)
     return y

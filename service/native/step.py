@@ -11,9 +11,11 @@ from torch import Tensor
 
 from service.model import gate_rows
 from service.model.adapted import AdaptedModule
-from service.model.batch import Batch
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import EPS, Choose, draft_tokens
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
+from service.model.transfer import narrowed
 from service.model.xlora_model import XLoraModel
 from service.native import operators
 from service.native.decoder import Decoder
@@ -30,6 +32,12 @@ class NativeStep:
             self._gate.offset(linear.site) if isinstance(linear, AdaptedModule) else 0 for linear in linears
         ]
         self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
+        self._draft_tensors: list[Tensor] = []
+        if model.draft_chain is not None:
+            own = model.draft_chain.layer
+            ones = torch.ones(own.mix.shape[0])
+            matrices = [narrowed(tensor) for tensor in (own.mix, own.query, own.output, own.up, own.down)]
+            self._draft_tensors = [matrices[0], ones, *matrices[1:4], own.bias, matrices[4]]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
@@ -39,7 +47,7 @@ class NativeStep:
         first_row = self._model.first_gated_row(batch)
         weights = self._open_gate(batch, kv_cache, first_row)
         gate.logit_rows = batch.logit_rows
-        cos, sin = self._rotation(batch)
+        cos, sin = self._rotation(batch.positions, max(group.keys for group in batch.groups))
         x = operators.layers(
             decoder.embed(batch.input_ids[None])[0],
             self._tensors,
@@ -59,7 +67,7 @@ class NativeStep:
             windows=decoder.windows,
         )
         hidden = operators.norm(x, decoder.norm.weight, decoder.norm.eps)
-        return ForwardOutput(self._logits(hidden, batch), *self._write_scalings(hidden, batch, kv_cache))
+        return ForwardOutput(self._logits(hidden, batch), *self._write_scalings(hidden, batch, kv_cache), hidden)
 
     def _open_gate(self, batch: Batch, kv_cache: KVCache, first_row: int) -> Tensor | None:
         """Sets the gate of the rows from `first_row` on. Returns its weights at every rank; None where there are no
@@ -97,11 +105,34 @@ class NativeStep:
             *(kv_cache.gate_rows, batch.new_gate_slots, rows),
         )
 
-    def _rotation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, head_dim] of the rows' positions."""
-        keys = max(group.keys for group in batch.groups)
+    @torch.inference_mode()
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """XLoraModel.draft."""
+        chain, group, head = self._model.draft_chain, start.group, self._decoder.head
+        assert chain is not None, "a model without a draft layer was asked for its drafts"
+        self._gate.clear()
+        positions = group.positions[:, 0].contiguous()
+
+        def next_state(state: Tensor, tokens: Tensor, depth: int) -> Tensor:
+            mix, *others = self._draft_tensors
+            tensors = [mix, chain.layer.depths[depth - 1], *others]
+            rotation = self._rotation(positions + depth, group.keys + start.depth)
+            keys, values = kv_cache.keys[-1], kv_cache.values[-1]
+            return operators.draft_state(
+                *(state, chain.embedded(tokens), tensors, rotation),
+                *(keys, values, positions, group.block_table),
+                eps=EPS,
+            )
+
+        def logits(state: Tensor) -> Tensor:
+            return operators.linear(state, head.weight, head.bias)
+
+        return draft_tokens(start, choose, next_state, logits)
+
+    def _rotation(self, positions: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, head_dim] of positions below `keys`."""
         if keys > len(self._cos):
-            positions = torch.arange(1 << (keys - 1).bit_length())
-            cos, sin = self._decoder.rotary(torch.empty(0), positions[None])
+            known = torch.arange(1 << (keys - 1).bit_length())
+            cos, sin = self._decoder.rotary(torch.empty(0), known[None])
             self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
-        return self._cos.index_select(0, batch.positions), self._sin.index_select(0, batch.positions)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)

@@ -21,8 +21,8 @@ def describe_plan(plan: MemoryPlan) -> str:
         f"  KV pool                  {as_text(plan.pool_bytes)}  ({plan.num_blocks:,} blocks of {plan.block_size}"
         " positions, one for scratch)",
     ]
-    if weights.draft_head:
-        lines.insert(4, f"  draft head               {as_text(weights.draft_head)}  ({plan.dtype})")
+    drafts = {"draft head ": weights.draft_head, "draft layer": weights.draft_layer}
+    lines[4:4] = [f"  {name}              {as_text(size)}  ({plan.dtype})" for name, size in drafts.items() if size]
     if plan.reserve_bytes is not None:
         lines.append(f"  left for activations     {as_text(plan.reserve_bytes)}")
     else:

@@ -23,7 +23,8 @@ from service.engine.defaults import settle
 from service.engine.loader import build_engine, expect_bfloat16, load_model_of
 from service.engine.memory_plan import MemoryPlan
 from service.engine.sizing import free_device_bytes, resolve_device, resolve_dtype
-from service.model.batch import Batch
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.tools.reference import Expected, compute_expected
@@ -153,6 +154,10 @@ class _Record:
             if row >= batch.num_scaling_rows:
                 self.logits[position] = logits.to("cpu", torch.float32, copy=True)
         return output
+
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """As the step has it."""
+        return self._step.draft(start, choose, kv_cache)
 
 
 def _small(options: EngineOptions) -> EngineOptions:

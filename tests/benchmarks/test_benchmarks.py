@@ -17,7 +17,7 @@ from benchmarks import common, observability, suite, vs_mistralrs
 from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
-from service.checkpoint.formats.writer import add_draft_head
+from service.checkpoint.formats.writer import add_drafts
 from tests.support import inspector, proxy
 from tests.support.bundles import make_bundle, make_draft_head
 from tests.support.oracle import PeftOracle
@@ -149,7 +149,7 @@ def test_agreement_predicts_the_forwards(bundle, tmp_path):
     for draft_head in (None, make_draft_head(32, 8, torch.Generator().manual_seed(1))):
         path = shutil.copytree(bundle, tmp_path / f"bundle-{draft_head is None}")
         if draft_head is not None:
-            add_draft_head(path, draft_head)
+            add_drafts(path, draft_head, None)
         engine = make_engine(path)
         engine._scheduler.row_cost = 0.0  # drafts always
         run = run_engine(engine, [PROMPT], 32)

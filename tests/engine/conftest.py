@@ -11,9 +11,9 @@ from tests.support.torch_fixtures import native_kernels, one_thread, seeded  # n
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Llama with three experts of different ranks, targets and scales, a classifier of depth 2, a draft head."""
+    """Llama with three experts of different ranks, targets and scales, a classifier of depth 2, drafts of depth 4."""
     xlora = {"xlora_depth": 2, "layerwise_scalings": True}
-    return Tiny(tmp_path_factory.mktemp("tiny") / "mixed", xlora=xlora, strength=0.3, draft_head=8)
+    return Tiny(tmp_path_factory.mktemp("tiny") / "mixed", xlora=xlora, strength=0.3, draft_head=8, draft_depth=4)
 
 
 @pytest.fixture(scope="session")

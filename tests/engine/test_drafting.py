@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.contract.request import Request, SamplingParams
-from service.engine.drafting import Drafter, NgramIndex, break_even
 from service.engine.sequence import Sequence
+from service.engine.speculation.drafters import BreakEven, Record, StepCost, paying
+from service.engine.speculation.prompt_lookup import NgramIndex
+from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
@@ -49,56 +53,90 @@ def test_a_loop_is_continued_beyond_its_end() -> None:
     assert NgramIndex([5]).continuation([], 4) == []
 
 
-@pytest.mark.parametrize(
-    ("row_cost", "sequences", "rows"), [(0.065, 1, 1), (0.065, 16, 2), (0.007, 128, 1), (0.3, 4, 1)]
-)
-def test_break_even_is_where_gain_equals_cost(row_cost: float, sequences: int, rows: int) -> None:
-    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its rows."""
-    p = break_even(row_cost, sequences, rows)
-    assert p * 1.0 / sequences == pytest.approx((1 - p) * row_cost * rows)
-    assert break_even(0.0, sequences, rows) == 0
+@pytest.mark.parametrize(("row", "layer", "sequences"), [(0.065, 0.0, 1), (0.065, 0.1, 16), (0.007, 0.02, 128)])
+def test_break_even_is_where_gain_equals_cost(row: float, layer: float, sequences: int) -> None:
+    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its rows, a draft of the
+    layer a run of it in any case.
+    """
+    needed = BreakEven.of(StepCost(row, layer), sequences)
+    for p, rows, share in ((needed.one_row, 1, 0.0), (needed.two_rows, 2, 0.0), (needed.layer, 2, layer)):
+        assert p * 1.0 / sequences == pytest.approx((1 - p) * row * rows + share / sequences)
+    assert BreakEven.of(StepCost(), sequences) == BreakEven(0.0, 0.0, 0.0)
 
 
 def test_how_many_drafts_pay() -> None:
     """Each further draft needs all before it; a bad record, or doubtful drafts, stops them."""
-    drafter = Drafter(0.8)
-    assert [drafter.length(1.0, needed, 8) for needed in (0.0, 0.2, 0.6, 0.79, 0.81)] == [8, 7, 2, 1, 0]
-    assert drafter.length(0.5, 0.3, 8) == 2
-    assert drafter.length(1.0, 0.0, 3) == 3
+    for needed, count in ((0.0, 8), (0.2, 7), (0.6, 2), (0.79, 1), (0.81, 0)):
+        assert paying([0.8] * 8, 1.0, repeat(needed)) == count
+    assert paying(repeat(0.8, 8), 0.5, repeat(0.3)) == 2
+    record = Record(0.8)
     for _ in range(60):
-        drafter.judge(False)
-    assert drafter.length(1.0, 0.01, 8) == 0
+        record.judge(False)
+    assert paying([record.rate], 1.0, [0.01]) == 0
     for _ in range(8):
-        drafter.judge(True)
-    assert drafter.length(1.0, 0.3, 8) > 0
+        record.judge(True)
+    assert paying([record.rate], 1.0, [0.3]) == 1
+
+
+def test_how_deep_it_pays_to_look_ahead() -> None:
+    """The first draft costs less than those behind it, which have to be right together."""
+    sequence = drafting()
+    look_ahead(sequence, [0.9, 0.8, 0.9])
+    free, dear = BreakEven(0.0, 0.0, 0.0), BreakEven(0.5, 0.6, 0.7)
+    assert [lookahead_depth(sequence, likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
+    assert [lookahead_depth(sequence, likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
 
 
 def test_a_drafter_that_gave_up_tries_again() -> None:
-    """A text may become predictable: after 32 tokens one draft is tried, and only one."""
-    sequence = Sequence.of(Request("a", [1, 2, 3], SamplingParams(max_tokens=200)), 0, 0.0)
-    drafter = sequence.lookahead
-    drafter.rate = 0.0
-    lengths = []
+    """A text may become predictable: after 32 tokens one more draft is tried, and only one."""
+    sequence = drafting()
+    look_ahead(sequence, [0.0, 1.0])
+    needed, depths = BreakEven(0.1, 0.1, 0.1), []
     for token in range(40):
-        lengths.append(drafter.length(1.0, 0.1, 5))
+        depths.append(lookahead_depth(sequence, 1.0, needed))
         sequence.accept(token)
-    assert lengths == [0] * 32 + [1] * 8
-    sequence.draft([9], drafter)
-    assert drafter.length(1.0, 0.1, 5) == 0
-    assert drafter.length(1.0, 0.1, 0) == 0
+    assert depths == [0] * 32 + [1] * 8
+    sequence.draft([9], sequence.lookahead)
+    assert lookahead_depth(sequence, 1.0, needed) == 0
 
 
-def hypothesis_of(*drafts: int, computed: int = 0) -> Sequence:
-    """[1, 2, 3] and copied drafts, `computed` positions of which have scaling rows."""
-    sequence = Sequence.of(Request("a", [1, 2, 3], SamplingParams(max_tokens=20)), 0, 0.0)
-    sequence.draft(list(drafts), sequence.prompt_lookup)
+def look_ahead(sequence: Sequence, rates: list[float]) -> None:
+    """With nothing drafted so far."""
+    used_at = sequence.prompt_len
+    sequence.look_ahead([Record(rate, used_at) for rate in rates], Record(0.7, used_at))
+
+
+def test_a_sequence_begins_as_others_have_fared() -> None:
+    """What has seldom been right is expected to be so in the next sequence, but is not given up before it was tried."""
+    of_all = Record(0.9)
+    first = of_all.begin(3)
+    assert (first.rate, first.used_at) == (0.9, 3)
+    for _ in range(40):
+        first.judge(False)
+    assert first.rate < 0.01
+    assert 0.3 < of_all.rate < 0.6
+    assert of_all.begin(5).rate == of_all.rate
+    for _ in range(400):
+        first.judge(False)
+    assert 0.2 < of_all.begin(5).rate < 0.4
+
+
+def drafting(*drafts: int, computed: int = 0) -> Sequence:
+    """[1, 2, 3] and looked-up drafts, `computed` positions of which have scaling rows."""
+    sequence = Sequence.of(Request("a", [1, 2, 3], SamplingParams(max_tokens=200)), 0, 0.0)
+    sequence.take_lookup(0, list(drafts))
     sequence.scaling.computed, sequence.real.computed = computed, 3
     return sequence
 
 
+def verdicts(sequence: Sequence) -> list[tuple[int, bool]]:
+    """The depths of drafts that had rows, and whether they were kept."""
+    return [(drafter.depth, kept) for drafter, kept in sequence.verdicts]
+
+
 def test_a_wrong_draft_takes_all_behind_it_along() -> None:
     """Right drafts stay computed; from the first wrong one on, both streams go back to the accepted tokens."""
-    sequence = hypothesis_of(4, 5, 6, 7, computed=6)
+    sequence = drafting(4, 5, 6, 7, computed=6)
     sequence.real.computed = 5
     assert sequence.accept(4)
     assert (sequence.tokens, sequence.drafts) == ([1, 2, 3, 4], [5, 6, 7])
@@ -106,28 +144,58 @@ def test_a_wrong_draft_takes_all_behind_it_along() -> None:
     assert not sequence.accept(9)
     assert (sequence.tokens, sequence.drafts, sequence.drafters) == ([1, 2, 3, 4, 9], [], [])
     assert (sequence.scaling.computed, sequence.real.computed) == (4, 4)
-    assert (sequence.prompt_lookup.kept, sequence.prompt_lookup.dropped) == (1, 2), "the draft 7 had cost nothing yet"
+    assert verdicts(sequence) == [(1, True), (2, False), (3, False)], "the draft 7 had cost nothing yet"
 
 
-def test_predictions_check_copied_drafts() -> None:
-    """The scaling pass's word counts while its record is the better one; what it agrees with stays."""
-    for rates, drafts, computed in (((0.5, 0.8), [4, 5, 8], 5), ((0.9, 0.8), [4, 5, 6, 9], 6)):
-        sequence = hypothesis_of(4, 5, 6, computed=6)
-        sequence.prompt_lookup.rate, sequence.lookahead.rate = rates
-        sequence.predict(4, [5, 8, 9])
+def predict(sequence: Sequence, start: int, predictions: list[int], deeper: list[int]) -> None:
+    """As the scheduler and the engine have it."""
+    places = range(start - 3, start - 3 + len(predictions))
+    sequence.predict(start, predictions, [expected_prediction(sequence, place) for place in places], deeper)
+
+
+def test_predictions_check_drafts() -> None:
+    """The scaling pass's word counts against a looked-up draft while its record is the better one, and against a draft
+    from further back always; what it agrees with stays. What follows the first that differs comes from there.
+    """
+    for lookup, ahead, drafts, computed in ((0.5, 0.8, [4, 5, 8, 1, 2], 5), (0.9, 0.8, [4, 5, 6, 9, 1, 2], 6)):
+        sequence = drafting(4, 5, 6, computed=6)
+        look_ahead(sequence, [ahead] * 3)
+        sequence.prompt_lookup.rate = lookup
+        predict(sequence, 4, [5, 8, 9], [1, 2])
         assert (sequence.drafts, sequence.scaling.computed) == (drafts, computed)
-        assert sequence.drafters[-1] is sequence.lookahead
-    sequence = hypothesis_of(4, 5, 6, computed=6)
-    sequence.predict(4, [5, 6])
+        assert sequence.drafters[-3:] == sequence.lookahead
+    sequence = drafting(computed=6)
+    look_ahead(sequence, [0.1, 0.9, 0.9])
+    sequence.draft([4, 5, 6], sequence.lookahead)
+    predict(sequence, 4, [5, 8, 9], [1])
+    assert (sequence.drafts, sequence.scaling.computed) == ([4, 5, 8, 1], 5)
+    sequence = drafting(4, 5, 6, computed=6)
+    predict(sequence, 4, [5, 6], [])
     assert sequence.drafts == [4, 5, 6]
+
+
+def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
+    """Where the text repeats itself and look-ups have been right, they replace drafts that have no rows yet."""
+    sequence = Sequence.of(Request("a", [1, 2, 3, 4, 5, 6, 1, 2], SamplingParams(max_tokens=200)), 0, 0.0)
+    look_ahead(sequence, [0.5, 0.5])
+    sequence.draft([3, 9], sequence.lookahead)
+    sequence.scaling.computed = 9
+    sequence.prompt_lookup.rate = 0.9
+    assert look_up(sequence, 0.1, 3) == (1, [4, 5, 6])
+    sequence.take_lookup(1, [4, 5, 6])
+    assert sequence.drafts == [3, 4, 5, 6]
+    assert not sequence.verdicts
+    sequence.prompt_lookup.rate = 0.2
+    sequence.draft([7], sequence.lookahead)
+    assert look_up(sequence, 0.5, 8)[1] == []
 
 
 def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:
     """The rows of drafts behind a stop token were right, but nothing they said was accepted: they are not reported."""
-    sequence = hypothesis_of(4, 5, 6, computed=6)
+    sequence = drafting(4, 5, 6, computed=6)
     sequence.real.computed = 6
     assert sequence.accept(4)
     sequence.give_up_drafts()
     assert sequence.final == 3
     assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (4, 4, [])
-    assert sequence.prompt_lookup.dropped == 2
+    assert verdicts(sequence) == [(1, True), (2, False), (3, False)]

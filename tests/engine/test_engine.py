@@ -156,14 +156,14 @@ def test_lookahead_saves_steps_and_changes_nothing(engines: Engines) -> None:
             assert [token for token, _ in ours.top_logprobs] == [token for token, _ in theirs.top_logprobs]
         assert plain.usage is not None
         assert ahead.usage is not None
-        assert (plain.usage.forward_passes, plain.usage.draft_hits, plain.usage.draft_misses) == (80, 0, 0)
+        assert (plain.usage.forward_passes, plain.usage.drafts.hits, plain.usage.drafts.misses) == (80, 0, 0)
         usage = ahead.usage
-        assert usage.draft_hits > 4, "hardly a draft was right: the test shows little"
-        assert usage.draft_misses > 4, "hardly a draft was wrong: the test shows little"
-        assert usage.draft_hits + usage.draft_misses == 39
-        assert usage.forward_passes == 80 - usage.draft_hits
+        assert usage.drafts.hits > 4, "hardly a draft was right: the test shows little"
+        assert usage.drafts.misses > 4, "hardly a draft was wrong: the test shows little"
+        assert usage.drafts.hits + usage.drafts.misses == 39
+        assert usage.forward_passes == 80 - usage.drafts.hits
         assert usage.real_rows == plain.usage.real_rows == plain.usage.scaling_rows == len(PROMPT) + 39
-        assert usage.scaling_rows == len(PROMPT) + 39 + usage.draft_misses
+        assert usage.scaling_rows == len(PROMPT) + 39 + usage.drafts.misses
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -175,7 +175,7 @@ def test_lookahead_leaves_the_sampled_distribution_alone(engines: Engines, tempe
     requests = [sampled(str(i), prompt, 3, seed=i, temperature=temperature) for i in range(draws)]
     result = run(engines.build(max_num_seqs=400, max_model_len=16, blocks=1600, adaptive=False), requests)
     texts = [result[str(i)].tokens for i in range(draws)]
-    hits = sum(choice.usage.draft_hits for choice in result.choices.values() if choice.usage)
+    hits = sum(choice.usage.drafts.hits for choice in result.choices.values() if choice.usage)
     assert 0.1 < hits / (2 * draws) < 0.9
     oracle = engines.tiny.as_stored().oracle()
     firsts = np.bincount([text[0] for text in texts], minlength=320)
@@ -318,7 +318,7 @@ def test_max_tokens_one(engines: Engines, lookahead: bool) -> None:
     assert len(result.tokens) == 1
     assert result.finish_reason == "length"
     assert result.usage is not None
-    assert (result.usage.forward_passes, result.usage.draft_hits, result.usage.draft_misses) == (2, 0, 0)
+    assert (result.usage.forward_passes, result.usage.drafts.hits, result.usage.drafts.misses) == (2, 0, 0)
     assert (result.start, result.rows) == (len(PROMPT) - 1, 1)
 
 

@@ -116,9 +116,9 @@ def test_drafts_change_nothing(engines: Engines, plain: dict[tuple[str, int], Ch
         for ours, theirs in zip(result[key].token_outputs, choice.token_outputs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
     kept = sum(
-        choice.usage.draft_hits + choice.usage.accepted_tokens for choice in result.choices.values() if choice.usage
+        choice.usage.drafts.hits + choice.usage.drafts.accepted for choice in result.choices.values() if choice.usage
     )
-    dropped = sum(choice.usage.draft_misses for choice in result.choices.values() if choice.usage)
+    dropped = sum(choice.usage.drafts.misses for choice in result.choices.values() if choice.usage)
     assert kept > 30, "hardly a draft was right: the test shows little"
     assert dropped > 20 or options.get("lookahead") is False, "hardly a draft was wrong: the test shows little"
     if options.get("speculative_tokens", 8):

@@ -96,7 +96,7 @@ def test_greedy_equals_peft(tiny: Tiny, point: tuple[int, ...]) -> None:
             np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
     usage = runs["lookahead"].usage
     assert usage is not None
-    assert usage.draft_hits + usage.draft_misses == STEPS - 1
+    assert usage.drafts.hits + usage.drafts.misses == STEPS - 1
 
 
 @pytest.mark.parametrize("point", [POINTS[0], POINTS[-1]], ids=lambda point: "".join(map(str, point)))

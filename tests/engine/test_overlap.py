@@ -64,7 +64,7 @@ def served(steps: list[StepOutput]) -> tuple[GateStats, int, int]:
     total = GateStats()
     for step in steps:
         total.add(step.stats.gate)
-    return total, sum(step.stats.real_rows for step in steps), sum(step.stats.draft_hits for step in steps)
+    return total, sum(step.stats.real_rows for step in steps), sum(step.stats.drafts.hits for step in steps)
 
 
 def ran(engine: Engine, kind: str) -> Run:

@@ -26,6 +26,7 @@ from service.engine.launched_step import SequenceResult
 from service.engine.plan import ScheduledSequence
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, Stream
+from service.engine.speculation.drafters import ANY_TOKEN, StepCost
 
 VOCABULARY = 50
 
@@ -63,7 +64,11 @@ class FakeRunner:
         assert len({id(share.sequence) for share in scheduled}) == len(scheduled)
         self.steps.append([replace(share) for share in scheduled])
         self.drafted.append(sum(self._write(share) for share in scheduled))
-        results = [SequenceResult(share, self._tokens(share), self._predictions(share)) for share in scheduled]
+        results = [
+            SequenceResult(share, self._tokens(share), predictions, deeper=self._deeper(share, predictions))
+            for share in scheduled
+            for predictions in [self._predictions(share)]
+        ]
         scores = {id(share): self._scores(share) for share in scheduled}
         copies = SimpleNamespace(close=lambda: None)
         return SimpleNamespace(results=results, copies=copies, read_logprobs=dict, read_scores=lambda: scores)
@@ -159,6 +164,17 @@ class FakeRunner:
             assert positions[0] >= len(sequence.tokens)
         return [self._prediction(sequence, text[:position]) for position in positions]
 
+    def _deeper(self, share: ScheduledSequence, predictions: list[int]) -> list[int]:
+        """What the draft layer makes of the first prediction that differs, as the real one finds it."""
+        sequence = share.sequence
+        for position, (token, other) in enumerate(zip(predictions, share.expected, strict=True), share.predict_start):
+            if other not in (token, ANY_TOKEN):
+                text = [*[*sequence.tokens, *sequence.drafts][:position], token]
+                while len(text) < position + max(1, share.draft_depth):
+                    text.append(self._prediction(sequence, text))
+                return text[position + 1 :]
+        return []
+
     def _prediction(self, sequence: Sequence, text: list[int]) -> int:
         token = next_token(sequence.request, sequence.index, text)
         return token if zlib.crc32(repr(text).encode()) % 4 < self.right else (token + 1) % VOCABULARY
@@ -171,6 +187,7 @@ def build(
     budget: int = 32,
     seats: int = 8,
     lookahead: bool = True,
+    depth: int = 1,
     speculative: int = 0,
     prefix_cache: bool = True,
     row_cost: float = 0.0,
@@ -185,9 +202,10 @@ def build(
         max_num_seqs=seats,
         max_num_batched_tokens=budget,
         lookahead=lookahead,
+        draft_rates=[0.8] * depth,
         speculative_tokens=speculative,
         prefix_cache=prefix_cache,
-        row_cost=row_cost,
+        step_cost=StepCost(row_cost, row_cost),
     )
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length, experts=[{}] * 2, sites=[])
     info.vocab_size = VOCABULARY
@@ -247,6 +265,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "seats": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
+        "depth": draw(st.sampled_from([1, 1, 2, 5])),
         "overlapped_rows": draw(st.sampled_from([0, 4, 12, 40])),
         "speculative": draw(st.sampled_from([0, 1, 3, 8])),
         "prefix_cache": draw(st.booleans()),
@@ -316,11 +335,49 @@ def test_forward_passes(lookahead: bool, right: int) -> None:
     assert usage is not None
     assert usage.forward_passes == len(runner.steps)
     drafts = 19 if lookahead else 0  # every token but the last may be drafted
-    assert usage.draft_hits + usage.draft_misses == drafts
-    assert usage.forward_passes == 2 * 20 - usage.draft_hits
+    assert usage.drafts.hits + usage.drafts.misses == drafts
+    assert usage.forward_passes == 2 * 20 - usage.drafts.hits
     assert usage.real_rows == 10 + 19
-    assert usage.scaling_rows == 10 + 19 + usage.draft_misses
-    assert usage.draft_hits == {0: 0, 4: drafts}.get(right, usage.draft_hits)
+    assert usage.scaling_rows == 10 + 19 + usage.drafts.misses
+    assert usage.drafts.hits == {0: 0, 4: drafts}.get(right, usage.drafts.hits)
+
+
+def test_forward_passes_with_a_draft_layer() -> None:
+    """Everything right: `depth` tokens a step once the streams are a step apart. Everything wrong: two passes a token,
+    as without, and every draft has cost a row.
+    """
+    for depth in (1, 2, 4):
+        for right, passes in ((4, 1 + -(-39 // depth) + 1), (0, 80)):
+            engine, runner, _ = build(depth=depth, right=right)
+            engine.add(request("a", 10, 40))
+            assert finish(engine) == {("a", 0): expected(request("a", 10, 40))}
+            assert len(runner.steps) == passes, (depth, right)
+
+
+@pytest.mark.parametrize("wrong", range(7))
+@pytest.mark.parametrize("by", ["real pass", "scaling pass"])
+def test_a_draft_that_is_wrong_at_any_depth(wrong: int, by: str) -> None:
+    """Of seven drafts, all before the wrong one are kept in both streams, all behind it are dropped from both. The
+    scaling pass finds it a step before the real one, unless it thinks the same.
+    """
+    engine, runner, scheduler = build(depth=7, right=4, block_size=2)
+    made = request("a", 5, 40)
+    engine.add(made)
+    engine.step()
+    [sequence] = scheduler.running
+    true = expected(made)
+    assert sequence.drafts == true[:7]
+    sequence.drafts[wrong] = other = (true[wrong] + 1) % VOCABULARY
+    if by == "real pass":  # the scaling pass is as wrong
+        honest = runner._prediction
+        runner._prediction = lambda one, text: other if len(text) == 5 + wrong else honest(one, text)  # type: ignore[method-assign]
+    before = len(runner.steps)
+    assert finish(engine)[("a", 0)] == true
+    dropped = [0] * wrong + [1] * (7 - wrong)
+    if by == "real pass" and wrong:  # a step later, which had rows of seven more
+        dropped = [each + 1 for each in dropped]
+    assert sequence.usage.drafts.lookahead_dropped == dropped
+    assert len(runner.steps) - before <= 40 // 7 + 5
 
 
 def test_chunked_prefill_respects_the_budget() -> None:
@@ -535,6 +592,7 @@ def test_sequence_keeps_its_tokens_when_rewound() -> None:
     sequence.accept(7)
     sequence.scaling.computed, sequence.real.computed = 4, 3
     sequence.draft([9], sequence.lookahead)
+    assert sequence.drafts == [9]
     sequence.rewind()
     assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (0, 0, [])
     assert sequence.tokens[-1] == 7
@@ -553,7 +611,9 @@ def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(BlockManager, "_evict", count_evictions)
     for number in range(6):
-        engine, runner, _ = build(blocks=40 + 30 * (number % 2), block_size=2, budget=24, speculative=8, row_cost=0.05)
+        engine, runner, _ = build(
+            blocks=40 + 30 * (number % 2), block_size=2, budget=24, speculative=8, row_cost=0.05, depth=1 + number % 3
+        )
         for i in range(6):
             made = request(f"{'loop' * (i % 2)}{i}", 6 + i, 12, n=1 + i % 2)
             engine.add(replace(made, freeze_after=4 if i == number else None))
@@ -563,10 +623,14 @@ def test_random_workloads_reach_everything(monkeypatch: pytest.MonkeyPatch) -> N
             for output in step.outputs:
                 if output.finish_reason and output.usage:
                     seen["cached"] += output.usage.cached_tokens
-                    seen["hits"] += output.usage.draft_hits
-                    seen["misses"] += output.usage.draft_misses
-                    seen["accepted"] += output.usage.accepted_tokens
-                    seen["rejected"] += output.usage.speculated_tokens - output.usage.accepted_tokens
+                    seen["hits"] += output.usage.drafts.hits
+                    seen["misses"] += output.usage.drafts.misses
+                    seen["deep hits"] += sum(output.usage.drafts.lookahead_kept[1:])
+                    seen["deep misses"] += sum(output.usage.drafts.lookahead_dropped[1:])
+                    seen["accepted"] += output.usage.drafts.accepted
+                    seen["rejected"] += output.usage.drafts.speculated - output.usage.drafts.accepted
         seen["several tokens"] += sum(share.samples > 2 for plan in runner.steps for share in plan)
     assert all(seen[what] > 0 for what in ("cached", "hits", "misses", "accepted", "rejected")), seen
-    assert all(seen[what] > 0 for what in ("preemptions", "several tokens", "evicted")), seen
+    assert all(seen[what] > 0 for what in ("deep hits", "deep misses", "preemptions", "several tokens", "evicted")), (
+        seen
+    )

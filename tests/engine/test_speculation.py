@@ -57,7 +57,7 @@ def requests_of_few_tokens() -> list[Request]:
 def accepted(choice: Choice) -> tuple[int, int]:
     """Copied drafts that were kept, and those that were dropped."""
     assert choice.usage is not None
-    return choice.usage.accepted_tokens, choice.usage.speculated_tokens - choice.usage.accepted_tokens
+    return choice.usage.drafts.accepted, choice.usage.drafts.speculated - choice.usage.drafts.accepted
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +222,9 @@ def test_drafting_stops_where_it_does_not_pay(tiny: Tiny) -> None:
     assert adaptive is not None
     assert always is not None
     assert never is not None
-    assert always.draft_hits < 0.1 * always.draft_misses, "the drafts are too good for this test"
-    assert always.draft_misses > 150
-    wasted = adaptive.draft_misses + adaptive.speculated_tokens - adaptive.accepted_tokens
+    assert always.drafts.hits < 0.1 * always.drafts.misses, "the drafts are too good for this test"
+    assert always.drafts.misses > 150
+    wasted = adaptive.drafts.misses + adaptive.drafts.speculated - adaptive.drafts.accepted
     assert wasted < 50
     assert adaptive.forward_passes <= never.forward_passes
 

@@ -37,7 +37,7 @@ _COPIES_OUT = 4
 COPIES_OUT = {"logprobs": 7, "prompt logprobs": 7, "score": 6, "scaling pass alone": 6, "everything": 13}
 _LATE_READS = 1
 _CAPTURED = 9  # most launches of the decoder in a step that is replayed
-SAMPLED = ("everything", "drafts", "abort", "scaling pass alone")  # those of the short run
+SAMPLED = ("everything", "drafts", "sampled ahead", "abort", "scaling pass alone")  # those of the short run
 SAMPLED_CAPTURES = ("everything",)
 SHORT = replace(KINDS["greedy"], prompt=5, sampling=replace(KINDS["greedy"].sampling, max_tokens=3))
 
@@ -49,10 +49,10 @@ def cuda() -> FakeCuda:
 
 @pytest.fixture(scope="module")
 def engines(cuda: FakeCuda, tmp_path_factory: pytest.TempPathFactory) -> FakeCudaEngines:
-    """Of a bundle with all there is: experts of different ranks, a deep classifier, a draft head."""
+    """Of a bundle with all there is: experts of different ranks, a deep classifier, a draft head and a draft layer."""
     path = tmp_path_factory.mktemp("tiny") / "mixed"
     xlora = {"xlora_depth": 2, "layerwise_scalings": True}
-    made = FakeCudaEngines(Tiny(path, xlora=xlora, strength=0.3, draft_head=8), cuda)
+    made = FakeCudaEngines(Tiny(path, xlora=xlora, strength=0.3, draft_head=8, draft_depth=4), cuda)
     with cuda:
         made.move()
     return made

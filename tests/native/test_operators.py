@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from service.checkpoint import DraftLayerWeights
+from service.model.draft_layer import EPS, DraftLayer
 from service.model.gate import Gate
 from service.native import operators
 from tests.model.test_classifier import E, H, build
@@ -150,6 +152,75 @@ def test_drafting_of_what_does_not_fit_is_an_error(native_kernels: None) -> None
     for bad in ((hidden[:, 1:], rows, 1, good), (hidden, rows.int(), 1, good), (hidden, rows, 1, good[:2])):
         with pytest.raises(RuntimeError, match="fitting shapes"):
             operators.drafting(*bad)
+
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK, DEPTH = 4, 2, 8, 4, 3
+
+
+def draft_layer() -> DraftLayer:
+    """A random one, of another width than the state's."""
+    shapes = {
+        "mix": (HIDDEN, 2 * HIDDEN), "depths": (DEPTH - 1, HIDDEN), "query": (HEADS * HEAD_DIM, HIDDEN),
+        "output": (HIDDEN, HEADS * HEAD_DIM), "up": (21, HIDDEN), "bias": (21,), "down": (HIDDEN, 21),
+    }  # fmt: skip
+    weights = {name: (torch.randn(shape) / 4).bfloat16() for name, shape in shapes.items()}
+    made = DraftLayerWeights(**weights, agreement=torch.ones(DEPTH))
+    return DraftLayer(made, HEAD_DIM, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def draft_arguments(rows: int, stored: torch.dtype) -> tuple[DraftLayer, list[Any]]:
+    """A layer, and what operators.draft_state takes for so many rows of streams of different lengths."""
+    layer = draft_layer()
+    mix, query, output, up, down = (
+        getattr(layer, name).to(stored) for name in ("mix", "query", "output", "up", "down")
+    )
+    tensors = [mix, layer.depths[1], torch.ones(HIDDEN), query, output, up, layer.bias, down]
+    positions = torch.tensor([3 * row % 11 for row in range(rows)])
+    table = torch.stack([torch.randperm(6)[:3] for _ in range(rows)])
+    keys, values = torch.randn(2, 6, BLOCK, KV_HEADS, HEAD_DIM)
+    angles = torch.randn(rows, HEAD_DIM // 2).repeat(1, 2)
+    rotation = (angles.cos(), angles.sin())
+    state, embedded = torch.randn(2, rows, HIDDEN)
+    return layer, [state, embedded, tensors, rotation, keys, values, positions, table, EPS]
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_draft_state(threads: int, rows: int, stored: torch.dtype) -> None:
+    """DraftLayer over keys that are gathered and softmax as it is written, whatever stands behind the last position."""
+    layer, arguments = draft_arguments(rows, stored)
+    state, embedded, _, rotation, keys, values, positions, table, _ = arguments
+
+    def attend(asked: Tensor) -> Tensor:
+        found = torch.empty_like(asked)
+        for row, (position, blocks) in enumerate(zip(positions.tolist(), table, strict=True)):
+            key, value = (pool[blocks].flatten(0, 1)[: position + 1] for pool in (keys, values))
+            for head in range(HEADS):
+                own = head // (HEADS // KV_HEADS)
+                weights = (key[:, own] @ asked[row, head] / HEAD_DIM**0.5).softmax(0)
+                found[row, head] = weights @ value[:, own]
+        return found
+
+    for turn in (rotation, None):
+        expected = layer(state, embedded, 2, turn, attend)
+        arguments[3] = turn
+        assert_close(operators.draft_state(*arguments), expected.double())
+
+
+def test_a_draft_state_of_what_does_not_fit_is_an_error(native_kernels: None) -> None:
+    """Memory is not read as what it is not."""
+    _, good = draft_arguments(2, torch.float32)
+    operators.draft_state(*good)
+    for number, wrong in (
+        (0, good[0][:1]), (1, good[1][:, 1:]), (2, good[2][:7]), (3, (good[3][0][:1], good[3][1])),
+        (4, good[4].double()), (5, good[5][:3]), (6, good[6].int()), (6, good[6][:1]), (7, good[7][:1]),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            operators.draft_state(*good[:number], wrong, *good[number + 1 :])
+    for number in range(8):
+        tensors = [*good[2][:number], torch.randn(5, 3), *good[2][number + 1 :]]
+        with pytest.raises(RuntimeError, match="fitting shapes"):
+            operators.draft_state(*good[:2], tensors, *good[3:])
 
 
 def test_what_does_not_fit_is_an_error(threads: int) -> None:

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from service.checkpoint import DraftHeadWeights, XLoraConfig, write_bundle
+from service.checkpoint import DraftHeadWeights, DraftLayerWeights, XLoraConfig, write_bundle
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
@@ -70,6 +70,7 @@ def make_bundle(
     with_sites: bool = True,
     gate_profile: Mapping[str, Any] | None = None,
     draft_head: int | None = None,
+    draft_depth: int | None = None,
 ) -> Path:
     """Write a bundle at `path` and return `path`.
 
@@ -78,6 +79,7 @@ def make_bundle(
     {expert name: value}. `xlora` are XLoraConfig fields. `strength`: size of an expert's update relative to its input.
     `head`: standard deviation of the logits, about.
     `draft_head`: the width of a random one, which drafts something else now and then.
+    `draft_depth`: the tokens that a random draft layer drafts in all, at least 2.
     `architecture` is a transformers model_type; `base_config` goes to its config. The vocabulary is at least the
     tokenizer's (all 256 bytes and the special tokens), whatever `vocab` says.
     """
@@ -120,6 +122,7 @@ def make_bundle(
         classifier=make_classifier(config, sites=len(sites), experts=len(entries), generator=generator),
         gate_profile=gate_profile,
         draft_head=None if draft_head is None else make_draft_head(hidden, draft_head, generator),
+        draft_layer=None if draft_depth is None else make_draft_layer(model, draft_depth, generator),
     )
     if not with_sites:
         _drop_sites(path)
@@ -131,6 +134,29 @@ def make_draft_head(hidden: int, size: int, generator: torch.Generator) -> Draft
     up = torch.randn(size, hidden, generator=generator) / math.sqrt(hidden)
     bias = torch.randn(size, generator=generator)
     return DraftHeadWeights(up, bias, torch.randn(hidden, size, generator=generator) / (2 * math.sqrt(size)))
+
+
+def make_draft_layer(model: Any, depth: int, generator: torch.Generator, *, heads_each: int = 2) -> DraftLayerWeights:
+    """A random one for the base `model`, with so many query heads for each KV head, whose states stay of one size."""
+    config = model.config.get_text_config()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    width = heads_each * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    size = hidden // 2
+
+    def matrix(out: int, wide: int, factor: float = 1.0) -> torch.Tensor:
+        return torch.randn(out, wide, generator=generator) * factor / math.sqrt(wide)
+
+    return DraftLayerWeights(
+        mix=matrix(hidden, 2 * hidden, 1.4),
+        depths=matrix(depth - 1, hidden, 2.0),
+        query=matrix(width, hidden, 2.0),
+        output=matrix(hidden, width, 0.5),
+        up=matrix(size, hidden),
+        bias=torch.randn(size, generator=generator),
+        down=matrix(hidden, size, 0.5),
+        agreement=torch.linspace(0.9, 0.6, depth),
+    )
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

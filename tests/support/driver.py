@@ -19,6 +19,7 @@ from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
+from service.engine.speculation.drafters import StepCost
 from service.model.xlora_model import XLoraModel
 from service.native.step import NativeStep
 
@@ -51,7 +52,7 @@ class Choice:
     def drafts(self) -> tuple[int, int]:
         """Of the scaling pass: how many were kept and how many dropped."""
         assert self.usage is not None
-        return self.usage.draft_hits, self.usage.draft_misses
+        return self.usage.drafts.hits, self.usage.drafts.misses
 
     @property
     def rows(self) -> int:
@@ -171,15 +172,16 @@ class Engines:
         if shares:
             settings["native_kernels"] = False
         chosen = EngineOptions(model=str(self.tiny.path), **settings)
-        engine = build_engine(self.model, self.checkpoint, chosen, on_progress=self.news.append, wait_for_native=wait)
+        cost = StepCost(0.08, 0.08) if adaptive else StepCost()
+        engine = build_engine(
+            self.model, self.checkpoint, chosen, None, self.news.append, wait_for_native=wait, step_cost=cost
+        )
         if shares:  # a model is made native once: its weights may be kept in bfloat16 then
             engine.runner.step = self._native
         elif isinstance(engine.runner.step, NativeStep):
             self._native = engine.runner.step
         assert isinstance(engine.blocks, BlockManager)
         engine.runner.overlapped_rows = 1 << 20 if overlaps else 0
-        if not adaptive:
-            engine._scheduler.row_cost = 0.0
         assert blocks is None or engine.blocks.num_blocks == blocks
         return engine
 

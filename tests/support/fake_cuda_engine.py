@@ -19,8 +19,10 @@ from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep
 from service.engine.loader import build_engine
+from service.engine.speculation.drafters import StepCost
 from service.model.attention import paged
-from service.model.batch import Batch
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from tests.support.driver import words
@@ -65,6 +67,10 @@ def _twice(engine: Engine) -> None:
         engine.step()
 
 
+def _drafted_ahead(stats: list[StepStats]) -> bool:
+    return any(len(each.drafts.lookahead_kept + each.drafts.lookahead_dropped) > 3 for each in stats)
+
+
 KINDS: dict[str, Kind] = {
     "greedy": Kind(),
     "chunked prefill": Kind(prompt=60, options={"max_num_batched_tokens": 16}),
@@ -99,7 +105,14 @@ KINDS: dict[str, Kind] = {
     ),
     "n = 4": Kind(_sampling(n=4, temperature=1.0)),
     "drafts": Kind(
-        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.accepted_tokens for each in stats)
+        _sampling(max_tokens=16), copies=2, happened=lambda stats: any(each.drafts.accepted for each in stats)
+    ),
+    "drafts ahead": Kind(
+        _sampling(max_tokens=12), copies=2, options={"draft_depth": 4, "speculative_tokens": 0}, happened=_drafted_ahead
+    ),
+    "sampled ahead": Kind(
+        _sampling(max_tokens=12, temperature=0.8, frequency_penalty=0.5), copies=2,
+        options={"draft_depth": 4, "speculative_tokens": 0}, happened=_drafted_ahead,
     ),
     "no lookahead": Kind(options={"lookahead": False}, copies=2),
     "abort": Kind(_sampling(max_tokens=16), copies=3, abort_at=3, options={"speculative_tokens": 0}),
@@ -129,6 +142,10 @@ class _Decoder:
             self._plant(output.logits)
         return output
 
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        with self._cuda.decoder():
+            return self._step.draft(start, choose, kv_cache)
+
 
 class FakeCudaEngines:
     """Engines of one tiny bundle whose model has been moved to a fake device. For use inside `FakeCuda`."""
@@ -148,11 +165,13 @@ class FakeCudaEngines:
         """An engine for requests of a kind."""
         settings = {
             "max_model_len": 128, "max_num_seqs": 4, "block_size": BLOCK_SIZE, "cuda_graphs": cuda_graphs,
+            "draft_depth": 1,
             "kv_memory_bytes": kind.blocks * self.model.kv_layout(BLOCK_SIZE).block_bytes, **kind.options,
         }  # fmt: skip
         if kind.blocks < 100:
             settings["max_model_len"] = kind.blocks // 2 * BLOCK_SIZE
-        engine = build_engine(self.model, self._checkpoint, EngineOptions(model=self._path, device="cuda", **settings))
+        options = EngineOptions(model=self._path, device="cuda", **settings)
+        engine = build_engine(self.model, self._checkpoint, options, step_cost=StepCost(0.007, 0.02))
         engine.runner.overlapped_rows = 1 << 20  # also eager steps are launched before results are written
         kind.before(engine)
         return engine

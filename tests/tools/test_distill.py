@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from service.checkpoint import Checkpoint, load_checkpoint
-from service.checkpoint.formats.writer import add_draft_head
+from service.checkpoint.formats.writer import add_drafts
 from service.cli import main
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
@@ -187,7 +187,7 @@ def test_the_command_writes_it(
 def test_writing_changes_nothing_else(bundle: Path) -> None:
     before = json.loads((bundle / "bundle.json").read_text())
     for size in (16, 8):
-        add_draft_head(bundle, make_draft_head(32, size, torch.Generator().manual_seed(size)))
+        add_drafts(bundle, make_draft_head(32, size, torch.Generator().manual_seed(size)), None)
         draft_head = load_checkpoint(bundle).draft_head
         assert draft_head is not None
         assert draft_head.size == size
@@ -199,7 +199,7 @@ def test_writing_changes_nothing_else(bundle: Path) -> None:
     for path in (bundle / "bundle.json", bundle / FILE):
         assert path.stat().st_mode & 0o777 == 0o644
     (bundle / "bundle.json").write_text(json.dumps({**before, "sha256": None}))
-    add_draft_head(bundle, make_draft_head(32, 4, torch.Generator()))
+    add_drafts(bundle, make_draft_head(32, 4, torch.Generator()), None)
     assert json.loads((bundle / "bundle.json").read_text())["sha256"].keys() == {FILE}
 
 

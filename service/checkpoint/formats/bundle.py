@@ -26,6 +26,8 @@ from service.checkpoint.weights import lora
 from service.checkpoint.weights.classifier import ClassifierWeights, OpenGate, open_gate, read_classifier
 from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.weights.draft_head import DraftHeadWeights, read_draft_head
+from service.checkpoint.weights.draft_layer import WEIGHTS_FILE as DRAFT_LAYER_FILE
+from service.checkpoint.weights.draft_layer import AttentionShape, DraftLayerWeights, read_draft_layer
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import LoraWeights
 from service.checkpoint.weights.tensors import DTYPES, StoredTensor, TensorFile, read_header
@@ -60,6 +62,7 @@ class Checkpoint:
     gate_profile: dict[str, Any] | None
     draft_head: DraftHeadWeights | None
     weights_sha256: str | None  # over the hashes of all weight files, sorted by label; None: not known yet
+    draft_layer: DraftLayerWeights | None = None
     weight_files: tuple[WeightFile, ...] = ()  # as they were examined; empty: they were not
     files: WeightFiles | None = None
     base_reference: str = ""  # the base as a hub id or an absolute path
@@ -173,9 +176,7 @@ def read_checkpoint(
             experts.append(_read_expert(root, folder, entry, known_base, files, defects))
     if overrides.base is None:
         _check_base_names(manifest, experts, defects)
-    draft_head: DraftHeadWeights | None = None
-    with defects.guard():
-        draft_head = _read_draft_head(root, manifest, base, files, defects)
+    draft_head, draft_layer = _read_drafts(root, manifest, base, files, defects)
     classifier: ClassifierWeights | None = None
     with defects.guard():
         sites = _check_sites(manifest, experts, defects)
@@ -196,6 +197,7 @@ def read_checkpoint(
         classifier=classifier,
         gate_profile=manifest.gate_profile,
         draft_head=draft_head,
+        draft_layer=draft_layer,
         weights_sha256=files.combined(examined) if examine_weights else files.stated,
         weight_files=tuple(examined),
         files=files,
@@ -230,15 +232,28 @@ def _read_expert(
     return Expert(entry.name, entry.description, weights, config, folder)
 
 
-def _read_draft_head(
+def _read_drafts(
     root: BundleRoot, manifest: Manifest, base: BaseModel | None, files: WeightFiles, defects: Defects
-) -> DraftHeadWeights | None:
+) -> tuple[DraftHeadWeights | None, DraftLayerWeights | None]:
+    """The draft head and the draft layer: the folder has either file or both."""
+    head: DraftHeadWeights | None = None
+    layer: DraftLayerWeights | None = None
     if manifest.draft_head is None:
-        return None
-    folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
-    file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
-    files.add(f"draft_head/{file.path.name}", file)
-    return read_draft_head(file, None if base is None else base.hidden_size, defects)
+        return head, layer
+    hidden_size = None if base is None else base.hidden_size
+    attention = AttentionShape.of({} if base is None else base.config)
+    with defects.guard():
+        folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
+        has_layer = (folder / DRAFT_LAYER_FILE).exists()
+        if (folder / DRAFT_HEAD_FILE).exists() or not has_layer:
+            file = read_header(root.weights(folder, DRAFT_HEAD_FILE))
+            files.add(f"draft_head/{file.path.name}", file)
+            head = read_draft_head(file, hidden_size, defects)
+        if has_layer:
+            file = read_header(root.weights(folder, DRAFT_LAYER_FILE))
+            files.add(f"draft_head/{file.path.name}", file)
+            layer = read_draft_layer(file, hidden_size, attention, defects)
+    return head, layer
 
 
 def _check_base_names(manifest: Manifest, experts: list[Expert], defects: Defects) -> None:

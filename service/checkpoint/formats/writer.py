@@ -1,4 +1,4 @@
-"""Writing a bundle: bundle.json, classifier and draft head around a base and adapters that already lie in place; or all
+"""Writing a bundle: bundle.json, classifier and drafts around a base and adapters that already lie in place; or all
 of a checkpoint, whichever layout it was read from, into a new folder.
 
 Knows the format of DESIGN section 5, and what is copied, renamed and cast. Builds no module: whoever calls says in
@@ -29,6 +29,8 @@ from service.checkpoint.formats.manifest import FILE_NAME, FORMAT_VERSION, GATE_
 from service.checkpoint.weights.draft_head import FOLDER as DRAFT_HEAD_FOLDER
 from service.checkpoint.weights.draft_head import WEIGHTS_FILE as DRAFT_HEAD_FILE
 from service.checkpoint.weights.draft_head import DraftHeadWeights, draft_head_bytes
+from service.checkpoint.weights.draft_layer import WEIGHTS_FILE as DRAFT_LAYER_FILE
+from service.checkpoint.weights.draft_layer import DraftLayerWeights, draft_layer_bytes
 from service.checkpoint.weights.files import BundleRoot
 from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
 from service.checkpoint.weights.tensors import TensorFile, file_sha256, read_tensors
@@ -51,6 +53,7 @@ def write_bundle(
     classifier: Iterable[tuple[torch.Tensor, torch.Tensor | None]],
     gate_profile: Mapping[str, Any] | None = None,
     draft_head: DraftHeadWeights | None = None,
+    draft_layer: DraftLayerWeights | None = None,
     base: str = "base",
 ) -> Path:
     """Complete the bundle at `path`, whose base and adapter folders exist; returns the path of bundle.json.
@@ -78,21 +81,28 @@ def write_bundle(
     if gate_profile is not None:
         manifest["gate_profile"] = dict(gate_profile)
     _write_json(path / FILE_NAME, manifest)
-    if draft_head is not None:
-        add_draft_head(path, draft_head)
+    add_drafts(path, draft_head, draft_layer)
     return path / FILE_NAME
 
 
-def add_draft_head(path: Path, weights: DraftHeadWeights) -> None:
-    """Gives the bundle at `path` a draft head, in the place of one that it has. Nothing else of it changes, and each
-    file is there as a whole or as it was. Raises OSError.
+def add_drafts(path: Path, head: DraftHeadWeights | None, layer: DraftLayerWeights | None) -> None:
+    """Gives the bundle at `path` a draft head, a draft layer or both, in the place of those that it has; None leaves
+    what there is. Nothing else of it changes, and each file is there as a whole or as it was. Raises OSError.
     """
+    contents: dict[str, bytes] = {}
+    if head is not None:
+        contents[f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"] = draft_head_bytes(head)
+    if layer is not None:
+        contents[f"{DRAFT_HEAD_FOLDER}/{DRAFT_LAYER_FILE}"] = draft_layer_bytes(layer)
+    if not contents:
+        return
     manifest = json.loads((path / FILE_NAME).read_text(encoding="utf-8"))
-    content, file = draft_head_bytes(weights), f"{DRAFT_HEAD_FOLDER}/{DRAFT_HEAD_FILE}"
-    (path / file).parent.mkdir(exist_ok=True)
-    _replace(path / file, content)
+    (path / DRAFT_HEAD_FOLDER).mkdir(exist_ok=True)
+    for file, content in contents.items():
+        _replace(path / file, content)
+    hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     manifest["draft_head"] = DRAFT_HEAD_FOLDER
-    manifest["sha256"] = {**(manifest.get("sha256") or {}), file: hashlib.sha256(content).hexdigest()}
+    manifest["sha256"] = {**(manifest.get("sha256") or {}), **hashes}
     _replace(path / FILE_NAME, _json_bytes(manifest))
 
 
@@ -169,6 +179,7 @@ def convert(
             classifier=checkpoint.classifier.layers,
             gate_profile=checkpoint.gate_profile,
             draft_head=checkpoint.draft_head,
+            draft_layer=checkpoint.draft_layer,
             base=base,
         )
     return target

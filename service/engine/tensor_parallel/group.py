@@ -37,11 +37,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from service.contract.errors import EngineLostError, SettingsError
 from service.contract.options import EngineOptions
 from service.engine.tensor_parallel.rank_messages import pack, pack_batch, unpack
-from service.model.batch import Batch
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 from service.model.loading.parallel_plan import Ranks
 from service.model.steps.step import ForwardOutput
@@ -168,6 +170,10 @@ class Leader:
             return self._model.forward(batch, kv_cache)
         except Exception as error:
             raise self._group.failure(error) from error
+
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """Nobody asks: a divided model has no draft layer, whose heads would have to be divided as well."""
+        raise NotImplementedError
 
 
 class _Rank:

@@ -64,7 +64,7 @@ def paged_attention(
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     kv_cache.write(layer, batch.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)  # [T, heads, head_dim]
-    attend = _backend(rows, key.shape[1], kv_cache.block_size, sliding_window, softcap)
+    attend = backend_for(rows, kv_cache, sliding_window, softcap)
     outputs = []
     for group in batch.groups:
         own = rows[group.start : group.start + group.segments * group.queries]
@@ -72,11 +72,13 @@ def paged_attention(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-def _backend(rows: Tensor, kv_heads: int, block_size: int, window: int | None, softcap: float | None) -> Backend:
+def backend_for(rows: Tensor, kv_cache: KVCache, window: int | None = None, softcap: float | None = None) -> Backend:
+    """What attends for rows [n, heads, head_dim] over the cache."""
     if not rows.is_cuda:
         return sdpa
     heads, head_dim = rows.shape[1:]
-    return cuda_backend(Shape(rows.device, rows.dtype, heads, kv_heads, head_dim, block_size, window, softcap))
+    kv_heads = kv_cache.keys[0].shape[2]
+    return cuda_backend(Shape(rows.device, rows.dtype, heads, kv_heads, head_dim, kv_cache.block_size, window, softcap))
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

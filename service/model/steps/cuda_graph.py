@@ -15,9 +15,11 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from service.model import gate_rows
-from service.model.batch import AttentionGroup, Batch, GateParameters
+from service.model.batch import AttentionGroup, Batch, DraftStart, GateParameters
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 
@@ -112,8 +114,14 @@ class CapturedSteps:
                 self._fill(batch, count, rows)
                 found = replay()
                 logits = found.logits.index_select(0, batch.logit_rows)
-                return ForwardOutput(logits, found.gate_logits[:scaling_rows], found.scalings[:scaling_rows])
+                return ForwardOutput(
+                    logits, found.gate_logits[:scaling_rows], found.scalings[:scaling_rows], found.hidden
+                )
         return self._eager.forward(batch, kv_cache)
+
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """Runs the draft layer eagerly: what it starts from is in the static outputs until the next forward."""
+        return self._eager.draft(start, choose, kv_cache)
 
     def _fill(self, batch: Batch, count: int, rows: int) -> None:
         """Writes the batch into the static buffers: `count` rows and idle ones up to `rows`."""

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from service.model.batch import Batch
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 
 
@@ -18,6 +19,7 @@ class ForwardOutput:
     logits: Tensor  # [L, V] of the batch's logit_rows, in the base's dtype
     gate_logits: Tensor  # [num_scaling_rows, S, E] fp32, before softmax and steering (S = 1 without layerwise scalings)
     scalings: Tensor  # [num_scaling_rows, S, E] fp32, as they were stored
+    hidden: Tensor  # [T, H], the last hidden state
 
 
 class Step(Protocol):
@@ -29,3 +31,6 @@ class Step(Protocol):
 
         Real rows must have their scalings stored by an earlier forward.
         """
+
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """Runs the model's draft layer behind rows of the latest forward: int64 [n, depth - 1], the next drafts."""

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import AttentionGroup, Batch, DraftStart
 from service.model.kv_cache import KVCache
 from service.model.steps.step import Step
 
 
-def warm_up(step: Step, kv_cache: KVCache) -> None:
-    """Runs a scaling row and a real row whose outcome nobody reads: libraries allocate, attention finds its backend.
+def warm_up(step: Step, kv_cache: KVCache, *, drafts: bool) -> None:
+    """Runs a scaling row and a real row whose outcome nobody reads, and the draft layer if it `drafts`: libraries
+    allocate, attention finds its backend.
 
     What cannot run on this device fails here, while the engine starts.
     """
+    output = step.forward(idle_batch(kv_cache, 2), kv_cache)
+    if drafts:
+        draft_idly(step, kv_cache, output.hidden[:1])
+
+
+def idle_batch(kv_cache: KVCache, count: int) -> Batch:
+    """So many rows, half of them scaling rows, of position 0 in the scratch block."""
     scratch, dummy = kv_cache.scratch_slot, kv_cache.dummy_slot
     device = kv_cache.gate_rows.device
     # token, position, KV slot, gate slot, new gate slot, is scaling
-    rows = torch.tensor([[0, 0, scratch, dummy, scratch, 1], [0, 0, scratch, dummy, scratch, 0]], device=device).T
-    table = torch.full((2, 1), kv_cache.num_blocks, device=device)
-    group = AttentionGroup(0, 2, 1, rows[1, :, None], table, 1, needs_mask=False)
-    step.forward(Batch(rows.contiguous(), 1, torch.arange(2, device=device), [group]), kv_cache)
+    rows = torch.tensor([[0, 0, scratch, dummy, scratch, 1], [0, 0, scratch, dummy, scratch, 0]], device=device)
+    rows = rows.repeat_interleave(count // 2, 0).T.contiguous()
+    table = torch.full((count, 1), kv_cache.num_blocks, device=device)
+    group = AttentionGroup(0, count, 1, rows[1, :, None], table, 1, needs_mask=False)
+    return Batch(rows, count // 2, torch.arange(count, device=device), [group])
+
+
+def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor) -> None:
+    """Runs the draft layer once, behind hidden [1, H] as if it were of position 0 in the scratch block."""
+    zeros = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+    group = AttentionGroup(0, 1, 1, zeros, zeros + kv_cache.num_blocks, 1, needs_mask=False)
+    step.draft(DraftStart(hidden, zeros[0], group, depth=2), lambda logits, _: logits.argmax(-1), kv_cache)

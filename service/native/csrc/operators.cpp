@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -188,6 +189,57 @@ Given op_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vector<
     return seen_;
 }
 
+// The draft layer: state and embedded [n, H] -> the next state [n, H], which attends over keys and values up to `positions` [n] of the
+// streams with `table` [n, blocks]. `tensors` are mix [H, 2H] and its bias, the norm's weight, query, output, U, b and D.
+Given op_draft_state(
+    Given state_, Given embedded_, std::vector<Given> tensors, Maybe cos_, Maybe sin_, Given keys_, Given values_, Given positions_,
+    Given table_, double eps
+) {
+    const Tensor state = tensor_of(state_), embedded = tensor_of(embedded_), keys = tensor_of(keys_), values = tensor_of(values_);
+    const Tensor positions = tensor_of(positions_), none(nullptr), cos = tensor_of(cos_), sin = tensor_of(sin_);
+    require(is_dense_floats(state, 2) && is_dense_floats(embedded, 2) && tensors.size() == 8 && is_pool(keys, keys) && is_pool(values, keys));
+    const int64_t rows = state.size(0), hidden = state.size(1), head_dim = keys.size(3);
+    const Linear mix{tensor_of(tensors[0]), tensor_of(tensors[1]), none, none, none};
+    const Tensor norm_weight = tensor_of(tensors[2]);
+    const Linear query{tensor_of(tensors[3]), none, none, none, none}, output{tensor_of(tensors[4]), none, none, none, none};
+    const Linear up{tensor_of(tensors[5]), tensor_of(tensors[6]), none, none, none}, down{tensor_of(tensors[7]), none, none, none, none};
+    require(mix.is_sound() && query.is_sound() && output.is_sound() && up.is_sound() && down.is_sound());
+    const int64_t across = query.width(), kv_across = keys.size(2) * head_dim;
+    const std::vector<Group> groups{{tensor_of(table_), 1}};
+    require(
+        embedded.size(0) == rows && embedded.size(1) == hidden && mix.depth() == 2 * hidden && mix.width() == hidden &&
+        is_dense_floats(norm_weight, 1) && norm_weight.numel() == hidden && query.depth() == hidden && across && kv_across &&
+        across % kv_across == 0 && output.depth() == across && output.width() == hidden && up.depth() == hidden &&
+        down.depth() == up.width() && down.width() == hidden && is_index(positions) && positions.numel() == rows &&
+        are_groups_of(groups, rows));
+    for (const Tensor& turn : {cos, sin})
+        require(!turn || (is_dense_floats(turn, 2) && turn.size(0) == rows && turn.size(1) == head_dim));
+    const Given next_ = new_floats({rows, hidden});
+    float* const next = floats_of(next_);
+    const Floats floats(rows * (2 * hidden + 2 * across));
+    float* const both = floats.data();  // then what is normed, and what attention gives back
+    float* const asked = both + rows * 2 * hidden;
+    float* const attended = asked + rows * across;
+    for (int64_t row = 0; row < rows; row++) {
+        std::copy_n(state.data<float>() + row * hidden, hidden, both + row * 2 * hidden);
+        std::copy_n(embedded.data<float>() + row * hidden, hidden, both + row * 2 * hidden + hidden);
+    }
+    mix.run(both, rows, next);
+    norm(next, norm_weight.data<float>(), eps, rows, hidden, both);
+    query.run(both, rows, asked);
+    for (int64_t row = 0; cos && row < rows; row++)
+        for (int64_t at = 0; at < across; at += head_dim)
+            rotate(asked + row * across + at, cos.data<float>() + row * head_dim, sin.data<float>() + row * head_dim, head_dim);
+    const auto spans = std::make_shared<std::vector<Span>>(spans_of(groups, positions.data<int64_t>()));
+    const Step step{rows, nullptr, nullptr, nullptr, spans};
+    const Scores how{1.0f / std::sqrt(float(head_dim)), 0};
+    attend(asked, across / head_dim, step, keys, values, how, [&] { return Owners{groups[0].table.owner()}; }, attended);
+    output.run(attended, rows, both);
+    for (int64_t i = 0; i < rows * hidden; i++) next[i] += both[i];
+    draft(up, down, rows, next);
+    return next_;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
@@ -197,6 +249,7 @@ STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("spread", TORCH_BOX(&op_spread));
     library.impl("scalings", TORCH_BOX(&op_scalings));
     library.impl("drafting", TORCH_BOX(&op_drafting));
+    library.impl("draft_state", TORCH_BOX(&op_draft_state));
 }
 
 extern "C" {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from service.contract.output import GateStats, StepOutput
+from service.contract.output import DraftCounts, GateStats, StepOutput
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.gate.report import ReportSpan, gate_stats
@@ -330,8 +330,15 @@ def test_steps_and_usage_add_up(engines: Engines, lookahead: bool) -> None:
     )
     usages = [choice.usage for choice in result.choices.values() if choice.usage is not None]
     assert len(usages) == len(requests)
-    for name in ("scaling_rows", "real_rows", "draft_hits", "draft_misses"):
+    for name in ("scaling_rows", "real_rows"):
         assert sum(getattr(step.stats, name) for step in result.steps) == sum(getattr(usage, name) for usage in usages)
+    of_steps, of_choices = DraftCounts(), DraftCounts()
+    for step in result.steps:
+        of_steps.add(step.stats.drafts)
+    for usage in usages:
+        of_choices.add(usage.drafts)
+    assert of_steps == of_choices
+    assert bool(of_steps.hits) == lookahead
     assert all(reported == held for reported, held in running)
     for step in result.steps:
         assert step.stats.requests_running <= 2

@@ -69,7 +69,7 @@ def test_equals_pefts_log(tiny: Tiny, xlora: dict[str, Any]) -> None:
     engine.log_scalings(True)
     result = run(engine, [greedy("a", PROMPT, 16)])
     assert result["a"].usage is not None
-    assert result["a"].usage.draft_misses + result["a"].usage.speculated_tokens > 0
+    assert result["a"].usage.drafts.misses + result["a"].usage.drafts.speculated > 0
     assert_as_peft(logged(result.steps)["a", 0], variant, PROMPT + result["a"].tokens, range(36))
 
 

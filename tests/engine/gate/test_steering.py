@@ -378,7 +378,7 @@ def test_a_fixed_gate_copies_drafts(engines: Engines) -> None:
     prompt = [5, 6, 7, 8] * 6
     made = [greedy(str(i), prompt, 60, steering=steering) for i, steering in enumerate(GATES.values())]
     result = run(engine, [one for one in made if checked_request(one, engine.info).has_fixed_gate])
-    assert sum(choice.usage.accepted_tokens for choice in result.choices.values() if choice.usage) > 20
+    assert sum(choice.usage.drafts.accepted for choice in result.choices.values() if choice.usage) > 20
 
 
 @pytest.mark.parametrize("name", GATES)
