@@ -53,7 +53,7 @@ SUBJECTS = {
     ),
     "The engine": (
         *("device", "dtype", "quantization", "tensor_parallel", "threads", "kv_memory", "block_size"),
-        *("max_num_seqs", "max_num_batched_tokens", "prefix_cache", "lookahead", "speculative_tokens"),
+        *("max_num_seqs", "max_num_batched_tokens", "prefix_cache", "lookahead", "draft_depth", "speculative_tokens"),
         *("cuda_graphs", "native_kernels", "native_cache"),
     ),
     "Requests": (
