@@ -12,6 +12,7 @@ import re
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, TypeAdapter
@@ -112,17 +113,12 @@ DEFAULTS = {
     ("chat", "add_generation_prompt"): "`true`, or `false` with `continue_final_message`",
     ("scalings", "granularity"): "token",
     ("select", "stop"): "the end of the text",
-    ("select", "sites"): "all",
-    ("select", "layers"): "all",
-    ("select", "module_types"): "all",
-    ("select", "experts"): "all",
-    ("patch_gate", "scaling_pass_value"): "unchanged",
-    ("patch_gate", "top_k_lora"): "unchanged",
-    ("patch_gate", "global_scaling_weight"): "unchanged",
+    **{("select", name): "all" for name in ("sites", "layers", "module_types", "experts")},
+    **{("patch_gate", name): "unchanged" for name in GateBody.model_fields},
 }
 _WHEN_ABSENT = re.compile(r"\bWhen absent, ([^;.]+)")
 _ABSENT = re.compile(r"(?:^|(?<=[;.] ))([^;.]{1,60}?) when absent(?:[;.]|$)")
-_DEFAULT = re.compile(r"; default: ([^;]+)$")
+_DEFAULT = re.compile(r"; default(?:, or auto)?: ([^;]+)$")
 _SIZES = {"max_body_bytes": "4 MiB", "max_header_bytes": "32 KiB"}
 
 
@@ -147,6 +143,9 @@ def _setting(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
         default = "`auto`"
     if found := _DEFAULT.search(meaning):
         meaning, default = meaning[: found.start()], found[1]
+    values = [str(one).lower() for one in _values(field.annotation)]
+    if not all(value in meaning for value in values):
+        meaning = f"{meaning} ({', '.join(f'`{value}`' for value in values)})"
     if field.annotation is bool:
         default = "on" if field.default else "off"
         flag = f"`--no-{name.replace('_', '-')}`" if field.default else flag
@@ -154,6 +153,14 @@ def _setting(name: str, field: FieldInfo) -> tuple[str, str, str, str]:
     if "Secret" in str(field.annotation):  # a command line can be read by every user of the machine
         flag = "no flag"
     return flag, variable, _SIZES.get(name, default.replace(".0`", "`")), _cell(meaning)
+
+
+def _values(annotation: Any) -> tuple[Any, ...]:
+    """All that a setting may be, where these are few words."""
+    if annotation == bool | None:
+        return True, False
+    parts = get_args(annotation)
+    return parts if get_origin(annotation) is Literal else next((got for one in parts if (got := _values(one))), ())
 
 
 def api() -> dict[str, str]:
@@ -226,7 +233,8 @@ def _meaning(name: str, field: FieldInfo) -> tuple[str, str]:
 def _type(schema: dict, definitions: dict) -> str:
     """A JSON Schema in a few words."""
     if "$ref" in schema:
-        return _reference(schema["$ref"].rpartition("/")[2], definitions)
+        referred = definitions[schema["$ref"].rpartition("/")[2]]
+        return "object" if referred.get("type") == "object" else _type(referred, definitions)
     if "anyOf" in schema or "oneOf" in schema:
         parts = [_type(one, definitions) for one in schema.get("anyOf") or schema["oneOf"] if not _says_nothing(one)]
         return ", or ".join(dict.fromkeys(parts))
@@ -237,10 +245,6 @@ def _type(schema: dict, definitions: dict) -> str:
     if schema.get("type") == "array":
         return f"list of {_plural(_type(schema.get('items', {}), definitions))}"
     return schema.get("type", "any") + _range(schema)
-
-
-def _reference(name: str, definitions: dict) -> str:
-    return "object" if definitions.get(name, {}).get("type") == "object" else _type(definitions[name], definitions)
 
 
 def _says_nothing(schema: dict) -> bool:
