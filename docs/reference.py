@@ -1,8 +1,6 @@
 """The tables of configuration.md and api.md, written from the settings, the request bodies and the routes.
 
-python docs/reference.py           writes them again between their marks
-
-tests/repo/test_documents.py fails where they are stale.
+python docs/reference.py           writes them again between their marks; a test fails where they are stale
 
 Knows how a setting and a field of a body are described; knows nothing of what they do.
 """
@@ -222,8 +220,7 @@ def _meaning(name: str, field: FieldInfo) -> tuple[str, str]:
         return _cell(meaning), found[1].strip()
     if found := _ABSENT.search(meaning):
         return _cell(meaning[: found.start()] + meaning[found.end() :]), found[1].strip()
-    known = {one.name: one.default for one in fields(SamplingParams)}
-    default = known.get(name)
+    default = {one.name: one.default for one in fields(SamplingParams)}.get(name)
     if isinstance(default, bool) or (default is None and field.annotation == bool | None):
         return _cell(meaning), "`false`"
     plain = isinstance(default, int | float) and default is not MISSING and name != "seed"
