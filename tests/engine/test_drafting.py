@@ -103,7 +103,7 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
 def look_ahead(sequence: Sequence, rates: list[float]) -> None:
     """With nothing drafted so far."""
     used_at = sequence.prompt_len
-    sequence.look_ahead([Record(rate, used_at) for rate in rates], Record(0.7, used_at))
+    sequence.look_ahead([Record(rate, used_at) for rate in rates], sequence.prompt_lookup)
 
 
 def test_a_sequence_begins_as_others_have_fared() -> None:

@@ -149,7 +149,7 @@ def test_lookahead_saves_steps_and_changes_nothing(engines: Engines) -> None:
         ),
     ):
         plain = run(engines.build(lookahead=False, speculative_tokens=0), [request])["a"]
-        ahead = run(engines.build(lookahead=True, speculative_tokens=0, adaptive=False), [request])["a"]
+        ahead = run(engines.build(draft_depth=1, speculative_tokens=0, adaptive=False), [request])["a"]
         same(ahead, plain)
         for ours, theirs in zip(ahead.token_outputs, plain.token_outputs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)

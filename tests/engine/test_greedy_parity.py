@@ -65,7 +65,8 @@ def test_greedy_equals_peft(tiny: Tiny, point: tuple[int, ...]) -> None:
     engines = Engines(variant)
     optimisations: dict[str, dict[str, Any]] = {
         "none": {"lookahead": False, "speculative_tokens": 0},
-        "lookahead": {"speculative_tokens": 0, "adaptive": False},
+        "lookahead": {"speculative_tokens": 0, "adaptive": False, "draft_depth": 1},
+        "draft layer": {"speculative_tokens": 0, "adaptive": False},
         "copied drafts": {"lookahead": False, "adaptive": False},
         "both": {"adaptive": False},
         "adaptive": {},

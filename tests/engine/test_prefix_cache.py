@@ -152,7 +152,9 @@ def test_preempted_sequences_find_their_own_blocks(engines: Engines) -> None:
     ]
     rows = {}
     for prefix_cache in (True, False):
-        engine = engines.build(max_model_len=64, blocks=40, prefix_cache=prefix_cache, speculative_tokens=0)
+        engine = engines.build(
+            max_model_len=64, blocks=40, prefix_cache=prefix_cache, speculative_tokens=0, draft_depth=1
+        )
         for made in requests:
             same(run(engine, [made])[made.id], run(engines.build(prefix_cache=False), [made])[made.id])
         result = run(engine, requests)

@@ -197,11 +197,15 @@ def test_fewer_forwards_than_tokens_on_text_that_repeats_itself(record_property:
     examples = [one for one in json.loads((DEMO / "examples.json").read_text()) if one["domain"] == "code"][:3]
     text = "".join(one["prompt"] + one["answer"] + "\n" for one in examples) + examples[0]["prompt"]
     made = greedy("a", tokenizer.encode(text).ids, 40, return_scalings="mean")
-    one_ahead = run(engines.build(block_size=16, speculative_tokens=0), [made])["a"]
-    ours = run(engines.build(block_size=16), [made])["a"]
+    one_ahead = run(engines.build(block_size=16, speculative_tokens=0, draft_depth=1), [made])["a"]
+    ours = run(engines.build(block_size=16, draft_depth=1), [made])["a"]
+    all_ahead = run(engines.build(block_size=16), [made])["a"]
     same(ours, one_ahead)
+    same(all_ahead, one_ahead)
     assert ours.usage is not None
     assert one_ahead.usage is not None
+    assert all_ahead.usage is not None
+    assert all_ahead.usage.forward_passes <= 0.65 * 40
     record_property("forwards_per_token", ours.usage.forward_passes / 40)
     assert ours.usage.forward_passes <= 0.75 * 40
     assert one_ahead.usage.forward_passes >= 1.05 * 40
@@ -225,7 +229,7 @@ def test_drafting_stops_where_it_does_not_pay(tiny: Tiny) -> None:
     assert always.drafts.hits < 0.1 * always.drafts.misses, "the drafts are too good for this test"
     assert always.drafts.misses > 150
     wasted = adaptive.drafts.misses + adaptive.drafts.speculated - adaptive.drafts.accepted
-    assert wasted < 50
+    assert wasted < 70
     assert adaptive.forward_passes <= never.forward_passes
 
 
