@@ -271,7 +271,7 @@ class EngineClient:
         gone = InternalError(f"the engine is gone: {reason}", code="engine_dead")
         if self._closing:
             gone = InternalError("the server stopped", code="stopping", hint="send the request again")
-        else:
+        elif self._info is not None:  # before that, whoever waits in `start` is told, and nobody else
             logger.error("%s", reason)
         for stream in set(self._streams.values()):
             stream.fail(gone)

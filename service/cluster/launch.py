@@ -14,7 +14,7 @@ from ray import serve
 
 from service.cluster.front import middlewares
 from service.cluster.replica import APPLICATION, DEPLOYMENT, ClusterArguments, application, cpus_of
-from service.commands.serve import bind
+from service.commands.listener import bind
 from service.contract.errors import SettingsError, StartupError
 from service.settings import ENV_PREFIX, Settings
 

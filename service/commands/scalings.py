@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from service.api.gate_views.rows import RowFormat, Rows
 from service.api.generation.scaling_pass import scaling_rows
@@ -32,10 +33,18 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         _check_png(Path(arguments.png))
     tokens, experts, rows = asyncio.run(_run(arguments))
-    Console(highlight=False).print(scalings_table(tokens, experts, rows.mean, rows.entropy))
+    _print_table(scalings_table(tokens, experts, rows.mean, rows.entropy))
     if arguments.png is not None:
         save_heat_map(Path(arguments.png), tokens, experts, rows)
     return 0
+
+
+def _print_table(table: Table) -> None:
+    """As wide as the terminal; in a pipe or a file, whose width nobody knows, nothing is cut."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
 
 
 def _run_file(arguments: argparse.Namespace) -> int:

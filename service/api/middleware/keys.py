@@ -59,7 +59,8 @@ class Keys:
         try:
             lines = Path(file).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--{self._flag}-file {file} cannot be read: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise SettingsError(f"--{self._flag}-file {file} cannot be read: {reason}") from None
         keys = [line for line in lines if line.strip() and not line.startswith("#")]
         if not keys and self._listed is None:
             raise SettingsError(f"--{self._flag}-file {file} has no key", hint="write one key on each line")
