@@ -6,7 +6,6 @@ ignored costs an operator an afternoon. This file knows no engine: the engine's 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.contract.errors import SettingsError
+from service.contract.spelling import likely
 
 ENV_PREFIX = "XLORA_"
 REMOVED = {  # settings of earlier versions, and what to do instead
@@ -337,8 +337,8 @@ def _refuse_unknown_variables() -> None:
     known = {_variable_of(name) for name in Settings.model_fields}
     for name in os.environ:
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+            close = likely(name.upper(), known)
+            hint = f"did you mean {close}?" if close else f"known: {', '.join(sorted(known))}"
             raise SettingsError(f"unknown environment variable {name}", hint=hint)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
+
+from service.contract.spelling import likely
 
 _WRONG_USAGE = 2
 _FLAG = "--"
@@ -63,8 +64,8 @@ class Parser(argparse.ArgumentParser):
         known = self.commands()
         word = next((word for word in words if not word.startswith("-")), None)
         if known and word is not None and word not in known:
-            close = difflib.get_close_matches(word, known, n=1)
-            hint = f"did you mean {self.prog} {close[0]}?" if close else f"the commands are {', '.join(known)}"
+            close = likely(word, known)
+            hint = f"did you mean {self.prog} {close}?" if close else f"the commands are {', '.join(known)}"
             self.fail(f"unknown command {word!r}", hint)
 
     def _hint(self, word: str) -> str:
@@ -77,8 +78,18 @@ class Parser(argparse.ArgumentParser):
         having = [name for name, parser in self.siblings.items() if word in parser._option_string_actions]
         if having:
             return f"{word} is a flag of {', '.join(having)}, and follows the command"
-        close = difflib.get_close_matches(f"--{name}", known, n=1)
-        return f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the flags"
+        close = likely(word, known) or _with_its_words(name, known)
+        return f"did you mean {close}?" if close else f"{self.prog} --help lists the flags"
+
+
+def _with_its_words(name: str, known: Sequence[str]) -> str | None:
+    """The one flag that has all words of a name and more, as --max-num-seqs has those of --max-seqs, or the one of
+    several words that is a part of it.
+    """
+    words = set(name.split("-"))
+    sets = {flag: set(flag.removeprefix(_FLAG).split("-")) for flag in known}
+    found = [flag for flag, its in sets.items() if (len(words) > 1 and words < its) or (len(its) > 1 and words > its)]
+    return found[0] if len(found) == 1 else None
 
 
 def _flags(words: Sequence[str], *, before_command: bool) -> Iterator[str]:

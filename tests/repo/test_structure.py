@@ -27,7 +27,7 @@ _LEAVES = ("chat_template", "grammar", "observability", "settings", "tokenizer_c
 ROOMS: dict[str, tuple[str, ...]] = {
     "contract": (),
     "terminal": (),
-    "usage": (),
+    "usage": ("contract",),
     **dict.fromkeys(_LEAVES, ("contract",)),
     "chat_template": ("contract", "tokenizer_files"),
     "grammar": ("contract", "tokenizer_files"),
