@@ -349,10 +349,10 @@ def test_check_prints_a_memory_plan(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--plan", "--gpu-memory", "80GBB"], "error: --gpu-memory: '80GBB' is not a size"),
         (["--plan", "--gpu-memory", "2MiB"], "error: the weights need"),
-        (["--plan", "--gpu-memory", "1GiB", "--device", "cpu"], "error: --gpu-memory with --device cpu"),
-        (["--gpu-memory", "1GiB"], "error: --gpu-memory with no --plan"),
-        (["--verify", "--block-size", "8"], "error: --block-size with no --plan"),
-        (["--quantization", "int8"], "error: --quantization with neither --plan nor --verify"),
+        (["--plan", "--gpu-memory", "1GiB", "--device", "cpu"], "error: --gpu-memory does not go with --device cpu"),
+        (["--gpu-memory", "1GiB"], "error: --gpu-memory needs --plan"),
+        (["--verify", "--block-size", "8"], "error: --block-size needs --plan"),
+        (["--quantization", "int8"], "error: --quantization needs --plan or --verify"),
         (["--plan", "--kv-memory", "1MiB"], "error: one request of 1024 tokens needs"),
     ],
 )

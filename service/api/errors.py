@@ -160,7 +160,7 @@ def _shown(value: object) -> str:
 def foreign_error(status: int) -> RequestError:
     """What a library calls an error by its status alone, as one of ours."""
     if status >= 500:
-        return InternalError("something went wrong on our side")
+        return InternalError("an internal error occurred", hint="the server's log describes it, under X-Request-Id")
     error = InvalidRequestError(f"the request was refused: {responses.get(status, str(status)).lower()}")
     error.status = status
     return error

@@ -37,10 +37,10 @@ def resolve(name: str | None, names: Sequence[str], info: EngineInfo) -> Virtual
         return known[names[0]]
     if name not in known:
         raise NotFoundError(
-            f"there is no model {name[:100]!r} here",
+            f"this server has no model {name[:100]!r}",
             param="model",
             code="model_not_found",
-            hint=f"one of: {', '.join(known)}",
+            hint=f"the models are {', '.join(known)}",
         )
     return known[name]
 

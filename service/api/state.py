@@ -79,7 +79,11 @@ class Service:
     def check_serving(self) -> None:
         """Raises UnavailableError while the model loads, at the end of a drain, and without an engine."""
         if not self.client.alive:
-            raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
+            raise UnavailableError(
+                "the engine has died",
+                code="engine_dead",
+                hint="the server is shutting down; another one may serve this",
+            )
         if self.refusing:
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
         if self._tokenizer is None:

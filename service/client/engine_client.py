@@ -179,7 +179,9 @@ class EngineClient:
             connection.send(wire.Submit(request))
         timer = None
         if deadline is not None:
-            timer = asyncio.get_running_loop().call_at(deadline, stream.fail, TimedOutError("the time is up"))
+            timer = asyncio.get_running_loop().call_at(
+                deadline, stream.fail, TimedOutError("the request has reached its timeout")
+            )
         try:
             yield stream
         finally:
@@ -229,7 +231,7 @@ class EngineClient:
             connection.asked_at = loop.time()
             connection.send(wire.Ping())
         elif loop.time() - connection.asked_at > self._timeout_seconds:
-            self._lose(f"the engine has given no sign of life for {self._timeout_seconds:g} s")
+            self._lose(f"the engine has not answered for {self._timeout_seconds:g} s (--engine-timeout)")
             if self._process is not None:
                 self._process.kill()
             connection.close()
@@ -240,9 +242,12 @@ class EngineClient:
     def _say_stalled(self) -> None:
         """Tells the log when the engine stalls, and when it goes on."""
         if self.stalled and not self._said_stalled:
-            logger.warning("the engine has made no step for %.1f s: not ready", self._progress.limit_seconds)
+            logger.warning(
+                "the engine has made no step for %.1f s: /readyz answers 503 until it does",
+                self._progress.limit_seconds,
+            )
         elif self._said_stalled and not self.stalled:
-            logger.warning("the engine goes on")
+            logger.warning("the engine makes steps again: /readyz answers 200")
         self._said_stalled = self.stalled
 
     def _on_step(self, output: StepOutput) -> None:

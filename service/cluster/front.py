@@ -178,7 +178,7 @@ def _rays_error(status: int, headers: Headers) -> RequestError:
             error.retry_after_seconds = int(headers.get("retry-after", "1"))
             return error
         case 408:
-            return TimedOutError("the time that the cluster allows is up (request_timeout_s)")
+            return TimedOutError("the request has reached the timeout of the cluster (request_timeout_s)")
         case 404 | 503:
             return UnavailableError("no replica is serving", hint="the cluster is starting or stopping; try again")
     return _replica_lost()

@@ -116,8 +116,10 @@ def _reload_keys() -> None:
     answers = handle.broadcast("reload_keys").results(timeout_s=_RELOAD_SECONDS, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
-            logger.error("a replica keeps its keys: %s", getattr(answer, "cause", answer))  # of a RayTaskError
-    logger.info("keys were reloaded by %d of %d replicas", sum(answer is None for answer in answers), len(answers))
+            logger.error(
+                "a replica could not reload its keys and keeps the old ones: %s", getattr(answer, "cause", answer)
+            )  # of a RayTaskError
+    logger.info("%d of %d replicas reloaded their keys", sum(answer is None for answer in answers), len(answers))
 
 
 def _stop_on_signals() -> None:

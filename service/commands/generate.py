@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Streams one generation to the terminal, or answers a file; exit code 1 where one of its prompts fails."""
     check_flags(arguments)
     if arguments.prompts is None and arguments.scalings == "full":
-        raise SettingsError("--scalings full with --prompt", hint="the colours are of the mean: leave `full` out")
+        raise SettingsError(
+            "--scalings full needs --prompts", hint="the terminal shows the mean over the sites: leave `full` out"
+        )
     if arguments.prompts is not None:
         prompts = InputFile(Path(arguments.prompts))
         return min(1, run_batch(arguments, prompts, Path(arguments.output), _format(arguments, prompts)))
@@ -67,8 +69,8 @@ def _format(arguments: argparse.Namespace, prompts: InputFile) -> Format:
         return GenerateFormat(common)
     if common:
         raise SettingsError(
-            f"sampling flags with {prompts.path}, whose lines are requests of OpenAI's",
-            hint="leave the flags out: each line's body says how it is sampled, and its `xlora` what scalings it wants",
+            f"{prompts.path} has requests in OpenAI's batch format, to which sampling flags do not apply",
+            hint="leave the flags out, and set the fields in each line's `body`; its `xlora` takes return_scalings",
         )
     return OpenAIFormat()
 

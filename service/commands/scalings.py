@@ -50,7 +50,9 @@ def _print_table(table: Table) -> None:
 def _run_file(arguments: argparse.Namespace) -> int:
     prompts, path = InputFile(Path(arguments.prompts)), Path(arguments.output)
     if prompts.is_openai:
-        raise StartupError(f"{prompts.path}: its lines have {OPENAI_KEY!r}, and OpenAI has no scalings")
+        raise StartupError(
+            f"{prompts.path} has requests in OpenAI's batch format ({OPENAI_KEY!r}), none of which is for scalings"
+        )
     is_npz = path.suffix == ".npz"
     format = ScalingsFormat({"return_scalings": arguments.scalings or "mean"}, arrays_only=is_npz)
     if not is_npz:
@@ -80,5 +82,5 @@ def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows)
 
 def _check_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
-        raise StartupError(f"--png {path}: the name must end in .png")
+        raise StartupError(f"--png {path}: the file's name must end in .png")
     heat_map.check_matplotlib()

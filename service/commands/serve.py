@@ -150,7 +150,7 @@ class Server(uvicorn.Server):
             context = _tls(self.config)
             found = reload_keys(self._service.keys)
         except SettingsError as error:
-            logger.error("nothing was reloaded: %s", error)
+            logger.error("keys and certificates stay as they were: %s", error)
             return
         for acceptor in self._acceptors:
             acceptor.context = context
@@ -214,8 +214,8 @@ async def _drain(server: Server, service: Service) -> None:
     service.refusing = True
     await _until(lambda: server.hurried or not service.admission.running, service.settings.drain_seconds)
     if service.admission.running:
-        reason = "after a second signal" if server.hurried else "as they did not end within --drain-seconds"
-        logger.warning("%d requests are cut off, %s", service.admission.running, reason)
+        reason = "a second signal came" if server.hurried else "--drain-seconds have passed"
+        logger.warning("%d unfinished requests are ended: %s", service.admission.running, reason)
         await service.client.close()
     server.stop()
 

@@ -28,7 +28,9 @@ def checked_request(request: Request, info: EngineInfo) -> Request:
     """
     request = replace(request, steering=checked_steering(request.steering, info))
     if request.sampling is None and request.has_fixed_gate:
-        raise InvalidRequestError("a fixed gate has no scaling pass that one could look at", param="experts")
+        raise InvalidRequestError(
+            "experts.weights fixes the gate, so there is no scaling pass to return", param="experts"
+        )
     check_token_ids(request.prompt_token_ids, "prompt", info)
     if request.sampling is not None:
         check_token_ids(request.sampling.logit_bias, "logit_bias", info)
@@ -89,7 +91,7 @@ def checked_steering(steering: Steering | None, info: EngineInfo) -> Steering | 
     if steering.weights is not None:
         if steering != Steering(weights=steering.weights):
             raise InvalidRequestError(
-                "weights are a fixed gate: they go with no other choice of experts, temperature or top_k",
+                "weights fix the gate: they do not go with only, exclude, temperature or top_k",
                 param="experts.weights",
             )
         _check_weights(steering.weights, info)

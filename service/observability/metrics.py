@@ -286,7 +286,7 @@ class Metrics:
         try:
             drift = self._drift = GateDrift(profile, self._experts)
         except ProfileError as error:
-            logger.warning("no drift metrics: the bundle's gate_profile cannot be used: %s", error)
+            logger.warning("there are no drift metrics, because the bundle's gate_profile cannot be used: %s", error)
             return
         for distribution in DISTRIBUTIONS:
             self._psi.labels(distribution).set_function(partial(drift.index, distribution))

@@ -163,7 +163,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for what is not HTTP."""
-        self._write_error(400, "Bad Request", bytes(error_response(InvalidRequestError("this is not HTTP")).body))
+        self._write_error(
+            400, "Bad Request", bytes(error_response(InvalidRequestError("what was sent is not HTTP/1.1")).body)
+        )
 
     def _write_error(self, status: int, reason: str, body: bytes) -> None:
         head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -42,7 +42,9 @@ class ErrorBoundary:
             await answer.fail(error)
         except BaseException as error:  # a panic in Rust, for one, is no Exception
             _log(error, record_of(scope))
-            await answer.fail(InternalError("something went wrong on our side"))
+            await answer.fail(
+                InternalError("an internal error occurred", hint="the server's log describes it, under X-Request-Id")
+            )
 
 
 class _Answer:

@@ -124,7 +124,7 @@ class BoundedProcess(Generic[Answer]):
         except (ChildDiedError, msgspec.DecodeError) as error:
             self._drop()
             self._check_open()
-            logger.warning("%s failed on a question: %s", self._name, error)
+            logger.warning("%s ended without an answer: %s", self._name, error)
             raise ChildDiedError(str(error)) from None
         except asyncio.CancelledError:
             self._drop()

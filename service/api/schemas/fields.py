@@ -179,7 +179,7 @@ class ResponseFormat(Body):
             self.pattern = self.pattern or None
         for field, type in (("json_schema", "json_schema"), ("pattern", "regex")):
             if (getattr(self, field) is not None) != (self.type == type):
-                raise ValueError(f'type "{type}" goes with `{field}`, and neither without the other')
+                raise ValueError(f'type "{type}" needs `{field}`, and no other type takes it')
         return self
 
 
@@ -228,7 +228,7 @@ class OneTextFields(Body):
     @model_validator(mode="after")
     def _a_form_has_an_end(self) -> OneTextFields:
         if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("ignore_eos goes with no response_format but text: the form says where the text ends")
+            raise ValueError("ignore_eos does not go with this response_format, which decides where the text ends")
         return self
 
     @model_validator(mode="after")

@@ -235,7 +235,7 @@ class ChatBody(OpenAIFields):
             if name not in names:
                 raise ValueError(f"tool_choice names {name!r}, which is none of the tools: {', '.join(names)}")
         if self.ignore_eos and self.called:
-            raise ValueError("ignore_eos goes with no tool call: the function's parameters say where that ends")
+            raise ValueError("ignore_eos does not go with a tool call, which ends where its parameters are complete")
         return self
 
     @property

@@ -89,7 +89,7 @@ def _compile(compiler: GrammarCompiler, form: TextForm, asked: Question) -> None
     except GrammarError as error:
         if asked.regex is None or error.hint is not None:
             raise
-        refuse(asked.param, f"is no expression that can be held: {error.message}")
+        refuse(asked.param, f"cannot be enforced: {error.message}")
 
 
 def _grammar(asked: Question, compiler: GrammarCompiler) -> str | None:

@@ -151,7 +151,7 @@ def test_every_route_takes_it(
             "response_format.json_schema.schema.items.uniqueItems",
             "leave it out",
         ),
-        (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "looking around"),
+        (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "look-around"),
         (
             json_schema({"properties": {"a": {"patternProperties": {letter: {} for letter in "abcdefg"}}}}),
             "response_format.json_schema.schema.properties.a.patternProperties",
