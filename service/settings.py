@@ -1,4 +1,4 @@
-"""Settings: the operator's wishes, from flags and XLORA_* variables. The only reader of the environment.
+"""Settings: the operator's configuration, from flags and XLORA_* variables. The only reader of the environment.
 
 A flag wins over its variable. A variable that names no setting is an error, because a typing mistake that is silently
 ignored costs an operator an afternoon. This file knows no engine: the engine's own limits are checked where it loads.
@@ -297,8 +297,8 @@ class Settings(BaseSettings):
     allow_outside: bool = Field(False, description="let the checkpoint name files outside its directory")
 
     @property
-    def most_waiting(self) -> int:
-        """Choices that may wait for a seat. Half the seats unless said otherwise: then who is admitted waits for at
+    def max_waiting(self) -> int:
+        """Choices that may wait for a slot. Half the slots unless said otherwise: then who is admitted waits for at
         most half the time that a choice takes.
         """
         return max(1, self.max_num_seqs // 2) if self.max_queued_requests is None else self.max_queued_requests

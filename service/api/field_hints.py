@@ -15,7 +15,8 @@ from service.api.schemas.body import field_names
 from service.contract.spelling import likely
 
 # Objects whose fields people look for elsewhere in the body.
-_CONTAINERS = ("experts", "gate", "xlora", "settings", "select", "stream_options", "response_format")
+_CONTAINERS = ("experts", "gate", "xlora", "settings", "select", "stream_options", "response_format", "json_schema")
+_GENERAL = ("name", "description", "strict", "type", "label")  # say too little about the object that they are missed in
 _SAME = {  # our name: theirs
     "max_tokens": "max_new_tokens max_completion_tokens max_output_tokens max_gen_len max_gen_tokens max_gen_toks "
     "max_length max_len max_tokens_to_sample max_tokens_to_generate num_predict n_predict output_len num_tokens",
@@ -79,7 +80,7 @@ _THEIRS = [(theirs, ours) for ours, names in _SAME.items() for theirs in names.s
 def hint_for(location: Sequence[str], body: type[BaseModel]) -> str:
     """What to do about the unknown field at the end of `location` in a body."""
     name, known = location[-1], known_fields(location, body)
-    places = _places(body)
+    places = _places(body, location)
     if found := places.get(name):
         return _did_you_mean(found[:2])
     for ours in [ours for theirs, ours in _THEIRS if theirs == name.lower()]:
@@ -114,11 +115,14 @@ def _ending(places: Mapping[str, list[str]], ours: str) -> list[str]:
     return [path for path in places.get(ours.rpartition(".")[2], []) if f".{path}".endswith(f".{ours}")]
 
 
-def _places(body: type[BaseModel]) -> dict[str, list[str]]:
-    """The paths in a body, by the last of their names; the shortest first."""
+def _places(body: type[BaseModel], location: Sequence[str]) -> dict[str, list[str]]:
+    """The paths in a body, by the last of their names, the shortest first; without the objects around `location`."""
+    around = ".".join(location).replace(".[", "[")
     found: dict[str, list[str]] = {}
     for path in sorted(_paths(body, ""), key=lambda path: path.count(".")):
-        found.setdefault(path.rpartition(".")[2], []).append(path)
+        name = path.rpartition(".")[2]
+        if name not in _GENERAL and not around.startswith(f"{path}."):
+            found.setdefault(name, []).append(path)
     return found
 
 

@@ -46,7 +46,7 @@ def resolve(name: str | None, names: Sequence[str], info: EngineInfo) -> Virtual
 
 
 def steered(virtual: Virtual, xlora: XLoraFields) -> XLoraFields:
-    """The caller's wishes, with what the name stands for. Raises InvalidRequestError where both choose experts."""
+    """The caller's params, with what the name stands for. Raises InvalidRequestError where both choose experts."""
     if virtual.experts is None:
         return xlora
     if xlora.experts is not None:

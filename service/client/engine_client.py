@@ -37,8 +37,8 @@ DEFAULT_LOADER = "service.engine.loader:load_engine"
 _SOCKET_BUFFER_BYTES = 4 << 20
 _CLOSE_SECONDS = 5.0
 _END_SECONDS = 0.5  # between the end of the engine's socket and the end of its process
-_BEATS_PER_TIMEOUT = 4
-_LONGEST_BEAT_SECONDS = 1.0
+_HEARTBEATS_PER_TIMEOUT = 4
+_MAX_HEARTBEAT_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class EngineClient:
         info = await connection.ready
         self._info = replace(info, weights_sha256=info.weights_sha256 or self._weights_sha256)
         self._progress.max_step_rows = info.max_num_batched_tokens
-        self._beat(connection)
+        self._heartbeat(connection)
 
     @asynccontextmanager
     async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
@@ -222,7 +222,7 @@ class EngineClient:
                 self._process.kill()  # it is loading, and would not look at its socket for a while
             await asyncio.to_thread(_end, self._process)
 
-    def _beat(self, connection: Connection) -> None:
+    def _heartbeat(self, connection: Connection) -> None:
         """Asks the engine for a sign of life, again and again; gives it up when none has come for too long."""
         if self._dead is not None:
             return
@@ -237,7 +237,9 @@ class EngineClient:
             connection.close()
             return
         self._say_stalled()
-        loop.call_later(min(_LONGEST_BEAT_SECONDS, self._timeout_seconds / _BEATS_PER_TIMEOUT), self._beat, connection)
+        loop.call_later(
+            min(_MAX_HEARTBEAT_SECONDS, self._timeout_seconds / _HEARTBEATS_PER_TIMEOUT), self._heartbeat, connection
+        )
 
     def _say_stalled(self) -> None:
         """Tells the log when the engine stalls, and when it goes on."""

@@ -120,7 +120,7 @@ def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
     arguments = ClusterArguments.model_validate(given)
     settings = load_settings(arguments.settings)
     gpus = settings.device.startswith("cuda") or (settings.device == "auto" and "GPU" in ray.cluster_resources())
-    room = settings.max_num_seqs + settings.most_waiting
+    room = settings.max_num_seqs + settings.max_waiting
     options: dict[str, Any] = {
         **_scale(arguments, settings),
         "max_ongoing_requests": room + _PROBES,
@@ -147,7 +147,7 @@ def cpus_of(settings: Settings) -> int:
 
 
 def _scale(arguments: ClusterArguments, settings: Settings) -> dict[str, Any]:
-    """A fixed number of replicas, or bounds between which Ray keeps half of each one's seats taken."""
+    """A fixed number of replicas, or bounds between which Ray keeps half of each one's slots taken."""
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise SettingsError(f"--max-replicas {most} is less than --replicas {arguments.replicas}")

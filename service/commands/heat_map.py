@@ -37,9 +37,9 @@ def check_size(rows: int, experts: int) -> None:
         )
 
 
-def token_labels(pieces: Sequence[str]) -> list[str]:
+def token_labels(texts: Sequence[str]) -> list[str]:
     """Of rows that are tokens: position and text."""
-    return [f"{row}│{piece}" for row, piece in enumerate(pieces)]
+    return [f"{row}│{text}" for row, text in enumerate(texts)]
 
 
 def png(title: str, labels: Sequence[str], experts: Sequence[str], weights: FloatArray) -> bytes:

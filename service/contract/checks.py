@@ -17,7 +17,7 @@ from service.contract.errors import InvalidRequestError
 from service.contract.request import Request
 from service.contract.steering import GateSettings, GateWeight, Steering
 
-_LARGEST_WEIGHT = 100.0  # beyond it half precision overflows sooner than anyone learns anything
+_MAX_WEIGHT = 100.0  # beyond it half precision overflows sooner than anyone learns anything
 
 
 def checked_request(request: Request, info: EngineInfo) -> Request:
@@ -112,9 +112,9 @@ def check_settings(settings: GateSettings, info: EngineInfo) -> None:
     """Raises InvalidRequestError for what this model cannot follow."""
     for name in ("scaling_pass_value", "global_scaling_weight"):
         value = getattr(settings, name)
-        if value is not None and not -_LARGEST_WEIGHT <= value <= _LARGEST_WEIGHT:  # NaN is neither
+        if value is not None and not -_MAX_WEIGHT <= value <= _MAX_WEIGHT:  # NaN is neither
             raise InvalidRequestError(
-                f"`{name}` is {value}; it must be from -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}", param=name
+                f"`{name}` is {value}; it must be from -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}", param=name
             )
     experts = len(info.experts)
     if settings.top_k_lora is not None and not 1 <= settings.top_k_lora <= experts:
@@ -218,9 +218,9 @@ def _check_weights(weights: Sequence[GateWeight], info: EngineInfo) -> None:
     _check_experts((weight.expert for weight in weights), "experts.weights", len(info.experts))
     last = max((layer for site in info.sites if (layer := layer_of(site)) is not None), default=-1)
     for weight in weights:
-        if not -_LARGEST_WEIGHT <= weight.weight <= _LARGEST_WEIGHT:
+        if not -_MAX_WEIGHT <= weight.weight <= _MAX_WEIGHT:
             raise InvalidRequestError(
-                f"the weight {weight.weight} is not between -{_LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
+                f"the weight {weight.weight} is not between -{_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}",
                 param="experts.weights",
             )
         if weight.layers is None:

@@ -22,8 +22,8 @@ class FormLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class TextForm:
-    """The form of a generated text, from its first token to its last: exactly one of grammar and expression."""
+class GrammarSpec:
+    """The grammar of a generated text, from its first token to its last: exactly one of grammar and expression."""
 
     grammar: str | None = None  # a text of this grammar, in llguidance's Lark
     regex: str | None = None  # a match of this expression
@@ -32,7 +32,7 @@ class TextForm:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
+    """The caller's params, validated by the API. Names and meanings are OpenAI's; null has already become the default.
 
     Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
     forbids gets -inf), min_tokens (what ends the text gets -inf, unless the form allows nothing else), temperature,
@@ -55,7 +55,7 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
-    form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
+    form: GrammarSpec | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
 
     @property
     def is_greedy(self) -> bool:

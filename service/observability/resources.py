@@ -4,7 +4,7 @@
     api         this process: HTTP and text
     engine      the model, and rank 0 of a tensor-parallel group
     rank 1 ..   the other ranks
-    helpers     what may have to be killed (chat templates, forms of text), together
+    helpers     what may have to be killed (chat templates, grammars), together
 
 Processes are found by their command lines, among the children of this one. Everything is read in a thread of its own,
 every few seconds: on a large machine, or with a driver in trouble, it takes too long for the event loop. A reading that

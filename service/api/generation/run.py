@@ -27,7 +27,7 @@ from service.api.schemas.fields import MAX_CHOICES, SamplingFields, XLoraFields
 from service.api.schemas.steering import as_used, steering_of
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 
 MAX_CALL_CHOICES = 16 * MAX_CHOICES  # prompts times n
 
@@ -44,7 +44,7 @@ class Run:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-        form: TextForm | None = None,
+        form: GrammarSpec | None = None,
         called: Sequence[str] = (),
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
@@ -153,7 +153,7 @@ def _sampling(
     prompts: Sequence[list[int]],
     logprobs: int | None,
     prompt_logprobs: int | None,
-    form: TextForm | None,
+    form: GrammarSpec | None,
 ) -> list[SamplingParams]:
     """The parameters of each prompt: they differ in max_tokens alone, where that is what still fits."""
     if len(prompts) * (body.n or 1) > MAX_CALL_CHOICES:

@@ -23,7 +23,7 @@ MAX_CALLS = 128  # of one turn
 
 
 class Part(Body):
-    """A piece of a message."""
+    """A part of a message's content."""
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
         ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal"), ()

@@ -23,7 +23,7 @@ from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import Grammar, GrammarCompiler
 from tests.support.random_schemas import REFUSED, VALUES, RandomSchemas, is_valid, keywords, random_text
 
@@ -53,7 +53,7 @@ class Vocabulary:
 
     def grammar(self, schema: dict[str, Any], limits: FormLimits = SMALL) -> Grammar:
         return self.compiler.compile(
-            TextForm(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
+            GrammarSpec(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
         )
 
     def answers(self, schema: dict[str, Any], count: int = 4, limits: FormLimits = SMALL, seed: int = 0) -> list[bytes]:
