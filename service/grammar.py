@@ -1,4 +1,4 @@
-"""What a text must be, as a mask over the vocabulary for every next token. No torch, no HTTP.
+"""The grammar of a text, as a mask over the vocabulary for every next token. No torch, no HTTP.
 
 llguidance does the work; it is imported where the first grammar is compiled, because few processes need one. A grammar
 is compiled once and shared, and each choice moves a `Cursor` of its own through it. What comes next after tokens that

@@ -95,7 +95,7 @@ AutoInt = Annotated[PositiveInt | None, BeforeValidator(lambda value: None if va
 
 
 class Settings(BaseSettings):
-    """What the operator can say. Every field is a flag (--max-model-len) and a variable (XLORA_MAX_MODEL_LEN).
+    """The operator's settings. Every field is a flag (--max-model-len) and a variable (XLORA_MAX_MODEL_LEN).
 
     Secrets are variables only: a command line can be read by every user of the machine.
     """

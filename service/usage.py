@@ -46,7 +46,6 @@ class Parser(argparse.ArgumentParser):
         self.fail(f"unknown argument {rest[0]!r}", hint)
 
     def error(self, message: str) -> NoReturn:
-        """Exits with 2."""
         known = ", ".join(self.commands())
         self.fail(message, f"the commands are {known}" if known else f"{self.prog} --help explains every flag")
 

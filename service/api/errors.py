@@ -119,7 +119,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
 
 
 def _reason(error: Any) -> str:
-    """What one of pydantic's errors says, without its names for things: it speaks of models and of validation."""
+    """The reason in one of pydantic's errors, without its own terms: it speaks of models and of validation."""
     if error["type"] in _NO_OBJECT:
         return "should be an object"
     said = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
@@ -158,7 +158,7 @@ def _shown(value: object) -> str:
 
 
 def foreign_error(status: int) -> RequestError:
-    """What a library calls an error by its status alone, as one of ours."""
+    """An error of ours for one of a library's, of which only the status is known."""
     if status >= 500:
         return InternalError("an internal error occurred", hint="the server's log describes it, under X-Request-Id")
     error = InvalidRequestError(f"the request was refused: {responses.get(status, str(status)).lower()}")
@@ -177,7 +177,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request, known: str) -> str:
-    """What a path can be asked: every method is a route of its own, and the router names only the first one's."""
+    """The methods of a path: every method is a route of its own, and the router names only the first one's."""
     documented = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", None), {})
     return ", ".join(sorted({*filter(None, known.split(", ")), *map(str.upper, documented)}))
 

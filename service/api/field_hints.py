@@ -78,7 +78,7 @@ _THEIRS = [(theirs, ours) for ours, names in _SAME.items() for theirs in names.s
 
 
 def hint_for(location: Sequence[str], body: type[BaseModel]) -> str:
-    """What to do about the unknown field at the end of `location` in a body."""
+    """The hint about the unknown field at the end of `location` in a body."""
     name, known = location[-1], known_fields(location, body)
     places = _places(body, location)
     if found := places.get(name):

@@ -31,7 +31,7 @@ def available(names: Sequence[str], info: EngineInfo) -> list[Virtual]:
 
 
 def resolve(name: str | None, names: Sequence[str], info: EngineInfo) -> Virtual:
-    """What a request's `model` means; the mixture when absent. Raises NotFoundError for other names."""
+    """The model that a request's `model` names; the mixture when absent. Raises NotFoundError for other names."""
     known = {virtual.id: virtual for virtual in available(names, info)}
     if name is None:
         return known[names[0]]

@@ -1,4 +1,4 @@
-"""What the routes share: the engine's client, the tokenizer, the metrics, and how far the start has come."""
+"""The state that the routes share: the engine's client, the tokenizer, the metrics, and how far the start has come."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Service:
 
     @property
     def gate(self) -> GateSettings:
-        """What requests are admitted under; raises UnavailableError before something is served."""
+        """The gate settings of requests that arrive now; raises UnavailableError before something is served."""
         return self._gate or stored_settings(self.info.xlora_config)
 
     @gate.setter

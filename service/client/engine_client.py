@@ -50,14 +50,14 @@ class EngineDiedError(UnavailableError):
 
 
 class Client(Protocol):
-    """What the API needs of an engine: EngineClient in production, an in-process fake in tests."""
+    """The interface of an engine that the API needs: EngineClient in production, an in-process fake in tests."""
 
     on_step: Callable[[StepStats], None] | None
     on_lost: Callable[[str], None] | None  # called once with the reason, when the engine ends before close()
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine serves; raises UnavailableError before it is loaded."""
+        """The model that the engine serves; raises UnavailableError before it is loaded."""
 
     @property
     def alive(self) -> bool:
@@ -110,7 +110,7 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine serves; raises UnavailableError before it is loaded."""
+        """The model that the engine serves; raises UnavailableError before it is loaded."""
         if self._info is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
         return self._info

@@ -53,7 +53,7 @@ def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None
 
 
 def proxy_variables(settings: Settings) -> dict[str, str]:
-    """What the proxies need in their environment to put front.py before the replicas."""
+    """The environment variables that make the proxies put front.py before the replicas."""
     return {
         _PROXY_CALLBACK: f"{middlewares.__module__}.{middlewares.__name__}",
         f"{ENV_PREFIX}MAX_BODY_BYTES": str(settings.max_body_bytes),

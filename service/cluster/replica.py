@@ -51,7 +51,7 @@ class ClusterArguments(BaseModel):
 
 
 class Replica:
-    """What Ray asks of a replica."""
+    """The replica, as Ray calls it."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """Raises SettingsError."""
@@ -88,7 +88,6 @@ class Replica:
         return merged(dict(answer for answer in answers if not isinstance(answer, BaseException)))
 
     async def __del__(self) -> None:
-        """The application has ended."""
         for span in self._spans:
             await asyncio.to_thread(span.close)
 
@@ -116,7 +115,7 @@ def merged(metrics: Mapping[str, Iterable[Metric]]) -> bytes:
 
 
 def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
-    """What a Serve config file names as its import_path, and gives its args as they are. Raises SettingsError."""
+    """The application that a Serve config file names, with its args as they are. Raises SettingsError."""
     arguments = ClusterArguments.model_validate(given)
     settings = load_settings(arguments.settings)
     gpus = settings.device.startswith("cuda") or (settings.device == "auto" and "GPU" in ray.cluster_resources())
@@ -142,7 +141,7 @@ def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
 
 
 def cpus_of(settings: Settings) -> int:
-    """What a replica counts for: the threads of all its ranks."""
+    """The CPUs of one replica: the threads of all its ranks."""
     return (settings.threads or 1) * settings.tensor_parallel
 
 

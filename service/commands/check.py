@@ -51,7 +51,7 @@ def _inspect_base(base: BaseModel) -> Any:
 
 
 def _skeleton() -> ModuleType:
-    """What asks transformers, which takes seconds to import: only when the files alone have shown no defect."""
+    """The module that asks transformers. It takes seconds to import: only when the files alone have shown no defect."""
     return importlib.import_module("service.model.loading.skeleton")
 
 

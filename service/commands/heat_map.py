@@ -85,7 +85,7 @@ def _shown(text: str, characters: int) -> str:
 
 
 def _drawable_characters() -> frozenset[int]:
-    """What matplotlib's own font has; a character it lacks is a warning and a box."""
+    """The characters of matplotlib's own font; one that it lacks is a warning and a box."""
     manager = importlib.import_module("matplotlib.font_manager")
     font = manager.get_font(manager.findfont("DejaVu Sans"))
     return frozenset(font.get_charmap())

@@ -190,7 +190,7 @@ class Server(uvicorn.Server):
 
 
 def _tls(config: uvicorn.Config) -> ssl.SSLContext | None:
-    """What the TLS files say now, made as uvicorn makes it at the start. Raises SettingsError."""
+    """A context of the TLS files as they are now, made as uvicorn makes it at the start. Raises SettingsError."""
     if config.ssl_certfile is None:
         return None
     try:

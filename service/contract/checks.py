@@ -1,4 +1,5 @@
-"""What must hold of a request and of the operator's gate settings on this model, and steering in one canonical form.
+"""The conditions that a request and the operator's gate settings must meet on this model, and steering in one canonical
+form.
 
 Requests are checked where they leave the API's process, by `checked_request`: the engine takes what it is sent.
 
@@ -156,7 +157,7 @@ def _check_scores(request: Request) -> None:
 
 
 def _check_lengths(request: Request) -> None:
-    """What must be there at least."""
+    """Refuses a request without a prompt, or without tokens to generate."""
     output = _output_tokens(request)
     if not request.prompt_token_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")

@@ -1,4 +1,4 @@
-"""What goes into the engine: requests, as numbers and strings, so that they cross a process border without pickle."""
+"""The engine's input: requests, as numbers and strings, so that they cross a process border without pickle."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Request:
 
     @property
     def gate_key(self) -> tuple[object, ...]:
-        """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
+        """Key of everything that changes this request's gate: equal ones share the real stream's cached blocks.
 
         Freezing is not part of it, because frozen positions are never cached.
         """

@@ -32,7 +32,7 @@ from service.api.structured_output.grammar_spec import GrammarSpecs
 from service.client.engine_client import Client, EngineClient
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import EngineLostError, RequestError, UnavailableError
-from service.contract.request import Request, SamplingParams, GrammarSpec
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.library.bodies import GenerateJob
 from service.settings import Settings
 
@@ -50,11 +50,9 @@ class LocalCall:
         """Nobody keeps a record of it."""
 
     def admit(self, requests: Sequence[Request], *, continued: bool = False) -> AbstractContextManager[Permit]:
-        """A place, which there always is."""
         return self.service.admission.admit(requests, asyncio.get_running_loop().time(), continued=continued)
 
     def deltas(self, generation: Generation) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of a generation."""
         return generation.deltas(self.deadline)
 
 
@@ -93,12 +91,10 @@ class Session:
 
     @property
     def names(self) -> list[str]:
-        """The names of the model."""
         return self.settings.served_model_name or [self.client.info.model]
 
     @property
     def tokenizer(self) -> ModelTokenizer:
-        """The tokenizer."""
         assert self._tokenizer is not None, "started"
         return self._tokenizer
 

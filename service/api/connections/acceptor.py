@@ -104,7 +104,6 @@ class _Handshake:
         """Handshakes end by themselves in their time."""
 
     def let_go(self) -> bool:
-        """Ends it."""
         if self._task is not None:
             self._task.cancel()
         return True

@@ -19,7 +19,7 @@ _MAX_RETRY_SECONDS = 60
 
 
 class Permit:
-    """What one caller's requests hold until they end."""
+    """The slots and queued tokens of one caller's requests, until they end."""
 
     def __init__(self, admission: Admission, requests: Sequence[Request], now: float) -> None:
         self._admission = admission
@@ -29,7 +29,6 @@ class Permit:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens still queued."""
         return sum(self._tokens.values())
 
     def started(self, request_id: str) -> None:

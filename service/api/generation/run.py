@@ -68,7 +68,6 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed of every prompt."""
         return self._sampling[0].seed
 
     def scalings(self, index: int, deltas: Sequence[Delta]) -> WithScalings:
@@ -89,13 +88,12 @@ class Run:
         return {"scalings": self._row_format.delta(delta.rows, first)}
 
     def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """As Call.deltas."""
         self.call.begin(self._sampling[0])
         return self.call.deltas(self.generation)
 
 
 class Writer(Protocol):
-    """What a route makes of the deltas."""
+    """A route's writer, which makes its answer of the deltas."""
 
     echoed_tokens: int  # prompt tokens that come back with each choice's first delta
 
@@ -103,7 +101,7 @@ class Writer(Protocol):
         """One delta as one event."""
 
     def last_event(self) -> bytes:
-        """What follows the last delta, before [DONE]; may be nothing."""
+        """The events between the last delta and [DONE]; may be none."""
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> Mapping[str, object]:
         """The whole answer, from the deltas of each choice."""

@@ -95,7 +95,7 @@ class ModelTokenizer:
         return str(text)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; together they are the text."""
+        """The text that each token adds; together they are the whole text."""
         detokenizer = self.detokenizer()
         texts = [detokenizer.push(id) for id in ids]
         if texts:

@@ -30,7 +30,7 @@ _END_SECONDS = 1.0  # from the last that is heard of a child to its end, by itse
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one question may take."""
+    """The limits of one question."""
 
     answer_seconds: float
     wait_seconds: float  # until its turn comes

@@ -81,7 +81,6 @@ class ChatWriter:
         self._is_named = body.tool_choice is not None and body.tool_choice.mode == "function"
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
-        """The answer as one document."""
         choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
         return {**self._frame.whole(), "object": "chat.completion", "choices": choices}
 

@@ -73,7 +73,7 @@ async def compared(body: CompareBody, call: Caller) -> CompareAnswer:
 
 @dataclass(slots=True)
 class Output:
-    """What one setting wrote, or was given."""
+    """The output that one setting wrote, or was given."""
 
     setting: CompareSetting
     gate: _GateKey
@@ -253,7 +253,7 @@ def _max_tokens(body: CompareBody, weights_of_token: int) -> int:
 
 @contextmanager
 def _of_setting(number: int) -> Iterator[None]:
-    """What is wrong inside is wrong with one of the settings."""
+    """Ascribes errors inside to one of the settings."""
     try:
         yield
     except InvalidRequestError as error:

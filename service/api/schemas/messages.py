@@ -91,7 +91,7 @@ class Message(Body):
         return self
 
     def to_template(self) -> dict[str, Any]:
-        """What a chat template sees."""
+        """The message as a chat template sees it."""
         text = "".join(part.text for part in self.content or ()) + (self.refusal or "")
         role = "system" if self.role == "developer" else self.role
         shown = {

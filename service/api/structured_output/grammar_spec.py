@@ -1,5 +1,5 @@
-"""From `response_format`, or functions of which one is to be called, to the GrammarSpec that the engine enforces. Bounds
-are checked here, all else in a process of its own.
+"""From `response_format`, or functions of which one is to be called, to the GrammarSpec that the engine enforces.
+Bounds are checked here, all else in a process of its own.
 
 Everything that can be wrong with a form is found before the engine hears of the request. This file knows no HTTP, no
 keyword and no vocabulary.

@@ -61,7 +61,6 @@ class OutputFile:
             raise _cannot_write(self.path, error) from None
 
     def close(self) -> None:
-        """Lets the file go."""
         for file in self._held:
             file.close()
 
@@ -158,7 +157,7 @@ def encoded(document: Mapping[str, Any]) -> bytes:
 
 
 def decoded(line: bytes) -> Any:
-    """What `encoded` has written. Raises ValueError for what is no JSON."""
+    """The object that `encoded` has written. Raises ValueError for text that is not JSON."""
     try:
         return orjson.loads(line)
     except ValueError:  # a lone surrogate
