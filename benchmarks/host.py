@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, use_threads
-from service.contract.request import Request, SamplingParams, GrammarSpec
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.model_runner import ModelRunner
