@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import DEMO, Bar, emit, make_engine, print_row, prompt_tokens, use_threads
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.model_runner import ModelRunner
@@ -37,7 +37,7 @@ _BARS = {1: 0.97, 32: 0.90, 128: 0.76}
 _PROMPT = 64
 _VOCABULARY = 128
 _DIFFERENCE = 0.3  # drafts agree about four times in five
-_FORM = TextForm(regex="[a-z ]{4000}")
+_FORM = GrammarSpec(regex="[a-z ]{4000}")
 
 
 class NoStep:
@@ -100,7 +100,7 @@ class DelayedRunner(ModelRunner):
         return super().collect(launched)
 
 
-def measured(engine: Engine, count: int, tokens: int, form: TextForm | None = None) -> dict[str, Any]:
+def measured(engine: Engine, count: int, tokens: int, form: GrammarSpec | None = None) -> dict[str, Any]:
     """All requests decode; the steps in which any is at its prompt, or has ended, do not count."""
     runner: Any = engine.runner
     prompt = prompt_tokens(DEMO, _PROMPT)

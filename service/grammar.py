@@ -1,4 +1,4 @@
-"""What a text must be, as a mask over the vocabulary for every next token. No torch, no HTTP.
+"""The grammar of a text, as a mask over the vocabulary for every next token. No torch, no HTTP.
 
 llguidance does the work; it is imported where the first grammar is compiled, because few processes need one. A grammar
 is compiled once and shared, and each choice moves a `Cursor` of its own through it. What comes next after tokens that
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.contract.errors import InvalidRequestError
-from service.contract.request import TextForm
+from service.contract.request import GrammarSpec
 from service.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives t
 
 
 class GrammarError(InvalidRequestError):
-    """A form of text is at fault. Who knows the field of the request that asks for it names that."""
+    """A grammar is at fault. Who knows the field of the request that asks for it names that."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, param="response_format", code="invalid_response_format", hint=hint)
@@ -135,7 +135,7 @@ class Cursor:
 
 
 class Grammar:
-    """A compiled form of text. Its cursors share a lexer, which keeps its states; one with too many is replaced."""
+    """A compiled grammar. Its cursors share a lexer, which keeps its states; one with too many is replaced."""
 
     def __init__(self, make: Callable[[], LLMatcher], vocab_size: int) -> None:
         self._make = make
@@ -159,7 +159,7 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Forms of text to grammars over one vocabulary."""
+    """Structured output to grammars over one vocabulary."""
 
     def __init__(self, tokenizer_path: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer_path = tokenizer_path
@@ -167,7 +167,7 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
 
-    def compile(self, form: TextForm) -> Grammar:
+    def compile(self, form: GrammarSpec) -> Grammar:
         """Raises GrammarError for what is no grammar, is too complex, or fits no text of this vocabulary."""
         source = _source(form)
         grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), self._vocab_size)
@@ -184,8 +184,8 @@ class GrammarCompiler:
             raise _exhausted(matcher)
         return not matcher.is_error()
 
-    def rehearse(self, form: TextForm) -> None:
-        """Writes short texts of a form. Raises GrammarError where long ones would be too complex."""
+    def rehearse(self, form: GrammarSpec) -> None:
+        """Writes short texts of a grammar. Raises GrammarError where long ones would be too complex."""
         source = _source(form)
         for seed in range(_REHEARSALS):
             chance = random.Random(seed)
@@ -224,7 +224,7 @@ class GrammarCompiler:
             try:
                 self._tokenizer = LLTokenizer(tokenizer.to_str(), size, eos_token=self._eos_token_ids or None)
             except ValueError as error:
-                raise GrammarError(f"this model's tokenizer cannot be held to a form of text: {error}") from None
+                raise GrammarError(f"this model's tokenizer cannot be held to structured output: {error}") from None
         return self._tokenizer
 
 
@@ -234,10 +234,10 @@ class Grammars:
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._found: OrderedDict[TextForm, Future[Grammar]] = OrderedDict()
+        self._found: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
 
-    def find(self, form: TextForm) -> Future[Grammar]:
-        """The grammar of a form, now or soon; its error is GrammarError."""
+    def find(self, form: GrammarSpec) -> Future[Grammar]:
+        """The compiled grammar of a spec, now or soon; its error is GrammarError."""
         found = self._found.pop(form, None)
         if found is None:
             found = self._thread.submit(self._compiler.compile, form)
@@ -247,7 +247,7 @@ class Grammars:
         return found
 
 
-def _source(form: TextForm) -> str:
+def _source(form: GrammarSpec) -> str:
     """The text that the library compiles."""
     from llguidance import LLMatcher
 
@@ -261,7 +261,7 @@ def _exhausted(matcher: LLMatcher) -> GrammarError:
     if not matcher.is_error() or _has_no_text(matcher):
         return GrammarError("no text of this model's vocabulary has the form asked for")
     kind = _LexerError if "lexer error" in _reason(matcher) else GrammarError
-    return kind(f"the form of text is too complex: {_reason(matcher)}", hint="simplify it")
+    return kind(f"the grammar is too complex: {_reason(matcher)}", hint="simplify it")
 
 
 def _has_no_text(matcher: LLMatcher) -> bool:

@@ -1,7 +1,8 @@
-"""Experts in the terminal: their colours, a legend, and a table of weights. Knows rich, and no engine."""
+"""Experts in the terminal: their colours, a legend, and tables of weights. Knows rich, and no engine."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,25 @@ def legend(experts: Sequence[str], styles: Sequence[str]) -> Text:
     return Text("  ").join(Text(f"■ {name}", style=style) for name, style in zip(experts, styles, strict=True))
 
 
+def leader(weights: npt.NDArray[np.float32]) -> int | None:
+    """The expert with the largest weight; None where no expert acts."""
+    return int(weights.argmax()) if weights.any() else None
+
+
+def spans_table(tokens: Sequence[str], experts: Sequence[str], mean: npt.NDArray[np.float32]) -> list[str]:
+    """Lines without colours: consecutive tokens with the same leading expert, and the mean of their weights [T, E]."""
+    widths = [max(len(name), 4) for name in experts]
+    names = "  ".join(name.rjust(width) for name, width in zip(experts, widths, strict=True))
+    lines = [f"tokens  {names}  text"]
+    end = 0
+    for _, group in itertools.groupby(map(leader, mean)):
+        start, end = end, end + len(list(group))
+        weights = mean[start:end].mean(axis=0).tolist()
+        numbers = "  ".join(f"{weight:.2f}".rjust(width) for weight, width in zip(weights, widths, strict=True))
+        lines.append(f"{end - start:6}  {numbers}  {''.join(tokens[start:end])!r}")
+    return lines
+
+
 def bar(weight: float) -> str:
     """A weight from 0 to 1 as a bar of eighths of a character."""
     eighths = round(min(max(weight, 0.0), 1.0) * _BAR_CHARACTERS * 8)
@@ -46,9 +66,11 @@ def scalings_table(
     for name, style in zip(experts, styles, strict=True):
         table.add_column(name, header_style=style, no_wrap=True)
     table.add_column("entropy", justify="right")
-    for text, weights, nats in zip(tokens, mean.tolist(), entropy.tolist(), strict=True):
-        leader = max(range(len(weights)), key=weights.__getitem__)
-        cells = [Text(f"{bar(weight)} {weight:.2f}", style=styles[index]) for index, weight in enumerate(weights)]
+    for text, weights, nats in zip(tokens, mean, entropy.tolist(), strict=True):
+        first = leader(weights)
+        cells = [
+            Text(f"{bar(weight)} {weight:.2f}", style=style) for weight, style in zip(weights, styles, strict=True)
+        ]
         shown = "" if math.isnan(nats) else f"{nats:.2f}"
-        table.add_row(Text(repr(text)[1:-1] or "·", style=styles[leader]), *cells, shown)
+        table.add_row(Text(repr(text)[1:-1] or "·", style="" if first is None else styles[first]), *cells, shown)
     return table

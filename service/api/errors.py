@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import reprlib
 from collections.abc import Sequence
 from http.client import responses
-from typing import Any, get_args
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
@@ -16,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from service.api.field_hints import hint_for
 from service.api.schemas.answers import ErrorAnswer, ErrorDetail
 from service.api.schemas.bodies import (
     CompareBody,
@@ -26,7 +26,7 @@ from service.api.schemas.bodies import (
     ScalingsBody,
     TokenizeBody,
 )
-from service.api.schemas.body import MISSING_FIELD, UNKNOWN_FIELD, UNSUPPORTED_FIELD, field_names
+from service.api.schemas.body import MISSING_FIELD, UNKNOWN_FIELD, UNSUPPORTED_FIELD
 from service.api.schemas.openai import ChatBody, CompletionBody
 from service.contract.errors import (
     InternalError,
@@ -119,7 +119,7 @@ def explain(errors: Sequence[Any], path: str) -> InvalidRequestError:
 
 
 def _reason(error: Any) -> str:
-    """What one of pydantic's errors says, without its names for things: it speaks of models and of validation."""
+    """The reason in one of pydantic's errors, without its own terms: it speaks of models and of validation."""
     if error["type"] in _NO_OBJECT:
         return "should be an object"
     said = str(error["msg"]).removeprefix("Value error, ").replace(" after validation", "")
@@ -133,9 +133,7 @@ def _unsupported_field(param: str, hint: str | None) -> InvalidRequestError:
 
 def _unknown_field(location: list[str], path: str) -> InvalidRequestError:
     param = _path(location)
-    known = _known_fields(location, path)
-    close = difflib.get_close_matches(location[-1][:_SHOWN_CHARACTERS], known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
+    hint = hint_for(location, _BODIES[path]) if path in _BODIES else f"known fields: {', '.join(_FIELDS)}"
     return InvalidRequestError(
         f"unknown field `{param[:_SHOWN_CHARACTERS]}`", param=param, code="unknown_field", hint=hint
     )
@@ -150,24 +148,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
-def _known_fields(location: list[str], path: str) -> list[str]:
-    """The fields of the object at the end of `location`."""
-    if path not in _BODIES:
-        return _FIELDS
-    model = _BODIES[path]
-    for name in location[:-1]:
-        if name in model.model_fields:
-            model = _model_in(model.model_fields[name].annotation) or model
-    return sorted(field_names(model))
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Gate | None` or `list[Message]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
-
-
 def _shown(value: object) -> str:
     """A value in a few words, however large it is."""
     if isinstance(value, int) and value.bit_length() > 128:
@@ -178,9 +158,9 @@ def _shown(value: object) -> str:
 
 
 def foreign_error(status: int) -> RequestError:
-    """What a library calls an error by its status alone, as one of ours."""
+    """An error of ours for one of a library's, of which only the status is known."""
     if status >= 500:
-        return InternalError("something went wrong on our side")
+        return InternalError("an internal error occurred", hint="the server's log describes it, under X-Request-Id")
     error = InvalidRequestError(f"the request was refused: {responses.get(status, str(status)).lower()}")
     error.status = status
     return error
@@ -197,7 +177,7 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request, known: str) -> str:
-    """What a path can be asked: every method is a route of its own, and the router names only the first one's."""
+    """The methods of a path: every method is a route of its own, and the router names only the first one's."""
     documented = request.app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", None), {})
     return ", ".join(sorted({*filter(None, known.split(", ")), *map(str.upper, documented)}))
 

@@ -24,7 +24,6 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line; a traceback is its field `exception`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

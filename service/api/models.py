@@ -31,22 +31,22 @@ def available(names: Sequence[str], info: EngineInfo) -> list[Virtual]:
 
 
 def resolve(name: str | None, names: Sequence[str], info: EngineInfo) -> Virtual:
-    """What a request's `model` means; the mixture when absent. Raises NotFoundError for other names."""
+    """The model that a request's `model` names; the mixture when absent. Raises NotFoundError for other names."""
     known = {virtual.id: virtual for virtual in available(names, info)}
     if name is None:
         return known[names[0]]
     if name not in known:
         raise NotFoundError(
-            f"there is no model {name[:100]!r} here",
+            f"this server has no model {name[:100]!r}",
             param="model",
             code="model_not_found",
-            hint=f"one of: {', '.join(known)}",
+            hint=f"the models are {', '.join(known)}",
         )
     return known[name]
 
 
 def steered(virtual: Virtual, xlora: XLoraFields) -> XLoraFields:
-    """The caller's wishes, with what the name stands for. Raises InvalidRequestError where both choose experts."""
+    """The caller's params, with what the name stands for. Raises InvalidRequestError where both choose experts."""
     if virtual.experts is None:
         return xlora
     if xlora.experts is not None:

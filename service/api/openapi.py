@@ -1,4 +1,4 @@
-"""What FastAPI does not know of the OpenAPI document: events, our errors, keys. The rest it makes of the routes."""
+"""The parts of the OpenAPI document that FastAPI does not know: events, our errors, keys."""
 
 from __future__ import annotations
 

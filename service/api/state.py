@@ -1,4 +1,4 @@
-"""What the routes share: the engine's client, the tokenizer, the metrics, and how far the start has come."""
+"""The state that the routes share: the engine's client, the tokenizer, the metrics, and how far the start has come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.api.generation.chat_renderer import ChatRenderer
 from service.api.generation.sampling_defaults import SamplingDefaults
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.middleware.keys import Keys
-from service.api.structured_output.grammar_spec import TextForms
+from service.api.structured_output.grammar_spec import GrammarSpecs
 from service.client.engine_client import Client
 from service.contract.checks import stored_settings
 from service.contract.engine_info import EngineInfo
@@ -51,12 +51,12 @@ class Service:
         self.draining = False  # told to stop: no longer ready
         self.refusing = False  # what runs may end, nothing new begins
         self.error: StartupError | EngineLostError | None = None  # why the process must end
-        self.admission = Admission(settings.max_num_seqs, settings.most_waiting, settings.max_queued_tokens)
+        self.admission = Admission(settings.max_num_seqs, settings.max_waiting, settings.max_queued_tokens)
         self._info: tuple[EngineInfo, EngineInfo] | None = None  # the engine's, and the same under the served name
         self._tokenizer: ModelTokenizer | None = None
         self._gate: GateSettings | None = None
         self._scalings_log: ScalingsLog | None = None
-        self._forms: TextForms | None = None
+        self._forms: GrammarSpecs | None = None
         self._chats: ChatRenderer | None = None
         metrics.watch(lambda: self.state, settings.wanted_replicas)
 
@@ -79,7 +79,11 @@ class Service:
     def check_serving(self) -> None:
         """Raises UnavailableError while the model loads, at the end of a drain, and without an engine."""
         if not self.client.alive:
-            raise UnavailableError("the engine has died", code="engine_dead", hint="the service is about to end")
+            raise UnavailableError(
+                "the engine has died",
+                code="engine_dead",
+                hint="the server is shutting down; another one may serve this",
+            )
         if self.refusing:
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
         if self._tokenizer is None:
@@ -93,10 +97,10 @@ class Service:
         return self._tokenizer
 
     @property
-    def forms(self) -> TextForms:
-        """The judge of forms of text; made when it is first needed."""
+    def forms(self) -> GrammarSpecs:
+        """The compiler of grammars for structured output; made when it is first needed."""
         if self._forms is None:
-            self._forms = TextForms(self.info, form_limits(self.settings))
+            self._forms = GrammarSpecs(self.info, form_limits(self.settings))
         return self._forms
 
     @property
@@ -117,7 +121,7 @@ class Service:
 
     @property
     def gate(self) -> GateSettings:
-        """What requests are admitted under; raises UnavailableError before something is served."""
+        """The gate settings of requests that arrive now; raises UnavailableError before something is served."""
         return self._gate or stored_settings(self.info.xlora_config)
 
     @gate.setter
@@ -153,7 +157,7 @@ class Service:
         logger.info("%s is ready on %s, %s, after %.1f s", self.info.model, self.info.device, self.info.dtype, seconds)
 
     async def close(self) -> None:
-        """Ends the engine, and the processes that judge forms of text and render chats."""
+        """Ends the engine, and the processes that compile grammars and render chats."""
         self.metrics.resources.stop()
         await self.client.close()
         for one in (self._forms, self._chats):

@@ -40,11 +40,9 @@ class Connection(asyncio.Protocol):
         self._failure: wire.Failed | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the loop."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from asyncio's
 
     def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
         self.heard_at = self._time()
         for frame in self._reader.feed(data):
             self._dispatch(self._decoder.decode(frame))

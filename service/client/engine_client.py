@@ -37,8 +37,8 @@ DEFAULT_LOADER = "service.engine.loader:load_engine"
 _SOCKET_BUFFER_BYTES = 4 << 20
 _CLOSE_SECONDS = 5.0
 _END_SECONDS = 0.5  # between the end of the engine's socket and the end of its process
-_BEATS_PER_TIMEOUT = 4
-_LONGEST_BEAT_SECONDS = 1.0
+_HEARTBEATS_PER_TIMEOUT = 4
+_MAX_HEARTBEAT_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ class EngineDiedError(UnavailableError):
 
 
 class Client(Protocol):
-    """What the API needs of an engine: EngineClient in production, an in-process fake in tests."""
+    """The interface of an engine that the API needs: EngineClient in production, an in-process fake in tests."""
 
     on_step: Callable[[StepStats], None] | None
     on_lost: Callable[[str], None] | None  # called once with the reason, when the engine ends before close()
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine serves; raises UnavailableError before it is loaded."""
+        """The model that the engine serves; raises UnavailableError before it is loaded."""
 
     @property
     def alive(self) -> bool:
@@ -110,7 +110,7 @@ class EngineClient:
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine serves; raises UnavailableError before it is loaded."""
+        """The model that the engine serves; raises UnavailableError before it is loaded."""
         if self._info is None:
             raise UnavailableError("the model is still loading", hint="wait until /readyz answers 200")
         return self._info
@@ -155,7 +155,7 @@ class EngineClient:
         info = await connection.ready
         self._info = replace(info, weights_sha256=info.weights_sha256 or self._weights_sha256)
         self._progress.max_step_rows = info.max_num_batched_tokens
-        self._beat(connection)
+        self._heartbeat(connection)
 
     @asynccontextmanager
     async def submit(self, *requests: Request, deadline: float | None = None) -> AsyncIterator[OutputStream]:
@@ -179,7 +179,9 @@ class EngineClient:
             connection.send(wire.Submit(request))
         timer = None
         if deadline is not None:
-            timer = asyncio.get_running_loop().call_at(deadline, stream.fail, TimedOutError("the time is up"))
+            timer = asyncio.get_running_loop().call_at(
+                deadline, stream.fail, TimedOutError("the request has reached its timeout")
+            )
         try:
             yield stream
         finally:
@@ -220,7 +222,7 @@ class EngineClient:
                 self._process.kill()  # it is loading, and would not look at its socket for a while
             await asyncio.to_thread(_end, self._process)
 
-    def _beat(self, connection: Connection) -> None:
+    def _heartbeat(self, connection: Connection) -> None:
         """Asks the engine for a sign of life, again and again; gives it up when none has come for too long."""
         if self._dead is not None:
             return
@@ -229,20 +231,25 @@ class EngineClient:
             connection.asked_at = loop.time()
             connection.send(wire.Ping())
         elif loop.time() - connection.asked_at > self._timeout_seconds:
-            self._lose(f"the engine has given no sign of life for {self._timeout_seconds:g} s")
+            self._lose(f"the engine has not answered for {self._timeout_seconds:g} s (--engine-timeout)")
             if self._process is not None:
                 self._process.kill()
             connection.close()
             return
         self._say_stalled()
-        loop.call_later(min(_LONGEST_BEAT_SECONDS, self._timeout_seconds / _BEATS_PER_TIMEOUT), self._beat, connection)
+        loop.call_later(
+            min(_MAX_HEARTBEAT_SECONDS, self._timeout_seconds / _HEARTBEATS_PER_TIMEOUT), self._heartbeat, connection
+        )
 
     def _say_stalled(self) -> None:
         """Tells the log when the engine stalls, and when it goes on."""
         if self.stalled and not self._said_stalled:
-            logger.warning("the engine has made no step for %.1f s: not ready", self._progress.limit_seconds)
+            logger.warning(
+                "the engine has made no step for %.1f s: /readyz answers 503 until it does",
+                self._progress.limit_seconds,
+            )
         elif self._said_stalled and not self.stalled:
-            logger.warning("the engine goes on")
+            logger.warning("the engine makes steps again: /readyz answers 200")
         self._said_stalled = self.stalled
 
     def _on_step(self, output: StepOutput) -> None:
@@ -271,7 +278,7 @@ class EngineClient:
         gone = InternalError(f"the engine is gone: {reason}", code="engine_dead")
         if self._closing:
             gone = InternalError("the server stopped", code="stopping", hint="send the request again")
-        else:
+        elif self._info is not None:  # before that, whoever waits in `start` is told, and nobody else
             logger.error("%s", reason)
         for stream in set(self._streams.values()):
             stream.fail(gone)

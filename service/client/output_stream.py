@@ -1,4 +1,4 @@
-"""What the engine says about some requests, as their reader in the API process waits for it."""
+"""The engine's outputs about some requests, as their reader in the API process waits for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.contract.request import Request
 
 
 class OutputStream(AsyncIterator[SequenceOutput]):
-    """What the engine says about some requests, as it says it; ends after the last choice has ended.
+    """The engine's outputs about some requests, as they come; ends after the last choice has ended.
 
     The reader wakes up once for all that one step brought: `ready` gives what else is there beside an iteration's item.
     """
@@ -51,7 +51,7 @@ class OutputStream(AsyncIterator[SequenceOutput]):
         self._wake()
 
     def ready(self) -> list[SequenceOutput]:
-        """What has come and was not read yet; does not wait."""
+        """The outputs that have come and were not read yet; does not wait."""
         news = list(self._news)
         self._news.clear()
         return news

@@ -1,4 +1,4 @@
-"""What stands in Ray Serve's proxies, before a replica is chosen and around its answer. Pure ASGI, without ray.
+"""The middleware of Ray Serve's proxies, before a replica is chosen and around its answer. Pure ASGI, without ray.
 
     client -> Front -> BodyLimit -> Affinity -> Ray's proxy, its router, a replica: the whole application
 
@@ -50,7 +50,6 @@ class Front:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http" or scope["path"].startswith(_RAYS_OWN):
             await self._app(scope, receive, send)
             return
@@ -74,7 +73,6 @@ class _Answer:
         self._unfinished_events = False
 
     async def send(self, message: Message) -> None:
-        """One message of the proxy."""
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             kind = headers.get("content-type", "")
@@ -169,7 +167,7 @@ def _replica_lost() -> InternalError:
 
 
 def _rays_error(status: int, headers: Headers) -> RequestError:
-    """What Ray's plain text means; it answers for itself only where no replica does."""
+    """The error that Ray's plain text means; it answers for itself only where no replica does."""
     match status:
         case 429:
             error = OverloadedError(
@@ -178,7 +176,7 @@ def _rays_error(status: int, headers: Headers) -> RequestError:
             error.retry_after_seconds = int(headers.get("retry-after", "1"))
             return error
         case 408:
-            return TimedOutError("the time that the cluster allows is up (request_timeout_s)")
+            return TimedOutError("the request has reached the timeout of the cluster (request_timeout_s)")
         case 404 | 503:
             return UnavailableError("no replica is serving", hint="the cluster is starting or stopping; try again")
     return _replica_lost()

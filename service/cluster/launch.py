@@ -14,7 +14,7 @@ from ray import serve
 
 from service.cluster.front import middlewares
 from service.cluster.replica import APPLICATION, DEPLOYMENT, ClusterArguments, application, cpus_of
-from service.commands.serve import bind
+from service.commands.listener import bind
 from service.contract.errors import SettingsError, StartupError
 from service.settings import ENV_PREFIX, Settings
 
@@ -53,7 +53,7 @@ def run_until_signal(settings: Settings, replicas: int, max_replicas: int | None
 
 
 def proxy_variables(settings: Settings) -> dict[str, str]:
-    """What the proxies need in their environment to put front.py before the replicas."""
+    """The environment variables that make the proxies put front.py before the replicas."""
     return {
         _PROXY_CALLBACK: f"{middlewares.__module__}.{middlewares.__name__}",
         f"{ENV_PREFIX}MAX_BODY_BYTES": str(settings.max_body_bytes),
@@ -116,8 +116,10 @@ def _reload_keys() -> None:
     answers = handle.broadcast("reload_keys").results(timeout_s=_RELOAD_SECONDS, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
-            logger.error("a replica keeps its keys: %s", getattr(answer, "cause", answer))  # of a RayTaskError
-    logger.info("keys were reloaded by %d of %d replicas", sum(answer is None for answer in answers), len(answers))
+            logger.error(
+                "a replica could not reload its keys and keeps the old ones: %s", getattr(answer, "cause", answer)
+            )  # of a RayTaskError
+    logger.info("%d of %d replicas reloaded their keys", sum(answer is None for answer in answers), len(answers))
 
 
 def _stop_on_signals() -> None:

@@ -51,7 +51,7 @@ class ClusterArguments(BaseModel):
 
 
 class Replica:
-    """What Ray asks of a replica."""
+    """The replica, as Ray calls it."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         """Raises SettingsError."""
@@ -88,7 +88,6 @@ class Replica:
         return merged(dict(answer for answer in answers if not isinstance(answer, BaseException)))
 
     async def __del__(self) -> None:
-        """The application has ended."""
         for span in self._spans:
             await asyncio.to_thread(span.close)
 
@@ -116,11 +115,11 @@ def merged(metrics: Mapping[str, Iterable[Metric]]) -> bytes:
 
 
 def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
-    """What a Serve config file names as its import_path, and gives its args as they are. Raises SettingsError."""
+    """The application that a Serve config file names, with its args as they are. Raises SettingsError."""
     arguments = ClusterArguments.model_validate(given)
     settings = load_settings(arguments.settings)
     gpus = settings.device.startswith("cuda") or (settings.device == "auto" and "GPU" in ray.cluster_resources())
-    room = settings.max_num_seqs + settings.most_waiting
+    room = settings.max_num_seqs + settings.max_waiting
     options: dict[str, Any] = {
         **_scale(arguments, settings),
         "max_ongoing_requests": room + _PROBES,
@@ -142,12 +141,12 @@ def application(given: ClusterArguments | dict[str, Any]) -> serve.Application:
 
 
 def cpus_of(settings: Settings) -> int:
-    """What a replica counts for: the threads of all its ranks."""
+    """The CPUs of one replica: the threads of all its ranks."""
     return (settings.threads or 1) * settings.tensor_parallel
 
 
 def _scale(arguments: ClusterArguments, settings: Settings) -> dict[str, Any]:
-    """A fixed number of replicas, or bounds between which Ray keeps half of each one's seats taken."""
+    """A fixed number of replicas, or bounds between which Ray keeps half of each one's slots taken."""
     most = arguments.max_replicas or arguments.replicas
     if most < arguments.replicas:
         raise SettingsError(f"--max-replicas {most} is less than --replicas {arguments.replicas}")

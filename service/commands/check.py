@@ -51,7 +51,7 @@ def _inspect_base(base: BaseModel) -> Any:
 
 
 def _skeleton() -> ModuleType:
-    """What asks transformers, which takes seconds to import: only when the files alone have shown no defect."""
+    """The module that asks transformers. It takes seconds to import: only when the files alone have shown no defect."""
     return importlib.import_module("service.model.loading.skeleton")
 
 
@@ -63,10 +63,10 @@ def _check_flags(arguments: argparse.Namespace, settings: Settings) -> None:
             if getattr(arguments, name) is None or (name == "quantization" and arguments.verify):
                 continue
             if name == "quantization":
-                raise SettingsError(f"{flag} with neither --plan nor --verify", hint="it says how they load the model")
-            raise SettingsError(f"{flag} with no --plan", hint="it is for check DIR --plan")
+                raise SettingsError(f"{flag} needs --plan or --verify", hint="check DIR without them loads no weights")
+            raise SettingsError(f"{flag} needs --plan", hint="it changes only the memory plan")
     elif arguments.gpu_memory is not None and settings.device == "cpu":
-        raise SettingsError("--gpu-memory with --device cpu", hint="it is for check DIR --plan on a GPU")
+        raise SettingsError("--gpu-memory does not go with --device cpu", hint="leave one of them out")
     elif settings.tensor_parallel > 1:
         raise SettingsError(
             f"--plan is for one process, and XLORA_TENSOR_PARALLEL is {settings.tensor_parallel}", hint="unset it"

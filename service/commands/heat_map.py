@@ -37,9 +37,9 @@ def check_size(rows: int, experts: int) -> None:
         )
 
 
-def token_labels(pieces: Sequence[str]) -> list[str]:
+def token_labels(texts: Sequence[str]) -> list[str]:
     """Of rows that are tokens: position and text."""
-    return [f"{row}│{piece}" for row, piece in enumerate(pieces)]
+    return [f"{row}│{text}" for row, text in enumerate(texts)]
 
 
 def png(title: str, labels: Sequence[str], experts: Sequence[str], weights: FloatArray) -> bytes:
@@ -85,7 +85,7 @@ def _shown(text: str, characters: int) -> str:
 
 
 def _drawable_characters() -> frozenset[int]:
-    """What matplotlib's own font has; a character it lacks is a warning and a box."""
+    """The characters of matplotlib's own font; one that it lacks is a warning and a box."""
     manager = importlib.import_module("matplotlib.font_manager")
     font = manager.get_font(manager.findfont("DejaVu Sans"))
     return frozenset(font.get_charmap())

@@ -1,4 +1,4 @@
-"""What generate and scalings share: an engine of their own, for the length of one command."""
+"""The engine of generate and scalings: one of their own, for the length of one command."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import asyncio
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from service.api.gate_views.rows import RowFormat, Rows
 from service.api.generation.scaling_pass import scaling_rows
@@ -32,16 +33,26 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png is not None:
         _check_png(Path(arguments.png))
     tokens, experts, rows = asyncio.run(_run(arguments))
-    Console(highlight=False).print(scalings_table(tokens, experts, rows.mean, rows.entropy))
+    _print_table(scalings_table(tokens, experts, rows.mean, rows.entropy))
     if arguments.png is not None:
         save_heat_map(Path(arguments.png), tokens, experts, rows)
     return 0
 
 
+def _print_table(table: Table) -> None:
+    """As wide as the terminal; in a pipe or a file, whose width nobody knows, nothing is cut."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, console.measure(table).maximum)
+    console.print(table)
+
+
 def _run_file(arguments: argparse.Namespace) -> int:
     prompts, path = InputFile(Path(arguments.prompts)), Path(arguments.output)
     if prompts.is_openai:
-        raise StartupError(f"{prompts.path}: its lines have {OPENAI_KEY!r}, and OpenAI has no scalings")
+        raise StartupError(
+            f"{prompts.path} has requests in OpenAI's batch format ({OPENAI_KEY!r}), none of which is for scalings"
+        )
     is_npz = path.suffix == ".npz"
     format = ScalingsFormat({"return_scalings": arguments.scalings or "mean"}, arrays_only=is_npz)
     if not is_npz:
@@ -71,5 +82,5 @@ def save_heat_map(path: Path, tokens: list[str], experts: list[str], rows: Rows)
 
 def _check_png(path: Path) -> None:
     if path.suffix.lower() != ".png":
-        raise StartupError(f"--png {path}: the name must end in .png")
+        raise StartupError(f"--png {path}: the file's name must end in .png")
     heat_map.check_matplotlib()

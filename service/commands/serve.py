@@ -41,11 +41,11 @@ from service.api.middleware.tracing import SpanExport
 from service.api.state import Service
 from service.cli import given_settings
 from service.client.engine_client import EngineClient
+from service.commands.listener import bind
 from service.contract.errors import EngineLostError, SettingsError, StartupError
 from service.observability.metrics import Metrics
 from service.settings import Settings, load_settings
 
-_BACKLOG = 2048
 _LAST_ANSWERS_SECONDS = 3  # for answers that are complete and not yet read
 _LAST_TASKS_SECONDS = 2  # for what has lost its connection then
 _RED_SECONDS = 1.0  # a lost engine is seen by probes before the process ends
@@ -59,9 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     settings = load_settings(given_settings(arguments))
     logs.configure(settings.log_level, settings.log_format)
     with bind(settings.host, settings.port) as listener:
-        host, port = listener.getsockname()[:2]
-        scheme = "http" if settings.ssl_certfile is None else "https"
-        logger.info("listening on %s://%s:%s, docs at /docs", scheme, host, port)
         error = uvloop_run(settings, listener)
     if error is not None:
         raise error
@@ -86,6 +83,9 @@ async def serve(settings: Settings, listener: socket.socket) -> StartupError | E
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after it has shut down
     if settings.ssl_certfile is not None or any(keys.file is not None for keys in service.keys):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    logger.info("listening on %s://%s:%s, docs at /docs", scheme, host, port)
     try:
         await server.serve([listener])
     finally:
@@ -150,7 +150,7 @@ class Server(uvicorn.Server):
             context = _tls(self.config)
             found = reload_keys(self._service.keys)
         except SettingsError as error:
-            logger.error("nothing was reloaded: %s", error)
+            logger.error("keys and certificates stay as they were: %s", error)
             return
         for acceptor in self._acceptors:
             acceptor.context = context
@@ -190,7 +190,7 @@ class Server(uvicorn.Server):
 
 
 def _tls(config: uvicorn.Config) -> ssl.SSLContext | None:
-    """What the TLS files say now, made as uvicorn makes it at the start. Raises SettingsError."""
+    """A context of the TLS files as they are now, made as uvicorn makes it at the start. Raises SettingsError."""
     if config.ssl_certfile is None:
         return None
     try:
@@ -207,18 +207,6 @@ def _tls(config: uvicorn.Config) -> ssl.SSLContext | None:
         raise SettingsError(f"--ssl-certfile {config.ssl_certfile}: {error}") from None
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """The listening socket. Raises StartupError when the port is taken or the address is not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {reason}", hint="choose another --host or --port"
-        ) from None
-
-
 async def _drain(server: Server, service: Service) -> None:
     """Waits for a signal's note, for load balancers, and for what runs; cuts off what takes too long."""
     await _until(lambda: service.draining)
@@ -226,8 +214,8 @@ async def _drain(server: Server, service: Service) -> None:
     service.refusing = True
     await _until(lambda: server.hurried or not service.admission.running, service.settings.drain_seconds)
     if service.admission.running:
-        reason = "after a second signal" if server.hurried else "as they did not end within --drain-seconds"
-        logger.warning("%d requests are cut off, %s", service.admission.running, reason)
+        reason = "a second signal came" if server.hurried else "--drain-seconds have passed"
+        logger.warning("%d unfinished requests are ended: %s", service.admission.running, reason)
         await service.client.close()
     server.stop()
 

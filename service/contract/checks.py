@@ -1,4 +1,5 @@
-"""What must hold of a request and of the operator's gate settings on this model, and steering in one canonical form.
+"""The conditions that a request and the operator's gate settings must meet on this model, and steering in one canonical
+form.
 
 Requests are checked where they leave the API's process, by `checked_request`: the engine takes what it is sent.
 
@@ -17,7 +18,7 @@ from service.contract.errors import InvalidRequestError
 from service.contract.request import Request
 from service.contract.steering import GateSettings, GateWeight, Steering
 
-_LARGEST_WEIGHT = 100.0  # beyond it half precision overflows sooner than anyone learns anything
+_MAX_WEIGHT = 100.0  # beyond it half precision overflows sooner than anyone learns anything
 
 
 def checked_request(request: Request, info: EngineInfo) -> Request:
@@ -28,7 +29,9 @@ def checked_request(request: Request, info: EngineInfo) -> Request:
     """
     request = replace(request, steering=checked_steering(request.steering, info))
     if request.sampling is None and request.has_fixed_gate:
-        raise InvalidRequestError("a fixed gate has no scaling pass that one could look at", param="experts")
+        raise InvalidRequestError(
+            "experts.weights fixes the gate, so there is no scaling pass to return", param="experts"
+        )
     check_token_ids(request.prompt_token_ids, "prompt", info)
     if request.sampling is not None:
         check_token_ids(request.sampling.logit_bias, "logit_bias", info)
@@ -89,7 +92,7 @@ def checked_steering(steering: Steering | None, info: EngineInfo) -> Steering | 
     if steering.weights is not None:
         if steering != Steering(weights=steering.weights):
             raise InvalidRequestError(
-                "weights are a fixed gate: they go with no other choice of experts, temperature or top_k",
+                "weights fix the gate: they do not go with only, exclude, temperature or top_k",
                 param="experts.weights",
             )
         _check_weights(steering.weights, info)
@@ -110,9 +113,9 @@ def check_settings(settings: GateSettings, info: EngineInfo) -> None:
     """Raises InvalidRequestError for what this model cannot follow."""
     for name in ("scaling_pass_value", "global_scaling_weight"):
         value = getattr(settings, name)
-        if value is not None and not -_LARGEST_WEIGHT <= value <= _LARGEST_WEIGHT:  # NaN is neither
+        if value is not None and not -_MAX_WEIGHT <= value <= _MAX_WEIGHT:  # NaN is neither
             raise InvalidRequestError(
-                f"`{name}` is {value}; it must be from -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}", param=name
+                f"`{name}` is {value}; it must be from -{_MAX_WEIGHT:g} to {_MAX_WEIGHT:g}", param=name
             )
     experts = len(info.experts)
     if settings.top_k_lora is not None and not 1 <= settings.top_k_lora <= experts:
@@ -154,7 +157,7 @@ def _check_scores(request: Request) -> None:
 
 
 def _check_lengths(request: Request) -> None:
-    """What must be there at least."""
+    """Refuses a request without a prompt, or without tokens to generate."""
     output = _output_tokens(request)
     if not request.prompt_token_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt", hint="send at least one token")
@@ -216,9 +219,9 @@ def _check_weights(weights: Sequence[GateWeight], info: EngineInfo) -> None:
     _check_experts((weight.expert for weight in weights), "experts.weights", len(info.experts))
     last = max((layer for site in info.sites if (layer := layer_of(site)) is not None), default=-1)
     for weight in weights:
-        if not -_LARGEST_WEIGHT <= weight.weight <= _LARGEST_WEIGHT:
+        if not -_MAX_WEIGHT <= weight.weight <= _MAX_WEIGHT:
             raise InvalidRequestError(
-                f"the weight {weight.weight} is not between -{_LARGEST_WEIGHT:g} and {_LARGEST_WEIGHT:g}",
+                f"the weight {weight.weight} is not between -{_MAX_WEIGHT:g} and {_MAX_WEIGHT:g}",
                 param="experts.weights",
             )
         if weight.layers is None:

@@ -1,4 +1,4 @@
-"""What the loaded engine says of itself."""
+"""Facts about the loaded engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the loaded engine is; the API's /info and its limits come from here."""
+    """Facts about the loaded engine; the API's /info and its limits come from here."""
 
     model: str  # the bundle's name
     architecture: str  # "LlamaForCausalLM"

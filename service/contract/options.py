@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the engine's process needs to know; each field is a flag of `xlora-serve serve`."""
+    """The options of the engine's process; each field is a flag of `xlora-serve serve`."""
 
     model: str
     device: str = "auto"  # auto, cpu, cuda, cuda:N

@@ -1,4 +1,4 @@
-"""What comes out of the engine, one StepOutput per step: numbers, strings and bytes, no torch, no text.
+"""The engine's outputs, one StepOutput per step: numbers, strings and bytes, no torch, no text.
 
 Arrays travel as raw little-endian float32 bytes; their shape is in the field's comment (S sites, E experts).
 """
@@ -87,7 +87,7 @@ class DraftCounts:
 
 @dataclass(slots=True)
 class SequenceUsage:
-    """What one choice has cost so far. The caller may end a choice itself (a stop string), so every output has it: one
+    """The cost of one choice so far. The caller may end a choice itself (a stop string), so every output has it: one
     live object in the engine's process, a snapshot across the border.
     """
 
@@ -118,7 +118,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception, what: str) -> Failure:
-        """What an exception comes to, raised while `what` happened."""
+        """The failure that an exception means, raised while `what` happened."""
         if isinstance(error, InvalidRequestError):
             return cls(error.message, error.param)
         return cls(f"{what} ({type(error).__name__})")
@@ -126,7 +126,7 @@ class Failure:
 
 @dataclass(slots=True)
 class SequenceOutput:
-    """What one step brought one choice: tokens (none during prefill, several where drafts were right), gate rows,
+    """The output of one step for one choice: tokens (none during prefill, several where drafts were right), gate rows,
     perhaps the end.
     """
 
@@ -144,7 +144,7 @@ class SequenceOutput:
 
 @dataclass(slots=True)
 class GateStats:
-    """What the gate did over positions whose real row ran and was kept, each once (the metrics' input).
+    """Statistics of the gate over positions whose real row ran and was kept, each once (the metrics' input).
 
     A step may leave its positions to a later one; the step that ends a choice has reported all of that choice's.
     """
@@ -155,7 +155,6 @@ class GateStats:
     top1: list[int] = field(default_factory=list)  # [E], positions whose largest site-mean p is this expert's
 
     def add(self, other: GateStats) -> None:
-        """More positions."""
         self.prompt_entropy += other.prompt_entropy
         self.generated_entropy += other.generated_entropy
         self.weight = _added(self.weight, other.weight)
@@ -164,7 +163,7 @@ class GateStats:
 
 @dataclass(slots=True)
 class LoggedRows:
-    """What the classifier said of consecutive positions of one choice: after softmax, before top-k and steering."""
+    """The classifier's weights of consecutive positions of one choice: after softmax, before top-k and steering."""
 
     request_id: str
     index: int

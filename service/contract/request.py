@@ -1,4 +1,4 @@
-"""What goes into the engine: requests, as numbers and strings, so that they cross a process border without pickle."""
+"""The engine's input: requests, as numbers and strings, so that they cross a process border without pickle."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class FormLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class TextForm:
-    """The form of a generated text, from its first token to its last: exactly one of grammar and expression."""
+class GrammarSpec:
+    """The grammar of a generated text, from its first token to its last: exactly one of grammar and expression."""
 
     grammar: str | None = None  # a text of this grammar, in llguidance's Lark
     regex: str | None = None  # a match of this expression
@@ -32,7 +32,7 @@ class TextForm:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The caller's wishes, validated by the API. Names and meanings are OpenAI's; null has already become the default.
+    """The caller's params, validated by the API. Names and meanings are OpenAI's; null has already become the default.
 
     Logits are changed in this order: logit_bias, repetition_penalty, presence and frequency penalty, form (what it
     forbids gets -inf), min_tokens (what ends the text gets -inf, unless the form allows nothing else), temperature,
@@ -55,7 +55,7 @@ class SamplingParams:
     logprobs: int | None = None  # alternatives per token; 0 = the sampled token's own; None = none at all
     prompt_logprobs: int | None = None  # the same for the prompt's own tokens, its first excepted
     n: int = 1
-    form: TextForm | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
+    form: GrammarSpec | None = None  # EOS is allowed where the text may end, and where it must end it does, without EOS
 
     @property
     def is_greedy(self) -> bool:
@@ -105,7 +105,7 @@ class Request:
 
     @property
     def gate_key(self) -> tuple[object, ...]:
-        """What changes this request's gate: the real stream's cached blocks are shared where it is equal.
+        """Key of everything that changes this request's gate: equal ones share the real stream's cached blocks.
 
         Freezing is not part of it, because frozen positions are never cached.
         """

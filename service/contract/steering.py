@@ -16,7 +16,7 @@ class GateWeight:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """What a caller wants otherwise about the gate of the real pass; nothing here changes the scaling pass.
+    """A caller's changes to the gate of the real pass; nothing here changes the scaling pass.
 
     Experts are given by their place in EngineInfo.experts. `only` and `exclude` together leave the experts of `only`
     that are not in `exclude`; those left out are at -inf before the softmax (at 0 where the checkpoint has none), then
@@ -36,7 +36,7 @@ class Steering:
 
 @dataclass(frozen=True, slots=True)
 class GateSettings:
-    """What an operator may change at run time, by PEFT's names; it holds for the requests that are admitted later."""
+    """The settings that an operator may change at run time, by PEFT's names, for requests that are admitted later."""
 
     scaling_pass_value: float | None  # None = 1 / number of experts
     top_k_lora: int | None  # None = all experts act

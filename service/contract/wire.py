@@ -1,4 +1,4 @@
-"""What crosses the socket between the API process and the engine process: typed messages in length-prefixed frames.
+"""The typed messages between the API process and the engine process, in length-prefixed frames on a socket.
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. Nothing is pickled, so neither side can make
 the other run code. This file knows no asyncio and no engine.
@@ -84,7 +84,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """What one step brought, for all requests together."""
+    """The output of one step, for all requests together."""
 
     output: StepOutput
 
@@ -101,7 +101,6 @@ class FrameEncoder:
         self._buffer = bytearray()
 
     def encode(self, message: ToEngine | FromEngine) -> bytes:
-        """One message as one frame."""
         self._encoder.encode_into(message, self._buffer, _HEADER_BYTES)
         self._buffer[:_HEADER_BYTES] = (len(self._buffer) - _HEADER_BYTES).to_bytes(_HEADER_BYTES, "little")
         return bytes(self._buffer)

@@ -1,6 +1,6 @@
 """The engine's process and all that turns texts into token ids, on one event loop: the server without HTTP.
 
-Nothing here refuses for load: whoever sends more than the engine has seats for waits in the engine's own queue.
+Nothing here refuses for load: whoever sends more than the engine has slots for waits in the engine's own queue.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from service.api.schemas.answers import CompareAnswer
 from service.api.schemas.bodies import CompareBody, ScalingsBody
 from service.api.schemas.openai import ChatBody, CompletionBody
 from service.api.state import engine_options, form_limits, new_id
-from service.api.structured_output.grammar_spec import TextForms
+from service.api.structured_output.grammar_spec import GrammarSpecs
 from service.client.engine_client import Client, EngineClient
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import EngineLostError, RequestError, UnavailableError
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.library.bodies import GenerateJob
 from service.settings import Settings
 
@@ -50,11 +50,9 @@ class LocalCall:
         """Nobody keeps a record of it."""
 
     def admit(self, requests: Sequence[Request], *, continued: bool = False) -> AbstractContextManager[Permit]:
-        """A place, which there always is."""
         return self.service.admission.admit(requests, asyncio.get_running_loop().time(), continued=continued)
 
     def deltas(self, generation: Generation) -> AsyncGenerator[list[Delta], None]:
-        """The deltas of a generation."""
         return generation.deltas(self.deadline)
 
 
@@ -66,7 +64,7 @@ class Session:
         self.client: Client = EngineClient(timeout_seconds=settings.engine_timeout) if client is None else client
         self.admission = Admission(settings.max_num_seqs, sys.maxsize, sys.maxsize)
         self._chats: ChatRenderer | None = None
-        self._forms: TextForms | None = None
+        self._forms: GrammarSpecs | None = None
         self._tokenizer: ModelTokenizer | None = None
         # Chats are rendered, and forms compiled, by one process each, which turns down who waits for too long there.
         self._turn = asyncio.Lock()
@@ -76,7 +74,7 @@ class Session:
         await self.client.start(engine_options(self.settings), on_progress)
         info = self.client.info
         self._chats = ChatRenderer(Path(info.tokenizer_path).parent, self.settings.max_body_bytes)
-        self._forms = TextForms(info, form_limits(self.settings))
+        self._forms = GrammarSpecs(info, form_limits(self.settings))
         self._tokenizer = ModelTokenizer(info, self._chats, SamplingDefaults.of(self.settings, info))
 
     async def close(self) -> None:
@@ -93,18 +91,16 @@ class Session:
 
     @property
     def names(self) -> list[str]:
-        """The names of the model."""
         return self.settings.served_model_name or [self.client.info.model]
 
     @property
     def tokenizer(self) -> ModelTokenizer:
-        """The tokenizer."""
         assert self._tokenizer is not None, "started"
         return self._tokenizer
 
     @property
-    def forms(self) -> TextForms:
-        """The judge of forms of text."""
+    def forms(self) -> GrammarSpecs:
+        """The compiler of grammars for structured output."""
         assert self._forms is not None, "started"
         return self._forms
 
@@ -162,7 +158,7 @@ class Session:
             prompt = await self.tokenizer.chat_ids(job.chat.chat())
             functions = job.chat.called
             if functions:
-                form: TextForm | None = await tool_form(self.forms, functions)
+                form: GrammarSpec | None = await tool_form(self.forms, functions)
             else:
                 form = await self.forms.of(body.response_format)
         called = [function.name for function in functions.values()]

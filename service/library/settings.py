@@ -5,10 +5,10 @@ This file knows names, and no values.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from service.contract.errors import SettingsError
+from service.contract.spelling import likely
 from service.settings import Settings
 
 # Settings of the server that say nothing here.
@@ -27,7 +27,7 @@ def check_settings(settings: Mapping[str, object]) -> None:
     """Raises SettingsError for keywords that are no settings of a model in process."""
     for name in settings:
         if name not in SETTINGS:
-            close = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(sorted(SETTINGS))}"
+            close = likely(name, SETTINGS)
+            hint = f"did you mean `{close}`?" if close else f"known: {', '.join(sorted(SETTINGS))}"
             why = " in process: it is of the HTTP server" if name in _OF_HTTP else ""
             raise SettingsError(f"`{name}` is no setting of a model{why}", hint=hint)

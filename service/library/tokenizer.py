@@ -34,7 +34,7 @@ class Tokenizer:
         return self._tokenizer.decode(_ids(token_ids), skip_special_tokens)
 
     def texts(self, token_ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text. Raises InvalidRequestError for ids outside the vocabulary."""
+        """The text that each token adds. Raises InvalidRequestError for ids outside the vocabulary."""
         ids = _ids(token_ids)
         check_token_ids(ids, "token_ids", self._session.info)
         return self._tokenizer.texts(ids)

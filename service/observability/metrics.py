@@ -62,11 +62,10 @@ class ArrayHistogram(Collector):
         self._sums[label_values] = self._sums.get(label_values, 0.0) + float(finite.sum(dtype=np.float64))
 
     def describe(self) -> Iterable[Metric]:
-        """What the registry checks for name clashes."""
+        """The metrics without values, which the registry checks for name clashes."""
         return [HistogramMetricFamily(self._name, self._documentation, labels=self._labels)]
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape reads."""
         family = HistogramMetricFamily(self._name, self._documentation, labels=self._labels)
         bounds = [*(str(bound) for bound in self._bounds.tolist()), "+Inf"]
         for values, counts in self._counts.items():
@@ -82,7 +81,6 @@ class _BeforeScrape(Collector):
         self._fold = fold
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
@@ -93,7 +91,7 @@ class _BeforeScrape(Collector):
 
 @dataclass(slots=True)
 class _Pending:
-    """What steps and tokens have brought since the metrics were last brought up to date."""
+    """Counts of steps and tokens since the metrics were last updated."""
 
     step_seconds: list[float] = field(default_factory=list)
     scaling_rows: int = 0
@@ -286,7 +284,7 @@ class Metrics:
         try:
             drift = self._drift = GateDrift(profile, self._experts)
         except ProfileError as error:
-            logger.warning("no drift metrics: the bundle's gate_profile cannot be used: %s", error)
+            logger.warning("there are no drift metrics, because the bundle's gate_profile cannot be used: %s", error)
             return
         for distribution in DISTRIBUTIONS:
             self._psi.labels(distribution).set_function(partial(drift.index, distribution))

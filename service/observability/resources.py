@@ -4,7 +4,7 @@
     api         this process: HTTP and text
     engine      the model, and rank 0 of a tensor-parallel group
     rank 1 ..   the other ranks
-    helpers     what may have to be killed (chat templates, forms of text), together
+    helpers     what may have to be killed (chat templates, grammars), together
 
 Processes are found by their command lines, among the children of this one. Everything is read in a thread of its own,
 every few seconds: on a large machine, or with a driver in trouble, it takes too long for the event loop. A reading that
@@ -38,7 +38,7 @@ logger = logging.getLogger("xlora.metrics")
 
 @dataclass
 class Usage:
-    """What one process has, or several of one role together."""
+    """The resources of one process, or of several of one role together."""
 
     resident_bytes: int = 0
     cpu_seconds: float = 0.0
@@ -75,16 +75,14 @@ class Resources(Collector):
         self._stop.set()
 
     def read(self, gpus: Gpus) -> None:
-        """Takes one reading."""
         processes = dict(self._read_processes())
         self._reading = Reading(time.monotonic(), processes, gpus.read())
 
     def describe(self) -> Iterable[Metric]:
-        """The families, without samples."""
         return _families(Reading(0.0))
 
     def collect(self) -> Iterable[Metric]:
-        """What a scrape reads: nothing where there is no fresh reading."""
+        """The metrics of a scrape: none where there is no fresh reading."""
         reading = self._reading
         return [] if reading is None or time.monotonic() - reading.at > _OLD_SECONDS else _families(reading)
 

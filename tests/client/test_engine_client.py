@@ -243,10 +243,10 @@ def test_an_engine_that_hangs_is_lost_and_ended(bundle: Path) -> None:
         client.on_lost = lost.append
         await asyncio.sleep(1.2)
         assert client.alive  # an idle engine answers
-        with pytest.raises(InternalError, match=r"no sign of life for 0\.5 s"):
+        with pytest.raises(InternalError, match=r"has not answered for 0\.5 s"):
             await collect(client, request("hang", prompt=[HANGING]))
         assert not client.alive
-        assert lost == ["the engine has given no sign of life for 0.5 s"]
+        assert lost == ["the engine has not answered for 0.5 s (--engine-timeout)"]
         assert client._process is not None
         assert await asyncio.to_thread(client._process.wait, 5) == -signal.SIGKILL
 

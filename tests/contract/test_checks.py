@@ -140,10 +140,10 @@ def test_canonical(info: EngineInfo, steering: Steering, canonical: Steering | N
             (Steering(weights=(GateWeight(0, 1.0, layers),)), "experts.weights", "within 0 to 1")
             for layers in ((0, 2), (1, 0), (-1, 0))
         ),
-        (Steering(weights=(), only=(1,)), "experts.weights", "go with no other"),
-        (Steering(weights=(), exclude=(1,)), "experts.weights", "go with no other"),
-        (Steering(weights=(), temperature=2.0), "experts.weights", "go with no other"),
-        (Steering(weights=(), top_k=1), "experts.weights", "go with no other"),
+        (Steering(weights=(), only=(1,)), "experts.weights", "do not go with"),
+        (Steering(weights=(), exclude=(1,)), "experts.weights", "do not go with"),
+        (Steering(weights=(), temperature=2.0), "experts.weights", "do not go with"),
+        (Steering(weights=(), top_k=1), "experts.weights", "do not go with"),
         *((Steering(temperature=bad), "gate.temperature", "finite number over 0") for bad in (0.0, -1.0, NAN, INF)),
         *((Steering(top_k=bad), "gate.top_k", "not 1 to 3") for bad in (0, 4)),
     ],

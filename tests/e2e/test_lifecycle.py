@@ -85,7 +85,7 @@ def test_a_dead_or_hanging_engine_ends_the_service(tmp_path: Path, how: signal.S
         assert running.get("/readyz")[0] == 503
         assert running.process.wait(PATIENCE_SECONDS) == 3
         last = (tmp_path / "stderr").read_text().splitlines()[-2:]
-        reason = "SIGKILL" if how is signal.SIGKILL else "no sign of life for 2 s"
+        reason = "SIGKILL" if how is signal.SIGKILL else "has not answered for 2 s"
         assert reason in last[0]
         assert last[0].startswith("error: the engine is lost")
         assert not engine.is_running()
@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_cuts_off_what_runs_and_says_so(tiny_bundle: Path, tmp_p
     assert json.loads(body)["error"]["message"] == "the server stopped"
     said = (tmp_path / "stderr").read_text()
     assert "Traceback" not in said
-    assert said.count("3 requests are cut off, after a second signal") == 1
+    assert said.count("3 unfinished requests are ended: a second signal came") == 1
 
 
 def test_unknown_variable_is_refused() -> None:

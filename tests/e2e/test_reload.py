@@ -100,6 +100,6 @@ def test_keys_and_certificates_are_replaced_without_a_restart(
     made.write(OLD, "third")
     made.files["private"].write_text("no key")
     process.send_signal(signal.SIGHUP)
-    assert wait_for(lambda: b"nothing was reloaded: --ssl-certfile" in made.log.read_bytes())
+    assert wait_for(lambda: b"keys and certificates stay as they were: --ssl-certfile" in made.log.read_bytes())
     assert (made.status(OLD), made.status(NEW)) == (401, 200)
     assert made.shown() == in_use

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, Request, SamplingParams, TextForm
+from service.contract.request import FormLimits, GrammarSpec, Request, SamplingParams
 from service.grammar import Cursor, GrammarCompiler, GrammarError, Grammars
 from tests.engine.test_engine import mixed_requests, same
 from tests.engine.test_sampler import chi_square
@@ -37,11 +37,11 @@ SCHEMA: dict[str, Any] = {
     "required": ["ok", "tags"],
     "additionalProperties": False,
 }
-OBJECT = TextForm(
+OBJECT = GrammarSpec(
     grammar=schema_grammar(Document("schema", SCHEMA), FormLimits(), GrammarCompiler("", 0, []))
 )  # it has no patterns
-REPEATS = TextForm(regex="(ab|ba|c){4,30}!")
-MAY_END = TextForm(regex="[0-9]{2,40}")
+REPEATS = GrammarSpec(regex="(ab|ba|c){4,30}!")
+MAY_END = GrammarSpec(regex="[0-9]{2,40}")
 EOS = 1
 
 
@@ -59,7 +59,7 @@ def tokens_of(mask: bytes) -> set[int]:
     return {id for id in range(8 * len(mask)) if mask[id // 8] >> id % 8 & 1}
 
 
-def formed(name: str, form: TextForm, prompt: int = 9, **sampling: Any) -> Request:
+def formed(name: str, form: GrammarSpec, prompt: int = 9, **sampling: Any) -> Request:
     params = {"max_tokens": 48, "seed": len(name), **sampling}
     return Request(
         name, words(len(name), prompt), SamplingParams(form=form, **params), return_scalings="full", scalings_start=0
@@ -167,7 +167,7 @@ def test_logprobs_are_those_of_the_raw_distribution(engines: Engines) -> None:
 
 def test_the_distribution_is_the_model_s_among_what_is_allowed(engines: Engines, tokenizer: Tokenizer) -> None:
     prompt, draws = words(5, 8), 1500
-    form = TextForm(regex="[a-h]x")
+    form = GrammarSpec(regex="[a-h]x")
     allowed = [tokenizer.token_to_id(letter) for letter in "abcdefgh"]
     made = [Request(str(seed), prompt, SamplingParams(max_tokens=1, seed=seed, form=form)) for seed in range(draws)]
     result = run(engines.build(max_num_seqs=400, max_model_len=16, blocks=3200), made)
@@ -190,19 +190,19 @@ def test_eos_only_where_the_text_may_end(engines: Engines) -> None:
 
 
 def test_a_text_that_must_end_ends_without_eos(engines: Engines, tokenizer: Tokenizer) -> None:
-    choice = run(engines.build(), [formed("a", TextForm(regex="abc"))])["a"]
+    choice = run(engines.build(), [formed("a", GrammarSpec(regex="abc"))])["a"]
     assert (tokenizer.decode(choice.tokens), choice.finish_reason) == ("abc", "stop")
     assert EOS not in choice.tokens
 
 
 def test_a_text_that_is_complete_with_its_last_token_was_not_cut(engines: Engines, tokenizer: Tokenizer) -> None:
-    length = len(run(engines.build(), [formed("a", TextForm(regex="abc"))])["a"].tokens)
-    choice = run(engines.build(), [formed("a", TextForm(regex="abc"), max_tokens=length)])["a"]
+    length = len(run(engines.build(), [formed("a", GrammarSpec(regex="abc"))])["a"].tokens)
+    choice = run(engines.build(), [formed("a", GrammarSpec(regex="abc"), max_tokens=length)])["a"]
     assert choice.finish_reason == "stop"
 
 
 def test_an_empty_text(engines: Engines) -> None:
-    choice = run(engines.build(), [formed("a", TextForm(regex=""))])["a"]
+    choice = run(engines.build(), [formed("a", GrammarSpec(regex=""))])["a"]
     assert (choice.tokens, choice.finish_reason) == ([EOS], "stop")
 
 
@@ -210,7 +210,7 @@ def test_a_bias_does_not_overrule_the_form(engines: Engines, tokenizer: Tokenize
     """Neither for what is forbidden, nor against all that is allowed."""
     letters = {letter: tokenizer.token_to_id(letter) for letter in "abz"}
     bias = {letters["z"]: 100.0, letters["a"]: -100.0, letters["b"]: -100.0}
-    choice = run(engines.build(), [formed("a", TextForm(regex="[ab]{6}"), logit_bias=bias)])["a"]
+    choice = run(engines.build(), [formed("a", GrammarSpec(regex="[ab]{6}"), logit_bias=bias)])["a"]
     assert set(tokenizer.decode(choice.tokens)) <= set("ab")
 
 
@@ -225,7 +225,7 @@ def test_masks_allow_what_can_go_on(compiler: GrammarCompiler, tokenizer: Tokeni
     chance = torch.Generator().manual_seed(1)
     texts = {id: tokenizer.decode([id]) for id in range(3, 320) if "�" not in tokenizer.decode([id])}
     for _ in range(4):
-        cursor, text = compiler.compile(TextForm(regex=pattern)).start(), ""
+        cursor, text = compiler.compile(GrammarSpec(regex=pattern)).start(), ""
         for _ in range(8):
             allowed = tokens_of(cursor.allowed())
             assert (EOS in allowed) == (regex.fullmatch(pattern, text) is not None)
@@ -243,7 +243,7 @@ def test_masks_allow_what_can_go_on(compiler: GrammarCompiler, tokenizer: Tokeni
 
 
 @pytest.mark.parametrize("form", [OBJECT, REPEATS, MAY_END], ids=["object", "repeats", "digits"])
-def test_looking_ahead_leaves_nothing_behind(compiler: GrammarCompiler, form: TextForm) -> None:
+def test_looking_ahead_leaves_nothing_behind(compiler: GrammarCompiler, form: GrammarSpec) -> None:
     """A cursor that has looked after right, wrong and impossible drafts says what a fresh one says."""
     chance = torch.Generator().manual_seed(2)
 
@@ -276,14 +276,14 @@ def test_looking_ahead_leaves_nothing_behind(compiler: GrammarCompiler, form: Te
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (TextForm(grammar="start: nothing"), "unknown name"),
-        (TextForm(grammar="start: A\nA: /a/ & /b/"), "no text of this model"),
-        (TextForm(regex="(a"), "unclosed group"),
-        (TextForm(regex="(?=a)b"), "look-around"),
-        (TextForm(regex=r"(a)\1"), "backreferences"),
+        (GrammarSpec(grammar="start: nothing"), "unknown name"),
+        (GrammarSpec(grammar="start: A\nA: /a/ & /b/"), "no text of this model"),
+        (GrammarSpec(regex="(a"), "unclosed group"),
+        (GrammarSpec(regex="(?=a)b"), "look-around"),
+        (GrammarSpec(regex=r"(a)\1"), "backreferences"),
     ],
 )
-def test_what_is_no_grammar_is_refused(compiler: GrammarCompiler, form: TextForm, message: str) -> None:
+def test_what_is_no_grammar_is_refused(compiler: GrammarCompiler, form: GrammarSpec, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
         compiler.compile(form)
     assert caught.value.param == "response_format"
@@ -293,7 +293,7 @@ def test_a_vocabulary_that_is_not_known_is_refused(tmp_path: Any) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text('{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"},"added_tokens":[]}')
     with pytest.raises(InvalidRequestError, match="this model's tokenizer"):
-        GrammarCompiler(str(path), 1, [0]).compile(TextForm(regex="a"))
+        GrammarCompiler(str(path), 1, [0]).compile(GrammarSpec(regex="a"))
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
 ) -> None:
     """The lexer's states run out on the way."""
     monkeypatch.setattr("service.grammar._MAX_STATES", 400)
-    made = formed("poison", TextForm(regex="(.{1,90}a.{1,90}b){1,3}"), max_tokens=200)
+    made = formed("poison", GrammarSpec(regex="(.{1,90}a.{1,90}b){1,3}"), max_tokens=200)
     result = run(engines.build(), [made, *mixed_requests()])
     [last] = [piece for step in result.steps for piece in step.outputs if piece.error is not None]
     assert (last.request_id, last.error_param) == ("poison", "response_format")
@@ -353,7 +353,7 @@ def test_a_form_that_turns_out_too_complex_is_the_caller_s_fault(
 
 def test_a_form_that_does_not_compile_ends_its_request(engines: Engines) -> None:
     """The API finds it before; callers in the process may not."""
-    result = run(engines.build(), [formed("poison", TextForm(regex="("), n=2), *mixed_requests()])
+    result = run(engines.build(), [formed("poison", GrammarSpec(regex="("), n=2), *mixed_requests()])
     assert {result["poison", index].finish_reason for index in (0, 1)} == {"error"}
     others_are_unharmed(result, engines)
 
@@ -366,7 +366,7 @@ class _Slow(GrammarCompiler):
         self.go = threading.Event()
         self.compiled = 0
 
-    def compile(self, form: TextForm) -> Any:
+    def compile(self, form: GrammarSpec) -> Any:
         assert self.go.wait(30)
         self.compiled += 1
         return super().compile(form)
@@ -405,10 +405,10 @@ def test_few_grammars_are_kept(compiler: GrammarCompiler) -> None:
     slow.go.set()
     grammars = Grammars(slow)
     for count in range(70):
-        grammars.find(TextForm(regex=f"a{{{count + 1}}}")).result()
-    grammars.find(TextForm(regex="a{70}")).result()
+        grammars.find(GrammarSpec(regex=f"a{{{count + 1}}}")).result()
+    grammars.find(GrammarSpec(regex="a{70}")).result()
     assert slow.compiled == 70
-    grammars.find(TextForm(regex="a{1}")).result()
+    grammars.find(GrammarSpec(regex="a{1}")).result()
     assert slow.compiled == 71
 
 
@@ -416,7 +416,7 @@ def test_texts_of_one_grammar_never_fill_its_lexer(
     compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its states are shared by all texts and kept: when they are too many, a text goes on with new ones."""
-    form = TextForm(regex="[a-z]{1,40}(a[a-z]{3}b)?([a-y]{1,20}|[b-z]{1,20})!")
+    form = GrammarSpec(regex="[a-z]{1,40}(a[a-z]{3}b)?([a-y]{1,20}|[b-z]{1,20})!")
     plain, chance = compiler.compile(form), torch.Generator().manual_seed(3)
     monkeypatch.setattr("service.grammar._MAX_STATES", 300)
     grammar = compiler.compile(form)

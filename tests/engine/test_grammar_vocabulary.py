@@ -1,4 +1,4 @@
-"""Tokens beyond the model's vocabulary: a form of text has the masks that it has without them."""
+"""Tokens beyond the model's vocabulary: a grammar has the masks that it has without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from service.contract.request import TextForm
+from service.contract.request import GrammarSpec
 from service.grammar import GrammarCompiler
 
 EOS = 0
@@ -18,9 +18,9 @@ LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789<>{}[]:,.-", '"', "\u2581"]
 WORDS = ["th", "the", "an", "and"]  # and the halves of what is added below
 PIECES = ["</s>", "<unk>", *LETTERS, *WORDS]
 FORMS = [
-    TextForm(regex="<tool>[ab]{2}"),
-    TextForm(regex="(theand|[a-c]){1,3}"),
-    TextForm(grammar='start: "{" "\\"theand\\":" ("\\"<tool>\\"" | "\\"the\\"") "}"'),
+    GrammarSpec(regex="<tool>[ab]{2}"),
+    GrammarSpec(regex="(theand|[a-c]){1,3}"),
+    GrammarSpec(grammar='start: "{" "\\"theand\\":" ("\\"<tool>\\"" | "\\"the\\"") "}"'),
 ]
 
 
@@ -56,7 +56,7 @@ KINDS: dict[str, Callable[..., Tokenizer]] = {
 }
 
 
-def masks(path: Path, tokenizer: Tokenizer | str, vocab_size: int, form: TextForm) -> list[bytes]:
+def masks(path: Path, tokenizer: Tokenizer | str, vocab_size: int, form: GrammarSpec) -> list[bytes]:
     """Those along a text that is chosen by the masks."""
     file = path / "tokenizer.json"
     file.write_text(tokenizer if isinstance(tokenizer, str) else tokenizer.to_str())
@@ -76,7 +76,9 @@ def masks(path: Path, tokenizer: Tokenizer | str, vocab_size: int, form: TextFor
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
 @pytest.mark.parametrize("in_model", [True, False], ids=["in the model", "added"])
-def test_masks_are_those_without_it(tmp_path: Path, kind: str, special: bool, in_model: bool, form: TextForm) -> None:
+def test_masks_are_those_without_it(
+    tmp_path: Path, kind: str, special: bool, in_model: bool, form: GrammarSpec
+) -> None:
     """Even where the form leaves no choice but to write what the token says."""
     plain = KINDS[kind]()
     plain.add_special_tokens(["</s>"])

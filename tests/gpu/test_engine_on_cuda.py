@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from service.contract.options import EngineOptions
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.engine.loader import load_engine
 from service.model.steps.cuda_graph import CapturedSteps
 from tests.gpu.conftest import DEMO, Build
@@ -99,7 +99,7 @@ def test_more_requests_than_a_graph_has_rows(build: Build, gpu: torch.device) ->
 def test_grammars(build: Build, gpu: torch.device) -> None:
     """Masks of a grammar beside requests that have none."""
     pytest.importorskip("llguidance", reason="grammars need llguidance")
-    form = TextForm(regex="[a-z]{4,12}")
+    form = GrammarSpec(regex="[a-z]{4,12}")
     requests = [Request("form", prompt(20), SamplingParams(30, seed=3, form=form)), *plain(12)]
     assert_same(run(build(gpu), requests), run(build("cpu"), requests))
 

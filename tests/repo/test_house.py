@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -58,3 +59,23 @@ def test_what_is_no_test_is_support():
     shared = ("support", "fuzz", "clients")
     others = [path.relative_to(tests) for path in tests.rglob("*.py") if path.relative_to(tests).parts[0] not in shared]
     assert [path for path in others if not path.name.startswith("test_") and path.name != "conftest.py"] == []
+
+
+WRITTEN = re.compile(
+    r"(?:--output |--png |--prompts |-o )([a-z][\w.-]*\.\w+)"
+    r"|convert \S+ ([a-z][\w-]*)|export\(model, tokenizer, \"([\w-]+)\""
+)
+
+
+def test_files_that_commands_of_the_documentation_write_are_ignored():
+    """Whoever pastes them in a clone finds no change in `git status`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone")
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    names = {name for path in documents for found in WRITTEN.findall(path.read_text()) for name in found if name}
+    assert {"my-model", "answers.jsonl", "scalings.npz", "prompts.txt"} <= names
+    paths = [f"{name}/bundle.json" if "." not in name else name for name in sorted(names)]
+    done = subprocess.run(
+        ["git", "check-ignore", "--no-index", *paths], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == paths

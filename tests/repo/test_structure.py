@@ -27,6 +27,7 @@ _LEAVES = ("chat_template", "grammar", "observability", "settings", "tokenizer_c
 ROOMS: dict[str, tuple[str, ...]] = {
     "contract": (),
     "terminal": (),
+    "usage": ("contract",),
     **dict.fromkeys(_LEAVES, ("contract",)),
     "chat_template": ("contract", "tokenizer_files"),
     "grammar": ("contract", "tokenizer_files"),
@@ -45,7 +46,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("tools", "client", "api", "library", "cluster", "cli"),
     ),
     "cluster": ("contract", *_LEAVES, "api", "commands"),
-    "cli": ("contract", "settings"),
+    "cli": ("contract", "settings", "usage"),
     "__main__": ("cli",),
 }
 # Rooms that run where those packages are not installed, or must stay light.

@@ -14,7 +14,7 @@ from torch import Tensor
 from service.contract.checks import checked_request
 from service.contract.options import EngineOptions
 from service.contract.output import StepStats
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep
@@ -34,7 +34,7 @@ BLOCK_SIZE = 4
 _MOST_STEPS = 60
 Plant = Callable[[Tensor], object]  # a defect, given the logits of a forward
 _GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
-_ANYTHING = TextForm(regex="(?s:.*)")
+_ANYTHING = GrammarSpec(regex="(?s:.*)")
 
 
 @dataclass(frozen=True)

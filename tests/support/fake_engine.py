@@ -62,8 +62,9 @@ def build_tokenizer() -> Tokenizer:
 
 
 def write_bundle(directory: Path) -> Path:
-    """What load_engine needs: a tokenizer.json; and a chat template."""
+    """What load_engine needs: a tokenizer.json; a chat template; and what makes a folder a checkpoint."""
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / "bundle.json").write_text("{}")
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     build_tokenizer().save(str(directory / "tokenizer.json"))
     return directory

@@ -73,7 +73,7 @@ class Acceptor:
     def _pause(self, error: OSError) -> None:
         """There is no descriptor, or no memory: those who come wait in the kernel's queue."""
         if not self._short:
-            logger.warning("new connections must wait: %s", error.strerror)
+            logger.warning("cannot accept new connections for now: %s", error.strerror)
         self._short = True
         self._connections.let_idlest_go()
         self._loop.remove_reader(self._listener)
@@ -104,7 +104,6 @@ class _Handshake:
         """Handshakes end by themselves in their time."""
 
     def let_go(self) -> bool:
-        """Ends it."""
         if self._task is not None:
             self._task.cancel()
         return True

@@ -30,7 +30,7 @@ _EXTENSION = "xlora.connection"  # in the ASGI scope
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What one connection may take."""
+    """The limits of one connection."""
 
     header_bytes: int  # request line and headers
     keep_alive_seconds: float
@@ -40,7 +40,7 @@ class ConnectionLimits:
 
 
 class Phase(enum.Enum):
-    """What is awaited of the peer."""
+    """The part of a request that is awaited from the peer."""
 
     HEAD = enum.auto()
     BODY = enum.auto()
@@ -68,7 +68,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._unanswered: deque[RequestResponseCycle] = deque()  # all but the first wait for their turn
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Called by the loop."""
         super().connection_made(transport)
         self._outflow = Outflow(transport, self.loop.time())
         self._extensions: dict[str, dict[object, object]] = {_EXTENSION: {"abort": transport.abort}}
@@ -84,7 +83,6 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Called by the loop."""
         received = self._received
         super().data_received(data)
         if self._phase is Phase.HEAD and self._received == received:  # else the most of it may be other requests
@@ -93,7 +91,6 @@ class HttpProtocol(HttpToolsProtocol):
                 self._refuse_unfinished_head()
 
     def on_message_begin(self) -> None:
-        """Called by the parser."""
         super().on_message_begin()
         self.scope["extensions"] = self._extensions
         self._enter(Phase.HEAD)
@@ -108,7 +105,6 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
         self._enter(Phase.BODY)
         size = len(self.url) + sum(len(name) + len(value) + _HEADER_OVERHEAD_BYTES for name, value in self.headers)
         self.app = self._application if size <= self._limits.header_bytes else self._refuse
@@ -116,7 +112,6 @@ class HttpProtocol(HttpToolsProtocol):
         self._unanswered.append(self.cycle)
 
     def on_message_complete(self) -> None:
-        """Called by the parser."""
         super().on_message_complete()
         self._received += 1
         self._enter(Phase.REST)
@@ -163,7 +158,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn for what is not HTTP."""
-        self._write_error(400, "Bad Request", bytes(error_response(InvalidRequestError("this is not HTTP")).body))
+        self._write_error(
+            400, "Bad Request", bytes(error_response(InvalidRequestError("what was sent is not HTTP/1.1")).body)
+        )
 
     def _write_error(self, status: int, reason: str, body: bytes) -> None:
         head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"

@@ -39,14 +39,12 @@ class OpenConnections:
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, connection: Connection) -> None:
-        """A new one, idle."""
         self._connections.add(connection)
         self.mark_idle(connection)
         if self._timer is None:
             self._look()
 
     def discard(self, connection: Connection) -> None:
-        """It has ended."""
         self._connections.discard(connection)
         self._idle.pop(connection, None)
 
@@ -56,7 +54,6 @@ class OpenConnections:
         self._idle[connection] = None
 
     def mark_busy(self, connection: Connection) -> None:
-        """A whole request has come."""
         self._idle.pop(connection, None)
 
     def make_room(self, descriptor: int) -> None:

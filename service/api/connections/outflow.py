@@ -1,4 +1,4 @@
-"""What of a connection's output its peer has not taken, and for how long it has taken nothing."""
+"""A connection's output that its peer has not taken, and for how long it has taken nothing."""
 
 from __future__ import annotations
 

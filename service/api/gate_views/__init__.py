@@ -1,1 +1,1 @@
-"""What a caller sees of the gate: groupings, rows, perplexity, the scalings log."""
+"""The gate as callers see it: groupings, rows, perplexity, the scalings log."""

@@ -22,7 +22,7 @@ _MODELS: dict[str, Steering | None] = {"xlora": None, "base": Steering(weights=(
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What judges: X-LoRA, the base, and experts alone with weight 1, by their places and names."""
+    """The judges of a text: X-LoRA, the base, and experts alone with weight 1, by their places and names."""
 
     experts: Sequence[int]
     names: Sequence[str]
@@ -56,7 +56,6 @@ class Columns:
             )
 
     def document(self, likelihoods: Likelihoods) -> Perplexity:
-        """The `perplexity` object of an answer."""
         xlora, base, *experts = (
             Likelihood(perplexity=likelihoods.perplexity(number), logprobs=logprobs)
             for number, logprobs in enumerate(likelihoods.columns)

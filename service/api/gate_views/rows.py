@@ -30,11 +30,9 @@ class Rows:
 
     @property
     def end(self) -> int:
-        """The position after the last."""
         return self.start + len(self.mean)
 
     def between(self, start: int, end: int) -> Rows:
-        """The rows of some of the positions."""
         part = slice(max(start - self.start, 0), max(end - self.start, 0))
         full = None if self.full is None else self.full[part]
         return Rows(max(start, self.start), self.mean[part], self.entropy[part], full)

@@ -66,7 +66,7 @@ class _Ring:
         self.written = self._begun
 
     def copy(self, end: int) -> tuple[FloatArray, npt.NDArray[Any]]:
-        """What there was when `end` rows had been written, and is there still; the oldest first."""
+        """The rows that are still there of the first `end` that were written; the oldest first."""
         capacity = len(self.rows)
         start = max(0, end - capacity)
         first = start % max(1, capacity)
@@ -94,7 +94,6 @@ class ScalingsLog:
 
     @property
     def row_bytes(self) -> int:
-        """Memory of one position."""
         return 4 * self._shape[0] * self._shape[1] + _OWNER.itemsize
 
     @property
@@ -143,7 +142,7 @@ class ScalingsLog:
         self._write(rows.reshape(len(owners), *self._shape), owners)
 
     def snapshot(self) -> Snapshot:
-        """What is in it now, to look at in another thread."""
+        """A snapshot of its rows, for another thread."""
         return Snapshot(self._ring, self._ring.written, self._experts, self._sites)
 
     def state(self) -> LogState:
@@ -188,7 +187,6 @@ class Snapshot:
 
     @property
     def owners(self) -> npt.NDArray[Any]:
-        """Whose they are."""
         return self._copy[1]
 
     def runs(self) -> Iterator[LoggedRun]:

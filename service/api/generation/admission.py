@@ -1,6 +1,6 @@
-"""How much may wait: bounds on choices that wait for a seat and on queued prompt tokens, and when to come again.
+"""How much may wait: bounds on choices that wait for a slot and on queued prompt tokens, and when to come again.
 
-The engine works on so many choices at once as it has seats; the others wait. The bound on those is a share of the seats
+The engine works on so many choices at once as it has slots; the others wait. The bound on those is a share of the slots
 by default, because then a wait is the same share of the time a choice takes, on any machine and for any model. Prompt
 tokens are queued until their request's first token. This file knows no HTTP and no engine; time is the caller's.
 """
@@ -15,11 +15,11 @@ from service.contract.errors import OverloadedError
 from service.contract.request import Request
 
 _SMOOTHING = 0.1  # weight of the newest choice in the mean
-_LONGEST_RETRY_SECONDS = 60
+_MAX_RETRY_SECONDS = 60
 
 
 class Permit:
-    """What one caller's requests hold until they end."""
+    """The slots and queued tokens of one caller's requests, until they end."""
 
     def __init__(self, admission: Admission, requests: Sequence[Request], now: float) -> None:
         self._admission = admission
@@ -29,7 +29,6 @@ class Permit:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens still queued."""
         return sum(self._tokens.values())
 
     def started(self, request_id: str) -> None:
@@ -58,19 +57,19 @@ class Permit:
 class Admission:
     """The accounts of everything queued or running."""
 
-    def __init__(self, seats: int, max_waiting: int, max_tokens: int) -> None:
+    def __init__(self, slots: int, max_waiting: int, max_tokens: int) -> None:
         self.running = 0  # callers between submission and end
         self.choices = 0  # of all callers, not ended
         self.queued_tokens = 0
-        self._seats = seats
+        self._slots = slots
         self._max_waiting = max_waiting
         self._max_tokens = max_tokens
         self._service_seconds = 0.0  # smoothed, of one choice from its first step to its end
 
     @property
     def waiting(self) -> int:
-        """Choices beyond the seats."""
-        return max(0, self.choices - self._seats)
+        """Choices beyond the slots."""
+        return max(0, self.choices - self._slots)
 
     @contextmanager
     def admit(self, requests: Sequence[Request], now: float, *, continued: bool = False) -> Iterator[Permit]:
@@ -94,7 +93,7 @@ class Admission:
     def check(self, choices: int = 1, tokens: int = 1) -> None:
         """Raises OverloadedError where so much finds no place. Where the least finds none, no call does."""
         if self.waiting:
-            self._check("choices", self.choices + choices - self._seats, self._max_waiting, "--max-queued-requests")
+            self._check("choices", self.choices + choices - self._slots, self._max_waiting, "--max-queued-requests")
         if self.queued_tokens:
             self._check("prompt tokens", self.queued_tokens + tokens, self._max_tokens, "--max-queued-tokens")
 
@@ -105,10 +104,10 @@ class Admission:
 
     @property
     def expected_wait_seconds(self) -> float:
-        """How long one more choice would wait: of seats that are all taken, one is free every service / seats."""
-        if self.choices < self._seats:
+        """How long one more choice would wait: of slots that are all taken, one is free every service / slots."""
+        if self.choices < self._slots:
             return 0.0
-        return (self.waiting + 1) * self._service_seconds / self._seats
+        return (self.waiting + 1) * self._service_seconds / self._slots
 
     def _check(self, what: str, wanted: int, most: int, flag: str) -> None:
         if wanted <= most:
@@ -117,5 +116,5 @@ class Admission:
             f"the server is full: {wanted} {what} would be waiting, and {most} may",
             hint=f"try again after the time in Retry-After; the server's {flag} sets the limit",
         )
-        error.retry_after_seconds = min(max(1, math.ceil(self.expected_wait_seconds)), _LONGEST_RETRY_SECONDS)
+        error.retry_after_seconds = min(max(1, math.ceil(self.expected_wait_seconds)), _MAX_RETRY_SECONDS)
         raise error

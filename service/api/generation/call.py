@@ -50,7 +50,7 @@ class Call:
         return self.service.admission.admit(requests, asyncio.get_running_loop().time(), continued=continued)
 
     async def deltas(self, generation: Generation) -> AsyncGenerator[list[Delta], None]:
-        """What the engine generates, in lists of what came together, while the queue's accounts, the metrics and the
+        """The generated deltas, in lists of those that came together, while the queue's accounts, the metrics and the
         record are kept.
         """
         with self.admit(generation.requests) as permit:
@@ -89,7 +89,6 @@ class Observer:
         self._record.prompt_tokens = generation.prompt_tokens
 
     def observe(self, deltas: Sequence[Delta]) -> None:
-        """Some deltas have come, at once."""
         now = self._clock()
         tokens = 0
         gaps: list[float] = []
@@ -110,13 +109,11 @@ class Observer:
         self._metrics.observe_tokens(tokens, gaps)
 
     def _begin(self, now: float) -> None:
-        """The first token of all has come."""
         self._record.first_token_seconds = time.perf_counter() - self._record.started
         self._metrics.time_to_first_token.observe(now - self._started)
         self._metrics.prompt_tokens.inc(self._generation.prompt_tokens)
 
     def finish(self) -> None:
-        """The last delta has come."""
         generation, record = self._generation, self._record
         self._metrics.request_latency.observe(self._clock() - self._started)
         record.queue_seconds = min(choice.usage.queue_seconds for choice in generation.choices)

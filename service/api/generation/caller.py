@@ -12,7 +12,7 @@ from typing import Protocol
 from service.api.generation.admission import Permit
 from service.api.generation.choice import Delta, Generation
 from service.api.generation.tokenizer import ModelTokenizer
-from service.api.structured_output.grammar_spec import TextForms
+from service.api.structured_output.grammar_spec import GrammarSpecs
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.request import Request, SamplingParams
@@ -38,8 +38,8 @@ class Host(Protocol):
         """The tokenizer."""
 
     @property
-    def forms(self) -> TextForms:
-        """The judge of forms of text."""
+    def forms(self) -> GrammarSpecs:
+        """The compiler of grammars for structured output."""
 
 
 class Caller(Protocol):

@@ -23,7 +23,7 @@ from service.contract.request import Request
 
 @dataclass(slots=True)
 class Delta:
-    """What one token, or the end without a token, brought a choice."""
+    """The part of a choice that one token, or an end without a token, adds."""
 
     index: int
     text: str  # to append to the choice's text; "" while a character or a stop string is undecided
@@ -61,7 +61,6 @@ class Choice:
 
     @property
     def ended(self) -> bool:
-        """Whether its last delta has been made."""
         return self.finish_reason is not None
 
     @property
@@ -184,7 +183,7 @@ class Generation:
             yield [choice.end("timeout") for choice in self.choices if not choice.ended]
 
     def _accept(self, output: SequenceOutput) -> Iterator[Delta]:
-        """What one output brought; ends the choice in the engine where it has ended by its text."""
+        """The deltas of one output; ends the choice in the engine where it has ended by its text."""
         choice = self.choices[self._first[output.request_id] + output.index]
         if choice.ended:
             return  # it came together with the one that brought the end
@@ -202,7 +201,6 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens generated so far."""
         return sum(choice.tokens for choice in self.choices)
 
     @property
@@ -215,7 +213,7 @@ class Generation:
         return sum(least.values())
 
     def usage(self) -> Usage:
-        """What the call has cost so far."""
+        """The call's cost so far."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -224,7 +222,7 @@ class Generation:
         }
 
     def cost(self) -> Cost:
-        """What the engine did for these choices."""
+        """The engine's work for these choices."""
         usages = [choice.usage for choice in self.choices]
         return {
             "forward_passes": sum(usage.forward_passes for usage in usages),

@@ -39,4 +39,4 @@ async def before(deadline: float) -> AsyncIterator[None]:
     except TimeoutError:
         if not timeout.expired():
             raise
-        raise TimedOutError("the time is up") from None
+        raise TimedOutError("the request has reached its timeout") from None

@@ -43,7 +43,6 @@ class Detokenizer:
         return not self._window
 
     def push(self, token_id: int) -> str:
-        """The text this token adds."""
         if token_id in self._vocabulary.special_ids:
             return ""
         self._window.append(token_id)

@@ -12,7 +12,7 @@ from service.contract.output import TokenOutput
 
 
 class CompletionLogprobs:
-    """Of a completion's choices, which may come piece by piece."""
+    """Of a completion's choices, which may come delta by delta."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary

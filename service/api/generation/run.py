@@ -27,7 +27,7 @@ from service.api.schemas.fields import MAX_CHOICES, SamplingFields, XLoraFields
 from service.api.schemas.steering import as_used, steering_of
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import Request, SamplingParams, TextForm
+from service.contract.request import GrammarSpec, Request, SamplingParams
 
 MAX_CALL_CHOICES = 16 * MAX_CHOICES  # prompts times n
 
@@ -44,7 +44,7 @@ class Run:
         *,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
-        form: TextForm | None = None,
+        form: GrammarSpec | None = None,
         called: Sequence[str] = (),
     ) -> None:
         """Raises InvalidRequestError for what this model or this server cannot do; the engine hears nothing of it."""
@@ -68,7 +68,6 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """The seed of every prompt."""
         return self._sampling[0].seed
 
     def scalings(self, index: int, deltas: Sequence[Delta]) -> WithScalings:
@@ -89,13 +88,12 @@ class Run:
         return {"scalings": self._row_format.delta(delta.rows, first)}
 
     def deltas(self) -> AsyncGenerator[list[Delta], None]:
-        """As Call.deltas."""
         self.call.begin(self._sampling[0])
         return self.call.deltas(self.generation)
 
 
 class Writer(Protocol):
-    """What a route makes of the deltas."""
+    """A route's writer, which makes its answer of the deltas."""
 
     echoed_tokens: int  # prompt tokens that come back with each choice's first delta
 
@@ -103,7 +101,7 @@ class Writer(Protocol):
         """One delta as one event."""
 
     def last_event(self) -> bytes:
-        """What follows the last delta, before [DONE]; may be nothing."""
+        """The events between the last delta and [DONE]; may be none."""
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> Mapping[str, object]:
         """The whole answer, from the deltas of each choice."""
@@ -153,7 +151,7 @@ def _sampling(
     prompts: Sequence[list[int]],
     logprobs: int | None,
     prompt_logprobs: int | None,
-    form: TextForm | None,
+    form: GrammarSpec | None,
 ) -> list[SamplingParams]:
     """The parameters of each prompt: they differ in max_tokens alone, where that is what still fits."""
     if len(prompts) * (body.n or 1) > MAX_CALL_CHOICES:

@@ -44,7 +44,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T], dead
         await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ClientGoneError if gone.done() else TimedOutError("the time is up")
+        raise ClientGoneError if gone.done() else TimedOutError("the request has reached its timeout")
     finally:
         for unfinished in (task, gone):
             unfinished.cancel()

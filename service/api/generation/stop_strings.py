@@ -81,7 +81,7 @@ class StopStrings:
         return "" if self._is_off else self._push(text, False, may_end)
 
     def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
+        """The text held back, when it has ended without a stop string."""
         rest = "" if self.found else _shown(self._held)
         self._held = []
         return rest

@@ -21,7 +21,7 @@ from service.chat_template import Chat
 from service.contract.checks import check_context, check_token_ids, room_for_output
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import SamplingParams, TextForm
+from service.contract.request import GrammarSpec, SamplingParams
 from service.tokenizer_files import TokenizerFiles
 
 MAX_TOKENIZED = 1 << 17  # tokens of one /tokenize or /detokenize, where the context holds no more
@@ -95,7 +95,7 @@ class ModelTokenizer:
         return str(text)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; together they are the text."""
+        """The text that each token adds; together they are the whole text."""
         detokenizer = self.detokenizer()
         texts = [detokenizer.push(id) for id in ids]
         if texts:
@@ -113,10 +113,10 @@ class ModelTokenizer:
         *,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
-        form: TextForm | None = None,
+        form: GrammarSpec | None = None,
         most: int | None = None,
     ) -> SamplingParams:
-        """The caller's wishes with defaults filled in; `most` bounds max_tokens where the caller does not say.
+        """The caller's params with defaults filled in; `most` bounds max_tokens where the caller does not say.
 
         Raises InvalidRequestError for what this model cannot do.
         """
@@ -191,7 +191,7 @@ class ModelTokenizer:
         )
 
     def _has_many_more(self, text: str, most: int) -> bool:
-        """Whether a text has more tokens than so many, told from its pieces: those of 4 MiB of smileys, all at once,
+        """Whether a text has more tokens than so many, told from its parts: those of 4 MiB of smileys, all at once,
         would take a gigabyte.
         """
         tokens, enough = 0, most + most // 4

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from service.api.schemas.tools import Function
-from service.api.structured_output.grammar_spec import TextForms
+from service.api.structured_output.grammar_spec import GrammarSpecs
 from service.api.structured_output.keywords import TOOLS, refuse
 from service.api.structured_output.schema import Document
-from service.contract.request import TextForm
+from service.contract.request import GrammarSpec
 
 
-async def tool_form(forms: TextForms, functions: Mapping[int, Function]) -> TextForm:
+async def tool_form(forms: GrammarSpecs, functions: Mapping[int, Function]) -> GrammarSpec:
     """The form of a call of one of the functions, given by their places in `tools`. Raises InvalidRequestError for
     parameters that cannot be enforced, naming them.
     """

@@ -33,11 +33,10 @@ class Vocabulary:
 
     @functools.cached_property
     def special_texts(self) -> list[str]:
-        """The texts of the special tokens."""
         return [text for id in sorted(self.special_ids) if (text := self._tokenizer.id_to_token(id))]
 
     def bytes_of(self, id: int, *, at_start: bool = False) -> bytes:
-        """What a token adds to a text; none for a special token. `at_start`: no text stands before it, where some
+        """The text that a token adds; none for a special token. `at_start`: no text stands before it, where some
         tokenizers drop a space.
         """
         token = None if id in self.special_ids else self._tokenizer.id_to_token(id)
@@ -84,7 +83,7 @@ class Vocabulary:
             yield f"<0x{written[0]:02X}>"
 
     def _written(self, token: str) -> bytes | None:
-        """What the decoder makes of a token that stands amid others; None where that depends on them."""
+        """The decoder's text of a token amid others; None where that depends on them."""
         fused = False
         for step in self._steps:
             match step:
@@ -113,7 +112,7 @@ class Vocabulary:
             return token.encode()
 
     def _after_another(self, id: int) -> bytes:
-        """What decoding makes of it behind some token that has text."""
+        """Its decoded text behind some token that has text."""
         return self._decode([*self._another, id]).removeprefix(self._decode(self._another)).encode()
 
     @functools.cached_property

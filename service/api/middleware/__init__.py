@@ -1,1 +1,1 @@
-"""What stands before the routes, as pure ASGI: the matched route, keys, limits, records, errors."""
+"""The middleware before the routes, as pure ASGI: the matched route, keys, limits, records, errors."""

@@ -27,7 +27,6 @@ class ErrorBoundary:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -42,7 +41,9 @@ class ErrorBoundary:
             await answer.fail(error)
         except BaseException as error:  # a panic in Rust, for one, is no Exception
             _log(error, record_of(scope))
-            await answer.fail(InternalError("something went wrong on our side"))
+            await answer.fail(
+                InternalError("an internal error occurred", hint="the server's log describes it, under X-Request-Id")
+            )
 
 
 class _Answer:

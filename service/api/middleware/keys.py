@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from service.contract.errors import SettingsError
 
-_SHORTEST_KEY = 8
+_MIN_KEY_CHARACTERS = 8
 
 
 class Keys:
@@ -44,9 +44,9 @@ class Keys:
             keys += self._in_file(self.file)
         keys = [key.strip() for key in keys]
         for key in keys:
-            if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            if len(key) < _MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
                 raise SettingsError(
-                    f"one of the {self._flag}s is not {_SHORTEST_KEY} or more ASCII characters without a space",
+                    f"one of the {self._flag}s is not {_MIN_KEY_CHARACTERS} or more ASCII characters without a space",
                     hint="make one with: openssl rand -hex 24",
                 )
         return frozenset(map(_digest, keys))
@@ -59,7 +59,8 @@ class Keys:
         try:
             lines = Path(file).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--{self._flag}-file {file} cannot be read: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise SettingsError(f"--{self._flag}-file {file} cannot be read: {reason}") from None
         keys = [line for line in lines if line.strip() and not line.startswith("#")]
         if not keys and self._listed is None:
             raise SettingsError(f"--{self._flag}-file {file} has no key", hint="write one key on each line")

@@ -46,7 +46,7 @@ class TraceParent:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What a handler fills in; None is not known."""
+    """Facts about one request, which its handler fills in; None is not known."""
 
     request_id: str
     method: str
@@ -71,7 +71,6 @@ class RequestRecord:
     top_expert: str | None = None
 
     def finish(self) -> None:
-        """The request has ended."""
         self.total_seconds = time.perf_counter() - self.started
         if self.outcome is None:
             self.outcome = _outcome(self.status)
@@ -116,7 +115,6 @@ class Recorder:
         self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

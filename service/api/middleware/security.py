@@ -1,4 +1,4 @@
-"""What stands before the routes: who may pass, and the limits on bodies. Pure ASGI. The tables hold paths of matched
+"""Access control before the routes: who may pass, and the limits on bodies. Pure ASGI. The tables hold paths of matched
 routes.
 """
 
@@ -36,7 +36,6 @@ class Guard:
         self._admin_keys = admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http" or self._allows(scope):
             await self._app(scope, receive, send)
             return
@@ -68,7 +67,6 @@ class BodyLimit:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -108,7 +106,7 @@ class BodyLimit:
 
 
 def body_length(scope: Scope) -> int | None:
-    """What the head says of the body's length; None where it is sent in chunks, until it ends."""
+    """The body's length as the headers state it; None where it is sent in chunks, until it ends."""
     headers = Headers(scope=scope)
     if "transfer-encoding" in headers:
         return None

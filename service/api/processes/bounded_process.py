@@ -30,7 +30,7 @@ _END_SECONDS = 1.0  # from the last that is heard of a child to its end, by itse
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one question may take."""
+    """The limits of one question."""
 
     answer_seconds: float
     wait_seconds: float  # until its turn comes
@@ -60,7 +60,7 @@ class BoundedProcess(Generic[Answer]):
         self._decoder = msgspec.json.Decoder(answer)
         self._command = command
         self._name = name  # in messages: "the process that ..."
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._asking = 0
         self._child: _Child | None = None  # ready to be asked
         self._starting: asyncio.Task[_Child] | None = None
@@ -83,7 +83,7 @@ class BoundedProcess(Generic[Answer]):
             raise OverloadedError(f"too many requests wait for {self._name}", param=self._param)
         self._asking += 1
         try:
-            async with self._own_turn():
+            async with self._own_lock():
                 return await self._ask(msgspec.json.encode(question) + b"\n")
         finally:
             self._asking -= 1
@@ -100,10 +100,10 @@ class BoundedProcess(Generic[Answer]):
             raise UnavailableError("the server is stopping", code="stopping", hint="send the request again")
 
     @asynccontextmanager
-    async def _own_turn(self) -> AsyncIterator[None]:
+    async def _own_lock(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self.bounds.wait_seconds):
-                await self._turn.acquire()
+                await self._lock.acquire()
         except TimeoutError:
             busy = f"{self._name} was busy for {self.bounds.wait_seconds:g} seconds"
             raise OverloadedError(busy, param=self._param) from None
@@ -111,7 +111,7 @@ class BoundedProcess(Generic[Answer]):
             self._check_open()
             yield
         finally:
-            self._turn.release()
+            self._lock.release()
 
     async def _ask(self, question: bytes) -> Answer:
         child = await self._ready_child()
@@ -124,7 +124,7 @@ class BoundedProcess(Generic[Answer]):
         except (ChildDiedError, msgspec.DecodeError) as error:
             self._drop()
             self._check_open()
-            logger.warning("%s failed on a question: %s", self._name, error)
+            logger.warning("%s ended without an answer: %s", self._name, error)
             raise ChildDiedError(str(error)) from None
         except asyncio.CancelledError:
             self._drop()

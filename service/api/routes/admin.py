@@ -41,7 +41,7 @@ def _values(settings: GateSettings) -> GateValues:
 
 @router.get("/gate", summary="The gate's settings", response_model=GateState, responses=documented(503))
 async def get_gate(service: ServiceDependency) -> GateState:
-    """What holds for requests that arrive now, and what the checkpoint says."""
+    """The gate settings of requests that arrive now, and those of the checkpoint."""
     return gate_state(service)
 
 

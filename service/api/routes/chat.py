@@ -24,7 +24,7 @@ from service.api.schemas import examples
 from service.api.schemas import openai_answers as answers
 from service.api.schemas.openai import ChatBody
 from service.api.state import Service, service_of
-from service.contract.request import TextForm
+from service.contract.request import GrammarSpec
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 
@@ -58,7 +58,7 @@ async def run_of(body: ChatBody, call: Caller) -> Run:
     xlora = models.steered(models.resolve(body.model, service.names, service.info), body.extension)
     prompt = await service.tokenizer.chat_ids(body.chat())
     if body.called:
-        form: TextForm | None = await tool_form(service.forms, body.called)
+        form: GrammarSpec | None = await tool_form(service.forms, body.called)
     else:
         form = await service.forms.of(body.response_format)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -81,7 +81,6 @@ class ChatWriter:
         self._is_named = body.tool_choice is not None and body.tool_choice.mode == "function"
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.ChatAnswer:
-        """The answer as one document."""
         choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
         return {**self._frame.whole(), "object": "chat.completion", "choices": choices}
 

@@ -32,7 +32,7 @@ from service.api.schemas.steering import as_used, steering_of
 from service.api.state import Service, service_of
 from service.contract.checks import check_token_ids
 from service.contract.errors import InvalidRequestError, TimedOutError
-from service.contract.request import Request, TextForm
+from service.contract.request import GrammarSpec, Request
 from service.contract.steering import Steering
 
 MAX_SCORED_TOKENS = 1 << 16  # of all settings over all outputs
@@ -73,7 +73,7 @@ async def compared(body: CompareBody, call: Caller) -> CompareAnswer:
 
 @dataclass(slots=True)
 class Output:
-    """What one setting wrote, or was given."""
+    """The output that one setting wrote, or was given."""
 
     setting: CompareSetting
     gate: _GateKey
@@ -90,10 +90,10 @@ class Output:
 class Comparison:
     """The settings of one call, checked, and what they make of each other."""
 
-    def __init__(self, call: Caller, body: CompareBody, prompt: list[int], form: TextForm | None) -> None:
+    def __init__(self, call: Caller, body: CompareBody, prompt: list[int], form: GrammarSpec | None) -> None:
         self._call, self._body, self._prompt = call, body, prompt
         self._service = service = call.service
-        most = _most_tokens(body, len(service.info.sites) * len(service.info.experts))
+        most = _max_tokens(body, len(service.info.sites) * len(service.info.experts))
         self._sampling = service.tokenizer.sampling(body, len(prompt), logprobs=0, form=form, most=most)
         self._format = RowFormat(service.info, body.scalings_dtype)
         self._outputs: list[Output] = []
@@ -240,7 +240,7 @@ class Comparison:
             )
 
 
-def _most_tokens(body: CompareBody, weights_of_token: int) -> int:
+def _max_tokens(body: CompareBody, weights_of_token: int) -> int:
     """The longest outputs that are within the bounds of a call: what a caller gets who does not say."""
     settings = len(body.settings)
     given = sum(len(setting.token_ids or ()) for setting in body.settings)
@@ -253,7 +253,7 @@ def _most_tokens(body: CompareBody, weights_of_token: int) -> int:
 
 @contextmanager
 def _of_setting(number: int) -> Iterator[None]:
-    """What is wrong inside is wrong with one of the settings."""
+    """Ascribes errors inside to one of the settings."""
     try:
         yield
     except InvalidRequestError as error:

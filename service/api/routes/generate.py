@@ -60,7 +60,6 @@ class GenerateWriter:
         self._run = run
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.GenerateAnswer:
-        """The answer as one document."""
         outputs = [self._output(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
         return {**self._head(), "outputs": outputs, "usage": self._run.generation.usage()}
 

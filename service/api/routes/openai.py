@@ -107,7 +107,6 @@ class CompletionWriter:
         self._begun: set[int] = set()
 
     def document(self, deltas: Mapping[int, list[Delta]]) -> answers.CompletionAnswer:
-        """The answer as one document."""
         choices = [self._choice(choice.index, deltas[choice.index]) for choice in self._run.generation.choices]
         return {**self._frame.whole(), "object": "text_completion", "choices": choices}
 

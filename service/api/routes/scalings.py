@@ -71,7 +71,7 @@ async def scalings(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What one text looks like at the asked granularity: one row per token or group, one column per expert."""
+    """The view of one text at the asked granularity: one row per token or group, one column per expert."""
 
     names: list[str]
     mean: FloatArray  # [rows, E]

@@ -1,4 +1,4 @@
-"""What our own routes answer. Each answer is described here, once: mypy holds what writers make to these types, orjson
+"""The answers of our own routes, each described here, once: mypy holds what writers make to these types, orjson
 encodes just that, and the OpenAPI document shows the same types.
 
 A field that may be absent is NotRequired; one that may be null says so. OpenAI's answers are in openai_answers.py.
@@ -99,7 +99,7 @@ class Speculation(TypedDict):
 
 
 class Cost(TypedDict):
-    """What the engine did."""
+    """The engine's work for a request."""
 
     forward_passes: int
     scaling_rows: int
@@ -109,7 +109,7 @@ class Cost(TypedDict):
 
 
 class Usage(Cost):
-    """What the request cost."""
+    """The request's cost."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -138,7 +138,7 @@ class Output(OutputText, WithScalings):
 
 
 class GenerateHead(Steered):
-    """What an answer of POST /generate says of the whole call."""
+    """The fields of an answer of POST /generate that are about the whole call."""
 
     id: str
     model: str
@@ -171,7 +171,7 @@ class ComparedToken(TokenText):
 
 
 class CompareOutput(Steered, WithScalings):
-    """What one setting wrote, or was given."""
+    """The output that one setting wrote, or was given."""
 
     index: int
     label: str | None
@@ -189,7 +189,7 @@ class LogLikelihood(TypedDict):
 
 
 class CompareUsage(Usage):
-    """What the comparison cost; the engine's numbers are those of the generation."""
+    """The comparison's cost; the engine's numbers are those of the generation."""
 
     scored_tokens: int
 
@@ -214,7 +214,7 @@ class GateValues(TypedDict):
 
 
 class GateState(GateValues):
-    """What holds for requests that arrive now, and what the checkpoint says."""
+    """The gate settings of requests that arrive now, and those of the checkpoint."""
 
     checkpoint: GateValues
 
@@ -231,7 +231,7 @@ class LogState(TypedDict):
 
 
 class LogRows(TypedDict):
-    """What the rows of the scalings log say: the classifier's, before top-k and steering."""
+    """The rows of the scalings log: the classifier's, before top-k and steering."""
 
     sequences: Annotated[int, Field(description="Runs of consecutive positions of one choice.")]
     lengths: Annotated[dict[str, int], Field(description="How many runs there are of each length.")]
@@ -275,7 +275,7 @@ class ScalingsGroups(TypedDict):
 
 
 class OneText(TypedDict):
-    """What the gate makes of one text, with a summary over the selected positions and sites."""
+    """The gate's weights over one text, with a summary over the selected positions and sites."""
 
     tokens: list[TokenText]
     scalings: NotRequired[Annotated[Scalings, Field(description="With granularity token.")]]
@@ -300,7 +300,7 @@ class TextScalings(OneText):
 
 
 class ScalingsUsage(TypedDict):
-    """What the scaling passes cost, over all texts."""
+    """The cost of the scaling passes, over all texts."""
 
     prompt_tokens: int
     forward_passes: int
@@ -308,7 +308,7 @@ class ScalingsUsage(TypedDict):
 
 
 class ScalingsFrame(TypedDict):
-    """What every answer of POST /scalings has around its texts."""
+    """The fields of every answer of POST /scalings around its texts."""
 
     id: str
     model: str
@@ -392,7 +392,7 @@ class Info(TypedDict):
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong, in OpenAI's shape, with a hint where there is one."""
+    """An error in OpenAI's shape, with a hint where there is one."""
 
     message: str
     type: str

@@ -218,7 +218,6 @@ class ScalingsBody(Body):
 
     @property
     def is_batch(self) -> bool:
-        """Whether the prompt is a list of prompts."""
         return isinstance(self.prompt, list) and bool(self.prompt) and not isinstance(self.prompt[0], int)
 
     @model_validator(mode="after")

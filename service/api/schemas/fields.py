@@ -161,7 +161,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What the answer must be, from its first token to its last."""
+    """The form that the answer must have, from its first token to its last."""
 
     meant: ClassVar = frozenset({"pattern"})  # "" matches the empty text
 
@@ -179,7 +179,7 @@ class ResponseFormat(Body):
             self.pattern = self.pattern or None
         for field, type in (("json_schema", "json_schema"), ("pattern", "regex")):
             if (getattr(self, field) is not None) != (self.type == type):
-                raise ValueError(f'type "{type}" goes with `{field}`, and neither without the other')
+                raise ValueError(f'type "{type}" needs `{field}`, and no other type takes it')
         return self
 
 
@@ -228,7 +228,7 @@ class OneTextFields(Body):
     @model_validator(mode="after")
     def _a_form_has_an_end(self) -> OneTextFields:
         if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("ignore_eos goes with no response_format but text: the form says where the text ends")
+            raise ValueError("ignore_eos does not go with this response_format, which decides where the text ends")
         return self
 
     @model_validator(mode="after")
@@ -306,7 +306,7 @@ class Experts(Body):
 
 
 class Gate(Body):
-    """What a caller may change about the gate."""
+    """A caller's changes to the gate."""
 
     temperature: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
         None, description="Of the gate's softmax, in place of the checkpoint's: lower is more decided."
@@ -327,7 +327,7 @@ class SteeringFields(Body):
 
 
 class XLoraFields(SteeringFields):
-    """What is ours: fields of POST /generate, and the object `xlora` of OpenAI's routes."""
+    """X-LoRA's fields: those of POST /generate, and the object `xlora` of OpenAI's routes."""
 
     return_scalings: Literal["none", "mean", "full"] | None = Field(
         None, description="The gate's weights of the experts: none, mean over the sites, or of every site."

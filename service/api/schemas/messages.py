@@ -23,7 +23,7 @@ MAX_CALLS = 128  # of one turn
 
 
 class Part(Body):
-    """A piece of a message."""
+    """A part of a message's content."""
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = dict.fromkeys(
         ("image_url", "input_audio", "audio_url", "video_url", "file", "refusal"), ()
@@ -91,7 +91,7 @@ class Message(Body):
         return self
 
     def to_template(self) -> dict[str, Any]:
-        """What a chat template sees."""
+        """The message as a chat template sees it."""
         text = "".join(part.text for part in self.content or ()) + (self.refusal or "")
         role = "system" if self.role == "developer" else self.role
         shown = {

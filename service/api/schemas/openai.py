@@ -70,7 +70,7 @@ Prompts = Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJ
 
 
 class StreamOptions(Body):
-    """What a stream carries besides tokens."""
+    """Options of a stream: the usage that it carries besides tokens."""
 
     include_usage: bool | None = Field(None, description="A last chunk without choices has the usage.")
     continuous_usage_stats: bool | None = Field(None, description="Every chunk has the usage so far.")
@@ -83,7 +83,7 @@ class StreamOptions(Body):
 
 
 class OpenAIFields(SamplingFields):
-    """What both of OpenAI's generating routes take."""
+    """The fields of both of OpenAI's generating routes."""
 
     meant: ClassVar = frozenset({"web_search_options"})  # {} asks for a search
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -235,7 +235,7 @@ class ChatBody(OpenAIFields):
             if name not in names:
                 raise ValueError(f"tool_choice names {name!r}, which is none of the tools: {', '.join(names)}")
         if self.ignore_eos and self.called:
-            raise ValueError("ignore_eos goes with no tool call: the function's parameters say where that ends")
+            raise ValueError("ignore_eos does not go with a tool call, which ends where its parameters are complete")
         return self
 
     @property

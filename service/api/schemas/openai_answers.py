@@ -1,4 +1,4 @@
-"""What OpenAI's routes answer, as whole answers and as chunks; answers.py says how such types are used.
+"""The answers of OpenAI's routes, whole and as chunks; answers.py says how such types are used.
 
 What is ours is in `xlora`: of the answer and of each choice.
 """
@@ -56,7 +56,7 @@ class XLoraAnswer(AsUsed, Cost):
 
 
 class OpenAIHead(TypedDict):
-    """What answers and chunks of both routes begin with."""
+    """The first fields of answers and chunks of both routes."""
 
     id: str
     created: int
@@ -65,7 +65,7 @@ class OpenAIHead(TypedDict):
 
 
 class OpenAIAnswer(OpenAIHead):
-    """What both whole answers have."""
+    """The fields of whole answers of both routes."""
 
     usage: OpenAIUsage
     xlora: XLoraAnswer
@@ -78,7 +78,7 @@ class ChunkUsage(TypedDict):
 
 
 class OpenAIChunk(OpenAIHead, ChunkUsage):
-    """What the chunks of both routes have."""
+    """The fields of chunks of both routes."""
 
     xlora: Annotated[AsUsed | XLoraAnswer, Field(description="What the engine did: in a last chunk with the usage.")]
 
@@ -95,22 +95,22 @@ class WithEnd(TypedDict):
 
 
 class ChoiceDetails(WithScalings, WithEnd):
-    """What is ours of a choice."""
+    """Our extension of a choice."""
 
 
 class DeltaDetails(WithScalingsDelta, WithEnd):
-    """What is ours of what a chunk adds to a choice."""
+    """Our extension of a choice in a chunk."""
 
 
 class ChoiceXLora(TypedDict):
-    """What is ours of a choice, and why it ended."""
+    """Our extension of a choice that has ended, and why."""
 
     finish_reason: FinishReason | None
     xlora: NotRequired[Annotated[ChoiceDetails, Field(description="Where there is something to say.")]]
 
 
 class DeltaXLora(TypedDict):
-    """What is ours of what a chunk adds to a choice, and why it ended, in its last."""
+    """Our extension of a choice in its last chunk, and why it ended."""
 
     finish_reason: FinishReason | None
     xlora: NotRequired[Annotated[DeltaDetails, Field(description="Where there is something to say.")]]
@@ -145,7 +145,7 @@ class CompletionAnswer(OpenAIAnswer):
 
 
 class CompletionDelta(CompletionText, DeltaXLora):
-    """What one chunk adds to a choice."""
+    """The part of a choice that one chunk adds."""
 
 
 class CompletionChunk(OpenAIChunk):
@@ -232,7 +232,7 @@ class ToolCallDelta(TypedDict):
 
 
 class ChatMessageDelta(TypedDict):
-    """What one chunk adds to the message; the first names the role."""
+    """The part of the message that one chunk adds; the first names the role."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str | None]
@@ -240,7 +240,7 @@ class ChatMessageDelta(TypedDict):
 
 
 class ChatDelta(DeltaXLora):
-    """What one chunk adds to a choice."""
+    """The part of a choice that one chunk adds."""
 
     index: int
     delta: ChatMessageDelta

@@ -83,7 +83,7 @@ class ToolChoiceBody(Body):
     def _type_has_its_field(self) -> ToolChoiceBody:
         for name in ("function", "allowed_tools"):
             if (getattr(self, name) is not None) != (self.type == name):
-                raise ValueError(f'type "{name}" goes with `{name}`, and neither without the other')
+                raise ValueError(f'type "{name}" needs `{name}`, and no other type takes it')
         return self
 
     @property

@@ -1,5 +1,5 @@
-"""From `response_format`, or functions of which one is to be called, to the TextForm the engine enforces: bounds here,
-all else in a process of its own.
+"""From `response_format`, or functions of which one is to be called, to the GrammarSpec that the engine enforces.
+Bounds are checked here, all else in a process of its own.
 
 Everything that can be wrong with a form is found before the engine hears of the request. This file knows no HTTP, no
 keyword and no vocabulary.
@@ -21,10 +21,10 @@ from service.api.structured_output.keywords import FORMAT, TOOLS, code_of, refus
 from service.api.structured_output.number_regex import MAX_DIGITS, is_too_long
 from service.api.structured_output.regex_size import check_regex_size
 from service.api.structured_output.schema import Document
-from service.api.structured_output.validation_process import Question, SentSchema, Verdict
+from service.api.structured_output.validation_process import Question, SentSchema, Validation
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError, OverloadedError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_ALL_BYTES = 512 * 1024  # of the schemas of all functions
@@ -35,11 +35,11 @@ _LONE_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\\Z")
 _CACHED = 256  # verdicts kept
 _MAX_ASKING = 16  # new forms at once
 _WAIT_SECONDS = 60.0  # for the others'
-_MAX_VERDICT_BYTES = 4 * 1024 * 1024
+_MAX_VALIDATION_BYTES = 4 * 1024 * 1024
 
 
-class TextForms:
-    """Forms of text for one model. What has been judged once is remembered."""
+class GrammarSpecs:
+    """Grammars for one model; each is validated once and then remembered."""
 
     def __init__(
         self, info: EngineInfo, limits: FormLimits | None = None, compile_seconds: float = MAX_COMPILE_SECONDS
@@ -47,53 +47,53 @@ class TextForms:
         arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
         self._process = BoundedProcess(
             [sys.executable, "-m", "service.api.structured_output.validation_process", *arguments],
-            "the process that compiles forms of text",
+            "the process that compiles structured output",
             FORMAT,
-            Verdict,
-            Bounds(compile_seconds, _WAIT_SECONDS, _MAX_ASKING, _MAX_VERDICT_BYTES),
+            Validation,
+            Bounds(compile_seconds, _WAIT_SECONDS, _MAX_ASKING, _MAX_VALIDATION_BYTES),
         )
         self._limits = limits or FormLimits()
-        self._verdicts: OrderedDict[Question, Verdict] = OrderedDict()
+        self._validations: OrderedDict[Question, Validation] = OrderedDict()
 
-    async def of(self, wanted: ResponseFormat | None) -> TextForm | None:
-        """The form; None for any text. Raises InvalidRequestError for one that cannot be enforced as it is."""
+    async def of(self, wanted: ResponseFormat | None) -> GrammarSpec | None:
+        """The grammar; None for any text. Raises InvalidRequestError for one that cannot be enforced as it is."""
         question = None if wanted is None else question_of(wanted, self._limits)
         return None if question is None else await self._form(question)
 
-    async def of_call(self, functions: Mapping[str, Document]) -> TextForm:
-        """The form of a call of one of the functions, given with the schemas of their arguments: the arguments of one
-        alone, else as calls_grammar has it. Raises as `of` does.
+    async def of_call(self, functions: Mapping[str, Document]) -> GrammarSpec:
+        """The grammar of a call of one of the functions, given with the schemas of their arguments: one function's own
+        arguments, else as calls_grammar has it. Raises as `of` does.
         """
         return await self._form(question_of_call(functions, self._limits))
 
-    async def _form(self, question: Question) -> TextForm:
-        if question in self._verdicts:
-            self._verdicts.move_to_end(question)
+    async def _form(self, question: Question) -> GrammarSpec:
+        if question in self._validations:
+            self._validations.move_to_end(question)
         else:
-            self._verdicts[question] = await self._judge(question)
-            if len(self._verdicts) > _CACHED:
-                self._verdicts.popitem(last=False)
-        verdict = self._verdicts[question]
-        if verdict.error is not None:
-            param = verdict.param or question.param
-            raise InvalidRequestError(verdict.error, param=param, hint=verdict.hint, code=code_of(param))
-        return TextForm(verdict.grammar, question.regex, question.field)
+            self._validations[question] = await self._judge(question)
+            if len(self._validations) > _CACHED:
+                self._validations.popitem(last=False)
+        validation = self._validations[question]
+        if validation.error is not None:
+            param = validation.param or question.param
+            raise InvalidRequestError(validation.error, param=param, hint=validation.hint, code=code_of(param))
+        return GrammarSpec(validation.grammar, question.regex, question.field)
 
     def close(self) -> None:
-        """Ends the process, at once. Who still waits for a verdict, or comes later, hears that the server stops."""
+        """Ends the process, at once. Who still waits for a validation, or comes later, hears that the server stops."""
         self._process.close()
 
-    async def _judge(self, question: Question) -> Verdict:
+    async def _judge(self, question: Question) -> Validation:
         try:
             return await self._process.ask(question)
         except OverloadedError as error:
             error.param = question.field  # the process does not know whose it is
             raise
         except TookTooLongError as error:
-            return Verdict(error=f"the form of text {error} to compile; simplify it")
+            return Validation(error=f"the grammar {error} to compile; simplify it")
         except ChildDiedError as error:
-            return Verdict(
-                error=f"compiling the form of text failed: its process {error}, perhaps for want of memory; simplify it"
+            return Validation(
+                error=f"compiling the grammar failed: its process {error}, perhaps for want of memory; simplify it"
             )
 
 

@@ -17,7 +17,7 @@ from service.api.structured_output.branches import Array, Branch, Conjunction, O
 from service.api.structured_output.keywords import MAX_MULTIPLE, TYPES, is_number, refuse
 from service.api.structured_output.number_regex import Range
 from service.api.structured_output.schema import ANYTHING, NOTHING, Schema, Schemas
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import GrammarCompiler, GrammarError
 
 _MAX_CONJUNCTIONS = 10_000
@@ -196,7 +196,7 @@ class NormalForm:
                 if not self.vocabulary.fits(fitting):
                     return
                 if not values:
-                    self.vocabulary.rehearse(TextForm(grammar=terminals.choice([fitting])))
+                    self.vocabulary.rehearse(GrammarSpec(grammar=terminals.choice([fitting])))
             text = fitting
         yield Scalar("string", text)
 
@@ -283,7 +283,7 @@ class NormalForm:
             if part != (NOTHING,) and ((len(keys) == 1 and not patterns) or self.vocabulary.fits(text)):
                 found.append((text, part))
         if patterns and found:
-            self.vocabulary.rehearse(TextForm(grammar=terminals.choice([text for text, _ in found])))
+            self.vocabulary.rehearse(GrammarSpec(grammar=terminals.choice([text for text, _ in found])))
         return found
 
 

@@ -117,7 +117,7 @@ class _Reader:
                 if not repeatable:
                     raise PatternError(f"has {token!r} with nothing to repeat")
                 if token.startswith("{,"):
-                    raise PatternError(f"has {token!r}, which is a repetition to some and a text to others")
+                    raise PatternError(f"has {token!r}, which some engines read as a repetition and others as text")
                 repeatable = False
                 yield token[:-1] if len(token) > 1 and token[-1] == "?" else token
                 continue
@@ -131,7 +131,7 @@ class _Reader:
 
     def _group(self, opening: str) -> str:
         if opening not in ("(", "(?:") and not opening.endswith(">"):
-            raise PatternError(f"has {opening!r}: there is no looking around, and there are no flags")
+            raise PatternError(f"has {opening!r}: look-around and flags are not supported")
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise PatternError(f"has groups more than {_MAX_DEPTH} deep")

@@ -1,4 +1,4 @@
-"""The process that compiles forms of text: one JSON question a line in, one JSON verdict a line out.
+"""The process that compiles grammars: one JSON question a line in, one JSON validation a line out.
 
     python -m service.api.structured_output.validation_process TOKENIZER VOCAB_SIZE [EOS_TOKEN_ID ...]
 
@@ -17,7 +17,7 @@ from service.api.structured_output.keywords import FORMAT, TOOLS, refuse
 from service.api.structured_output.lark import calls_grammar, schema_grammar
 from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import GrammarCompiler, GrammarError
 
 _MAX_MEMORY_BYTES = 2 << 30  # of address space; a common grammar takes a few megabytes
@@ -49,7 +49,7 @@ class Question(msgspec.Struct, frozen=True):
         return TOOLS if self.param.startswith(TOOLS) else FORMAT
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class Validation(msgspec.Struct, frozen=True):
     """The grammar of a schema, or why a form cannot be enforced."""
 
     grammar: str | None = None
@@ -68,28 +68,28 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def judge(compiler: GrammarCompiler, asked: Question) -> Verdict:
+def judge(compiler: GrammarCompiler, asked: Question) -> Validation:
     """The grammar of a form, which has been compiled to see whether that can be done."""
     try:
         grammar = _grammar(asked, compiler)
-        form = TextForm(grammar=grammar, regex=asked.regex)
+        form = GrammarSpec(grammar=grammar, regex=asked.regex)
         _compile(compiler, form, asked)
         if asked.regex is not None:
             compiler.rehearse(form)
     except GrammarError as error:
-        return Verdict(error=error.message, param=asked.param, hint=error.hint)
+        return Validation(error=error.message, param=asked.param, hint=error.hint)
     except InvalidRequestError as error:
-        return Verdict(error=error.message, param=error.param, hint=error.hint)
-    return Verdict(grammar)
+        return Validation(error=error.message, param=error.param, hint=error.hint)
+    return Validation(grammar)
 
 
-def _compile(compiler: GrammarCompiler, form: TextForm, asked: Question) -> None:
+def _compile(compiler: GrammarCompiler, form: GrammarSpec, asked: Question) -> None:
     try:
         compiler.compile(form)
     except GrammarError as error:
         if asked.regex is None or error.hint is not None:
             raise
-        refuse(asked.param, f"is no expression that can be held: {error.message}")
+        refuse(asked.param, f"cannot be enforced: {error.message}")
 
 
 def _grammar(asked: Question, compiler: GrammarCompiler) -> str | None:

@@ -27,13 +27,13 @@ def check_flags(
     for name in with_prompt if is_file else ("output", *with_file):
         if getattr(arguments, name) is not None:
             given, wanted = ("--prompts", "--prompt TEXT") if is_file else ("--prompt", "--prompts FILE")
-            raise SettingsError(f"--{name} with {given}", hint=f"it is for {wanted}")
+            raise SettingsError(f"--{name} does not go with {given}", hint=f"it needs {wanted}")
     if not is_file:
         return
     if arguments.output is None:
-        raise SettingsError("--prompts without --output", hint="name the file that the answers go to")
+        raise SettingsError("--prompts needs --output", hint="name the file that the answers are written to")
     if Path(arguments.output).resolve() == Path(arguments.prompts).resolve():
-        raise SettingsError("--output is the file of the --prompts", hint="name another one")
+        raise SettingsError("--output and --prompts name the same file", hint="choose another --output")
 
 
 def run_batch(

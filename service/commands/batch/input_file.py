@@ -38,7 +38,9 @@ class InputFile:
         of formats; and for what can be read only once.
         """
         if path.exists() and not path.is_dir() and not path.is_file():
-            raise StartupError(f"{path} is no regular file", hint="write the prompts to one: it is read twice")
+            raise StartupError(
+                f"--prompts {path} is not a regular file", hint="save the prompts in a file: it is read twice"
+            )
         self.path = path
         self.is_openai = False
         self.numbers: dict[str, int] = {}  # by key
@@ -53,7 +55,7 @@ class InputFile:
                 )
             self.numbers[line.key] = line.number
         if not self.numbers:
-            raise StartupError(f"{path} has no prompts")
+            raise StartupError(f"--prompts {path} has no prompts")
 
     def lines(self) -> Iterator[Line]:
         """The lines that are not blank, from the file. Raises StartupError as the constructor does."""
@@ -97,4 +99,4 @@ def _is_unicode(text: str) -> bool:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

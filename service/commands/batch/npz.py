@@ -38,7 +38,7 @@ def ids_in(path: Path) -> frozenset[str]:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile) as error:
-        raise StartupError(f"{path} is no .npz file: {error}", hint="choose another --output") from None
+        raise StartupError(f"{path} is not a .npz file: {error}", hint="choose another --output") from None
     prefix = f"{_KINDS[0]}/"
     return frozenset(name.removeprefix(prefix).removesuffix(".npy") for name in names if name.startswith(prefix))
 

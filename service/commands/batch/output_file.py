@@ -39,7 +39,9 @@ class OutputFile:
         self._is_answer = is_answer
         self._held: list[BinaryIO] = []
         if path.exists() and not path.is_dir() and not path.is_file():
-            raise StartupError(f"{path} is no regular file", hint="name one, which a later run can go on from")
+            raise StartupError(
+                f"--output {path} is not a regular file", hint="name a file, from which a later run can continue"
+            )
         try:
             self._file = self._take(path)
             self._keep_what_is_good()
@@ -59,7 +61,6 @@ class OutputFile:
             raise _cannot_write(self.path, error) from None
 
     def close(self) -> None:
-        """Lets the file go."""
         for file in self._held:
             file.close()
 
@@ -78,7 +79,7 @@ class OutputFile:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartupError(f"another process writes {path}", hint="wait for its end") from None
+            raise StartupError(f"another process is writing {path}", hint="wait until it has ended") from None
         return file
 
     def _keep_what_is_good(self) -> None:
@@ -142,7 +143,7 @@ class OutputFile:
 
     def _fail(self, number: int, reason: str) -> NoReturn:
         raise StartupError(
-            f"{self.path}, line {number} {reason}: it is no output of these prompts",
+            f"{self.path}, line {number} {reason}: it was not written for these prompts",
             hint="choose another --output, or remove the file",
         )
 
@@ -156,7 +157,7 @@ def encoded(document: Mapping[str, Any]) -> bytes:
 
 
 def decoded(line: bytes) -> Any:
-    """What `encoded` has written. Raises ValueError for what is no JSON."""
+    """The object that `encoded` has written. Raises ValueError for text that is not JSON."""
     try:
         return orjson.loads(line)
     except ValueError:  # a lone surrogate

@@ -74,7 +74,7 @@ def test_without_a_descriptor_newcomers_wait(
             reader, writer = await asyncio.open_connection(*address)
             assert await asyncio.to_thread(wait_for, lambda: said_of(caplog))
             await asyncio.sleep(0.3)
-            assert said_of(caplog) == ["new connections must wait: Too many open files"]
+            assert said_of(caplog) == ["cannot accept new connections for now: Too many open files"]
             listener.short = False
             assert await asyncio.wait_for(reader.read(), PATIENCE_SECONDS) == b"at once"
             writer.close()

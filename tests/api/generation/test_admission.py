@@ -25,8 +25,8 @@ def request(id: str, tokens: int = 10, n: int = 1) -> Request:
     return Request(id, [1] * tokens, SamplingParams(max_tokens=128, n=n))
 
 
-def admission(seats: int = 2, waiting: int = 3, tokens: int = 1000) -> Admission:
-    return Admission(seats, waiting, tokens)
+def admission(slots: int = 2, waiting: int = 3, tokens: int = 1000) -> Admission:
+    return Admission(slots, waiting, tokens)
 
 
 def refused(book: Admission, *requests: Request) -> OverloadedError:
@@ -37,7 +37,7 @@ def refused(book: Admission, *requests: Request) -> OverloadedError:
 
 def test_those_beyond_the_seats_wait_and_are_bounded() -> None:
     """A place is free again when a choice has ended, not with a first token."""
-    book = admission(seats=2, waiting=3)
+    book = admission(slots=2, waiting=3)
     with book.admit([request("a", n=2)], 0.0) as permit, book.admit([request("b", n=3)], 0.0):
         assert (book.choices, book.waiting, book.running) == (5, 3, 2)
         assert refused(book, request("c")).message == "the server is full: 4 choices would be waiting, and 3 may"
@@ -51,7 +51,7 @@ def test_those_beyond_the_seats_wait_and_are_bounded() -> None:
 
 def test_a_burst_at_an_idle_server_fills_seats_and_queue() -> None:
     """By default half as many wait as run."""
-    book = admission(seats=64, waiting=Settings(max_num_seqs=64).most_waiting)
+    book = admission(slots=64, waiting=Settings(max_num_seqs=64).max_waiting)
     permits = [book.admit([request(str(number))], 0.0) for number in range(96)]
     for permit in permits:
         permit.__enter__()
@@ -72,15 +72,15 @@ def test_tokens_are_queued_until_the_first_token() -> None:
 
 
 def test_what_is_over_a_bound_alone_is_not_refused_for_ever() -> None:
-    book = admission(seats=2, waiting=3)
+    book = admission(slots=2, waiting=3)
     with book.admit([request("running", n=2)], 0.0), book.admit([request("large", n=50)], 0.0):
         assert book.waiting == 50
         refused(book, request("next"))
 
 
 def test_the_time_to_come_again_is_that_of_the_queue() -> None:
-    """Two seats, 7 s a choice after its wait: one is free every 3.5 s, and three wait already."""
-    book = admission(seats=2, waiting=3)
+    """Two slots, 7 s a choice after its wait: one is free every 3.5 s, and three wait already."""
+    book = admission(slots=2, waiting=3)
     with book.admit([request("warm", n=50)], 0.0) as permit:
         for _ in range(50):
             permit.ended(9.0, queue_seconds=2.0)
@@ -91,7 +91,7 @@ def test_the_time_to_come_again_is_that_of_the_queue() -> None:
 
 
 def test_the_time_to_come_again_is_bounded() -> None:
-    book = admission(seats=1, waiting=1)
+    book = admission(slots=1, waiting=1)
     with book.admit([request("a", n=9)], 0.0) as permit:
         assert refused(book, request("c")).retry_after_seconds == 1  # nothing is known yet
         permit.ended(1000.0, 0.0)

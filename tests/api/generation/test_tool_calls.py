@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from service.api.generation.tool_calls import CallReader
 from service.api.generation.tool_forms import parameters, tool_form
 from service.api.schemas.tools import Function
-from service.api.structured_output.grammar_spec import TextForms, question_of_call
+from service.api.structured_output.grammar_spec import GrammarSpecs, question_of_call
 from service.api.structured_output.validation_process import Question, judge
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import GrammarCompiler
 from tests.support.fake_engine import build_tokenizer, fake_info, write_bundle
 
@@ -75,7 +75,7 @@ PROPERTIES = {"part", "parts", "digit", "left", "a", "b", "x", "const", "$ref", 
 CALLED = [list(FUNCTIONS), *([name] for name in FUNCTIONS)]
 
 
-async def form_of(forms: TextForms, *functions: dict[str, Any]) -> TextForm:
+async def form_of(forms: GrammarSpecs, *functions: dict[str, Any]) -> GrammarSpec:
     return await tool_form(forms, {place: Function.model_validate(one) for place, one in enumerate(functions)})
 
 
@@ -90,13 +90,13 @@ def compiler(info: EngineInfo) -> GrammarCompiler:
 
 
 @pytest.fixture(scope="module")
-def made(info: EngineInfo) -> list[TextForm]:
+def made(info: EngineInfo) -> list[GrammarSpec]:
     """The forms of calls of CALLED, and of functions that take nothing."""
     functions = [[{"name": name, "parameters": FUNCTIONS[name]} for name in names] for names in CALLED]
     functions += [[{"name": "f", "parameters": parameters}] for parameters in NOTHING]
 
-    async def make() -> list[TextForm]:
-        forms = TextForms(info)
+    async def make() -> list[GrammarSpec]:
+        forms = GrammarSpecs(info)
         try:
             return [await form_of(forms, *some) for some in functions]
         finally:
@@ -105,7 +105,7 @@ def made(info: EngineInfo) -> list[TextForm]:
     return asyncio.run(make())
 
 
-def written(compiler: GrammarCompiler, form: TextForm, seed: int) -> list[str]:
+def written(compiler: GrammarCompiler, form: GrammarSpec, seed: int) -> list[str]:
     """The pieces of a random text of a form: short ones, because it ends what it can."""
     chance, tokenizer = random.Random(seed), build_tokenizer()
     cursor, tokens = compiler.compile(form).start(), list[int]()
@@ -126,7 +126,7 @@ def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("names", CALLED, ids=" ".join)
-def test_calls_fit_the_parameters(compiler: GrammarCompiler, made: list[TextForm], names: list[str]) -> None:
+def test_calls_fit_the_parameters(compiler: GrammarCompiler, made: list[GrammarSpec], names: list[str]) -> None:
     """Of every function, though definitions of several have one name and another meaning."""
     form, called = made[CALLED.index(names)], set()
     for seed in range(400 if len(names) > 1 else 4):
@@ -187,7 +187,7 @@ def test_a_call_is_read_however_it_is_cut(seed: int) -> None:
         assert not cut.complete or len(names) == 2
 
 
-def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler, made: list[TextForm]) -> None:
+def test_what_a_function_takes_that_says_nothing(compiler: GrammarCompiler, made: list[GrammarSpec]) -> None:
     """No arguments; where nothing is said of the type alone, any object."""
     for form in made[len(CALLED) : -1]:
         assert {"".join(written(compiler, form, seed)).replace(" ", "") for seed in range(9)} == {"{}"}

@@ -101,7 +101,7 @@ def test_a_surprise_is_a_500_and_one_record(
         app.user_middleware.append(Middleware(FailingMiddleware))
     with asking(app) as http:
         answer = http.post("/fails", json={"field": 1}, headers={"X-Request-Id": "mine"})
-        assert error_of(answer, 500)["message"] == "something went wrong on our side"
+        assert error_of(answer, 500)["message"] == "an internal error occurred"
         assert SECRET not in answer.text
         assert answer.headers["x-request-id"] == "mine"
         (line,) = surprises(caplog)

@@ -23,7 +23,7 @@ from service.api.structured_output.keywords import KEYWORDS, NEUTRAL
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.schema import Document
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import Grammar, GrammarCompiler
 from tests.support.random_schemas import REFUSED, VALUES, RandomSchemas, is_valid, keywords, random_text
 
@@ -53,7 +53,7 @@ class Vocabulary:
 
     def grammar(self, schema: dict[str, Any], limits: FormLimits = SMALL) -> Grammar:
         return self.compiler.compile(
-            TextForm(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
+            GrammarSpec(grammar=schema_grammar(Document("schema", schema), limits, self.compiler))
         )
 
     def answers(self, schema: dict[str, Any], count: int = 4, limits: FormLimits = SMALL, seed: int = 0) -> list[bytes]:
@@ -70,7 +70,7 @@ def vocabulary() -> Vocabulary:
 
 def reason_of(error: InvalidRequestError, schema: dict[str, Any], seed: int) -> str:
     """Why a schema was refused, one of those that are known; where nothing is said to fit, nothing does."""
-    if (error.param or "").rpartition(".")[2] in REFUSED or "looking around" in error.message:
+    if (error.param or "").rpartition(".")[2] in REFUSED or "look-around" in error.message:
         return "not supported"
     if "no value at all" in error.message and "format" not in set(keywords(schema)):  # jsonschema does not know all
         fitting = [value for value in VALUES if is_valid(schema, json.dumps(value).encode())]

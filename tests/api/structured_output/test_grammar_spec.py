@@ -16,13 +16,13 @@ from fastapi.testclient import TestClient
 
 from service.api.processes.bounded_process import BoundedProcess
 from service.api.schemas.fields import ResponseFormat
-from service.api.structured_output.grammar_spec import MAX_SCHEMA_BYTES, TextForms, question_of
+from service.api.structured_output.grammar_spec import MAX_SCHEMA_BYTES, GrammarSpecs, question_of
 from service.api.structured_output.lark import schema_grammar
 from service.api.structured_output.regex_size import regex_size
 from service.api.structured_output.schema import Document
-from service.api.structured_output.validation_process import Verdict
+from service.api.structured_output.validation_process import Validation
 from service.contract.errors import InvalidRequestError
-from service.contract.request import FormLimits, TextForm
+from service.contract.request import FormLimits, GrammarSpec
 from service.grammar import GrammarCompiler
 from tests.api.conftest import ThreadClient, serving
 from tests.api.processes.test_bounded_process import descriptors
@@ -54,9 +54,9 @@ def json_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
-def grammar_of(schema: dict[str, Any], limits: FormLimits | None = None) -> TextForm:
+def grammar_of(schema: dict[str, Any], limits: FormLimits | None = None) -> GrammarSpec:
     """The form of a schema that has no patterns, for which no vocabulary is asked."""
-    return TextForm(
+    return GrammarSpec(
         grammar=schema_grammar(Document("schema", schema), limits or FormLimits(), GrammarCompiler("", 0, []))
     )
 
@@ -83,9 +83,9 @@ def refused(http: TestClient, wanted: Any, **more: Any) -> dict[str, Any]:
         ({"type": "text"}, None),
         (None, None),
         ({"type": "json_object"}, grammar_of({"type": "object"})),
-        ({"type": "regex", "pattern": "a+"}, TextForm(regex="a+")),
-        ({"type": "regex", "pattern": "a\\\\"}, TextForm(regex="a\\\\")),
-        ({"type": "regex", "pattern": ""}, TextForm(regex="")),
+        ({"type": "regex", "pattern": "a+"}, GrammarSpec(regex="a+")),
+        ({"type": "regex", "pattern": "a\\\\"}, GrammarSpec(regex="a\\\\")),
+        ({"type": "regex", "pattern": ""}, GrammarSpec(regex="")),
         ({"type": "text", "pattern": ""}, None),
         (json_schema({"const": "é"}), grammar_of({"const": "é"})),
         (
@@ -95,7 +95,7 @@ def refused(http: TestClient, wanted: Any, **more: Any) -> dict[str, Any]:
     ],
 )
 def test_every_route_takes_it(
-    http: TestClient, client: ThreadClient, path: str, wanted: Any, form: TextForm | None
+    http: TestClient, client: ThreadClient, path: str, wanted: Any, form: GrammarSpec | None
 ) -> None:
     assert post(http, wanted, path).status_code == 200
     sampling = client.engine.requests[-1].sampling
@@ -151,7 +151,7 @@ def test_every_route_takes_it(
             "response_format.json_schema.schema.items.uniqueItems",
             "leave it out",
         ),
-        (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "looking around"),
+        (json_schema({"pattern": "(?=a)"}), "response_format.json_schema.schema.pattern", "look-around"),
         (
             json_schema({"properties": {"a": {"patternProperties": {letter: {} for letter in "abcdefg"}}}}),
             "response_format.json_schema.schema.properties.a.patternProperties",
@@ -297,8 +297,8 @@ def test_a_form_says_where_the_text_ends(http: TestClient) -> None:
     assert post(http, {"type": "text"}, ignore_eos=True).status_code == 200
 
 
-def process_of(http: TestClient) -> BoundedProcess[Verdict]:
-    forms: TextForms = http.app.state.service.forms  # type: ignore[attr-defined]
+def process_of(http: TestClient) -> BoundedProcess[Validation]:
+    forms: GrammarSpecs = http.app.state.service.forms  # type: ignore[attr-defined]
     return forms._process
 
 

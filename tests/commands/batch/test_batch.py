@@ -100,11 +100,11 @@ def test_odd_names_in_a_line_are_its_error_alone(files: Files) -> None:
 def test_a_pipe_is_told_to_be_no_file(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(files.prompts)
     assert files.run() == 1
-    assert "is no regular file" in capfd.readouterr().err
+    assert "is not a regular file" in capfd.readouterr().err
     files.prompts.unlink()
     files.write({"prompt": "hi"})
     assert files.run(output=Path("/dev/full")) == 1
-    assert "is no regular file" in capfd.readouterr().err
+    assert "is not a regular file" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("end", ['{"id": 2, "outp', '{"id": 2, "error": {}}\n', '{"id": 1, "outputs": []}\n'])
@@ -159,18 +159,18 @@ def test_another_files_output_is_left_alone(files: Files, capfd: pytest.CaptureF
     with files.output.open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert files.run() == 1
-    assert "another process writes" in capfd.readouterr().err
+    assert "another process is writing" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["generate", "--prompts", "a"], "--prompts without --output"),
-        (["generate", "--prompt", "a", "--output", "b"], "--output with --prompt"),
-        (["generate", "--prompt", "a", "--scalings", "full"], "--scalings full with --prompt"),
-        (["generate", "--prompts", "a", "--output", "a"], "is the file of the --prompts"),
-        (["scalings", "--prompts", "a", "--output", "b", "--png", "c"], "--png with --prompts"),
-        (["scalings", "--prompt", "a", "--scalings", "mean"], "--scalings with --prompt"),
+        (["generate", "--prompts", "a"], "--prompts needs --output"),
+        (["generate", "--prompt", "a", "--output", "b"], "--output does not go with --prompt"),
+        (["generate", "--prompt", "a", "--scalings", "full"], "--scalings full needs --prompts"),
+        (["generate", "--prompts", "a", "--output", "a"], "--output and --prompts name the same file"),
+        (["scalings", "--prompts", "a", "--output", "b", "--png", "c"], "--png does not go with --prompts"),
+        (["scalings", "--prompt", "a", "--scalings", "mean"], "--scalings does not go with --prompt"),
     ],
 )
 def test_flags_that_nothing_would_look_at(flags: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
