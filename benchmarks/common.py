@@ -9,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from tokenizers import Tokenizer
 
 from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
+from service.contract.output import DraftCounts
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
+from service.engine.speculation.step_cost import measure_cost
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.step import NativeStep
@@ -82,19 +84,33 @@ def build(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> 
     return engine
 
 
-def build_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, count: int) -> list[Engine]:
-    """Engines that share one model and the step that computes it; each has a pool and a scheduler of its own."""
-    first = build(model, checkpoint, options)
-    others = [build_engine(model, checkpoint, replace(options, native_kernels=False)) for _ in range(count - 1)]
+def build_engines(
+    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, depths: Sequence[int | None]
+) -> list[Engine]:
+    """Engines that share one model and the step that computes it, one for each depth of drafts (0: no lookahead, None:
+    the bundle's); each has a pool and a scheduler of its own.
+    """
+    own = [replace(options, lookahead=depth != 0, draft_depth=depth or None) for depth in depths]
+    first = build(model, checkpoint, own[0])
+    others = [build_engine(model, checkpoint, replace(one, native_kernels=False)) for one in own[1:]]
     for engine in others:
         engine.runner.step = first.runner.step
+    measure_steps(others)
     return [first, *others]
 
 
-def use_threads(count: int) -> None:
-    """From now on, torch and the native kernels compute on so many threads."""
+def measure_steps(engines: Iterable[Engine]) -> None:
+    """Lets engines know what their steps cost: after they have been given others, or threads."""
+    for engine in engines:
+        drafts = len(engine._scheduler.draft_rates) > 1
+        engine._scheduler.step_cost = measure_cost(engine.runner.step, engine.runner.kv_cache, drafts=drafts)
+
+
+def use_threads(count: int, engines: Iterable[Engine] = ()) -> None:
+    """From now on, torch and the native kernels compute on so many threads, of which `engines` take note."""
     torch.set_num_threads(count)
     library.use_threads(count)
+    measure_steps(engines)
 
 
 @dataclass
@@ -106,13 +122,12 @@ class EngineRun:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # by request id
     scalings: dict[str, bytes] = field(default_factory=dict)  # float32 [positions, S, E], where they were asked for
     steps: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     @property
     def draft_hit_rate(self) -> float:
         """Drafts of the scaling pass that were kept, of those that cost a row."""
-        return self.draft_hits / max(1, self.draft_hits + self.draft_misses)
+        return self.drafts.hits / max(1, self.drafts.hits + self.drafts.misses)
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -141,8 +156,7 @@ def run_engine(
     while engine.has_work():
         step = engine.step()
         run.steps += 1
-        run.draft_hits += step.stats.draft_hits
-        run.draft_misses += step.stats.draft_misses
+        run.drafts.add(step.stats.drafts)
         for output in step.outputs:
             if output.tokens and not run.first_token_seconds:
                 run.first_token_seconds = time.perf_counter() - started

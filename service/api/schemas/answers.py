@@ -390,7 +390,7 @@ class DraftLayer(TypedDict):
     agreement: Annotated[
         list[float],
         Field(
-            description="By depth: the share of drafts that came true on its held-out texts, where those before them did."
+            description="By depth: the share of drafts that came true on texts held out, where those before did."
         ),
     ]
 
