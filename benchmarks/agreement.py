@@ -82,9 +82,7 @@ class WatchedRunner(ModelRunner):
                 differing = (number for number, (token, other) in pairs if other not in (token, ANY_TOKEN))
                 first = next(differing, len(result.predictions))
                 drafts, predictions, deeper = list(sequence.drafts), list(result.predictions), list(result.deeper)
-                look = _Look(
-                    sequence, len(sequence.tokens), drafts, one.predict_start, predictions, first, deeper
-                )
+                look = _Look(sequence, len(sequence.tokens), drafts, one.predict_start, predictions, first, deeper)
                 self._looks.append(look)
         return results
 

@@ -37,7 +37,7 @@ def forced_engines(
     options: EngineOptions,
     rates: Mapping[str, Sequence[float]] = AGREE_AND_MISS,
 ) -> dict[str, Engine]:
-    """Engines over one model: the plain base ("base"), and X-LoRA whose drafts agree at `rates`, as deep as those go."""
+    """Engines over one model: the plain base ("base"), and X-LoRA whose drafts agree at `rates`, as deep as they go."""
     depths = [1, *map(len, rates.values())]
     engines = dict(zip(("base", *rates), build_engines(model, checkpoint, options, depths), strict=True))
     use_plain_base(engines["base"])

@@ -62,7 +62,9 @@ class NoStep:
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> torch.Tensor:
         """Drafts of the scaling rows' logits at every depth."""
-        return draft_tokens(start, choose, lambda state, *_: state, lambda state: self._logits[1].expand(len(state), -1))
+        return draft_tokens(
+            start, choose, lambda state, *_: state, lambda state: self._logits[1].expand(len(state), -1)
+        )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from benchmarks.common import ROOT
 
 sys.path.insert(0, str(ROOT / "model_store"))
-from demo_builder.evaluation import held_out_sets  # noqa: E402
+from demo_builder.evaluation import held_out_sets
 
 _SEED = 5  # of the demo's report
 MAX_TOKENS = 256  # of an answer that does not end

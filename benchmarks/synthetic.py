@@ -137,7 +137,9 @@ class ForcedTokens:
         """The inner step's, with other logits."""
         output = self._inner.forward(batch, kv_cache)
         positions = batch.positions.index_select(0, batch.logit_rows) + 1
-        tokens = torch.where(batch.logit_rows < batch.num_scaling_rows, self._drafted(positions, 1), token_at(positions, self._tokens))
+        tokens = torch.where(
+            batch.logit_rows < batch.num_scaling_rows, self._drafted(positions, 1), token_at(positions, self._tokens)
+        )
         output.logits.zero_().scatter_(1, tokens[:, None], 1.0)
         return output
 

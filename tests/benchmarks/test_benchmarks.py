@@ -155,7 +155,7 @@ def test_script_forces_drafts(bundle, agree, steps):
     "a", [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.95, 0.85, 0.75), (0.7, 0.6, 0.5), (0.99, 0.7, 0.95)]
 )
 def test_forced_rates_are_those_that_are_found_and_predict_the_forwards(deep_bundle, a):
-    """The draft layer runs, but what it says is written over; the tokens are those of the script, whatever the rates."""
+    """The draft layer runs, but what it says is written over; tokens are those of the script, whatever the rates."""
     engine = make_engine(deep_bundle, draft_depth=3)
     engine._scheduler.step_cost = StepCost()
     script(engine, a)

@@ -389,9 +389,7 @@ class DraftLayer(TypedDict):
     depth: Annotated[int, Field(description="Tokens that it drafts in one step, the scaling pass's own included.")]
     agreement: Annotated[
         list[float],
-        Field(
-            description="By depth: the share of drafts that came true on texts held out, where those before did."
-        ),
+        Field(description="By depth: the share of drafts that came true on texts held out, where those before did."),
     ]
 
 
