@@ -7,9 +7,9 @@
 
 The scaling pass overrules every deeper draft from nearer before the real pass sees it. So the real pass contradicts a
 share 1 - a_1 of all tokens, and each of them costs two forwards, a scaling row alone and a single real row; the others
-come L at a time. An answer begins as it goes on after a miss: its first token takes two forwards. (Taken for granted:
-where a draft from afar is right, one from nearer is as well.) DESIGN 3.1 states what holds without overruling, with n
-full forwards between misses:
+come L at a time. An answer begins as it goes on after a miss: its first token takes two forwards; and its last forward
+brings tokens behind its end. (Taken for granted: where a draft from afar is right, one from nearer is as well.) DESIGN
+3.1 states what holds without overruling, with n full forwards between misses:
 
     n = a_1 / (1 - a_1 a_2 ... a_m)        (2 + n) / (1 + n L)
 """
@@ -27,7 +27,8 @@ from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.memory_plan import weight_bytes
 from service.engine.model_runner import ModelRunner
-from service.engine.sequence import ANY_TOKEN, Sequence
+from service.engine.sequence import Sequence
+from service.engine.speculation.drafters import ANY_TOKEN
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
 
@@ -130,12 +131,15 @@ class Forwards:
     misses: float  # of two forwards each: a scaling row alone, then a single real row before the drafts
     full: float  # forwards that verify what was drafted
     length: float  # L
+    behind_end: float  # tokens that the last forward of an answer brings in vain
 
     @classmethod
     def of(cls, rates: SequenceOf[float]) -> Forwards:
         """Of drafts that agree with a_1, a_2, ...; none: two forwards per token."""
         right, length = rates[0] if rates else 0.0, tokens_brought(rates)
-        return cls(1 - right, right / length, length)
+        at_least = accumulate(rates[1:], mul, initial=1.0)  # chances of 1, 2, ... tokens
+        squared = sum((2 * count - 1) * chance for count, chance in enumerate(at_least, start=1))
+        return cls(1 - right, right / length, length, (squared / length - 1) / 2)
 
 
 def tokens_brought(rates: SequenceOf[float]) -> float:
@@ -146,7 +150,7 @@ def tokens_brought(rates: SequenceOf[float]) -> float:
 def forwards_per_token(rates: SequenceOf[float], tokens: float = math.inf) -> float:
     """f, of answers of so many tokens."""
     own = Forwards.of(rates)
-    return _with_first(2 * own.misses + own.full, tokens)
+    return _with_first(2 * own.misses + own.full, tokens) + own.full * own.behind_end / tokens
 
 
 def without_overruling(rates: SequenceOf[float], tokens: float = math.inf) -> float:

@@ -24,7 +24,8 @@ from service.contract.output import DraftCounts
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
-from service.engine.speculation.step_cost import measure_cost
+from service.engine.speculation.drafters import StepCost
+from service.engine.step_cost import measure_steps
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.step import NativeStep
@@ -92,25 +93,26 @@ def build_engines(
     """
     own = [replace(options, lookahead=depth != 0, draft_depth=depth or None) for depth in depths]
     first = build(model, checkpoint, own[0])
-    others = [build_engine(model, checkpoint, replace(one, native_kernels=False)) for one in own[1:]]
+    others = [
+        build_engine(model, checkpoint, replace(one, native_kernels=False), step_cost=StepCost()) for one in own[1:]
+    ]  # measured with the step that they are given: the model's tensors may be made for native kernels alone
     for engine in others:
         engine.runner.step = first.runner.step
-    measure_steps(others)
+    learn_costs(others)
     return [first, *others]
 
 
-def measure_steps(engines: Iterable[Engine]) -> None:
+def learn_costs(engines: Iterable[Engine]) -> None:
     """Lets engines know what their steps cost: after they have been given others, or threads."""
     for engine in engines:
-        drafts = len(engine._scheduler.draft_rates) > 1
-        engine._scheduler.step_cost = measure_cost(engine.runner.step, engine.runner.kv_cache, drafts=drafts)
+        measure_steps(engine, engine._scheduler)
 
 
 def use_threads(count: int, engines: Iterable[Engine] = ()) -> None:
     """From now on, torch and the native kernels compute on so many threads, of which `engines` take note."""
     torch.set_num_threads(count)
     library.use_threads(count)
-    measure_steps(engines)
+    learn_costs(engines)
 
 
 @dataclass

@@ -5,8 +5,8 @@
     scaling        aggregate tokens/s through HTTP at 16 over that at 1
     http_cost      1 - tokens/s through HTTP and streaming / tokens/s of the engine in-process, per concurrency
     vs_base_batch  tokens/s through HTTP at 16 over `generate` of the plain base on one static batch of 16
-    vs_depth_1     tokens/s of the engine with drafts as deep as the bundle has them over those with drafts of one token:
-                   how deep to draft is the engine's choice, so it is never slower
+    vs_depth_1     tokens/s of the engine with drafts as deep as the bundle has them over those with drafts of one: how
+                   deep to draft is the engine's choice, so it is never slower
 
 A server as it is by default, but that no prompt is found in the prefix cache. The client runs on the same cores as the
 server; `client_cpu` is its share of one. Time to first token and the gaps between tokens are the client's; tokens that

@@ -172,6 +172,7 @@ def test_forwards_per_token_by_hand():
     """The figures of DESIGN 3.1; and where nothing is overruled, at depth 1: 2 + (N - 1)(2 - a) for N tokens."""
     assert without_overruling([0.95, 0.85, 0.75]) == pytest.approx(0.63, abs=0.005)
     assert without_overruling([0.97, 0.93, 0.88]) == pytest.approx(0.48, abs=0.005)
+    assert forwards_per_token([1.0, 1.0], 10) * 10 == pytest.approx(2 + 9 / 2 + 1 / 4)  # with half a token too many
     for formula in (forwards_per_token, without_overruling):
         assert formula([0.9], 11) * 11 == pytest.approx(2 + 10 * 1.1)
         assert formula([]) == formula([], 7) == 2
