@@ -11,8 +11,9 @@ rate of decoding, tokens after the first per second after the first; medians cou
             X-LoRA's engine: no scaling stream, experts times zero. `a` is how often drafts agree, by depth
     large   a random model of 246 million parameters with 4 experts of rank 8 on every linear, made on the fly; tokens
             follow a script. Lookahead that always agrees or misses, lookahead at the demo's a_1, and drafts at all of
-            its a; beside those two what follows from a, bytes and the measured cost of a row (agreement.py). Stored in
-            bf16 and in fp32, one thread and two
+            its a; beside those two what follows from a, bytes and the measured cost of a row (agreement.py), if all
+            depths are used: where rows cost much the engine drafts less deep, and `forwards` are above `expected`.
+            Stored in bf16 and in fp32, one thread and two
 """
 
 from __future__ import annotations
