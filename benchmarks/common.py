@@ -9,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from tokenizers import Tokenizer
 
 from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
+from service.contract.output import DraftCounts
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
+from service.engine.speculation.drafters import StepCost
+from service.engine.step_cost import measure_steps
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.step import NativeStep
@@ -82,19 +85,34 @@ def build(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> 
     return engine
 
 
-def build_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, count: int) -> list[Engine]:
-    """Engines that share one model and the step that computes it; each has a pool and a scheduler of its own."""
-    first = build(model, checkpoint, options)
-    others = [build_engine(model, checkpoint, replace(options, native_kernels=False)) for _ in range(count - 1)]
+def build_engines(
+    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, depths: Sequence[int | None]
+) -> list[Engine]:
+    """Engines that share one model and the step that computes it, one for each depth of drafts (0: no lookahead, None:
+    the bundle's); each has a pool and a scheduler of its own.
+    """
+    own = [replace(options, lookahead=depth != 0, draft_depth=depth or None) for depth in depths]
+    first = build(model, checkpoint, own[0])
+    others = [
+        build_engine(model, checkpoint, replace(one, native_kernels=False), step_cost=StepCost()) for one in own[1:]
+    ]  # measured with the step that they are given: the model's tensors may be made for native kernels alone
     for engine in others:
         engine.runner.step = first.runner.step
+    learn_costs(others)
     return [first, *others]
 
 
-def use_threads(count: int) -> None:
-    """From now on, torch and the native kernels compute on so many threads."""
+def learn_costs(engines: Iterable[Engine]) -> None:
+    """Lets engines know what their steps cost: after they have been given others, or threads."""
+    for engine in engines:
+        measure_steps(engine, engine._scheduler)
+
+
+def use_threads(count: int, engines: Iterable[Engine] = ()) -> None:
+    """From now on, torch and the native kernels compute on so many threads, of which `engines` take note."""
     torch.set_num_threads(count)
     library.use_threads(count)
+    learn_costs(engines)
 
 
 @dataclass
@@ -106,13 +124,12 @@ class EngineRun:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # by request id
     scalings: dict[str, bytes] = field(default_factory=dict)  # float32 [positions, S, E], where they were asked for
     steps: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     @property
     def draft_hit_rate(self) -> float:
         """Drafts of the scaling pass that were kept, of those that cost a row."""
-        return self.draft_hits / max(1, self.draft_hits + self.draft_misses)
+        return self.drafts.hits / max(1, self.drafts.hits + self.drafts.misses)
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -141,8 +158,7 @@ def run_engine(
     while engine.has_work():
         step = engine.step()
         run.steps += 1
-        run.draft_hits += step.stats.draft_hits
-        run.draft_misses += step.stats.draft_misses
+        run.drafts.add(step.stats.drafts)
         for output in step.outputs:
             if output.tokens and not run.first_token_seconds:
                 run.first_token_seconds = time.perf_counter() - started

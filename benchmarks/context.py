@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None, help="torch threads of both sides; default: the engine's")
     args = parser.parse_args()
-    engine = make_engine(args.model, threads=args.threads)
-    script(engine, drafts_agree=True)
+    engine = make_engine(args.model, threads=args.threads, draft_depth=1)
+    script(engine, [1.0])
     rows = our_costs(engine, args.model, args.contexts, args.tokens, args.repeats)
     rows = with_growth(rows + peft_costs(args.model, args.contexts))
     for row in rows:

@@ -1,22 +1,22 @@
-"""An engine made to do as a comparison needs: the plain base instead of X-LoRA, drafts that always agree or miss.
+"""An engine made to do as a comparison needs: the plain base instead of X-LoRA, drafts that agree as often as asked.
 
 Everything is computed as ever except what is named here; the engine itself knows nothing of this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import build_engines
+from benchmarks.synthetic import ForcedTokens
 from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
 from service.contract.steering import Steering
 from service.engine.engine import Engine
-from service.engine.launched_step import LaunchedStep, SequenceResult
-from service.engine.model_runner import ModelRunner
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
@@ -25,33 +25,42 @@ from service.native.step import NativeStep
 
 BASE_REQUEST: dict[str, Any] = {"steering": Steering(weights=())}
 """Fields of a request without a scaling stream; its real rows still visit the experts unless `use_plain_base`."""
-_FIRST_TOKEN = 16  # the ones before it may be special
 
 
-def forced_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Engine]:
-    """Engines over one model: the plain base, X-LoRA whose drafts agree, and X-LoRA whose drafts miss."""
-    names = ("base", "agree", "miss")
-    engines = dict(zip(names, build_engines(model, checkpoint, options, len(names)), strict=True))
-    for name, engine in engines.items():
-        script(engine, drafts_agree=name == "agree")
+AGREE_AND_MISS: Mapping[str, Sequence[float]] = {"agree": (1.0,), "miss": (0.0,)}
+"""Rates of lookahead drafts that always agree, and that always miss."""
+
+
+def forced_engines(
+    model: XLoraModel,
+    checkpoint: Checkpoint,
+    options: EngineOptions,
+    rates: Mapping[str, Sequence[float]] = AGREE_AND_MISS,
+) -> dict[str, Engine]:
+    """Engines over one model: the plain base ("base"), and X-LoRA whose drafts agree at `rates`, as deep as they go."""
+    depths = [1, *map(len, rates.values())]
+    engines = dict(zip(("base", *rates), build_engines(model, checkpoint, options, depths), strict=True))
     use_plain_base(engines["base"])
+    for name, engine in engines.items():
+        script(engine, rates.get(name, (1.0,)))
     return engines
 
 
 class PlainBase(XLoraModel):
-    """The same decoder on the same weights without gate, experts, classifier and draft head."""
+    """The same decoder on the same weights without gate, experts, classifier and drafts."""
 
     def __init__(self, model: XLoraModel) -> None:
         self.__dict__.update(model.__dict__)
         self.scaling_pass_has_experts = False
         self.draft_head = None
+        self.draft_chain = None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """Runs every row without experts."""
         self.gate.clear()
-        logits, _ = self.run_decoder(batch, kv_cache)
-        return ForwardOutput(logits, *_no_scalings(batch, kv_cache))
+        logits, hidden = self.run_decoder(batch, kv_cache)
+        return ForwardOutput(logits, *_no_scalings(batch, kv_cache), hidden)
 
     def first_gated_row(self, batch: Batch) -> int:
         """Experts act on no row."""
@@ -78,29 +87,9 @@ def use_plain_base(engine: Engine) -> None:
     runner.step = PlainNative(plain, runner.step._decoder) if isinstance(runner.step, NativeStep) else plain
 
 
-class ScriptedRunner(ModelRunner):
-    """Writes over what was sampled: tokens follow from their position, and drafts all agree with them, or all miss."""
-
-    def __init__(self, runner: ModelRunner, *, drafts_agree: bool) -> None:
-        self.__dict__.update(runner.__dict__)
-        self._miss = 0 if drafts_agree else 1
-        self._tokens = self.model.config.get_text_config().vocab_size - _FIRST_TOKEN - 1
-
-    def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
-        """The step's results as ever, with other tokens and predictions."""
-        results = super().collect(launched)
-        for result in results:
-            one = result.scheduled
-            first = one.real_end - one.samples + 1
-            result.tokens = [self._token(position) for position in range(first, first + one.samples)]
-            predicted = range(one.predict_start, one.predict_start + one.predict_count)
-            result.predictions = [self._token(position) + self._miss for position in predicted]
-        return results
-
-    def _token(self, position: int) -> int:
-        return _FIRST_TOKEN + position * 7919 % self._tokens
-
-
-def script(engine: Engine, *, drafts_agree: bool) -> None:
-    """Makes `engine` write by script, with drafts that always agree or always miss."""
-    engine.runner = ScriptedRunner(engine.runner, drafts_agree=drafts_agree)
+def script(engine: Engine, rates: Sequence[float]) -> None:
+    """Makes `engine` write by script, with drafts that agree at these rates per depth, the last for all beyond."""
+    model: XLoraModel = engine.runner.model
+    vocabulary = model.config.get_text_config().vocab_size
+    context = engine.info.max_model_len
+    engine.runner.step = ForcedTokens(engine.runner.step, vocabulary, context, model.device, rates)

@@ -54,9 +54,11 @@ from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
+from service.engine.speculation.drafters import StepCost
 
 _PROMPT = 64
 _WARM_TOKENS = 8
+_STEP_COST = StepCost(0.007, 0.02)  # of an H200, so that every run drafts as often
 SECTIONS = {
     **{"copy": 20, "warm_up": 90, "parity": 30, "decode": 150, "step": 30, "prefill": 30},
     **{"attention": 60, "graphs": 60, "kernels": 30, "memory": 10},
@@ -96,12 +98,12 @@ class Bench:
             cuda_graphs=False,  # captured below, on any device
         )
         rows = 2 * most
-        self.engine = build_engine(self.model, self.checkpoint, options)
+        self.engine = build_engine(self.model, self.checkpoint, options, step_cost=_STEP_COST)
         cache = self.engine.runner.kv_cache
         self.captured = captured_steps(self.model, cache, rows, self.context)
         # Its budget counts the scaling rows it drops: twice the budget is as many rows in a step.
         doubled = replace(options, max_num_batched_tokens=2 * self.engine.info.max_num_batched_tokens)
-        self.base_engine = build_engine(self.model, self.checkpoint, doubled)
+        self.base_engine = build_engine(self.model, self.checkpoint, doubled, step_cost=_STEP_COST)
         self.plain = PlainBase(self.model)
         base_cache = self.base_engine.runner.kv_cache
         self.base_captured = captured_steps(self.plain, base_cache, rows, self.context)
@@ -120,7 +122,7 @@ class Bench:
 
     def forced(self, step: Any, agreement: float) -> ForcedTokens:
         """The step with tokens that follow from positions."""
-        return ForcedTokens(step, self.shape.vocabulary, self.shape.context, self.device, agreement)
+        return ForcedTokens(step, self.shape.vocabulary, self.shape.context, self.device, [agreement])
 
     # -- sections ------------------------------------------------------------------------------------------------
 
@@ -223,7 +225,7 @@ class Bench:
                 measured += len(one.tokens) if counts else 0
             if counts:
                 seconds.append(elapsed)
-                hits, misses = hits + output.stats.draft_hits, misses + output.stats.draft_misses
+                hits, misses = hits + output.stats.drafts.hits, misses + output.stats.drafts.misses
         return {
             "tokens_per_second": measured / sum(seconds),
             "seconds_per_step": statistics.median(seconds),

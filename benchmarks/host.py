@@ -8,7 +8,7 @@
 
 The engine is the real one, with its scheduler, batches, sampling, statistics and outputs; its step is a stub that
 returns at once, and whose ids arrive after the device's time. All requests decode, sampled at temperature 1 with drafts
-of the scaling pass that agree four times in five, as they do with a good draft head. The engine's process has a core to
+of the scaling pass that agree four times in five at every depth the bundle has. The engine's process has a core to
 itself and the machine should be idle: milliseconds are what is measured. Grammar masks are stated apart, since they are
 the caller's wish and computed by another library.
 """
@@ -29,7 +29,9 @@ from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.model_runner import ModelRunner
-from service.model.batch import Batch
+from service.engine.speculation.drafters import StepCost
+from service.model.batch import Batch, DraftStart
+from service.model.draft_layer import Choose, draft_tokens
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
 
@@ -53,9 +55,16 @@ class NoStep:
         self._gate = torch.rand(4096, *kv_cache.gate_rows.shape[1:])
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Logits by the kind of row, some gate logits."""
+        """Logits by the kind of row, some gate logits, no hidden states."""
         gate = self._gate[: batch.num_scaling_rows]
-        return ForwardOutput(self._logits[batch.is_scaling[batch.logit_rows]], gate, gate)
+        hidden = torch.empty(batch.rows.shape[1], 0)
+        return ForwardOutput(self._logits[batch.is_scaling[batch.logit_rows]], gate, gate, hidden)
+
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> torch.Tensor:
+        """Drafts of the scaling rows' logits at every depth."""
+        return draft_tokens(
+            start, choose, lambda state, *_: state, lambda state: self._logits[1].expand(len(state), -1)
+        )
 
 
 @dataclass
@@ -115,7 +124,7 @@ def measured(engine: Engine, count: int, tokens: int, form: GrammarSpec | None =
     while written < (8 + tokens) * count:
         output = engine.step()
         written += sum(len(one.tokens) for one in output.outputs)
-        hits, misses = hits + output.stats.draft_hits, misses + output.stats.draft_misses
+        hits, misses = hits + output.stats.drafts.hits, misses + output.stats.drafts.misses
         steps += 1
     seconds = time.perf_counter() - started
     for number in range(count):
@@ -141,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     use_threads(1)
     engine = make_engine(DEMO, max_num_seqs=128, native_kernels=False, prefix_cache=True, speculative_tokens=8)
-    engine._scheduler.row_cost = 0.007  # as on a GPU
+    engine._scheduler.step_cost = StepCost(0.007, 0.02)  # as on a GPU
     engine.runner = DelayedRunner(engine.runner, NoStep(engine.runner.kv_cache), args.device_ms / 1000)
     gc.collect()
     gc.freeze()  # as the engine's process does

@@ -1,13 +1,15 @@
 """A bundle of the published X-LoRA's shape: the real server with default flags, and its speed over the base.
 
     python -m benchmarks.real_size [--layers 4] [--bundle DIR] [--threads 1] [--quantization int4] [-- FLAGS OF SERVE]
-    python -m benchmarks.real_size --device cuda [--engine-only] [--results FILE]
+    python -m benchmarks.real_size --device cuda [--engine-only] [--results FILE] [--rates 0.97 0.93 0.88]
 
     server         ready after so many seconds, peak memory of all its processes (sum of VmHWM), a streamed answer, exit
                    code of SIGTERM. Beside it what `check --plan` says, a read of all weights, a SHA-256 of the largest
                    file, and transformers' from_pretrained of the base alone in a process of its own
-    engine         tokens/s of X-LoRA with drafts that agree and miss, over the plain base in the same engine; the
-                   limits are those of bytes: a forward reads the base's linears, a real one the experts as well
+    engine         tokens/s of X-LoRA over the plain base in the same engine: with lookahead that agrees and that misses
+                   (the limits are those of bytes: a forward reads the base's linears, a real one the experts as well),
+                   and with drafts that agree at --rates, by depth, the first alone and all of them; beside those two
+                   what follows from rates, bytes and the measured cost of a row (agreement.py)
     scalings       the same with `return_scalings: full`
     transformers   generate with a static cache over the base in bfloat16, and a prompt of 512 tokens; same threads
 
@@ -29,7 +31,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,21 +40,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.common import ROOT, Bar, emit, note, print_row, run_engine, use_threads
-from benchmarks.forced import PlainBase, forced_engines
+from benchmarks.agreement import costs_of, forwards_per_token, read_bytes
+from benchmarks.common import DEMO, ROOT, Bar, emit, note, print_row, run_engine, use_threads
+from benchmarks.forced import AGREE_AND_MISS, PlainBase, forced_engines
 from benchmarks.published_shape import make
 from benchmarks.synthetic import ForcedTokens, captured_steps
 from benchmarks.vs_base import engine_side, take_turns
-from service.checkpoint import Checkpoint
+from service.checkpoint import Checkpoint, load_checkpoint
 from service.contract.options import EngineOptions
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, plan_for, read_checkpoint
-from service.engine.memory_plan import PROCESS_BYTES, weight_bytes
-from service.model.adapted import AdaptedModule
+from service.engine.memory_plan import PROCESS_BYTES
+from service.engine.sequence import LOOKAHEAD_RATE
 from service.model.xlora_model import XLoraModel
 
 _READY_SECONDS = 1800.0
-_PROMPT, _PREFILL, _CONTEXT = 16, 512, 1024
+_PROMPT, _PREFILL, _CONTEXT = 32, 512, 1024
 _GPU_POOL = 1 << 30  # bytes of keys and values of an engine on a GPU
 _LOAD = """
 import sys, time, torch
@@ -148,7 +152,7 @@ def loading(path: Path, device: str, flags: list[str] | None) -> dict[str, Any]:
 
 
 def engines_of(
-    path: Path, device: str, quantization: str | None, *, captured: bool
+    path: Path, device: str, quantization: str | None, rates: Mapping[str, Sequence[float]], *, captured: bool
 ) -> tuple[dict[str, Engine], XLoraModel, float]:
     """Engines for one request over one model, and the seconds in which the model was loaded."""
     options = EngineOptions(
@@ -167,24 +171,29 @@ def engines_of(
     model, checkpoint = load_checkpoint_and_model(options)
     seconds = time.perf_counter() - started
     make = captured_engines if captured else forced_engines
-    return make(model, checkpoint, options), model, seconds
+    return make(model, checkpoint, options, rates), model, seconds
 
 
-def captured_engines(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> dict[str, Engine]:
+def captured_engines(
+    model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, rates: Mapping[str, Sequence[float]]
+) -> dict[str, Engine]:
     """The sides of forced_engines in CUDA graphs; on a CPU in the same static buffers."""
     engines: dict[str, Engine] = {}
-    for name, agreement in (("base", 1.0), ("agree", 1.0), ("miss", 0.0)):
-        engine = build_engine(model, checkpoint, replace(options, cuda_graphs=False))
+    for name, own in {"base": (1.0,), **rates}.items():
+        depth = len(own)
+        engine = build_engine(model, checkpoint, replace(options, cuda_graphs=False, draft_depth=depth))
         inner = PlainBase(model) if name == "base" else model
-        steps = captured_steps(inner, engine.runner.kv_cache, 2 * options.max_num_seqs, _CONTEXT)
+        steps = captured_steps(inner, engine.runner.kv_cache, 2 * depth * options.max_num_seqs, _CONTEXT)
         steps.warm_up()
         vocabulary = model.config.get_text_config().vocab_size
-        engine.runner.step = ForcedTokens(steps, vocabulary, _CONTEXT, model.device, agreement)  # type: ignore[assignment]
+        engine.runner.step = ForcedTokens(steps, vocabulary, _CONTEXT, model.device, own)
         engines[name] = engine
     return engines
 
 
-def decoding(engines: dict[str, Engine], tokens: int, repeats: int) -> dict[str, Any]:
+def decoding(
+    engines: dict[str, Engine], rates_by_side: Mapping[str, Sequence[float]], tokens: int, repeats: int
+) -> dict[str, Any]:
     """Tokens/s of all sides in turns, and of a prompt of 512 tokens."""
     prompt = list(range(100, 100 + _PROMPT))
     sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
@@ -200,20 +209,30 @@ def decoding(engines: dict[str, Engine], tokens: int, repeats: int) -> dict[str,
     prefill = {name: run_engine(engines[name], [long], 1).first_token_seconds for name in ("agree", "base")}
     return {
         **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
-        "agree_over_base": rates["agree"] / rates["base"],
-        "miss_over_base": rates["miss"] / rates["base"],
+        **{f"{name}_over_base": rates[name] / rates["base"] for name in rates_by_side},
         "scalings_over_agree": rates["scalings"] / rates["agree"],
         "prefill_seconds": prefill["agree"],
         "base_prefill_seconds": prefill["base"],
     }
 
 
+def predicted(engines: dict[str, Engine], rates: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Any]:
+    """What follows from rates of agreement, beside what is measured."""
+    deepest = rates["drafts"]
+    costs = costs_of(engines["drafts"])
+    steps = run_engine(engines["drafts"], [list(range(100, 100 + _PROMPT))], tokens).steps
+    return {
+        **{f"{name}_predicted": costs.over_base(rates[name]) for name in ("lookahead", "drafts")},
+        "rates": list(deepest),
+        "forwards": steps / tokens,
+        "expected_forwards": forwards_per_token(deepest, tokens),
+        "costs": asdict(costs),
+    }
+
+
 def byte_limits(model: XLoraModel) -> dict[str, float]:
     """X-LoRA over the base if reading weights is all that a step costs."""
-    sizes = weight_bytes(model)
-    embedding: Any = model.decoder.get_input_embeddings()  # type: ignore[operator]
-    looked_up = embedding.weight.nbytes if not isinstance(embedding, AdaptedModule) else 0
-    base, experts = sizes.base - looked_up, sizes.experts
+    base, experts, _ = read_bytes(model)
     return {"agree_limit": base / (base + experts), "miss_limit": base / (2 * base + experts)}
 
 
@@ -259,6 +278,12 @@ def bars_of(row: dict[str, Any]) -> list[Bar]:
     return bars
 
 
+def demo_rates() -> list[float]:
+    """How often the demo's drafts agree on held-out questions, as its draft layer says."""
+    layer = load_checkpoint(DEMO).draft_layer
+    return [LOOKAHEAD_RATE] if layer is None else layer.agreement.tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
@@ -267,10 +292,11 @@ def main() -> None:
         "--bundle", type=Path, help="where the bundle is, or is made and kept; default: a temporary one"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quantization", choices=["int8", "int4"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rates", type=float, nargs="+", help="of right drafts, by depth; default: as the demo says")
     parser.add_argument("--engine-only", action="store_true", help="measure the engine alone")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to which every row is added as it comes")
     parser.add_argument("flags", nargs="*", help="flags of serve, after --")
@@ -279,8 +305,9 @@ def main() -> None:
     flags += ["--device", args.device]
     with tempfile.TemporaryDirectory() as work:
         path = args.bundle or Path(work) / "bundle"
+        args.rates = args.rates or demo_rates()
         if not path.exists():
-            make(path, args.layers, args.scale)
+            make(path, args.layers, args.scale, len(args.rates))
         row = measured(args, path, None if args.engine_only else flags)
     bars = bars_of(row) if args.device == "cpu" and not args.engine_only else []
     emit({"benchmark": "real_size", "flags": flags, "threads": args.threads, "rows": [row]}, bars)
@@ -303,10 +330,12 @@ def measured(args: argparse.Namespace, path: Path, flags: list[str] | None) -> d
     if flags is not None:
         add(loading(path, args.device, flags))
     captured = args.engine_only or args.device == "cuda"
-    engines, model, seconds = engines_of(path, args.device, args.quantization, captured=captured)
+    rates = {**AGREE_AND_MISS, "lookahead": args.rates[:1], "drafts": args.rates}
+    engines, model, seconds = engines_of(path, args.device, args.quantization, rates, captured=captured)
     add({"load_seconds": seconds})
-    use_threads(args.threads)
-    add(decoding(engines, args.tokens, args.repeats) | byte_limits(model))
+    use_threads(args.threads, engines.values())
+    add(decoding(engines, rates, args.tokens, args.repeats) | byte_limits(model))
+    add(predicted(engines, rates, args.tokens))
     if args.device == "cuda":
         add({"gpu_peak_bytes": torch.cuda.max_memory_allocated()})
     del engines, model

@@ -1,11 +1,12 @@
 """An X-LoRA model of any size with random weights, made on the device: no file is read or written.
 
 Also the two sides that a comparison with the plain base needs: tokens that do not depend on the weights, so that drafts
-agree exactly as often as asked for, and the same engine without gate, experts and scaling stream.
+agree as often as asked for, and the same engine without gate, experts and scaling stream.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from service.checkpoint import Checkpoint, ClassifierWeights, Expert, LoraWeights, XLoraConfig
 from service.model.attention.paged import ATTENTION
-from service.model.batch import AttentionGroup, Batch
+from service.model.batch import AttentionGroup, Batch, DraftStart
+from service.model.draft_layer import Choose
 from service.model.kv_cache import KVCache
 from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
 from service.model.steps.step import ForwardOutput
 from service.model.xlora_model import XLoraModel
 
 _FIRST_TOKEN = 16  # the ones before it may be special
+_STRETCH = 32  # positions
 
 
 @dataclass(frozen=True)
@@ -117,30 +120,56 @@ def captured_steps(eager: Any, cache: KVCache, rows: int, context: int) -> Captu
 
 
 class ForcedTokens:
-    """A step whose logits depend on the position alone: drafts agree with a share `agreement` of the tokens.
+    """A step whose logits depend on the position alone: a draft at depth i is right at a share `rates[i - 1]` of the
+    positions, the last rate at all further depths.
 
+    Which positions those are is drawn once for all depths, so that where a draft from near is wrong, one from far is as
+    well; and in such a way that the share holds of every stretch of positions, not only of many.
     Everything is computed as ever; only what would be sampled is written over, at the cost of a few small kernels.
     """
 
-    def __init__(self, inner: Any, vocabulary: int, context: int, device: torch.device, agreement: float) -> None:
-        self._inner, self._vocabulary = inner, vocabulary
-        draws = torch.rand(context + 1, generator=torch.Generator().manual_seed(0))
-        self._misses = (draws >= agreement).to(device, torch.int64)
+    def __init__(self, inner: Any, vocabulary: int, context: int, device: torch.device, rates: Sequence[float]) -> None:
+        self._inner, self._tokens, self._rates = inner, vocabulary - _FIRST_TOKEN - 2, rates
+        self._draws = _draws(context + _STRETCH).to(device)  # a draft is right where the rate is above
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """The inner step's, with other logits."""
         output = self._inner.forward(batch, kv_cache)
-        positions = batch.positions.index_select(0, batch.logit_rows)
-        real = batch.logit_rows >= batch.num_scaling_rows
-        tokens = positions * 7919 + self._misses.index_select(0, positions) * real
-        tokens = tokens % (self._vocabulary - _FIRST_TOKEN) + _FIRST_TOKEN
+        positions = batch.positions.index_select(0, batch.logit_rows) + 1
+        tokens = torch.where(
+            batch.logit_rows < batch.num_scaling_rows, self._drafted(positions, 1), token_at(positions, self._tokens)
+        )
         output.logits.zero_().scatter_(1, tokens[:, None], 1.0)
         return output
 
+    def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
+        """The inner step's work, with other drafts."""
+        positions = start.group.positions[:, 0]
+        drafts: Tensor = self._inner.draft(start, lambda _, depth: self._drafted(positions + depth, depth), kv_cache)
+        return drafts
+
+    def _drafted(self, positions: Tensor, depth: int) -> Tensor:
+        """The tokens that are drafted for positions, at one depth."""
+        rate = self._rates[min(depth, len(self._rates)) - 1]
+        is_wrong = self._draws.index_select(0, positions) >= rate
+        return token_at(positions, self._tokens) + is_wrong * min(depth, 2)  # what is wrong from near and far differs
+
+
+def _draws(count: int) -> Tensor:
+    """Numbers in [0, 1) in random order, evenly spread over each stretch."""
+    generator = torch.Generator().manual_seed(0)
+    stretches = [torch.randperm(_STRETCH, generator=generator) for _ in range(-(-count // _STRETCH))]
+    return (torch.cat(stretches) + 0.5) / _STRETCH
+
+
+def token_at(positions: Tensor, tokens: int) -> Tensor:
+    """The token that a forced text has at a position, one of so many; the two tokens after it are none there."""
+    return _FIRST_TOKEN + positions * 7919 % tokens
+
 
 class RealRowsOnly:
-    """A step that drops the scaling rows of its batches before `inner` runs them.
+    """A step that drops the scaling rows of its batches before `inner` runs them, so that nothing can be drafted.
 
     Logits of the dropped rows are those of others: for ForcedTokens, which writes them over.
     """
@@ -156,10 +185,11 @@ class RealRowsOnly:
         scalings = kv_cache.gate_rows.new_zeros(dropped, *kv_cache.gate_rows.shape[1:])
         groups = [rest for group in batch.groups if (rest := _without_first(group, dropped)) is not None]
         if not groups:
-            return ForwardOutput(scalings.new_zeros(len(batch.logit_rows), self._vocabulary), scalings, scalings)
+            logits = scalings.new_zeros(len(batch.logit_rows), self._vocabulary)
+            return ForwardOutput(logits, scalings, scalings, scalings)
         logit_rows = (batch.logit_rows - dropped).clamp_min(0)
         output = self._inner.forward(Batch(batch.rows[:, dropped:], 0, logit_rows, groups), kv_cache)
-        return ForwardOutput(output.logits, scalings, scalings)
+        return ForwardOutput(output.logits, scalings, scalings, output.hidden)
 
 
 def _without_first(group: AttentionGroup, dropped: int) -> AttentionGroup | None:

@@ -5,6 +5,8 @@
     scaling        aggregate tokens/s through HTTP at 16 over that at 1
     http_cost      1 - tokens/s through HTTP and streaming / tokens/s of the engine in-process, per concurrency
     vs_base_batch  tokens/s through HTTP at 16 over `generate` of the plain base on one static batch of 16
+    vs_depth_1     tokens/s of the engine with drafts as deep as the bundle has them over those with drafts of one: how
+                   deep to draft is the engine's choice, so it is never slower
 
 A server as it is by default, but that no prompt is found in the prefix cache. The client runs on the same cores as the
 server; `client_cpu` is its share of one. Time to first token and the gaps between tokens are the client's; tokens that
@@ -28,9 +30,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common import DEMO, Bar, emit, make_engine, percentiles, print_row, prompt_tokens, run_engine
+from benchmarks.common import DEMO, Bar, build_engines, emit, percentiles, print_row, prompt_tokens, run_engine
 from benchmarks.http_client import Streamed, run, stream_generate
+from service.contract.options import EngineOptions
 from service.engine.engine import Engine
+from service.engine.loader import load_checkpoint_and_model
 from tests.support.server_process import server
 
 
@@ -43,20 +47,21 @@ async def burst(port: int, prompts: list[list[int]], tokens: int) -> tuple[float
 
 
 def measure(
-    port: int, engine: Engine, base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
+    port: int, engines: list[Engine], base: BaseBatch, prompts: list[list[int]], tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """One row: HTTP, the bare engine and the plain base take turns; the fastest of each counts.
+    """One row: HTTP, the bare engine, the same at depth 1 and the plain base take turns; the fastest of each counts.
 
     Raises RuntimeError where the server has found a prompt in its prefix cache.
     """
-    http, bare, plain, answers, client = [], [], [], [], []
+    http, bare, shallow, plain, answers, client = [], [], [], [], [], []
     for _ in range(repeats):
         cpu = time.process_time()
         seconds, streamed = run(burst(port, prompts, tokens))
         client.append((time.process_time() - cpu) / seconds)
         http.append(seconds)
         answers += streamed
-        bare.append(run_engine(engine, prompts, tokens).seconds)
+        for own, engine in zip((bare, shallow), engines, strict=True):
+            own.append(run_engine(engine, prompts, tokens).seconds)
         plain.append(base.seconds(prompts, tokens))
     if any(answer.usage["cached_tokens"] for answer in answers):
         raise RuntimeError("prompts were found in the prefix cache")
@@ -68,6 +73,7 @@ def measure(
         "base_batch_tokens_per_second": total / min(plain),
         "http_cost": 1 - min(bare) / min(http),
         "vs_base_batch": min(plain) / min(http),
+        "vs_depth_1": min(shallow) / min(bare),
         "client_cpu": median(client),
         "first_token_seconds": percentiles([answer.first_token_seconds for answer in answers]),
         "inter_token_seconds": percentiles([gap for answer in answers for gap in answer.gaps_seconds]),
@@ -101,14 +107,18 @@ class BaseBatch:
 def run_server(args: argparse.Namespace, base: BaseBatch, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """A row per concurrency, all of one server."""
     drafted = args.speculative_tokens
-    engine = make_engine(args.model, threads=args.threads, speculative_tokens=drafted)
+    options = EngineOptions(
+        str(args.model), dtype="float32", threads=args.threads, prefix_cache=False, speculative_tokens=drafted
+    )
+    engines = build_engines(*load_checkpoint_and_model(options), options, (args.draft_depth, 1))
     flags = ["--model", str(args.model), "--dtype", "float32", "--no-prefix-cache"]
     flags += ["--speculative-tokens", str(drafted)]
     flags += ["--threads", str(args.threads)] if args.threads else []
+    flags += ["--draft-depth", str(args.draft_depth)] if args.draft_depth else []
     with server(*flags) as running:
-        measure(running.port, engine, base, prompts, 16, 1)  # warm-up of all three
+        measure(running.port, engines, base, prompts, 16, 1)  # warm-up of all
         return [
-            measure(running.port, engine, base, prompts[:number], args.tokens, args.repeats)
+            measure(running.port, engines, base, prompts[:number], args.tokens, args.repeats)
             for number in args.concurrency
         ]
 
@@ -123,6 +133,7 @@ def bars_of(rows: list[dict[str, Any]]) -> list[Bar]:
         Bar("16 requests over one, tokens/s through HTTP", ">=", 5.0, scaling),
         Bar("16 requests over the plain base's static batch", ">=", 0.5, by[16]["vs_base_batch"]),
         Bar("share of the engine's tokens/s that HTTP costs at 16", "<=", 0.15, by[16]["http_cost"]),
+        Bar("16 requests in the engine: the bundle's depth over depth 1", ">=", 0.97, by[16]["vs_depth_1"]),
     ]
 
 
@@ -136,6 +147,7 @@ def main() -> None:
         "--threads", type=int, default=None, help="torch threads on every side; default: the server's own"
     )
     parser.add_argument("--speculative-tokens", type=int, default=8, help="of the server; its default is 8")
+    parser.add_argument("--draft-depth", type=int, help="of the server; default: all that the bundle has")
     args = parser.parse_args()
     base = BaseBatch(args.model)
     prompts = [prompt_tokens(args.model, 64, seed=number) for number in range(max(args.concurrency))]

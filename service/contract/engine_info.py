@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +31,4 @@ class EngineInfo:
     tokenizer_path: str  # tokenizer.json of the base
     gate_profile: dict[str, object] | None = None
     draft_head: int | None = None  # its width
+    draft_layer: list[float] = field(default_factory=list)  # its agreement at depth 1, 2, ...; empty: there is none

@@ -18,6 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from service.contract.output import DraftCounts
+from service.observability.drafts import DraftCounters
 from service.observability.drift import DISTRIBUTIONS, PHASES, GateDrift, ProfileError
 from service.observability.resources import Resources
 
@@ -96,13 +98,11 @@ class _Pending:
     step_seconds: list[float] = field(default_factory=list)
     scaling_rows: int = 0
     real_rows: int = 0
-    draft_hits: int = 0
-    draft_misses: int = 0
-    speculated: int = 0
-    accepted: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     preemptions: int = 0
     gates: list[GateStats] = field(default_factory=list)
     tokens: int = 0
+    forwards: int = 0  # of the sequences that generate them
     gaps: list[float] = field(default_factory=list)  # seconds between two tokens of one choice
     cached_tokens: int = 0  # of prompts
     computed_tokens: int = 0
@@ -188,6 +188,10 @@ class Metrics:
         self.requests = self._counter("requests", "Requests that have ended.", "endpoint", "outcome")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
         self._generated_tokens = self._counter("generated_tokens", "Tokens generated.")
+        self._forwards = self._counter(
+            "sequence_forwards",
+            "Forward passes that generating sequences took part in, prompts included; a pass counts once for each.",
+        )
         self._prefix_cache = self._counter(
             "prefix_cache_tokens", "Prompt tokens whose keys and values were found (hit) or computed (miss).", "outcome"
         )
@@ -195,12 +199,7 @@ class Metrics:
     def _create_engine(self) -> None:
         self._step_seconds = self._array_histogram("step_seconds", "One step of the engine.", _STEP_SECONDS)
         self._rows = self._counter("rows", "Rows computed, by stream.", "stream")
-        self._drafts = self._counter(
-            "lookahead_drafts", "Drafted scaling rows, kept (hit) or dropped (miss).", "outcome"
-        )
-        self._speculated = self._counter(
-            "speculated_tokens", "Drafts copied from earlier text, kept (accepted) or dropped (rejected).", "outcome"
-        )
+        self._drafts = DraftCounters(self._counter)
         self._preemptions = self._counter("preemptions", "Sequences set back because the KV pool was full.")
         running = self._gauge("requests_running", "Sequences being worked on.")
         running.set_function(lambda: self.running)
@@ -212,8 +211,6 @@ class Metrics:
             "info", "Always 1; the labels say what is served.", "model", "dtype", "device", "version"
         )
         self._scaling_rows, self._real_rows = (self._rows.labels(stream) for stream in ("scaling", "real"))
-        self._draft_hits, self._draft_misses = (self._drafts.labels(outcome) for outcome in ("hit", "miss"))
-        self._accepted, self._rejected = (self._speculated.labels(outcome) for outcome in ("accepted", "rejected"))
         self._cached, self._computed = (self._prefix_cache.labels(outcome) for outcome in ("hit", "miss"))
 
     def describe_engine(self, info: EngineInfo) -> None:
@@ -223,6 +220,7 @@ class Metrics:
         for name in self._experts:
             self._weight.labels(name)
             self._top1.labels(name)
+        self._drafts.expect(max(1, len(info.draft_layer)))
         if info.gate_profile is not None:
             self._create_drift(info.gate_profile)
 
@@ -233,10 +231,7 @@ class Metrics:
             pending.step_seconds.append(stats.step_seconds)
         pending.scaling_rows += stats.scaling_rows
         pending.real_rows += stats.real_rows
-        pending.draft_hits += stats.draft_hits
-        pending.draft_misses += stats.draft_misses
-        pending.accepted += stats.accepted_tokens
-        pending.speculated += stats.speculated_tokens
+        pending.drafts.add(stats.drafts)
         pending.preemptions += stats.preemptions
         if stats.gate.weight and all(map(math.isfinite, stats.gate.weight)):  # a counter would keep NaN for good
             pending.gates.append(stats.gate)
@@ -245,10 +240,13 @@ class Metrics:
         if len(pending.step_seconds) >= _MAX_PENDING:
             self._fold()
 
-    def observe_tokens(self, tokens: int, gaps: Sequence[float]) -> None:
-        """Tokens of one call that came together, and seconds since the ones before them, of those that had one."""
+    def observe_tokens(self, tokens: int, gaps: Sequence[float], forwards: int = 0) -> None:
+        """Tokens of one call that came together, seconds since the ones before them, of those that had one, and the
+        forwards that their sequences have taken part in meanwhile.
+        """
         pending = self._pending
         pending.tokens += tokens
+        pending.forwards += forwards
         pending.gaps += gaps
         if len(pending.gaps) >= _MAX_PENDING:
             self._fold()
@@ -269,12 +267,10 @@ class Metrics:
         self._inter_token_latency.observe(np.array(pending.gaps))
         self._scaling_rows.inc(pending.scaling_rows)
         self._real_rows.inc(pending.real_rows)
-        self._draft_hits.inc(pending.draft_hits)
-        self._draft_misses.inc(pending.draft_misses)
-        self._accepted.inc(pending.accepted)
-        self._rejected.inc(pending.speculated - pending.accepted)
+        self._drafts.count(pending.drafts)
         self._preemptions.inc(pending.preemptions)
         self._generated_tokens.inc(pending.tokens)
+        self._forwards.inc(pending.forwards)
         self._cached.inc(pending.cached_tokens)
         self._computed.inc(pending.computed_tokens)
         if pending.gates:

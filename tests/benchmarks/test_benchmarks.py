@@ -14,10 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import common, observability, suite, vs_mistralrs
+from benchmarks.agreement import Costs, forwards_per_token, watch, without_overruling
 from benchmarks.common import DEMO, Bar, make_engine, run_engine
 from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
+from benchmarks.synthetic import token_at
 from service.checkpoint.formats.writer import add_drafts
+from service.engine.speculation.drafters import StepCost
 from tests.support import inspector, proxy
 from tests.support.bundles import make_bundle, make_draft_head
 from tests.support.oracle import PeftOracle
@@ -26,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 PROMPT = list(range(20, 52))
 TINY = {
     "vs_peft": ["--lengths", "4", "--repeats", "1"],
-    "lookahead": ["--prompts", "1", "--tokens", "8", "--repeats", "1"],
-    "vs_base": ["--tokens", "4", "--repeats", "1", "--large-hidden", "256", "--large-layers", "1",
+    "lookahead": ["--questions", "1", "--repeats", "1"],
+    "vs_base": ["--questions", "1", "--repeats", "1", "--large-hidden", "256", "--large-layers", "1",
                 "--large-tokens", "3", "--large-threads", "1"],
     "speculation": ["--repeats", "1"],
     "prefix_cache": ["--prefix-tokens", "200", "--repeats", "1"],
@@ -45,7 +48,7 @@ TINY = {
     "host": ["--sequences", "1", "3", "--device-ms", "1", "--tokens", "4"],
     "in_process": ["--prompts", "6", "--tokens", "4", "--repeats", "1"],
     "linear": ["--outputs", "512", "--inputs", "256", "--repeats", "2"],
-    "real_size": ["--layers", "1", "--scale", "32", "--tokens", "3", "--repeats", "1"],
+    "real_size": ["--rates", "0.9", "0.8", "0.7", "--layers", "1", "--scale", "32", "--tokens", "3", "--repeats", "1"],
     "tensor_parallel": ["--hidden", "64", "--layers", "1", "--streams", "1", "--tokens", "2", "--repeats", "1"],
 }  # fmt: skip
 
@@ -53,6 +56,12 @@ TINY = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bench") / "tiny", xlora={"layerwise_scalings": True})
+
+
+@pytest.fixture(scope="module")
+def deep_bundle(tmp_path_factory) -> Path:
+    """It has a draft layer for four tokens."""
+    return make_bundle(tmp_path_factory.mktemp("bench") / "deep", xlora={"layerwise_scalings": True}, draft_depth=4)
 
 
 @pytest.mark.slow
@@ -130,20 +139,59 @@ def test_plain_base_writes_what_the_base_writes(bundle):
     assert not engine.runner.model.gate.active
 
 
-@pytest.mark.parametrize(("agree", "steps"), [(True, 2 + 15), (False, 2 + 2 * 15)])
+@pytest.mark.parametrize(("agree", "steps"), [(1.0, 2 + 15), (0.0, 2 + 2 * 15)])
 def test_script_forces_drafts(bundle, agree, steps):
     """Two forwards to the first token, then one per token where drafts agree and two where they miss."""
     engine = make_engine(bundle)
-    script(engine, drafts_agree=agree)
+    engine._scheduler.step_cost = StepCost()  # drafts always
+    script(engine, [agree])
     run = run_engine(engine, [PROMPT], 16)
     assert run.steps == steps
     assert run.draft_hit_rate == agree
     assert len(set(run.tokens["0"])) == 16
 
 
+@pytest.mark.parametrize(
+    "a", [(1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (0.95, 0.85, 0.75), (0.7, 0.6, 0.5), (0.99, 0.7, 0.95)]
+)
+def test_forced_rates_are_those_that_are_found_and_predict_the_forwards(deep_bundle, a):
+    """The draft layer runs, but what it says is written over; tokens are those of the script, whatever the rates."""
+    engine = make_engine(deep_bundle, draft_depth=3)
+    engine._scheduler.step_cost = StepCost()
+    script(engine, a)
+    watched = watch(engine)
+    run = run_engine(engine, [PROMPT], 640)
+    assert run.tokens["0"] == token_at(torch.arange(32, 32 + 640), 320 - 18).tolist()
+    judged = watched.judged()
+    assert judged.rates == [pytest.approx(rate, abs=0.03) for rate in a[: len(judged.rates)]]
+    assert run.steps / 640 == pytest.approx(forwards_per_token(a, 640), abs=0.02)
+    assert (len(run.drafts.lookahead_kept) == 3) == (a[0] > 0)
+
+
+def test_forwards_per_token_by_hand():
+    """The figures of DESIGN 3.1; and where nothing is overruled, at depth 1: 2 + (N - 1)(2 - a) for N tokens."""
+    assert without_overruling([0.95, 0.85, 0.75]) == pytest.approx(0.63, abs=0.005)
+    assert without_overruling([0.97, 0.93, 0.88]) == pytest.approx(0.48, abs=0.005)
+    assert forwards_per_token([1.0, 1.0], 10) * 10 == pytest.approx(2 + 9 / 2 + 1 / 4)  # with half a token too many
+    for formula in (forwards_per_token, without_overruling):
+        assert formula([0.9], 11) * 11 == pytest.approx(2 + 10 * 1.1)
+        assert formula([]) == formula([], 7) == 2
+        assert formula([1.0, 1.0]) == 0.5
+        assert formula([0.0, 0.9]) == 2
+
+
+def test_costs_over_the_base_by_hand():
+    """Nothing but bytes: a tenth more for the experts, drafts that never or always come true, and their layer."""
+    costs = Costs(scaling=1.0, real=1.1, row=0.0, layer=0.2)
+    assert costs.over_base([1.0]) == pytest.approx(1 / 1.1)
+    assert costs.over_base([0.0]) == pytest.approx(1 / 2.1)
+    assert costs.over_base([1.0, 1.0]) == pytest.approx(2 / (1.1 + 0.2))
+    assert Costs(1.0, 1.1, row=0.5, layer=0.0).over_base([1.0]) == pytest.approx(1.5 / (2 * 1.1))
+
+
 def test_agreement_predicts_the_forwards(bundle, tmp_path):
-    """a, measured on whole texts by transformers and PEFT, is what the engine's steps come to: 2 + (N - 1)(2 - a).
-    With a draft head and without.
+    """a, measured on whole texts by transformers and PEFT, is what the engine's steps come to: 2 + (N - 1)(2 - a), and
+    what is found by watching it. With a draft head and without.
     """
     found = []
     for draft_head in (None, make_draft_head(32, 8, torch.Generator().manual_seed(1))):
@@ -151,13 +199,16 @@ def test_agreement_predicts_the_forwards(bundle, tmp_path):
         if draft_head is not None:
             add_drafts(path, draft_head, None)
         engine = make_engine(path)
-        engine._scheduler.row_cost = 0.0  # drafts always
+        engine._scheduler.step_cost = StepCost()
+        watched = watch(engine)
         run = run_engine(engine, [PROMPT], 32)
-        a, a_alone, guessed = Agreement(path).of(PROMPT, run.tokens["0"])
+        own, alone, guessed = Agreement(path).of(PROMPT, run.tokens["0"])
+        a = float(own.float().mean())
         assert guessed
         assert 0 < a < 1
         assert run.steps == round(2 + 31 * (2 - a))
-        found += [a, a_alone]
+        assert watched.judged().rates == [pytest.approx(a)]
+        found += [a, float(alone.float().mean())]
     assert found[0] == found[1] == found[3] != found[2]
 
 

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.contract.output import GateStats, StepStats
+from service.contract.output import DraftCounts, GateStats, StepStats
 from service.observability.drift import GateDrift
 from service.observability.metrics import ArrayHistogram, Metrics
 from tests.support.fake_engine import EXPERTS, fake_info, write_bundle
@@ -61,8 +61,8 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
     )
     metrics.observe_step(
         StepStats(
-            step_seconds=0.002, scaling_rows=5, real_rows=4, draft_hits=2, draft_misses=1, speculated_tokens=7,
-            accepted_tokens=5, preemptions=1, requests_running=3, requests_waiting=2, kv_blocks_used=6,
+            step_seconds=0.002, scaling_rows=5, real_rows=4, drafts=DraftCounts([2], [1], [3, 2], [0, 1, 1]),
+            preemptions=1, requests_running=3, requests_waiting=2, kv_blocks_used=6,
             kv_blocks_total=8, gate=gate,
         )
     )  # fmt: skip
@@ -83,6 +83,25 @@ def test_a_step_is_counted_once(metrics: Metrics) -> None:
     assert value(metrics, "xlora_step_seconds_count") == 1
 
 
+def test_drafts_are_counted_by_source_and_depth(metrics: Metrics) -> None:
+    """Steps add up, and the sums of a source are those over its depths; all depths from 8 on share a series."""
+    metrics.observe_step(StepStats(drafts=DraftCounts([5, 3, 1], [1, 0, 2], [1] * 7 + [2, 4], [0] * 7 + [1])))
+    metrics.observe_step(StepStats(drafts=DraftCounts([1], [0, 4], [], [1])))
+
+    def counts(source: str, outcome: str) -> dict[str, float]:
+        labels = {"source": source, "outcome": outcome}
+        family = next(one for one in metrics.registry.collect() if one.name == "xlora_draft_tokens")
+        found = [one for one in family.samples if one.name.endswith("_total") and labels.items() <= one.labels.items()]
+        return {one.labels["depth"]: one.value for one in found if one.value}
+
+    assert counts("lookahead", "kept") == {"1": 6, "2": 3, "3": 1}
+    assert counts("lookahead", "dropped") == {"1": 1, "2": 4, "3": 2}
+    assert counts("prompt_lookup", "kept") == {**dict.fromkeys("1234567", 1), "8+": 6}
+    assert counts("prompt_lookup", "dropped") == {"1": 1, "8+": 1}
+    assert value(metrics, "xlora_lookahead_drafts_total", outcome="hit") == 10
+    assert value(metrics, "xlora_speculated_tokens_total", outcome="rejected") == 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_no_counter_takes_what_is_not_finite(metrics: Metrics, bad: float) -> None:
     """It would keep it until the process ends."""
@@ -98,11 +117,12 @@ def test_what_is_added_up_is_there_at_every_look(metrics: Metrics, monkeypatch: 
     """Before a look, after it, and when there is so much that nobody is waited for."""
     monkeypatch.setattr("service.observability.metrics._MAX_PENDING", 3)
     for number in range(1, 9):
-        metrics.observe_tokens(2, [0.002, 0.2])
+        metrics.observe_tokens(2, [0.002, 0.2], forwards=3)
         metrics.observe_step(StepStats(step_seconds=0.01, real_rows=5))
         assert len(metrics._pending.gaps) < 4
         if number % 4 == 0:
             assert value(metrics, "xlora_generated_tokens_total") == 2 * number
+            assert value(metrics, "xlora_sequence_forwards_total") == 3 * number
             assert value(metrics, "xlora_inter_token_latency_seconds_count") == 2 * number
             assert value(metrics, "xlora_inter_token_latency_seconds_bucket", le="0.0025") == number
             assert value(metrics, "xlora_step_seconds_sum") == pytest.approx(0.01 * number)
@@ -226,7 +246,7 @@ def test_every_name_of_the_design_is_there(metrics: Metrics) -> None:
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_latency_seconds"),
         *("queue_time_seconds", "step_seconds", "rows", "lookahead_drafts", "prompt_tokens", "generated_tokens"),
         *("requests", "requests_running", "requests_waiting", "kv_blocks_used_ratio", "prefix_cache_tokens"),
-        *("speculated_tokens", "preemptions", "gate_drift_psi"),
+        *("speculated_tokens", "draft_tokens", "sequence_forwards", "preemptions", "gate_drift_psi"),
     ]
     assert {f"xlora_{name}" for name in expected} <= families
 

@@ -23,6 +23,7 @@ from service.contract.engine_info import EngineInfo
 from service.contract.errors import CheckpointError
 from service.contract.options import EngineOptions
 from service.contract.output import (
+    DraftCounts,
     FinishReason,
     GateRows,
     GateStats,
@@ -95,7 +96,7 @@ class _Choice:
 
 class FakeEngine:
     """See the module's docstring. `step_seconds` slows it down, so that tests can leave in the middle; a choice gets up
-    to `burst` tokens in a step, as it does where drafts come true.
+    to `burst` tokens in a step, as it does where drafts come true: of lookahead, while prompt lookup's fail.
     """
 
     def __init__(self, info: EngineInfo, step_seconds: float = 0.0) -> None:
@@ -188,6 +189,10 @@ class FakeEngine:
             choice.output.append(token)
             output.tokens.append(self._token(token, choice.request.sampling.logprobs))
             output.finish_reason = self._finish(choice, token)
+        for depth in range(1, len(output.tokens)):
+            choice.usage.drafts.count(depth, is_lookup=False, kept=True)
+        if self.burst > 1:
+            choice.usage.drafts.count(len(output.tokens), is_lookup=True, kept=False)
 
     def _token(self, token: int, logprobs: int | None) -> TokenOutput:
         if logprobs is None:
@@ -220,12 +225,10 @@ class FakeEngine:
         entropy = np.array([0.4, math.nan], np.float32).tobytes()
         gate = GateStats(generated_entropy=entropy, weight=[0.5, 0.3, 0.2], top1=[1, 0, 0])
         return StepStats(
-            0.001,
-            3,
-            2,
-            1,
-            0,
-            0,
+            step_seconds=0.001,
+            scaling_rows=3,
+            real_rows=2,
+            drafts=DraftCounts([1]),
             requests_running=len(self.choices),
             kv_blocks_used=len(self.choices),
             kv_blocks_total=4,

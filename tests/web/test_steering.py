@@ -136,7 +136,7 @@ def test_rows_without_experts_are_neutral(inspector: Page) -> None:
         **{"finish_reason": "length", "scalings": {"experts": ["math", "bio"], "sites": ["s"], "start": 0}},
     }
     event["scalings"] |= {"mean": [[0, 0]], "entropy": [None]}
-    usage = {"completion_tokens": 1, "forward_passes": 1, "lookahead": {"hits": 0, "misses": 0}}
+    usage = {"completion_tokens": 1, "forward_passes": 1, "drafts": {"lookahead": [], "prompt_lookup": []}}
     body = f"data: {json.dumps(event)}\n\ndata: {json.dumps({'id': 'gen-1', 'usage': usage})}\n\ndata: [DONE]\n\n"
     inspector.route("**/generate", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     run(inspector)

@@ -57,7 +57,7 @@ def test_figures_say_what_they_mean(written: Page) -> None:
     """Under the pointer and under the focus; Escape takes it away."""
     tip = written.get_by_role("tooltip")
     written.locator("#live .figure", has_text="lookahead hits").hover()
-    expect(tip).to_contain_text("Scaling passes computed ahead")
+    expect(tip).to_contain_text("tokens that the scaling pass guesses ahead, that came true")
     figure = written.locator(".summary .figure", has_text="entropy")
     figure.focus()
     expect(tip).to_contain_text("the mean of the entropies of all sites at all tokens, as a share of ln 4 = 1.39 nats")
@@ -164,7 +164,7 @@ def test_twelve_experts_with_long_names(inspector: Page) -> None:
         event["tokens"] = [{"id": id, "text": f" t{id}"} for id in range(12)]
         event["scalings"] = {"experts": LONG_NAMES, "sites": ["s.0.q"], "start": 0, "mean": weights}
         event["scalings"]["entropy"] = [0] * 12
-        usage = {"completion_tokens": 12, "forward_passes": 12, "lookahead": {"hits": 0, "misses": 0}}
+        usage = {"completion_tokens": 12, "forward_passes": 12, "drafts": {"lookahead": [], "prompt_lookup": []}}
         written = "".join(f"data: {json.dumps(one)}\n\n" for one in (event, {"usage": usage, "seed": 1}))
         route.fulfill(body=written, content_type="text/event-stream")
 

@@ -86,14 +86,16 @@ class Observer:
         self._clock = asyncio.get_running_loop().time
         self._started = self._clock()
         self._last: dict[int, float] = {}  # by choice
+        self._forwards: dict[int, int] = {}  # by choice: those that have been counted
         self._record.prompt_tokens = generation.prompt_tokens
 
     def observe(self, deltas: Sequence[Delta]) -> None:
         now = self._clock()
-        tokens = 0
+        tokens = forwards = 0
         gaps: list[float] = []
         for delta in deltas:
             last = self._last.get(delta.index)
+            forwards += self._new_forwards(delta.index)
             if last is None:
                 self._permit.started(self._generation.choices[delta.index].request.id)
             if delta.finish_reason is not None:
@@ -106,7 +108,13 @@ class Observer:
                 gaps.append(now - last)
             self._last[delta.index] = now
             tokens += 1
-        self._metrics.observe_tokens(tokens, gaps)
+        self._metrics.observe_tokens(tokens, gaps, forwards)
+
+    def _new_forwards(self, index: int) -> int:
+        """The forwards of a choice that have not been counted."""
+        forwards = self._generation.choices[index].usage.forward_passes
+        new, self._forwards[index] = forwards - self._forwards.get(index, 0), forwards
+        return new
 
     def _begin(self, now: float) -> None:
         self._record.first_token_seconds = time.perf_counter() - self._record.started

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from service.api.gate_views.rows import RowBuffer, RowFormat, Rows
 from service.api.generation.stop_strings import Patterns, StopStrings
 from service.api.generation.tokenizer import ModelTokenizer
 from service.api.generation.tool_calls import CallReader
-from service.api.schemas.answers import Cost, Usage
+from service.api.schemas.answers import Cost, DraftsAtDepth, Usage
 from service.api.structured_output.keywords import FORMAT, code_of
 from service.client.engine_client import Client
 from service.contract.engine_info import EngineInfo
 from service.contract.errors import InternalError, InvalidRequestError, TimedOutError
-from service.contract.output import SequenceOutput, SequenceUsage, TokenOutput
+from service.contract.output import DraftCounts, SequenceOutput, SequenceUsage, TokenOutput
 from service.contract.request import Request
 
 
@@ -224,19 +225,26 @@ class Generation:
     def cost(self) -> Cost:
         """The engine's work for these choices."""
         usages = [choice.usage for choice in self.choices]
+        drafts = DraftCounts()
+        for usage in usages:
+            drafts.add(usage.drafts)
         return {
             "forward_passes": sum(usage.forward_passes for usage in usages),
             "scaling_rows": sum(usage.scaling_rows for usage in usages),
             "real_rows": sum(usage.real_rows for usage in usages),
-            "lookahead": {
-                "hits": sum(usage.draft_hits for usage in usages),
-                "misses": sum(usage.draft_misses for usage in usages),
-            },
-            "speculation": {
-                "tokens": sum(usage.speculated_tokens for usage in usages),
-                "accepted": sum(usage.accepted_tokens for usage in usages),
+            "lookahead": {"hits": drafts.hits, "misses": drafts.misses},
+            "speculation": {"tokens": drafts.speculated, "accepted": drafts.accepted},
+            "drafts": {
+                "lookahead": _by_depth(drafts.lookahead_kept, drafts.lookahead_dropped),
+                "prompt_lookup": _by_depth(drafts.lookup_kept, drafts.lookup_dropped),
             },
         }
+
+
+def _by_depth(kept: list[int], dropped: list[int]) -> list[DraftsAtDepth]:
+    """Drafts of one source, depth by depth."""
+    pairs = enumerate(zip_longest(kept, dropped, fillvalue=0), start=1)
+    return [{"depth": depth, "drafted": right + wrong, "accepted": right} for depth, (right, wrong) in pairs]
 
 
 def _asks_nothing(request: Request) -> bool:

@@ -105,6 +105,9 @@ async def info(service: ServiceDependency) -> Response:
         "weights_sha256": engine.weights_sha256,
         "gate_profile": engine.gate_profile,
         "draft_head": engine.draft_head,
+        "draft_layer": (
+            {"depth": len(engine.draft_layer), "agreement": engine.draft_layer} if engine.draft_layer else None
+        ),
     }
     return JSONResponse(content)
 

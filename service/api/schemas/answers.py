@@ -85,7 +85,7 @@ class WithScalingsDelta(TypedDict):
 
 
 class Lookahead(TypedDict):
-    """Drafted scaling rows that were kept, and dropped."""
+    """Drafts of the scaling pass, of all depths, that were kept, and dropped."""
 
     hits: int
     misses: int
@@ -98,14 +98,35 @@ class Speculation(TypedDict):
     accepted: int
 
 
+class DraftsAtDepth(TypedDict):
+    """Drafts that had rows, at one depth: how far they were from what they were made of."""
+
+    depth: int
+    drafted: int
+    accepted: int
+
+
+class Drafts(TypedDict):
+    """Drafts that had rows, by source and depth, as far as there were any."""
+
+    lookahead: Annotated[
+        list[DraftsAtDepth], Field(description="Of the scaling pass; from depth 2 on by the bundle's draft layer.")
+    ]
+    prompt_lookup: Annotated[list[DraftsAtDepth], Field(description="Copied from earlier text.")]
+
+
 class Cost(TypedDict):
     """The engine's work for a request."""
 
-    forward_passes: int
+    forward_passes: Annotated[
+        int,
+        Field(description="Forwards that each choice took part in, summed; one may bring several tokens, or none."),
+    ]
     scaling_rows: int
     real_rows: int
-    lookahead: Lookahead
-    speculation: Speculation
+    lookahead: Annotated[Lookahead, Field(description="The sums over `drafts.lookahead`.")]
+    speculation: Annotated[Speculation, Field(description="The sums over `drafts.prompt_lookup`.")]
+    drafts: Drafts
 
 
 class Usage(Cost):
@@ -362,6 +383,16 @@ class Health(Status):
     requests_waiting: int
 
 
+class DraftLayer(TypedDict):
+    """The bundle's draft layer."""
+
+    depth: Annotated[int, Field(description="Tokens that it drafts in one step, the scaling pass's own included.")]
+    agreement: Annotated[
+        list[float],
+        Field(description="By depth: the share of drafts that came true on texts held out, where those before did."),
+    ]
+
+
 class Info(TypedDict):
     """The answer of GET /info."""
 
@@ -389,6 +420,7 @@ class Info(TypedDict):
     draft_head: Annotated[
         int | None, Field(description="The width of the bundle's draft head; null where it has none.")
     ]
+    draft_layer: Annotated[DraftLayer | None, Field(description="null where the bundle has none.")]
 
 
 class ErrorDetail(TypedDict):

@@ -20,6 +20,7 @@ _COST: answers.Cost = {
     "real_rows": 7,
     "lookahead": {"hits": 1, "misses": 0},
     "speculation": {"tokens": 0, "accepted": 0},
+    "drafts": {"lookahead": [{"depth": 1, "drafted": 1, "accepted": 1}], "prompt_lookup": []},
 }
 _USAGE: answers.Usage = {"prompt_tokens": 6, "completion_tokens": 2, "cached_tokens": 0, **_COST}
 _HEAD: answers.GenerateHead = {"id": "gen-5f0c6c7e", "model": "demo", "seed": 7}

@@ -37,8 +37,8 @@ export function streaming(tokens, seconds) {
  * @returns {Figure[]}
  */
 export function finished({ usage, seconds, reason, seed, text }) {
-  const { completion_tokens: tokens, forward_passes: passes, prompt_tokens: prompt, lookahead } = usage;
-  const { hits, misses } = lookahead;
+  const { completion_tokens: tokens, forward_passes: passes, prompt_tokens: prompt } = usage;
+  const { lookahead = [], prompt_lookup: copied = [] } = usage.drafts ?? {};
   const figures = [
     { text: `${tokens} tokens`, tip: `Tokens of the answer; the prompt has ${prompt ?? text.prompt}.` },
     { text: `${seconds.toFixed(1)} s`, tip: "From the request to the last token, as this page has seen it." },
@@ -48,14 +48,28 @@ export function finished({ usage, seconds, reason, seed, text }) {
   ];
   if (passes) {
     const rate = (tokens / passes).toFixed(2);
-    figures.push({ text: `${rate} tokens per forward`, tip: "Tokens by forward passes: 0.5 would be two passes for every token, more than 1 is drafted tokens that were right." });
+    figures.push({ text: `${rate} tokens per forward`, tip: "Tokens by forward passes, the prompt's included: 0.5 would be two passes for every token; above 1, drafts came true that brought several tokens in one pass." });
   }
-  if (hits + misses) {
-    const tip = "Scaling passes that were computed ahead, on a guess of the next token, and could be kept.";
-    figures.push({ text: `lookahead ${hits} of ${hits + misses}`, tip });
-  }
+  figures.push(
+    ...draftsFigure("lookahead", lookahead, "Tokens that the scaling pass drafted ahead, and that came true"),
+    ...draftsFigure("copied", copied, "Tokens that were drafted from earlier text, and that came true"),
+  );
   figures.push(...entropyFigure(text), { text: `seed ${seed}`, tip: "With it and the same settings the answer comes out the same." });
   return figures;
+}
+
+/**
+ * @param {string} source
+ * @param {{depth: number, drafted: number, accepted: number}[]} drafts  by depth
+ * @param {string} meaning
+ * @returns {Figure[]}
+ */
+function draftsFigure(source, drafts, meaning) {
+  const drafted = drafts.reduce((sum, one) => sum + one.drafted, 0);
+  if (!drafted) return [];
+  const accepted = drafts.reduce((sum, one) => sum + one.accepted, 0);
+  const each = drafts.map((one) => `${one.accepted} of ${one.drafted} at depth ${one.depth}`).join(", ");
+  return [{ text: `${source} ${accepted} of ${drafted}`, tip: `${meaning}, so that the work done on them was kept: ${each}.` }];
 }
 
 /**

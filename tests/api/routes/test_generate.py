@@ -50,6 +50,20 @@ def test_text_tokens_and_seed(http: TestClient) -> None:
     usage = answer["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"], usage["forward_passes"]) == (20, 12, 14)
     assert usage["lookahead"] == {"hits": 0, "misses": 0}
+    assert usage["drafts"] == {"lookahead": [], "prompt_lookup": []}
+
+
+def test_drafts_are_told_by_depth_and_choices_summed(http: TestClient, client: ThreadClient) -> None:
+    """Two choices get 4, 4 and 3 tokens in three steps each."""
+    client.engine.burst = 4
+    usage = generate(http, max_tokens=11, n=2)["usage"]
+    depths = [{"depth": depth, "drafted": count, "accepted": count} for depth, count in ((1, 6), (2, 6), (3, 4))]
+    failed = [{"depth": depth, "drafted": count, "accepted": 0} for depth, count in ((1, 0), (2, 0), (3, 2), (4, 4))]
+    assert usage["drafts"] == {"lookahead": depths, "prompt_lookup": failed}
+    assert usage["lookahead"] == {"hits": 16, "misses": 0}
+    assert usage["speculation"] == {"tokens": 6, "accepted": 0}
+    assert (usage["completion_tokens"], usage["forward_passes"]) == (22, 10)
+    assert "xlora_sequence_forwards_total 10.0" in http.get("/metrics").text.splitlines()
 
 
 def test_a_seed_is_drawn_anew_each_time(http: TestClient) -> None:
@@ -161,6 +175,7 @@ def test_metrics_tell_what_happened(http: TestClient) -> None:
         'xlora_requests_total{endpoint="/generate",outcome="invalid"} 1.0',
         "xlora_prompt_tokens_total 20.0",
         "xlora_generated_tokens_total 5.0",
+        "xlora_sequence_forwards_total 7.0",
         "xlora_time_to_first_token_seconds_count 1.0",
         "xlora_inter_token_latency_seconds_count 4.0",
         "xlora_request_latency_seconds_count 1.0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 from fastapi.openapi.utils import get_openapi
@@ -63,7 +64,15 @@ def test_info(http: TestClient) -> None:
     assert (info["n_classes"], info["n_layers"], info["sites"]) == (3, 2, SITES)
     assert info["limits"]["max_model_len"] == 96
     assert len(info["dummy_row"]) == 2
-    assert info["draft_head"] is None
+    assert (info["draft_head"], info["draft_layer"]) == (None, None)
+
+
+def test_info_tells_of_the_draft_layer(client: ThreadClient) -> None:
+    client.engine.info = replace(client.engine.info, draft_layer=[0.95, 0.85, 0.75])
+    with TestClient(create_app(client, Settings(), Metrics(CollectorRegistry()))) as http:
+        wait_until_ready(http)
+        assert http.get("/info").json()["draft_layer"] == {"depth": 3, "agreement": [0.95, 0.85, 0.75]}
+        assert 'xlora_draft_tokens_total{depth="3",outcome="kept",source="lookahead"} 0.0' in http.get("/metrics").text
 
 
 def test_tokenize_and_back(http: TestClient) -> None:
