@@ -174,8 +174,8 @@ class Settings(BaseSettings):
     )
     draft_depth: PositiveInt | None = Field(
         None,
-        description="most tokens drafted per step by the scaling pass and the bundle's draft layer; default: as many as "
-        "the layer drafts (they save time and change no token)",
+        description="most tokens drafted per step by the scaling pass and the bundle's draft layer "
+        "(they save time and change no token); default: as many as the layer drafts",
     )
     cuda_graphs: bool = Field(True, description="capture small steps in CUDA graphs (GPU only)")
     native_kernels: bool = Field(

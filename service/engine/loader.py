@@ -297,4 +297,5 @@ def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptio
         tokenizer_path=os.fspath(checkpoint.tokenizer_path),
         gate_profile=checkpoint.gate_profile,
         draft_head=None if checkpoint.draft_head is None else checkpoint.draft_head.size,
+        draft_layer=[] if model.draft_chain is None else model.draft_chain.layer.agreement,
     )

@@ -13,7 +13,7 @@ from tests.support.damage import edit_json
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Never modified. Depth 3 and layerwise: all kinds of classifier tensors exist. Has a draft head and a draft layer."""
+    """Never modified. Depth 3 and layerwise: all kinds of classifier tensors exist. Has a draft head and a layer."""
     path = tmp_path_factory.mktemp("pristine") / "tiny"
     xlora = {"xlora_depth": 3, "layerwise_scalings": True}
     return make_bundle(path, xlora=xlora, gate_profile={"entropy": 0.5}, draft_head=6, draft_depth=3)

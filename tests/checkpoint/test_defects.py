@@ -644,7 +644,7 @@ def test_summary(pristine: Path) -> None:
         "gate profile present",
         "draft head   6 wide, 390 parameters",
         "draft layer  depth 3, agreement .90 .75 .60, 16 wide",
-            "7 files",
+        "7 files",
         "all match bundle.json",
     ):
         assert fragment in text

@@ -29,7 +29,8 @@ from tests.support.tiny import Tiny
 _LAUNCHES = 28
 LAUNCHES = {
     "sampled": 53, "n = 4": 53, "filtered": 75, "penalties": 37, "logit bias": 31, "min tokens": 33, "grammar": 37,
-    "drafts ahead": 43, "drawn ahead": 68, "sampled ahead": 74, "logprobs": 34, "prompt logprobs": 34, "scaling pass alone": 47, "abort": 48, "everything": 104,
+    "drafts ahead": 43, "drawn ahead": 68, "sampled ahead": 74,
+    "logprobs": 34, "prompt logprobs": 34, "scaling pass alone": 47, "abort": 48, "everything": 104,
 }  # fmt: skip
 # Most copies to the device and back: what was counted.
 _COPIES_IN, COPIES_IN = 3, {"everything": 6, "drawn ahead": 6, "sampled ahead": 7}
