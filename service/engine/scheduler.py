@@ -22,10 +22,12 @@ from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.plan import Plan, ScheduledSequence
 from service.engine.sequence import LOOKAHEAD_RATE, LOOKUP_RATE, Sequence, Stream
-from service.engine.speculation.drafters import ANY_TOKEN, BreakEven, Record, StepCost
+from service.engine.speculation.costs import BreakEven, StepCost
+from service.engine.speculation.drafters import ANY_TOKEN, Record
 from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
+_STEPS_OF_NEEDS = 64  # after so many, what drafts must be worth is found anew
 _MAX_PASSES = 16  # of smaller ones past one for which there is no room
 _MAX_SEAT_SHARE = 0.75  # for the choices of one request
 
@@ -62,18 +64,30 @@ class Scheduler:
         self.draft_rates = draft_rates  # what is expected of the scaling pass's drafts at depth 1, 2, ...
         self.speculative_tokens = speculative_tokens  # most drafts from earlier text per sequence and step
         self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
-        self.step_cost = StepCost() if step_cost is None else step_cost
+        self._step_cost = StepCost() if step_cost is None else step_cost
         self.max_scored_rows = max_scored_rows  # whose logits are kept for prompt_logprobs, in one step
         self.dummy_row_key = dummy_row_key  # the checkpoint's dummy row, as a name for it
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
-        self._needed = BreakEven(0.0, 0.0, 0.0)  # in this step
+        self._needed = BreakEven([], [], [])  # in this step
+        self._known_needs: dict[int, BreakEven] = {}  # by the number of sequences, for some steps
+        self._steps = 0
         self._scorable = max_scored_rows  # what this step has left of them
         self._most_choices = max(1, math.ceil(_MAX_SEAT_SHARE * max_num_seqs))  # of one request at once
         self._requests = 0  # that have arrived
         self._lookahead = [Record(rate) for rate in draft_rates]  # of all sequences, by depth
         self._lookup = Record(LOOKUP_RATE)
+
+    @property
+    def step_cost(self) -> StepCost:
+        """What a step costs; how many drafts are made depends on it."""
+        return self._step_cost
+
+    @step_cost.setter
+    def step_cost(self, cost: StepCost) -> None:
+        self._step_cost = cost
+        self._known_needs.clear()
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
@@ -115,7 +129,7 @@ class Scheduler:
         for sequence in self.running:
             (decoding if sequence.prefilled else prefilling).append(sequence)
         self._scorable = self.max_scored_rows
-        self._needed = BreakEven.of(self.step_cost, max(1, len(self.running)))
+        self._needed = self._needs(max(1, len(self.running)))
         others = 2 * len(decoding)  # rows: one of each stream for everyone before drafts for anyone
         for sequence in decoding:
             others -= 2
@@ -128,6 +142,16 @@ class Scheduler:
         if not plan.preemptions:
             self._admit(budget, most, plan)
         return plan
+
+    def _needs(self, sequences: int) -> BreakEven:
+        """What drafts must be worth in a step of so many sequences, by what has become of those so far."""
+        self._steps += 1
+        if self._steps % _STEPS_OF_NEEDS == 0:
+            self._known_needs.clear()
+        if sequences not in self._known_needs:
+            rates = [record.rate for record in self._lookahead]
+            self._known_needs[sequences] = BreakEven.of(self._step_cost, sequences, rates, self.speculative_tokens)
+        return self._known_needs[sequences]
 
     def commit(self, sequence: Sequence) -> None:
         """Caches the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
@@ -184,7 +208,7 @@ class Scheduler:
 
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
-        needed = self._needed.one_row if sequence.scaling_ended else self._needed.two_rows
+        needed = self._needed.one_stream if sequence.scaling_ended else self._needed.two_streams
         place, tokens = look_up(sequence, needed, self.speculative_tokens)
         if tokens:
             end = min(len(sequence.tokens) + place + len(tokens), sequence.draft_end)

@@ -1,7 +1,5 @@
 """What a step costs on this machine: of that depends how many drafts are worth their rows.
 
-    seconds of a step  =  host + fixed + per_row * rows + per_layer * runs of the draft layer
-
 The forward is timed alone, with few rows and with many; the host's part is what steps of the engine take beyond it.
 The fastest of several rounds counts, for whatever else the machine does only adds.
 """
@@ -11,51 +9,39 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.model.kv_cache import KVCache
 from service.model.steps.step import Step
 from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_FEW, _MANY = 2, 16  # rows: about what one sequence has without drafts, and with many
-_MIN_ROUNDS, _MAX_ROUNDS = 2, 40
-_SECONDS = 0.3  # after which there are no more rounds than the fewest
+_ROWS = (2, 8, 4, 6, 16, 32)  # that are timed, the most telling ones first
+_MIN_SIZES = 2  # of them, however long a forward takes
+_MAX_ROUNDS = 40
+_SECONDS = 0.4  # after which nothing more is timed
 _STEPS = 24  # of the engine, at most
-_MIN_ROW, _MAX_ROW, _MAX_LAYER = 0.001, 0.5, 1.0  # beyond, a measurement was disturbed
-
-
-@dataclass(frozen=True, slots=True)
-class StepSeconds:
-    """What was measured of a step's forward."""
-
-    few: float  # a forward of 2 rows
-    row: float  # one row more
-    layer: float  # one run of the draft layer, with the head
-
-    def cost(self, host: float) -> StepCost:
-        """As shares of what a step without rows takes, where the host takes `host` seconds a step."""
-        fixed = host + max(self.few - _FEW * self.row, self.few / 2)
-        row = min(max(self.row / fixed, _MIN_ROW), _MAX_ROW)
-        return StepCost(row, min(self.layer / fixed, _MAX_LAYER))
 
 
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """Lets the scheduler know what steps of an idle engine cost, and again when its runner is given another step."""
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
     forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
-    host = max(0.0, _time_steps(engine) - forward.few)
+    host = max(0.0, _time_steps(engine) - forward.seconds(_ROWS[0]))
 
-    def measured(seconds: StepSeconds) -> None:
-        scheduler.step_cost = cost = seconds.cost(host)
-        logger.info("a row costs %.3f of a step, a run of the draft layer %.3f", cost.row, cost.layer)
+    def measured(cost: StepCost) -> None:
+        points = tuple((rows, seconds + host) for rows, seconds in cost.points)
+        scheduler.step_cost = StepCost(points, cost.layer)
+        table = ", ".join(f"{rows}: {1e3 * seconds:.2f}" for rows, seconds in points)
+        logger.info("milliseconds of a step by its rows: %s; of the draft layer: %.2f", table, 1e3 * cost.layer)
 
     measured(forward)
     runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
@@ -70,34 +56,41 @@ def _time_steps(engine: Engine) -> float:
         started = time.perf_counter()
         stats = engine.step().stats
         now = time.perf_counter()
-        if 0 < stats.scaling_rows + stats.real_rows <= _FEW:
+        if 0 < stats.scaling_rows + stats.real_rows <= _ROWS[0]:
             best = min(best, now - started)
         if now - begun > _SECONDS and best < float("inf"):
             engine.abort("first steps")
     return best
 
 
-def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepSeconds:
+def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepCost:
     """Times forwards, and the draft layer if it `drafts`. Writes to the scratch block alone, but nobody else may use
     the model at the same time.
     """
-    few, many = (idle_batch(kv_cache, rows) for rows in (_FEW, _MANY))
-    hidden = step.forward(few, kv_cache).hidden[:1].clone()
-    works: list[Callable[[], object]] = [lambda: step.forward(few, kv_cache), lambda: step.forward(many, kv_cache)]
+    hidden = step.forward(idle_batch(kv_cache, 2), kv_cache).hidden[:1].clone()
+    works: list[Callable[[], object]] = [partial(step.forward, idle_batch(kv_cache, rows), kv_cache) for rows in _ROWS]
     if drafts:
-        works.append(lambda: draft_idly(step, kv_cache, hidden))
-    best = fastest(works, hidden.device)
-    return StepSeconds(best[0], max(0.0, best[1] - best[0]) / (_MANY - _FEW), best[2] if drafts else 0.0)
+        works.insert(0, partial(draft_idly, step, kv_cache, hidden))
+    best = _fastest(works, _MIN_SIZES + drafts, hidden.device)
+    layer = best.pop(0) if drafts else 0.0
+    seconds = accumulate((seconds for _, seconds in sorted(zip(_ROWS, best, strict=False))), max)
+    return StepCost(tuple(zip(sorted(_ROWS[: len(best)]), seconds, strict=True)), layer)
 
 
-def fastest(works: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The shortest time of each, in seconds, of rounds in which all take their turn."""
-    best = [float("inf")] * len(works)
+def _fastest(works: list[Callable[[], object]], least: int, device: torch.device) -> list[float]:
+    """The shortest time of each, in seconds, of rounds in which all take their turn: of the first `least` at any rate,
+    of the others as far as there is time.
+    """
+    best: list[float] = []
     started = time.perf_counter()
-    for number in range(_MAX_ROUNDS):
-        best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=True)]
-        if number + 1 >= _MIN_ROUNDS and time.perf_counter() - started > _SECONDS:
+    for number, work in enumerate(works):
+        if number >= least and time.perf_counter() - started > _SECONDS:
             break
+        best.append(_seconds(work, device))
+    for _ in range(_MAX_ROUNDS - 1):
+        if time.perf_counter() - started > _SECONDS:
+            break
+        best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=False)]
     return best
 
 

@@ -1,15 +1,8 @@
-"""Who drafts, how often each has been right, and how many drafts are worth their rows.
+"""Who drafts, and how often each has been right.
 
 A draft is a token with a likelihood: the share of right ones among the recent drafts of its kind whose predecessors
 were right. There are two sources: the scaling pass with what looks further ahead of it (lookahead, one drafter per
-depth), and earlier text (prompt lookup).
-
-A step costs `fixed + per_row * rows`. A draft that is kept spares its sequence a step, which is its share of the fixed
-cost; one that is dropped has cost its rows; a run of the draft layer costs a share `layer_cost` of a step for all
-sequences together. So with probability p of being kept a draft pays while
-
-    p * fixed / sequences  >  (1 - p) * per_row * rows + layer_cost * fixed / sequences
-    <=>  p  >  (x + layer_cost) / (1 + x),      x = rows * sequences * row_cost,      row_cost = per_row / fixed
+depth), and earlier text (prompt lookup). How many drafts that is worth: costs.py.
 
 No torch, no clock: the same history gives the same drafts.
 """
@@ -27,29 +20,6 @@ _PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many toke
 # In the place of a draft that a prediction is compared with.
 NO_DRAFT = -1  # there is none: it differs from every token
 ANY_TOKEN = -2  # one that a prediction does not overrule
-
-
-@dataclass(frozen=True, slots=True)
-class StepCost:
-    """Costs of a step as shares of its fixed cost (step_cost.py measures them)."""
-
-    row: float = 0.0  # of one more row; 0: drafts are free
-    layer: float = 0.0  # of one run of the draft layer
-
-
-@dataclass(frozen=True, slots=True)
-class BreakEven:
-    """Probabilities of being right from which on one more draft of a sequence pays."""
-
-    one_row: float  # drafts that cost a row of one stream if they are wrong
-    two_rows: float  # of both streams
-    layer: float  # of both streams, and a run of the draft layer
-
-    @classmethod
-    def of(cls, cost: StepCost, sequences: int) -> BreakEven:
-        """For a step of so many sequences."""
-        one, two = cost.row * sequences, 2 * cost.row * sequences
-        return cls(one / (1 + one), two / (1 + two), (two + cost.layer) / (1 + two))
 
 
 class Record:
@@ -86,17 +56,6 @@ class Drafter:
     record: Record
     depth: int  # from 1 on
     is_lookup: bool = False
-
-
-def paying(rates: Iterable[float], likelihood: float, needed: Iterable[float]) -> int:
-    """How many drafts of these rates pay, one after another, after drafts that are right with `likelihood`."""
-    count = 0
-    for rate, least in zip(rates, needed, strict=False):
-        likelihood *= rate
-        if likelihood < least:
-            break
-        count += 1
-    return count
 
 
 def expected(rates: Iterable[float]) -> float:
