@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _ROWS = (2, 8, 4, 6, 16, 32)  # that are timed, the most telling ones first
 _MIN_SIZES = 2  # of them, however long a forward takes
 _MAX_ROUNDS = 40
-_SECONDS = 0.4  # after which nothing more is timed
+_SECONDS = 0.6  # after which nothing more is timed
 _STEPS = 24  # of the engine, at most
 
 
