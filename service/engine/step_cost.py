@@ -50,8 +50,12 @@ class StepSeconds:
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """Lets the scheduler know what steps of an idle engine cost, and again when its runner is given another step."""
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
-    forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
-    host = max(0.0, _time_steps(engine) - forward.few)
+    while True:  # until no other step has been handed over meanwhile
+        step = runner.step
+        forward = time_forward(step, runner.kv_cache, drafts=drafts)
+        host = max(0.0, _time_steps(engine, scheduler) - forward.few)
+        if runner.step is step:
+            break
 
     def measured(seconds: StepSeconds) -> None:
         scheduler.step_cost = cost = seconds.cost(host)
@@ -61,8 +65,12 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
 
 
-def _time_steps(engine: Engine) -> float:
-    """Seconds of the fastest of the engine's steps with a row or two."""
+def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
+    """Seconds of the fastest of the engine's steps with a row or two. Nothing is drafted, so no draft of a text that
+    nobody has sent is judged, and no step waits for the draft layer.
+    """
+    drafting = scheduler.lookahead, scheduler.speculative_tokens
+    scheduler.lookahead, scheduler.speculative_tokens = False, 0
     sampling = SamplingParams(max_tokens=min(_STEPS, engine.info.max_model_len - 1), temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
     best, begun = float("inf"), time.perf_counter()
@@ -74,6 +82,8 @@ def _time_steps(engine: Engine) -> float:
             best = min(best, now - started)
         if now - begun > _SECONDS and best < float("inf"):
             engine.abort("first steps")
+    engine.report()  # takes what an abort has left for the metrics
+    scheduler.lookahead, scheduler.speculative_tokens = drafting
     return best
 
 

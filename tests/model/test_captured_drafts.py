@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -37,16 +38,10 @@ def test_what_a_long_text_left_is_within_a_narrow_table() -> None:
     def capture(work: Chain) -> Callable[[], torch.Tensor]:
         return work
 
-    cache = SimpleNamespace(block_size=BLOCK_SIZE, num_blocks=50)
-    drafts = CapturedDrafts(
-        Eager(),
-        cache,
-        capture,
-        hidden=torch.zeros(1, 8),
-        depth=4,
-        max_sequences=8,
-        width_buckets=WIDTHS,  # type: ignore[arg-type]
-    )
+    eager: Any = Eager()
+    cache: Any = SimpleNamespace(block_size=BLOCK_SIZE, num_blocks=50)
+    hidden = torch.zeros(1, 8)
+    drafts = CapturedDrafts(eager, cache, capture, hidden=hidden, depth=4, max_sequences=8, width_buckets=WIDTHS)
     for count, position in ((4, 100), (3, 5), (1, 100), (5, 31)):
         drafts.draft(start(count, position), PureChoice(take_largest, ()))
         group = seen[-1]
