@@ -70,7 +70,8 @@ def test_a_step_that_is_handed_over_meanwhile_is_measured(engines: Engines, monk
         def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
             return self._forward(batch, kv_cache)
 
-    other, timed = Other(engines.model), []
+    other = Other(engines.model)
+    timed: list[object] = []
     add, time_forward = Engine.add, step_cost.time_forward
 
     def add_and_hand_over(self: Engine, request: object) -> None:
