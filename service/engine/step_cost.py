@@ -25,7 +25,8 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_FEW, _MANY = 2, 16  # rows: about what one sequence has without drafts, and with many
+_FEW = 2  # rows: about what one sequence has without drafts
+MANY_ROWS = 16  # ... and with many
 _MIN_ROUNDS, _MAX_ROUNDS = 2, 40
 _SECONDS = 0.3  # after which there are no more rounds than the fewest
 _STEPS = 24  # of the engine, at most
@@ -91,13 +92,13 @@ def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepSeconds:
     """Times forwards, and the draft layer if it `drafts`. Writes to the scratch block alone, but nobody else may use
     the model at the same time.
     """
-    few, many = (idle_batch(kv_cache, rows) for rows in (_FEW, _MANY))
+    few, many = (idle_batch(kv_cache, rows) for rows in (_FEW, MANY_ROWS))
     hidden = step.forward(few, kv_cache).hidden[:1].clone()
     works: list[Callable[[], object]] = [lambda: step.forward(few, kv_cache), lambda: step.forward(many, kv_cache)]
     if drafts:
         works.append(lambda: draft_idly(step, kv_cache, hidden))
     best = fastest(works, hidden.device)
-    return StepSeconds(best[0], max(0.0, best[1] - best[0]) / (_MANY - _FEW), best[2] if drafts else 0.0)
+    return StepSeconds(best[0], max(0.0, best[1] - best[0]) / (MANY_ROWS - _FEW), best[2] if drafts else 0.0)
 
 
 def fastest(works: list[Callable[[], object]], device: torch.device) -> list[float]:

@@ -11,7 +11,7 @@ from service.contract.options import EngineOptions
 from service.contract.output import GateStats
 from service.engine import step_cost
 from service.engine.engine import Engine
-from service.engine.loader import build_engine
+from service.engine.loader import build_engine, rows_to_capture
 from service.engine.speculation.drafters import StepCost
 from service.model.batch import Batch
 from service.model.kv_cache import KVCache
@@ -89,3 +89,9 @@ def test_a_step_that_is_handed_over_meanwhile_is_measured(engines: Engines, monk
     engine = build(engines)
     assert engine.runner.step is other
     assert timed[-1] is other
+
+
+@pytest.mark.parametrize(("seats", "depth"), [(1, 1), (1, 4), (4, 1), (64, 4), (512, 8)])
+def test_the_rows_that_are_timed_are_captured(seats: int, depth: int) -> None:
+    """A graph for few rows against the eager model for many would make every draft seem too expensive."""
+    assert rows_to_capture(seats, depth) >= max(step_cost.MANY_ROWS, 2 * seats)
