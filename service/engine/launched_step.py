@@ -43,7 +43,7 @@ class LaunchedStep:
     copies: HostCopies  # everything below that says so leaves with it
     ids: Tensor  # int64 [R], copied
     marks: Tensor  # fp32 [L + scaling rows], copied: one number per row of logits and gate logits, finite as it is
-    scalings: Tensor  # [scaling rows, S, E] on the device, good until the next launch
+    scalings: Tensor  # [scaling rows, S, E] on the device; for good, where some sequence does not generate
     logit_rows: int  # L
     errors: dict[int, Failure] = field(default_factory=dict)  # by place in `scheduled`; their ids are nobody's
     logprobs: Logprobs | None = None  # of the sampled rows `logprob_rows`

@@ -35,7 +35,7 @@ from service.engine.sizing import (
 )
 from service.engine.speculation.chain import idle_choices
 from service.engine.speculation.costs import StepCost
-from service.engine.step_cost import measure_steps
+from service.engine.step_cost import MANY_ROWS, measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
@@ -221,16 +221,18 @@ def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
     return rates[: options.draft_depth or len(rates)]
 
 
-def _rows_to_capture(max_num_seqs: int, depth: int) -> int:
-    """A row in both streams for every sequence; with drafts, a few sequences have more of them, and many do not."""
-    return max(2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
+def rows_to_capture(max_num_seqs: int, depth: int) -> int:
+    """A row in both streams for every sequence; with drafts, a few sequences have more of them, and many do not. As
+    many as are timed in any case: with a graph for few rows and none for many, every row would seem to cost too much.
+    """
+    return max(MANY_ROWS, 2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int, draft_depth: int) -> CapturedSteps:
     """Graphs for steps of up to so many rows, those of short contexts made at once."""
     steps = CapturedSteps(
         *(runner.model, runner.kv_cache, GraphCapture(runner.model.device)),
-        max_rows=_rows_to_capture(max_num_seqs, draft_depth),
+        max_rows=rows_to_capture(max_num_seqs, draft_depth),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         draft_depth=draft_depth,

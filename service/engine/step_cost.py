@@ -25,6 +25,7 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 logger = logging.getLogger(__name__)
 
 _ROWS = (2, 8, 4, 6, 16, 32)  # that are timed, the most telling ones first
+MANY_ROWS = max(_ROWS)
 _MIN_SIZES = 2  # of them, however long a forward takes
 _MAX_ROUNDS = 40
 _SECONDS = 0.6  # after which nothing more is timed
@@ -34,8 +35,12 @@ _STEPS = 24  # of the engine, at most
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """Lets the scheduler know what steps of an idle engine cost, and again when its runner is given another step."""
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
-    forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
-    host = max(0.0, _time_steps(engine) - forward.seconds(_ROWS[0]))
+    while True:  # until no other step has been handed over meanwhile
+        step = runner.step
+        forward = time_forward(step, runner.kv_cache, drafts=drafts)
+        host = max(0.0, _time_steps(engine, scheduler) - forward.seconds(_ROWS[0]))
+        if runner.step is step:
+            break
 
     def measured(cost: StepCost) -> None:
         points = tuple((rows, seconds + host) for rows, seconds in cost.points)
@@ -47,8 +52,12 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
 
 
-def _time_steps(engine: Engine) -> float:
-    """Seconds of the fastest of the engine's steps with a row or two."""
+def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
+    """Seconds of the fastest of the engine's steps with a row or two. Nothing is drafted, so no draft of a text that
+    nobody has sent is judged, and no step waits for the draft layer.
+    """
+    drafting = scheduler.lookahead, scheduler.speculative_tokens
+    scheduler.lookahead, scheduler.speculative_tokens = False, 0
     sampling = SamplingParams(max_tokens=min(_STEPS, engine.info.max_model_len - 1), temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
     best, begun = float("inf"), time.perf_counter()
@@ -60,6 +69,8 @@ def _time_steps(engine: Engine) -> float:
             best = min(best, now - started)
         if now - begun > _SECONDS and best < float("inf"):
             engine.abort("first steps")
+    engine.report()  # takes what an abort has left for the metrics
+    scheduler.lookahead, scheduler.speculative_tokens = drafting
     return best
 
 

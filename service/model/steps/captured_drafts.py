@@ -61,7 +61,7 @@ class CapturedDrafts:
         if not isinstance(choose, PureChoice) or count > self.sizes[-1] or self._failed:
             return self._eager.draft(start, choose, self._kv_cache)
         size, wide = bucket(self.sizes, count), bucket(self._widths, width)
-        self._fill(start, choose)
+        self._fill(start, choose, size)
         chain = self._chain(choose, size, wide)
         if chain is None:
             return self._eager.draft(start, choose, self._kv_cache)
@@ -70,16 +70,19 @@ class CapturedDrafts:
     @torch.inference_mode()
     def warm_up(self, start: DraftStart, choice: PureChoice) -> None:
         """Captures every number of sequences for short contexts, with a choice of this kind."""
-        self._fill(start, choice)
+        self._fill(start, choice, self.sizes[-1])
         for size in reversed(self.sizes):
             self._chain(choice, size, self._widths[0])
 
-    def _fill(self, start: DraftStart, choice: PureChoice) -> None:
-        """Writes into the first rows; behind them are idle rows, or what an earlier call has left."""
+    def _fill(self, start: DraftStart, choice: PureChoice, size: int) -> None:
+        """Writes into the first rows of `size`. Behind them is what an earlier call has left, at position 0: another
+        could lie behind the blocks that a table of this width has, where kernels read what is not theirs.
+        """
         count, width = start.group.block_table.shape
         self._state[:count].copy_(start.state)
         self._tokens[:count].copy_(start.tokens)
         self._positions[:count].copy_(start.group.positions)
+        self._positions[count:size] = 0
         self._tables[:count, :width].copy_(start.group.block_table)
         if choice.function not in self._inputs:
             self._inputs[choice.function] = tuple(
