@@ -241,7 +241,8 @@ def _read_drafts(
     if manifest.draft_head is None:
         return head, layer
     hidden_size = None if base is None else base.hidden_size
-    attention = AttentionShape.of({} if base is None else base.config)
+    # What is wrong with the base is reported once, not again as a layer that does not go with it.
+    attention = AttentionShape.of({} if base is None or defects.errors else base.config)
     with defects.guard():
         folder = root.folder(manifest.draft_head, manifest.source, "draft_head")
         has_layer = (folder / DRAFT_LAYER_FILE).exists()
