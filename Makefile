@@ -21,18 +21,20 @@ SUPPORTED := import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
-# Two stamps: serving needs the runtime dependencies only, testing and checking the rest as well.
+# Two stamps: serving needs the runtime dependencies only, testing and checking the rest as well, in one installation.
+VENV = $(PYTHON) -c '$(SUPPORTED)' && { test -x $(BIN)/python || { echo "creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }; }
+
 .venv/.runtime: pyproject.toml constraints.txt
-	@$(PYTHON) -c '$(SUPPORTED)'
-	@test -x $(BIN)/python || { echo "creating .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@$(VENV)
 	@echo "installing the service into .venv (the first time downloads PyTorch and takes minutes)"
 	@$(BIN)/python $(PIP) -c constraints.txt -e .
 	@touch $@
 
-.venv/.dev: .venv/.runtime
-	@echo "installing the test and development tools into .venv"
+.venv/.dev: pyproject.toml constraints.txt
+	@$(VENV)
+	@echo "installing the service with its test and development tools into .venv (the first time takes minutes)"
 	@$(BIN)/python $(PIP) -c constraints.txt -e '.[test,dev,plot,ray]'
-	@touch $@
+	@touch .venv/.runtime $@
 
 .venv-min/.test: pyproject.toml constraints-min.txt
 	@$(PYTHON) -c '$(SUPPORTED)'

@@ -18,7 +18,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.common import Bar, emit, percentiles, print_row
 from tests.support import long_answer
-from tests.support.inspector import MISSING, browser_path, launch, new_page, open_inspector, run
+from tests.support.inspector import MISSING, browser_path, launch, new_context, open_inspector, run
 from tests.support.server_process import server
 
 P95_MS, WORST_MS, KEY_MS = 150, 1000, 300
@@ -85,7 +85,7 @@ def main() -> None:
         sys.exit(MISSING)
     with server("--threads", "1") as running, sync_playwright() as playwright:
         browser = launch(playwright, path)
-        page = open_inspector(new_page(browser), running)
+        page = open_inspector(new_context(browser).new_page(), running)
         long_answer.prepare(page, running, args.tokens_per_second)
         rows, pressed = measure(page)
         browser.close()

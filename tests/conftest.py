@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support.server_process import Server, server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -34,3 +37,10 @@ def amtool() -> str:
     if path is None:
         pytest.skip("amtool is not installed (Debian: apt-get install prometheus-alertmanager)")
     return path
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[Server]:
+    """The demo behind the real server, for tests that leave it as it is; a worker of the run starts it once."""
+    with server("--threads", "1") as running:
+        yield running

@@ -169,11 +169,11 @@ def test_unknown_variable_is_refused() -> None:
     assert "XLORA_MAX_NUM_SEQS" in finished.stderr
 
 
-def test_a_server_that_is_killed_while_it_works_leaves_nothing(tiny_bundle: Path) -> None:
+def test_a_server_that_is_killed_while_it_works_leaves_nothing(tmp_path: Path) -> None:
     """The engine's process follows, and the port is free. That an idle one's does, and that the same command serves
     again: test_cli.py.
     """
-    long = json.dumps({"prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+    long = json.dumps({"prompt": "a", "max_tokens": 1_000_000, "stream": True}).encode()
 
     async def cut_off(running: Server) -> bytes:
         reader, writer = await send(running.port, long)
@@ -183,7 +183,8 @@ def test_a_server_that_is_killed_while_it_works_leaves_nothing(tiny_bundle: Path
         writer.close()
         return rest
 
-    with server("--model", str(tiny_bundle), "--threads", "1") as running:
+    flags = ("--model", str(write_bundle(tmp_path)))
+    with server(*flags, module=FAKE, env={"FAKE_LOADER": "load_slow_engine"}) as running:
         engine = engine_process(running)
         assert b"[DONE]" not in asyncio.run(cut_off(running))
         assert running.process.wait(PATIENCE_SECONDS) == -signal.SIGKILL

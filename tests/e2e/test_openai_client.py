@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 
-from tests.support.server_process import Server, server
+from tests.support.server_process import Server
 
 MESSAGES = [{"role": "user", "content": "Compute 48 + 87."}]
 PROMPT = "What is 88 + 76? Which strand pairs with CTA TCT TAT?\n"
@@ -20,14 +20,8 @@ GREEDY = {"temperature": 0, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[Server]:
-    with server("--threads", "1", "--request-timeout", "60") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(demo: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{demo.port}/v1", api_key="unused", max_retries=0) as client:
+def client(demo_server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{demo_server.port}/v1", api_key="unused", max_retries=0) as client:
         yield client
 
 
@@ -39,9 +33,9 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("demo").owned_by == "xlora-service"
 
 
-def test_chat_says_what_generate_says(client: openai.OpenAI, demo: Server) -> None:
+def test_chat_says_what_generate_says(client: openai.OpenAI, demo_server: Server) -> None:
     answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_completion_tokens=40, **GREEDY)
-    _, ours = demo.post("/generate", {"prompt": "Compute 48 + 87.\n", "max_tokens": 40, **GREEDY})
+    _, ours = demo_server.post("/generate", {"prompt": "Compute 48 + 87.\n", "max_tokens": 40, **GREEDY})
     assert "135" in (answer.choices[0].message.content or "")
     assert answer.choices[0].message.content == ours["outputs"][0]["text"]
     assert answer.usage is not None
@@ -91,9 +85,9 @@ def test_prompts_in_a_batch_are_answered_as_alone(client: openai.OpenAI) -> None
     assert {choice.finish_reason for choice in together.choices} == {"stop"}
 
 
-def test_asynchronously_and_many_at_once(demo: Server) -> None:
+def test_asynchronously_and_many_at_once(demo_server: Server) -> None:
     async def run() -> None:
-        url = f"http://127.0.0.1:{demo.port}/v1"
+        url = f"http://127.0.0.1:{demo_server.port}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
 
             async def stream(number: int) -> str:
@@ -114,7 +108,7 @@ def test_asynchronously_and_many_at_once(demo: Server) -> None:
     asyncio.run(run())
 
 
-def test_leaving_a_stream_early(client: openai.OpenAI, demo: Server) -> None:
+def test_leaving_a_stream_early(client: openai.OpenAI, demo_server: Server) -> None:
     with client.completions.create(model="demo", prompt=PROMPT, max_tokens=500, stream=True) as stream:
         next(iter(stream))
     message = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1)
@@ -156,16 +150,16 @@ def test_parse_has_an_end_where_a_model_closes_no_string(client: openai.OpenAI) 
     assert len(choice.message.parsed.title) == 1024
 
 
-def test_a_form_is_the_same_on_every_route(client: openai.OpenAI, demo: Server) -> None:
+def test_a_form_is_the_same_on_every_route(client: openai.OpenAI, demo_server: Server) -> None:
     form = {"type": "regex", "pattern": "Sum: [0-9]{1,4}\\."}
     text = client.completions.create(
         model="demo", prompt="Compute 48 + 87.\n", extra_body={"response_format": form}, **GREEDY
     )
-    _, ours = demo.post("/generate", {"prompt": "Compute 48 + 87.\n", "response_format": form, **GREEDY})
+    _, ours = demo_server.post("/generate", {"prompt": "Compute 48 + 87.\n", "response_format": form, **GREEDY})
     assert ours["outputs"][0]["text"] == text.choices[0].text
     assert re.fullmatch(form["pattern"], text.choices[0].text)
     assert ours["outputs"][0]["finish_reason"] == "stop"
-    _, stopped = demo.post("/generate", {"prompt": "a", "response_format": form, "stop": ":", **GREEDY})
+    _, stopped = demo_server.post("/generate", {"prompt": "a", "response_format": form, "stop": ":", **GREEDY})
     assert (stopped["outputs"][0]["text"], stopped["outputs"][0]["finish_reason"]) == ("Sum", "stop")
 
 
@@ -286,12 +280,12 @@ def test_an_echo_alone_is_scored_as_it_is_beside_a_completion(client: openai.Ope
         ]
 
 
-def test_an_empty_prompt_begins_a_text(client: openai.OpenAI, demo: Server) -> None:
+def test_an_empty_prompt_begins_a_text(client: openai.OpenAI, demo_server: Server) -> None:
     """As the token that begins every text does."""
     wishes = {"model": "demo", "max_tokens": 8, **GREEDY}
     text, ids = (client.completions.create(prompt=prompt, **wishes).choices[0].text for prompt in ("", [0]))
     assert text == ids
-    _, ours = demo.post("/generate", {"prompt": "", "max_tokens": 8, **GREEDY})
+    _, ours = demo_server.post("/generate", {"prompt": "", "max_tokens": 8, **GREEDY})
     assert (ours["outputs"][0]["text"], ours["usage"]["prompt_tokens"]) == (text, 1)
     single = client.completions.create(model="demo", prompt="", echo=True, max_tokens=0, logprobs=1).choices[0]
     assert (single.text, single.logprobs and single.logprobs.token_logprobs) == ("", [None])

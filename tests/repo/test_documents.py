@@ -30,8 +30,9 @@ def demo() -> Iterator[Server]:
 
 
 def is_quick(example: Example) -> bool:
-    """Requests to a running server, and the README's own scripts."""
-    return not example.loads_a_model or (example.document == "README.md" and example.language == "python")
+    """Requests to a running server, and the README's own scripts that print something."""
+    is_script = example.document == "README.md" and example.language == "python"
+    return not example.loads_a_model or (is_script and example.printed is not None)
 
 
 def check(example: Example, workspace: Workspace) -> None:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, Playwright, expect
+from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect
 
 from tests.support.server_process import Server
 from tests.support.waiting import PATIENCE_SECONDS
@@ -35,12 +35,19 @@ def launch(playwright: Playwright, path: str) -> Browser:
     return playwright.chromium.launch(executable_path=path, args=_ARGUMENTS.split())
 
 
-def new_page(browser: Browser) -> Page:
-    """An empty tab in a context of its own."""
+def new_context(browser: Browser) -> BrowserContext:
+    """A profile without storage, cookies or cache, whose pages may use the clipboard."""
     context = browser.new_context(viewport={"width": WIDTH, "height": 900}, color_scheme="light")
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     context.set_default_timeout(PATIENCE_SECONDS * 1000)
-    return context.new_page()
+    return context
+
+
+def close(page: Page) -> None:
+    """Closes a tab, and removes what its pages have stored for the next one of its context."""
+    if page.url.startswith("http"):
+        page.evaluate("() => localStorage.clear()")
+    page.close()
 
 
 def open_inspector(page: Page, running: Server, fragment: str = "") -> Page:

@@ -40,7 +40,7 @@ DEMO = Path(__file__).parents[2] / "model_store" / "demo"
 FILE = "draft_head/draft_head.safetensors"
 LAYER_FILE = "draft_head/draft_layer.safetensors"
 # Enough for the demo to learn something in.
-SMALL = Plan(max_tokens=32, depth=3, layer_size=64, steps=200)
+SMALL = Plan(max_tokens=32, depth=3, layer_size=64, steps=80)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(demo: Checkpoint, prompts: list[list[int]], work: Path) -> Distilled:
     options = EngineOptions(str(DEMO), device="cpu", dtype="float32", max_model_len=512)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_LAYER_POSITIONS", 320)
-        return distill(demo, options, prompts[::4], SMALL, work)
+        patch.setattr(training, "_LAYER_POSITIONS", 160)
+        return distill(demo, options, prompts[::8], SMALL, work)
 
 
 def test_agreement_rises(made: Distilled, prompts: list[list[int]]) -> None:
@@ -84,7 +84,7 @@ def test_agreement_rises(made: Distilled, prompts: list[list[int]]) -> None:
     assert made.after == made.trained
     assert len(made.after) == 3
     assert min(made.after[1:]) > 0.4  # of a new layer: 0.0
-    assert made.learned > 0.6 * sum(map(len, prompts[::4]))
+    assert made.learned > 0.6 * sum(map(len, prompts[::8]))
     assert 100 < made.judged < made.learned / 5
     assert made.head is not None
     assert made.head.up.shape == (192, 192)
@@ -173,8 +173,21 @@ def test_widths_that_suit() -> None:
 TINY = Plan(max_tokens=4, depth=3, steps=8)
 
 
+@pytest.fixture(scope="module")
+def whole(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Distilled, Path]:
+    """A run that nobody kills, and its work folder."""
+    work = tmp_path_factory.mktemp("work") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        return tiny_run(path, work, lambda *_: None), work
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many shards, and a state after every other step."""
     monkeypatch.setattr("service.tools.distill.lessons._SHARD_POSITIONS", 100)
     monkeypatch.setattr(training, "EVALUATE_EVERY", 2)
@@ -191,15 +204,14 @@ def tiny_run(path: Path, work: Path, on_progress: Callable[[str, int, int], None
 @pytest.mark.parametrize(
     ("phase", "at"), [("writing", 11), ("reading", 17), ("training the head", 3), ("training the layer", 5)]
 )
-def test_a_killed_run_goes_on(path: Path, tmp_path: Path, phase: str, at: int) -> None:
+def test_a_killed_run_goes_on(path: Path, tmp_path: Path, whole: tuple[Distilled, Path], phase: str, at: int) -> None:
     """What was written, read and trained before stays, and the result is that of a run that was not killed."""
 
     def kill(description: str, done: int, _: int) -> None:
         if description.startswith(phase) and done == at:
             raise KeyboardInterrupt
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    expected = tiny_run(path, whole, lambda *_: None)
+    (expected, complete), killed = whole, tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
         tiny_run(path, killed, kill)
     before = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in killed.iterdir()}
@@ -217,7 +229,7 @@ def test_a_killed_run_goes_on(path: Path, tmp_path: Path, phase: str, at: int) -
         assert steps[0] == at  # the state is that of the step before
     assert (made.before, made.trained) == (expected.before, expected.trained)
     for name in ("head.safetensors", "layer.safetensors"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+        assert (killed / name).read_bytes() == (complete / name).read_bytes()
 
 
 @pytest.mark.usefixtures("quick")
@@ -284,9 +296,9 @@ def test_the_command_writes_it(
     (bundle / "bundle.json").write_text(json.dumps(before))
     examples = json.loads((DEMO / "examples.json").read_text())
     texts.write_text("".join(json.dumps({"prompt": example["prompt"]}) + "\n" for example in examples))
-    monkeypatch.setattr(training, "_LAYER_POSITIONS", 320)
-    command = ["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "40", "--size", "16", "--device", "cpu"]
-    command += ["--depth", "2", "--layer-size", "32", "--steps", "150"]
+    monkeypatch.setattr(training, "_LAYER_POSITIONS", 160)
+    command = ["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "24", "--size", "16", "--device", "cpu"]
+    command += ["--depth", "2", "--layer-size", "32", "--steps", "60"]
     assert main(command) == 0
     said = capsys.readouterr().out
     assert re.search(r"learned from [\d,]+ positions, judged on [\d,]+ others", said)
@@ -301,7 +313,7 @@ def test_the_command_writes_it(
     assert all(file.verified for file in checkpoint.weight_files)
     content = (bundle / "bundle.json").read_bytes()
     monkeypatch.setattr(training, "_LEARNING_RATE", 0.0)
-    assert main(command) == 0
+    assert main([*command, "--steps", "2"]) == 0
     assert "nothing written" in capsys.readouterr().out
     assert (bundle / "bundle.json").read_bytes() == content
 

@@ -9,16 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
-from tests.support.inspector import MISSING, browser_path, launch, new_page, open_inspector, run
-from tests.support.server_process import Server, server
-
-
-@pytest.fixture(scope="session")
-def demo_server() -> Iterator[Server]:
-    with server("--threads", "1") as running:
-        yield running
+from tests.support.inspector import MISSING, browser_path, close, launch, new_context, open_inspector, run
+from tests.support.server_process import Server
 
 
 @pytest.fixture(scope="module")  # not session: while it runs, asyncio.run() is not possible in other tests
@@ -32,21 +26,29 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One for all tabs of a module: loading and compiling the page's scripts again costs a second of CPU time."""
+    context = new_context(browser)
+    yield context
+    context.close()
+
+
 @contextmanager
-def tab(browser: Browser) -> Iterator[Page]:
+def tab(context: BrowserContext) -> Iterator[Page]:
     """An empty one. An error of a script or of the content security policy is a failure."""
-    page = new_page(browser)
+    page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda said: problems.append(said.text) if "Failed to load resource" not in said.text else None)
     yield page
-    page.context.close()
+    close(page)
     assert problems == []
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with tab(browser) as page:
+def page(context: BrowserContext) -> Iterator[Page]:
+    with tab(context) as page:
         yield page
 
 
@@ -57,8 +59,8 @@ def inspector(page: Page, demo_server: Server) -> Page:
 
 
 @pytest.fixture(scope="module")
-def written(browser: Browser, demo_server: Server) -> Iterator[Page]:
+def written(context: BrowserContext, demo_server: Server) -> Iterator[Page]:
     """The page with the answer to its own first prompt, whose domain changes in the middle: tests only look at it."""
-    with tab(browser) as page:
+    with tab(context) as page:
         run(open_inspector(page, demo_server))
         yield page

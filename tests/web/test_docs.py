@@ -6,24 +6,24 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
-from tests.support.inspector import new_page
+from tests.support.inspector import close
 from tests.support.server_process import Server
 
 REFUSED = {"message": "a valid key is needed", "type": "authentication_error", "param": None, "code": "invalid_api_key"}
 
 
 @pytest.fixture
-def local(browser: Browser, demo_server: Server) -> Iterator[Page]:
+def local(context: BrowserContext, demo_server: Server) -> Iterator[Page]:
     """A tab that may ask this server alone; an error of a script is a failure."""
-    page = new_page(browser)
+    page = context.new_page()
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     yield page
-    page.context.close()
+    close(page)
     assert problems == []
     own = re.compile(rf"http://127\.0\.0\.1:{demo_server.port}/|blob:|data:")
     others = [url for url in asked if not own.match(url)]

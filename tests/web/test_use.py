@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
-from tests.support.inspector import ANSWER, new_page, open_inspector, run
+from tests.support.inspector import ANSWER, close, open_inspector, run
 from tests.support.server_process import Server
 
 SMALL_TARGETS = """() => [...document.querySelectorAll(
@@ -20,19 +20,19 @@ LONG_NAMES = [f"example-lab-mixture-expert-for-{field}-v{version}" for field in
               ("organic-chemistry", "inorganic-chemistry", "materials") for version in range(1, 5)]  # fmt: skip
 
 
-def open_sized(browser: Browser, running: Server, width: int, height: int) -> Page:
+def open_sized(context: BrowserContext, running: Server, width: int, height: int) -> Page:
     """The page in a window of this size."""
-    page = new_page(browser)
+    page = context.new_page()
     page.set_viewport_size({"width": width, "height": height})
     return open_inspector(page, running)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 650), (390, 844), pytest.param(640, 400, marks=pytest.mark.slow)])
-def test_small_windows(browser: Browser, demo_server: Server, width: int, height: int) -> None:
+def test_small_windows(context: BrowserContext, demo_server: Server, width: int, height: int) -> None:
     """A laptop, a phone, and a window at 200 %: with all options open the main button is in view, a token that is
     clicked stays in view, arrows go on from it, every target has 24 pixels, and nothing scrolls sideways.
     """
-    page = open_sized(browser, demo_server, width, height)
+    page = open_sized(context, demo_server, width, height)
     for more in page.locator("#form summary").all():
         more.click()
     page.get_by_role("button", name="Add a setting").click()
@@ -50,7 +50,7 @@ def test_small_windows(browser: Browser, demo_server: Server, width: int, height
     page.locator("#history summary").click()
     assert page.evaluate(SMALL_TARGETS) == []
     assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
-    page.context.close()
+    close(page)
 
 
 def test_figures_say_what_they_mean(written: Page) -> None:

@@ -120,14 +120,14 @@ def test_a_reader_that_never_reads_gives_all_back(
     settings, another = Settings(max_num_seqs=SEATS, max_queued_requests=1), {"prompt": "a", "max_tokens": 1, "n": 2}
     with running(client, settings, send_buffer_bytes=2048) as address, ExitStack() as stack:
         url = f"http://{address[0]}:{address[1]}"
-        warm = httpx.post(f"{url}{path}", json=CALLS[path] | {"max_tokens": 1}, timeout=PATIENCE_SECONDS)
+        warm = httpx.post(f"{url}{path}", json=CALLS[path] | {"max_tokens": 1}, timeout=PATIENCE_SECONDS, verify=False)
         assert warm.status_code == 200  # so that what a first request waits for is there: all readers come in time
         readers = [stack.enter_context(never_reads(address, path, body)) for _ in range(SEATS // n + 1)]
-        assert wait_for(lambda: httpx.post(f"{url}/generate", json=another).status_code == 429)
-        assert wait_for(lambda: httpx.post(f"{url}/generate", json=another).status_code == 200)
+        assert wait_for(lambda: httpx.post(f"{url}/generate", json=another, verify=False).status_code == 429)
+        assert wait_for(lambda: httpx.post(f"{url}/generate", json=another, verify=False).status_code == 200)
         assert wait_for(lambda: not client.engine.choices)
         outcome = f'xlora_requests_total{{endpoint="{path}",outcome="timeout"}} {len(readers)}.0'
-        assert wait_for(lambda: outcome in httpx.get(f"{url}/metrics").text)
+        assert wait_for(lambda: outcome in httpx.get(f"{url}/metrics", verify=False).text)
         assert wait_for(lambda: not {reader.getsockname() for reader in readers} & peers(address))
     assert "ASGI callable" not in caplog.text
 

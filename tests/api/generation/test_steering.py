@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.api.conftest import ThreadClient
 from tests.api.routes.test_openai import ROUTES, chunks, post
 from tests.api.test_errors import error_of
 from tests.support.fake_engine import EXPERTS
-from tests.support.server_process import ROOT, Server, server
+from tests.support.server_process import ROOT, Server
 
 BY_LAYER = [{"weight": 0.5}, {"weight": -100.0, "layers": [1, 1]}]
 WISHES: list[tuple[dict[str, Any], Steering | None]] = [
@@ -98,46 +97,40 @@ PROMPT = "Compute 48 + 87.\n"
 GREEDY: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Server]:
-    with server("--threads", "1") as running:
-        yield running
-
-
-def complete(demo: Server, **body: Any) -> tuple[list[str], Any]:
-    status, answer = demo.post("/v1/completions", {"prompt": PROMPT, **GREEDY, **body})
+def complete(demo_server: Server, **body: Any) -> tuple[list[str], Any]:
+    status, answer = demo_server.post("/v1/completions", {"prompt": PROMPT, **GREEDY, **body})
     assert status == 200, answer
     return [choice["text"] for choice in answer["choices"]], answer
 
 
-def test_base_only_is_the_plain_decoder(demo: Server) -> None:
+def test_base_only_is_the_plain_decoder(demo_server: Server) -> None:
     path = ROOT / "model_store/demo/base"
     tokenizer = AutoTokenizer.from_pretrained(path)
     decoder = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    status, answer = demo.post("/generate", {"prompt": PROMPT, "experts": {"only": []}, **GREEDY})
+    status, answer = demo_server.post("/generate", {"prompt": PROMPT, "experts": {"only": []}, **GREEDY})
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         theirs = decoder.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
     assert (status, answer["outputs"][0]["token_ids"]) == (200, theirs.tolist())
-    assert complete(demo, model="demo/base")[0] == [answer["outputs"][0]["text"]]
+    assert complete(demo_server, model="demo/base")[0] == [answer["outputs"][0]["text"]]
 
 
-def test_an_expert_by_name_is_its_weight_1_at_every_layer(demo: Server) -> None:
-    [named], answer = complete(demo, model="demo/math", xlora={"return_scalings": "mean"})
+def test_an_expert_by_name_is_its_weight_1_at_every_layer(demo_server: Server) -> None:
+    [named], answer = complete(demo_server, model="demo/math", xlora={"return_scalings": "mean"})
     assert {tuple(row) for row in answer["choices"][0]["xlora"]["scalings"]["mean"]} == {(1.0, 0.0, 0.0, 0.0)}
     assert answer["xlora"]["scaling_rows"] == 0
-    last = max(int(site.split(".")[2]) for site in json.loads(demo.get("/info")[1])["sites"])
+    last = max(int(site.split(".")[2]) for site in json.loads(demo_server.get("/info")[1])["sites"])
     by_layer = [{"weight": 3}, {"weight": 1, "layers": [0, last]}]
     for weight in (1, by_layer):
-        assert complete(demo, xlora={"experts": {"weights": {"math": weight}}})[0] == [named]
-    assert named != complete(demo, model="demo/base")[0][0]
+        assert complete(demo_server, xlora={"experts": {"weights": {"math": weight}}})[0] == [named]
+    assert named != complete(demo_server, model="demo/base")[0][0]
 
 
-def test_a_mixed_batch_is_what_each_is_alone(demo: Server) -> None:
+def test_a_mixed_batch_is_what_each_is_alone(demo_server: Server) -> None:
     bodies: list[dict[str, Any]] = [{"model": name} for name in ("demo", "demo/base", "demo/math", "demo/tales")]
     bodies += [{"xlora": {"experts": {"exclude": ["math"]}}}, {"xlora": {"gate": {"temperature": 3.0, "top_k": 2}}}]
-    alone = [complete(demo, **body)[0] for body in bodies]
+    alone = [complete(demo_server, **body)[0] for body in bodies]
     assert len({text for [text] in alone}) >= 4
     with ThreadPoolExecutor(len(bodies)) as pool:
-        together = list(pool.map(lambda body: complete(demo, **body)[0], bodies))
+        together = list(pool.map(lambda body: complete(demo_server, **body)[0], bodies))
     assert together == alone
