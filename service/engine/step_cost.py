@@ -1,9 +1,9 @@
-"""What a step costs on this machine: of that depends how many drafts are worth their rows.
+"""Measures the cost of a step on this machine, by which the scheduler decides how many drafts pay.
 
     seconds of a step  =  host + fixed + per_row * rows + per_layer * runs of the draft layer
 
-The forward is timed alone, with few rows and with many; the host's part is what steps of the engine take beyond it.
-The fastest of several rounds counts, for whatever else the machine does only adds.
+The forward is timed alone, with few rows and with many; the host's part is the time that whole steps of the engine take
+beyond it. The fastest of several rounds counts, because other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -25,30 +25,32 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_FEW, _MANY = 2, 16  # rows: about what one sequence has without drafts, and with many
+_FEW, _MANY = 2, 16  # rows: about those of one sequence without drafts, and with many
 _MIN_ROUNDS, _MAX_ROUNDS = 2, 40
-_SECONDS = 0.3  # after which there are no more rounds than the fewest
-_STEPS = 24  # of the engine, at most
-_MIN_ROW, _MAX_ROW, _MAX_LAYER = 0.001, 0.5, 1.0  # beyond, a measurement was disturbed
+_MAX_SECONDS = 0.3  # of each measurement, once it has its minimum of rounds
+_MAX_STEPS = 24  # of the engine
+_MIN_ROW, _MAX_ROW, _MAX_LAYER = 0.001, 0.5, 1.0  # plausible costs: a measurement beyond them was disturbed
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """What was measured of a step's forward."""
+    """Measured seconds of a step's forward."""
 
-    few: float  # a forward of 2 rows
-    row: float  # one row more
+    few: float  # a forward of _FEW rows
+    row: float  # each further row
     layer: float  # one run of the draft layer, with the head
 
     def cost(self, host: float) -> StepCost:
-        """As shares of what a step without rows takes, where the host takes `host` seconds a step."""
+        """The costs relative to a step without rows, where the host takes `host` seconds per step."""
         fixed = host + max(self.few - _FEW * self.row, self.few / 2)
         row = min(max(self.row / fixed, _MIN_ROW), _MAX_ROW)
         return StepCost(row, min(self.layer / fixed, _MAX_LAYER))
 
 
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
-    """Lets the scheduler know what steps of an idle engine cost, and again when its runner is given another step."""
+    """Measures an idle engine's steps, with a request of its own, and sets the scheduler's step cost. The forward is
+    measured again when the runner gets another Step.
+    """
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
     forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
     host = max(0.0, _time_steps(engine) - forward.few)
@@ -62,8 +64,9 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
 
 
 def _time_steps(engine: Engine) -> float:
-    """Seconds of the fastest of the engine's steps with a row or two."""
-    sampling = SamplingParams(max_tokens=min(_STEPS, engine.info.max_model_len - 1), temperature=0.0, ignore_eos=True)
+    """Seconds of the engine's fastest step with at most _FEW rows."""
+    max_tokens = min(_MAX_STEPS, engine.info.max_model_len - 1)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
     best, begun = float("inf"), time.perf_counter()
     while engine.has_work():
@@ -72,14 +75,14 @@ def _time_steps(engine: Engine) -> float:
         now = time.perf_counter()
         if 0 < stats.scaling_rows + stats.real_rows <= _FEW:
             best = min(best, now - started)
-        if now - begun > _SECONDS and best < float("inf"):
+        if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")
     return best
 
 
 def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepSeconds:
-    """Times forwards, and the draft layer if it `drafts`. Writes to the scratch block alone, but nobody else may use
-    the model at the same time.
+    """Times forwards, and the draft layer if `drafts`. Writes to the scratch block only; nothing else may use the model
+    at the same time.
     """
     few, many = (idle_batch(kv_cache, rows) for rows in (_FEW, _MANY))
     hidden = step.forward(few, kv_cache).hidden[:1].clone()
@@ -91,12 +94,12 @@ def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepSeconds:
 
 
 def fastest(works: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The shortest time of each, in seconds, of rounds in which all take their turn."""
+    """The shortest time of each work in seconds, over rounds that run all of them in turn."""
     best = [float("inf")] * len(works)
     started = time.perf_counter()
     for number in range(_MAX_ROUNDS):
         best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=True)]
-        if number + 1 >= _MIN_ROUNDS and time.perf_counter() - started > _SECONDS:
+        if number + 1 >= _MIN_ROUNDS and time.perf_counter() - started > _MAX_SECONDS:
             break
     return best
 

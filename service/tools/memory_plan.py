@@ -10,7 +10,7 @@ def describe_plan(plan: MemoryPlan) -> str:
     """The plan as lines for people."""
     processes = PROCESS_BYTES if plan.device == "cpu" else 0
     weights, position = plan.weights, 2 * (plan.kv_slot_bytes + plan.gate_row_bytes)
-    linears, stacks = plan.kept_dtypes
+    linears, stacks = plan.stored_dtypes
     kind = plan.dtype if plan.quantization is None else f"{plan.quantization}, the rest {plan.dtype}"
     kind += f"; linears, without loss, {linears}" if linears != plan.dtype else ""
     lines = [

@@ -19,8 +19,8 @@ from service.checkpoint import Checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
-from service.engine.defaults import settle
-from service.engine.loader import build_engine, expect_bfloat16, load_model_of
+from service.engine.defaults import resolve_options
+from service.engine.loader import bfloat16_tensors, build_engine, load_model_of
 from service.engine.memory_plan import MemoryPlan
 from service.engine.sizing import free_device_bytes, resolve_device, resolve_dtype
 from service.model.batch import Batch, DraftStart
@@ -80,7 +80,7 @@ def verify(
     """Generates with lookahead and chunked prefill, then has the same text computed without them."""
     disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
     device = resolve_device(options.device)
-    settled, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+    settled, plan = resolve_options(checkpoint, options, device, free_device_bytes(device), bfloat16_tensors)
     options = _small(settled)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     found = _generate(checkpoint, options, on_progress)

@@ -98,7 +98,7 @@ class WeightFiles:
                 if sha256 != (actual := found[path].result()):
                     raise _mismatch(path, sha256, actual)
 
-    def identify(self, on_known: Callable[[str], None]) -> None:
+    def hash_weights(self, on_known: Callable[[str], None]) -> None:
         """Computes the hash over all weight files in a thread that everything else goes before, and calls `on_known`
         from it. A file that cannot be read any more leaves the hash unknown.
         """

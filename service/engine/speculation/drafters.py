@@ -1,12 +1,12 @@
-"""Who drafts, how often each has been right, and how many drafts are worth their rows.
+"""Drafters, their acceptance rates, and the rate from which on a draft is worth its rows.
 
-A draft is a token with a likelihood: the share of right ones among the recent drafts of its kind whose predecessors
-were right. There are two sources: the scaling pass with what looks further ahead of it (lookahead, one drafter per
-depth), and earlier text (prompt lookup).
+A draft's acceptance rate is the fraction of recent drafts of its kind that were right, among those whose predecessors
+were right. There are two sources of drafts: lookahead (the scaling pass and the draft layer behind it, one drafter per
+depth) and prompt lookup (earlier text).
 
-A step costs `fixed + per_row * rows`. A draft that is kept spares its sequence a step, which is its share of the fixed
-cost; one that is dropped has cost its rows; a run of the draft layer costs a share `layer_cost` of a step for all
-sequences together. So with probability p of being kept a draft pays while
+A step costs `fixed + per_row * rows`. A draft that is kept saves its sequence a step, that is, the fixed cost divided
+by the number of sequences; one that is dropped has cost its rows; a run of the draft layer costs `layer_cost * fixed`,
+for all sequences together. So with probability p of being kept, a draft pays while
 
     p * fixed / sequences  >  (1 - p) * per_row * rows + layer_cost * fixed / sequences
     <=>  p  >  (x + layer_cost) / (1 + x),      x = rows * sequences * row_cost,      row_cost = per_row / fixed
@@ -19,88 +19,88 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_WEIGHT = 1 / 8  # of the latest draft in a record
-_WEIGHT_OF_ALL = 1 / 64  # ... of all sequences
+_WEIGHT = 1 / 8  # of the latest draft in a sequence's record
+_WEIGHT_OF_ALL = 1 / 64  # of the latest draft in the record over all sequences
 _MIN_FIRST_RATE = 0.3
-_PROBE_TOKENS = 32  # a drafter that does not pay tries again after so many tokens
+_PROBE_TOKENS = 32  # a drafter that does not pay is tried again after this many tokens
 
-# In the place of a draft that a prediction is compared with.
-NO_DRAFT = -1  # there is none: it differs from every token
-ANY_TOKEN = -2  # one that a prediction does not overrule
+# Expected tokens that are no tokens (ScheduledSequence.expected).
+NO_DRAFT = -1  # there is no draft: every prediction differs
+ANY_TOKEN = -2  # the draft stands, whatever is predicted
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Costs of a step as shares of its fixed cost (step_cost.py measures them)."""
+    """Costs relative to the fixed cost of a step (step_cost.py measures them)."""
 
-    row: float = 0.0  # of one more row; 0: drafts are free
-    layer: float = 0.0  # of one run of the draft layer
+    row: float = 0.0  # one more row; 0: drafts are free
+    layer: float = 0.0  # one run of the draft layer
 
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Probabilities of being right from which on one more draft of a sequence pays."""
+    """Probabilities of being right from which on one more draft of a sequence pays, by what a wrong one costs."""
 
-    one_row: float  # drafts that cost a row of one stream if they are wrong
-    two_rows: float  # of both streams
-    layer: float  # of both streams, and a run of the draft layer
+    one_row: float  # a row of one stream
+    two_rows: float  # a row of both streams
+    layer: float  # a row of both streams, and a run of the draft layer
 
     @classmethod
     def of(cls, cost: StepCost, sequences: int) -> BreakEven:
-        """For a step of so many sequences."""
+        """The break-even probabilities in a step of `sequences` sequences."""
         one, two = cost.row * sequences, 2 * cost.row * sequences
         return cls(one / (1 + one), two / (1 + two), (two + cost.layer) / (1 + two))
 
 
 class Record:
-    """How often drafts of a kind have been right lately: in one sequence, or (`of_all`) in those of an engine, which
-    tells what to expect in the next one.
+    """The recent acceptance rate of one kind of drafts: in one sequence, or over all sequences of an engine (then it is
+    the `of_all` of the sequences' records, and new sequences begin with its rate).
     """
 
     __slots__ = ("of_all", "rate", "used_at")
 
     def __init__(self, rate: float, used_at: int = 0, of_all: Record | None = None) -> None:
-        self.rate = rate  # what is expected of the first one
-        self.used_at = used_at  # tokens of the sequence when it last drafted
+        self.rate = rate
+        self.used_at = used_at  # length of the sequence when it last drafted
         self.of_all = of_all
 
     def begin(self, used_at: int) -> Record:
-        """The record of another sequence, of so many tokens. However bad this one is, a few drafts are tried."""
+        """The record of a new sequence of `used_at` tokens. Its rate is high enough that a few drafts are tried."""
         return Record(max(self.rate, _MIN_FIRST_RATE), used_at, self)
 
-    def judge(self, right: bool) -> None:
-        """A draft whose predecessors were right has been compared with what was sampled."""
+    def update(self, right: bool) -> None:
+        """Counts a draft that was compared with its sampled token; its predecessors were right."""
         self.rate += _WEIGHT * (right - self.rate)
         if self.of_all is not None:
             self.of_all.rate += _WEIGHT_OF_ALL * (right - self.of_all.rate)
 
     def is_idle(self, tokens: int) -> bool:
-        """Whether it has not drafted for so long that it may try, whatever its record says."""
+        """Whether it has not drafted for so long that it may be tried whatever its rate."""
         return tokens - self.used_at >= _PROBE_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafter:
-    """One source of drafts in one sequence, at one depth: how far a draft is from what it was made of."""
+    """One source of drafts in one sequence, at one depth, with its record. Depths of prompt lookup share a record."""
 
     record: Record
-    depth: int  # from 1 on
+    depth: int  # a draft's distance from the last token it was made from, at least 1
     is_lookup: bool = False
 
 
 def paying(rates: Iterable[float], likelihood: float, needed: Iterable[float]) -> int:
-    """How many drafts of these rates pay, one after another, after drafts that are right with `likelihood`."""
+    """The number of consecutive drafts with these rates that pay, after drafts that are all right with `likelihood`."""
     count = 0
-    for rate, least in zip(rates, needed, strict=False):
+    for rate, minimum in zip(rates, needed, strict=False):
         likelihood *= rate
-        if likelihood < least:
+        if likelihood < minimum:
             break
         count += 1
     return count
 
 
 def expected(rates: Iterable[float]) -> float:
-    """The mean number of drafts that are right, of some that stand one after another."""
+    """The expected number of right drafts among consecutive ones with these rates."""
     likelihood, total = 1.0, 0.0
     for rate in rates:
         likelihood *= rate
