@@ -28,6 +28,7 @@ from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.memory_plan import weight_bytes
 from service.engine.model_runner import ModelRunner
 from service.engine.sequence import Sequence
+from service.engine.speculation.costs import StepCost
 from service.engine.speculation.drafters import ANY_TOKEN
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
@@ -171,7 +172,7 @@ class Costs:
 
     scaling: float  # a scaling row alone: the base's weights and the classifier's
     real: float  # a forward with a real row: the experts' weights on top
-    row: float  # of each row, as a share of what a forward costs whatever its rows
+    step: StepCost  # of a step by its rows, as the engine has measured it
     layer: float  # a draft by the draft layer: its weights and the head's
 
     def over_base(self, rates: SequenceOf[float]) -> float:
@@ -183,7 +184,7 @@ class Costs:
 
     def _mixed(self, rows: float) -> float:
         """A forward of so many rows, at least one of them real."""
-        return self.real * (1 + self.row * rows) / (1 + self.row)
+        return self.real * self.step.seconds(rows) / self.step.seconds(1)
 
 
 def costs_of(engine: Engine) -> Costs:
@@ -195,7 +196,7 @@ def costs_of(engine: Engine) -> Costs:
         head: Any = model.causal_lm.get_submodule("lm_head")
         layer = sum(tensor.nbytes for tensor in model.draft_chain.layer.parameters()) + head.weight.nbytes
     scaling = (base + classifier) / base
-    return Costs(scaling, scaling + experts / base, engine._scheduler.step_cost.row, layer / base)
+    return Costs(scaling, scaling + experts / base, engine._scheduler.step_cost, layer / base)
 
 
 def read_bytes(model: XLoraModel) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from service.contract.output import DraftCounts
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, uses_native
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.engine.step_cost import measure_steps
 from service.model.xlora_model import XLoraModel
 from service.native import library

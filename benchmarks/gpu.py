@@ -54,11 +54,11 @@ from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 
 _PROMPT = 64
 _WARM_TOKENS = 8
-_STEP_COST = StepCost(0.007, 0.02)  # of an H200, so that every run drafts as often
+_STEP_COST = StepCost.linear(0.007, 0.02)  # of an H200, so that every run drafts as often
 SECTIONS = {
     **{"copy": 20, "warm_up": 90, "parity": 30, "decode": 150, "step": 30, "prefill": 30},
     **{"attention": 60, "graphs": 60, "kernels": 30, "memory": 10},

@@ -29,7 +29,7 @@ from service.contract.request import GrammarSpec, Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.model_runner import ModelRunner
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.model.batch import Batch, DraftStart
 from service.model.draft_layer import Choose, draft_tokens
 from service.model.kv_cache import KVCache
@@ -150,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     use_threads(1)
     engine = make_engine(DEMO, max_num_seqs=128, native_kernels=False, prefix_cache=True, speculative_tokens=8)
-    engine._scheduler.step_cost = StepCost(0.007, 0.02)  # as on a GPU
+    engine._scheduler.step_cost = StepCost.linear(0.007, 0.02)  # as on a GPU
     engine.runner = DelayedRunner(engine.runner, NoStep(engine.runner.kv_cache), args.device_ms / 1000)
     gc.collect()
     gc.freeze()  # as the engine's process does

@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from service.checkpoint import Checkpoint, Overrides, load_checkpoint
 from service.checkpoint.formats.writer import add_drafts
@@ -100,10 +108,11 @@ class _Bars:
     """A bar for each kind of work, on stderr."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"))
-        self._progress = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-        )
+        counts = TextColumn("{task.completed:,} of {task.total:,}")
+        columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(), counts)
+        columns += (TimeElapsedColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
         self._kind = ""
 

@@ -36,7 +36,7 @@ from service.engine.sizing import (
     resolve_device,
     resolve_dtype,
 )
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.engine.speculation.layer_drafts import idle_choices
 from service.engine.step_cost import measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options

@@ -1,7 +1,5 @@
 """Measures the cost of a step on this machine, by which the scheduler decides how many drafts pay.
 
-    seconds of a step  =  host + fixed + per_row * rows + per_layer * runs of the draft layer
-
 The forward is timed alone, with few rows and with many; the host's part is the time that whole steps of the engine take
 beyond it. The fastest of several rounds counts, because other load on the machine only adds time.
 """
@@ -11,40 +9,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 
 from service.contract.request import Request, SamplingParams
 from service.engine.engine import Engine
 from service.engine.scheduler import Scheduler
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.model.kv_cache import KVCache
 from service.model.steps.step import Step
 from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_FEW, _MANY = 2, 16  # rows: about those of one sequence without drafts, and with many
-_MIN_ROUNDS, _MAX_ROUNDS = 2, 40
-_MAX_SECONDS = 0.3  # of each measurement, once it has its minimum of rounds
+_ROWS = (2, 8, 4, 6, 16, 32)  # sizes to time, the most informative ones first
+_MIN_SIZES = 2  # sizes that are timed however long a forward takes
+_MAX_ROUNDS = 40
+_MAX_SECONDS = 0.6  # after which no more is timed
 _MAX_STEPS = 24  # of the engine
-_MIN_ROW, _MAX_ROW, _MAX_LAYER = 0.001, 0.5, 1.0  # plausible costs: a measurement beyond them was disturbed
-
-
-@dataclass(frozen=True, slots=True)
-class StepSeconds:
-    """Measured seconds of a step's forward."""
-
-    few: float  # a forward of _FEW rows
-    row: float  # each further row
-    layer: float  # one run of the draft layer, with the head
-
-    def cost(self, host: float) -> StepCost:
-        """The costs relative to a step without rows, where the host takes `host` seconds per step."""
-        fixed = host + max(self.few - _FEW * self.row, self.few / 2)
-        row = min(max(self.row / fixed, _MIN_ROW), _MAX_ROW)
-        return StepCost(row, min(self.layer / fixed, _MAX_LAYER))
 
 
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
@@ -53,18 +37,20 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
     forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
-    host = max(0.0, _time_steps(engine) - forward.few)
+    host = max(0.0, _time_steps(engine) - forward.seconds(_ROWS[0]))
 
-    def measured(seconds: StepSeconds) -> None:
-        scheduler.step_cost = cost = seconds.cost(host)
-        logger.info("a row costs %.3f of a step, a run of the draft layer %.3f", cost.row, cost.layer)
+    def measured(cost: StepCost) -> None:
+        points = tuple((rows, seconds + host) for rows, seconds in cost.points)
+        scheduler.step_cost = StepCost(points, cost.layer)
+        table = ", ".join(f"{rows}: {1e3 * seconds:.2f}" for rows, seconds in points)
+        logger.info("milliseconds of a step by its rows: %s; of the draft layer: %.2f", table, 1e3 * cost.layer)
 
     measured(forward)
     runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
 
 
 def _time_steps(engine: Engine) -> float:
-    """Seconds of the engine's fastest step with at most _FEW rows."""
+    """Seconds of the engine's fastest step with at most _ROWS[0] rows."""
     max_tokens = min(_MAX_STEPS, engine.info.max_model_len - 1)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
@@ -73,34 +59,41 @@ def _time_steps(engine: Engine) -> float:
         started = time.perf_counter()
         stats = engine.step().stats
         now = time.perf_counter()
-        if 0 < stats.scaling_rows + stats.real_rows <= _FEW:
+        if 0 < stats.scaling_rows + stats.real_rows <= _ROWS[0]:
             best = min(best, now - started)
         if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")
     return best
 
 
-def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepSeconds:
+def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepCost:
     """Times forwards, and the draft layer if `drafts`. Writes to the scratch block only; nothing else may use the model
     at the same time.
     """
-    few, many = (idle_batch(kv_cache, rows) for rows in (_FEW, _MANY))
-    hidden = step.forward(few, kv_cache).hidden[:1].clone()
-    works: list[Callable[[], object]] = [lambda: step.forward(few, kv_cache), lambda: step.forward(many, kv_cache)]
+    hidden = step.forward(idle_batch(kv_cache, 2), kv_cache).hidden[:1].clone()
+    works: list[Callable[[], object]] = [partial(step.forward, idle_batch(kv_cache, rows), kv_cache) for rows in _ROWS]
     if drafts:
-        works.append(lambda: draft_idly(step, kv_cache, hidden))
-    best = fastest(works, hidden.device)
-    return StepSeconds(best[0], max(0.0, best[1] - best[0]) / (_MANY - _FEW), best[2] if drafts else 0.0)
+        works.insert(0, partial(draft_idly, step, kv_cache, hidden))
+    best = _fastest(works, hidden.device, min_works=_MIN_SIZES + drafts)
+    layer = best.pop(0) if drafts else 0.0
+    seconds = accumulate((seconds for _, seconds in sorted(zip(_ROWS, best, strict=False))), max)
+    return StepCost(tuple(zip(sorted(_ROWS[: len(best)]), seconds, strict=True)), layer)
 
 
-def fastest(works: list[Callable[[], object]], device: torch.device) -> list[float]:
-    """The shortest time of each work in seconds, over rounds that run all of them in turn."""
-    best = [float("inf")] * len(works)
+def _fastest(works: list[Callable[[], object]], device: torch.device, *, min_works: int) -> list[float]:
+    """The shortest time of each work in seconds, over rounds that run all of them in turn: of the first `min_works`,
+    and of others while there is time.
+    """
+    best: list[float] = []
     started = time.perf_counter()
-    for number in range(_MAX_ROUNDS):
-        best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=True)]
-        if number + 1 >= _MIN_ROUNDS and time.perf_counter() - started > _MAX_SECONDS:
+    for number, work in enumerate(works):
+        if number >= min_works and time.perf_counter() - started > _MAX_SECONDS:
             break
+        best.append(_seconds(work, device))
+    for _ in range(_MAX_ROUNDS - 1):
+        if time.perf_counter() - started > _MAX_SECONDS:
+            break
+        best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=False)]
     return best
 
 

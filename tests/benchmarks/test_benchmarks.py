@@ -20,7 +20,7 @@ from benchmarks.forced import BASE_REQUEST, script, use_plain_base
 from benchmarks.lookahead import Agreement
 from benchmarks.synthetic import token_at
 from service.checkpoint.formats.writer import add_drafts
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from tests.support import inspector, proxy
 from tests.support.bundles import make_bundle, make_draft_head
 from tests.support.oracle import PeftOracle

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import accumulate, pairwise
+from operator import mul
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from service.contract.request import Request, SamplingParams
 from service.engine.sequence import Sequence
-from service.engine.speculation.drafters import BreakEven, Record, StepCost, paying
+from service.engine.speculation.costs import BreakEven, StepCost
+from service.engine.speculation.drafters import Record
 from service.engine.speculation.prompt_lookup import NgramIndex
 from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
@@ -53,36 +55,54 @@ def test_a_loop_is_continued_beyond_its_end() -> None:
     assert NgramIndex([5]).continuation([], 4) == []
 
 
-@pytest.mark.parametrize(("row", "layer", "sequences"), [(0.065, 0.0, 1), (0.065, 0.1, 16), (0.007, 0.02, 128)])
-def test_break_even_is_where_gain_equals_cost(row: float, layer: float, sequences: int) -> None:
-    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its rows, a draft of the
-    layer a run of it in any case.
-    """
-    needed = BreakEven.of(StepCost(row, layer), sequences)
-    for p, rows, share in ((needed.one_row, 1, 0.0), (needed.two_rows, 2, 0.0), (needed.layer, 2, layer)):
-        assert p * 1.0 / sequences == pytest.approx((1 - p) * row * rows + share / sequences)
-    assert BreakEven.of(StepCost(), sequences) == BreakEven(0.0, 0.0, 0.0)
+def test_seconds_of_a_step() -> None:
+    """Between what was measured, before it and beyond."""
+    cost = StepCost(((2, 3.0), (4, 3.5), (8, 9.5)))
+    assert [cost.seconds(rows) for rows in (0, 2, 3, 4, 6, 8, 10)] == [2.5, 3.0, 3.25, 3.5, 6.5, 9.5, 12.5]
 
 
-def test_how_many_drafts_pay() -> None:
-    """Each further draft needs all before it; a bad record, or doubtful drafts, stops them."""
-    for needed, count in ((0.0, 8), (0.2, 7), (0.6, 2), (0.79, 1), (0.81, 0)):
-        assert paying([0.8] * 8, 1.0, repeat(needed)) == count
-    assert paying(repeat(0.8, 8), 0.5, repeat(0.3)) == 2
-    record = Record(0.8)
-    for _ in range(60):
-        record.update(False)
-    assert paying([record.rate], 1.0, [0.01]) == 0
-    for _ in range(8):
-        record.update(True)
-    assert paying([record.rate], 1.0, [0.3]) == 1
+@pytest.mark.parametrize(("row", "sequences"), [(0.065, 1), (0.065, 16), (0.007, 128)])
+def test_break_even_of_one_draft(row: float, sequences: int) -> None:
+    """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its row."""
+    [p] = BreakEven.of(StepCost.linear(row), sequences, [0.9], 1).lookahead
+    assert p * 1.0 / sequences == pytest.approx((1 - p) * row)
+    assert BreakEven.of(StepCost(), sequences, [0.9, 0.8], 2) == BreakEven([0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.floats(0.3, 1.0), min_size=1, max_size=6),
+    st.lists(st.floats(0.0, 2.0), min_size=4, max_size=4),
+    st.floats(0.0, 0.5),
+    st.integers(1, 20),
+)
+def test_break_even_finds_the_best_depth(rates: list[float], more: list[float], layer: float, sequences: int) -> None:
+    """Where each draft costs more than the one before, drafting on while it pays brings the most tokens a second."""
+    rising = sorted(more)
+    points = [(0, 1.0), *zip((2, 8, 16, 240), accumulate(rising, initial=1.0), strict=False)]
+    cost = StepCost(tuple((rows, seconds) for rows, seconds in points), layer)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(cost.points)]
+    assume(slopes == sorted(slopes))
+    needed = BreakEven.of(cost, sequences, rates, 1)
+    likelihood, pays = 1.0, 0
+    for rate, least in zip(rates, needed.lookahead, strict=True):
+        likelihood *= rate
+        if pays and likelihood < least - 1e-9:
+            break
+        pays += 1
+    brought = list(accumulate(accumulate(rates, mul)))
+
+    def tokens_per_second(depth: int) -> float:
+        return brought[depth - 1] / (cost.seconds(2 * depth * sequences) + (depth - 1) * layer)
+
+    assert tokens_per_second(pays) == pytest.approx(max(map(tokens_per_second, range(1, len(rates) + 1))), rel=1e-6)
 
 
 def test_how_deep_it_pays_to_look_ahead() -> None:
     """The first draft costs less than those behind it, which have to be right together."""
     sequence = drafting()
     set_rates(sequence, [0.9, 0.8, 0.9])
-    free, dear = BreakEven(0.0, 0.0, 0.0), BreakEven(0.5, 0.6, 0.7)
+    free, dear = BreakEven([0.0] * 3, [], []), BreakEven([0.5, 0.7, 0.7], [], [])
     assert [lookahead_depth(sequence, likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
     assert [lookahead_depth(sequence, likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
 
@@ -91,7 +111,7 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
     """A text may become predictable: after 32 tokens one more draft is tried, and only one."""
     sequence = drafting()
     set_rates(sequence, [0.0, 1.0])
-    needed, depths = BreakEven(0.1, 0.1, 0.1), []
+    needed, depths = BreakEven([0.1, 0.1], [], []), []
     for token in range(40):
         depths.append(lookahead_depth(sequence, 1.0, needed))
         sequence.accept(token)
@@ -181,13 +201,13 @@ def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
     sequence.draft([3, 9], sequence.lookahead)
     sequence.scaling.computed = 9
     sequence.prompt_lookup.rate = 0.9
-    assert look_up(sequence, 0.1, 3) == (1, [4, 5, 6])
+    assert look_up(sequence, [0.1] * 3, 3) == (1, [4, 5, 6])
     sequence.take_lookup(1, [4, 5, 6])
     assert sequence.drafts == [3, 4, 5, 6]
     assert not sequence.draft_outcomes
     sequence.prompt_lookup.rate = 0.2
     sequence.draft([7], sequence.lookahead)
-    assert look_up(sequence, 0.5, 8)[1] == []
+    assert look_up(sequence, [0.5] * 8, 8)[1] == []
 
 
 def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:

@@ -26,7 +26,8 @@ from service.engine.launched_step import SequenceResult
 from service.engine.plan import ScheduledSequence
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import Sequence, Stream
-from service.engine.speculation.drafters import ANY_TOKEN, StepCost
+from service.engine.speculation.costs import StepCost
+from service.engine.speculation.drafters import ANY_TOKEN
 
 VOCABULARY = 50
 
@@ -205,7 +206,7 @@ def build(
         draft_rates=[0.8] * depth,
         speculative_tokens=speculative,
         prefix_cache=prefix_cache,
-        step_cost=StepCost(row_cost, row_cost),
+        step_cost=StepCost.linear(row_cost, row_cost),
     )
     info: Any = SimpleNamespace(eos_token_ids=[], max_model_len=length, experts=[{}] * 2, sites=[])
     info.vocab_size = VOCABULARY

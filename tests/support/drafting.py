@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,7 @@ class ScalingPass:
         if rotary is None:
             return query
         kinds = getattr(self.base.config, "layer_types", None)
-        own = [kinds[-1]] if kinds and "layer_type" in rotary.forward.__code__.co_varnames else []
+        own = [kinds[-1]] if kinds and "layer_type" in inspect.signature(rotary.forward).parameters else []
         cos, sin = rotary(query, torch.tensor([[position]]), *own)
         turning, rest = query[..., : cos.shape[-1]], query[..., cos.shape[-1] :]
         return torch.cat([turning * cos + rotate_half(turning) * sin, rest], -1)

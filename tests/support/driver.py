@@ -19,7 +19,7 @@ from service.contract.request import Request, SamplingParams
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine
 from service.engine.loader import build_engine
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.model.xlora_model import XLoraModel
 from service.native.step import NativeStep
 
@@ -172,7 +172,7 @@ class Engines:
         if shares:
             settings["native_kernels"] = False
         chosen = EngineOptions(model=str(self.tiny.path), **settings)
-        cost = StepCost(0.08, 0.08) if adaptive else StepCost()
+        cost = StepCost.linear(0.08, 0.08) if adaptive else StepCost()
         engine = build_engine(
             self.model, self.checkpoint, chosen, None, self.news.append, wait_for_native=wait, step_cost=cost
         )

@@ -19,7 +19,7 @@ from service.contract.steering import GateSettings, GateWeight, Steering
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep
 from service.engine.loader import build_engine
-from service.engine.speculation.drafters import StepCost
+from service.engine.speculation.costs import StepCost
 from service.model.attention import paged
 from service.model.batch import Batch, DraftStart
 from service.model.draft_layer import Choose
@@ -175,7 +175,7 @@ class FakeCudaEngines:
         if kind.blocks < 100:
             settings["max_model_len"] = kind.blocks // 2 * BLOCK_SIZE
         options = EngineOptions(model=self._path, device="cuda", **settings)
-        engine = build_engine(self.model, self._checkpoint, options, step_cost=StepCost(0.007, 0.02))
+        engine = build_engine(self.model, self._checkpoint, options, step_cost=StepCost.linear(0.007, 0.02))
         engine.runner.overlapped_rows = 1 << 20  # also eager steps are launched before results are written
         kind.before(engine)
         return engine

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from itertools import repeat
 
 from service.engine.sequence import Sequence
-from service.engine.speculation.drafters import ANY_TOKEN, NO_DRAFT, BreakEven, expected, paying
+from service.engine.speculation.costs import BreakEven
+from service.engine.speculation.drafters import ANY_TOKEN, NO_DRAFT, expected
 
 
 def lookahead_depth(sequence: Sequence, likelihood: float, needed: BreakEven) -> int:
     """The number of lookahead drafts that pay after the present drafts, which are all right with `likelihood`."""
-    count, minimum = 0, needed.one_row
-    for drafter in sequence.lookahead:
+    count = 0
+    for drafter, minimum in zip(sequence.lookahead, needed.lookahead, strict=True):
         likelihood *= drafter.record.rate
         if likelihood < minimum:
             return count + drafter.record.is_idle(len(sequence.tokens))
-        count, minimum = count + 1, needed.layer
+        count += 1
     return count
 
 
@@ -33,7 +35,7 @@ def expected_prediction(sequence: Sequence, place: int) -> int:
     return sequence.drafts[place]
 
 
-def look_up(sequence: Sequence, needed: float, max_tokens: int) -> tuple[int, list[int]]:
+def look_up(sequence: Sequence, needed: SequenceOf[float], max_tokens: int) -> tuple[int, list[int]]:
     """Proposes up to `max_tokens` prompt-lookup drafts. Returns (place, tokens), to replace drafts[place:]; no tokens
     where the text does not repeat itself, or none pay.
 
@@ -44,13 +46,24 @@ def look_up(sequence: Sequence, needed: float, max_tokens: int) -> tuple[int, li
     pending = sequence.pending_drafts
     computed = len(drafts) - pending
     if pending and ngrams.repeats(drafts[:computed]):
-        count = paying(repeat(record.rate, max_tokens), sequence.likelihood(0), repeat(needed))
+        count = _paying(record.rate, sequence.likelihood(0), needed[:max_tokens])
         others = expected(drafter.record.rate for drafter in sequence.drafters[computed:])
         if count and expected(repeat(record.rate, count)) > others:
             return computed, ngrams.continuation(drafts[:computed], count)
     if not ngrams.repeats(drafts):
         return 0, []
-    count = paying(repeat(record.rate, max_tokens - pending), sequence.likelihood(0), repeat(needed))
+    count = _paying(record.rate, sequence.likelihood(0), needed[pending:max_tokens])
     if not count and max_tokens > pending and record.is_idle(len(sequence.tokens)):
         count = 1
     return len(drafts), ngrams.continuation(drafts, count) if count else []
+
+
+def _paying(rate: float, likelihood: float, needed: SequenceOf[float]) -> int:
+    """The number of consecutive drafts with this rate that pay, after drafts that are all right with `likelihood`."""
+    count = 0
+    for minimum in needed:
+        likelihood *= rate
+        if likelihood < minimum:
+            break
+        count += 1
+    return count

@@ -54,12 +54,18 @@ struct Rows {
 
 // Whether weights are prefetched, and from where. From memory they are fetched to the L2 cache: in L1 they would be evicted
 // before they are used.
-enum Ahead { kNothing, kFromCache, kFromMemory };
+enum Ahead { kNothing, kFromCache, kFromMemory, kNextTile };
 
 template <Ahead AHEAD>
 inline void fetch_ahead(const void* numbers) {
     if constexpr (AHEAD == kFromCache) __builtin_prefetch(numbers);
     if constexpr (AHEAD == kFromMemory) __builtin_prefetch(numbers, 0, 2);
+}
+
+// Prefetches the same elements of the next tile, `next` elements on, while all rows of this one are multiplied.
+template <Ahead AHEAD, typename W>
+inline void fetch_tile(const W* numbers, int64_t next) {
+    if constexpr (AHEAD == kNextTile) __builtin_prefetch(numbers + next, 0, 2);
 }
 
 // out[m][n] = the sum of total[m * COLUMNS + n], plus x[m] . w[n] from k on; with `more`, it is added to `out`.
@@ -84,7 +90,7 @@ inline void sum_up(
 // out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, with an accumulator in a register for each. AHEAD: prefetches the
 // weights of the next COLUMNS outputs, in memory order.
 template <int ROWS, int COLUMNS, Ahead AHEAD>
-inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool more, float* out) {
+inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, int64_t next, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
     clear<ROWS * COLUMNS>(total);
     int64_t k = 0;
@@ -94,12 +100,16 @@ inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool
             for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
             for (int n = 0; n < COLUMNS; n++) {
                 fetch_ahead<AHEAD>(w.data + COLUMNS * (w.stride + k) + n * kLanes);
+                fetch_tile<AHEAD>(w.at(n, k), next);
                 const Vec weight = held(load(w.at(n, k)));
                 for (int m = 0; m < ROWS; m++) total[m * COLUMNS + n] += rows[m] * weight;
             }
         } else {
             Vec weights[COLUMNS];
-            for (int n = 0; n < COLUMNS; n++) weights[n] = load(w.at(n, k));
+            for (int n = 0; n < COLUMNS; n++) {
+                fetch_tile<AHEAD>(w.at(n, k), next);
+                weights[n] = load(w.at(n, k));
+            }
             for (int m = 0; m < ROWS; m++) {
                 const Vec row = held(load(x.at(m, k)));
                 for (int n = 0; n < COLUMNS; n++) total[m * COLUMNS + n] += row * weights[n];
@@ -110,7 +120,7 @@ inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, bool
 }
 
 template <int ROWS, int COLUMNS, Ahead AHEAD>
-inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, bool more, float* out) {
+inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, int64_t next, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
     clear<ROWS * COLUMNS>(total);
     int64_t k = 0;
@@ -122,6 +132,7 @@ inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, b
         }
         for (int n = 0; n < COLUMNS; n++) {
             fetch_ahead<AHEAD>(w.data + COLUMNS * (w.stride + k) + n * kPairs);
+            fetch_tile<AHEAD>(w.at(n, k), next);
             IntVec words;
             std::memcpy(&words, w.at(n, k), sizeof words);
             const Vec low = (Vec)(words << 16), high = (Vec)(words & int32_t(0xffff0000));
@@ -133,11 +144,13 @@ inline void dots(const Rows<float>& x, const Rows<bfloat16>& w, int64_t depth, b
 }
 
 template <int ROWS, int COLUMNS, Ahead AHEAD, typename W>
-inline void dots_of_chunk(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+inline void dots_of_chunk(
+    const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, int64_t next, bool more, float* out
+) {
     int64_t n = 0;
     const auto from = [&](int64_t output) { return Rows<W>{w.at(output, 0), w.stride}; };
-    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, from(n), depth, more, out + n);
-    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, from(n), depth, more, out + n);
+    for (; n + COLUMNS <= count; n += COLUMNS) dots<ROWS, COLUMNS, AHEAD>(x, from(n), depth, next, more, out + n);
+    for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, from(n), depth, next, more, out + n);
 }
 
 // The number of outputs that are computed together for `rows` of x: limited by the sums that one reduction takes, and by the
@@ -187,14 +200,14 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
     }
 }
 
-// Computes `count` outputs of ROWS rows.
+// Computes `count` outputs of ROWS rows. `next`: the distance of the next tile.
 template <int ROWS, Ahead AHEAD, typename W>
-void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out, int64_t next = 0) {
     constexpr int kColumns = columns_for<W>(ROWS);
     if (count >= kColumns) {
-        dots_of_chunk<ROWS, kColumns, AHEAD>(x, w, depth, count, more, out);
+        dots_of_chunk<ROWS, kColumns, AHEAD>(x, w, depth, count, next, more, out);
     } else {
-        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, w, depth, count, more, out);
+        dots_of_chunk<ROWS, std::min(kColumns, kTile<W> / 2), AHEAD>(x, w, depth, count, next, more, out);
     }
 }
 
@@ -217,11 +230,17 @@ inline void upcast_weights(const Rows<bfloat16>& w, int64_t count, int64_t depth
     }
 }
 
-// out [rows][kChunk] = x [rows, depth] times `count` rows of w, four rows of x at a time.
+// out [rows][kChunk] = x [rows, depth] times `count` rows of w, four rows of x at a time. `far`: the first four prefetch the next tile.
 template <typename W>
-void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out) {
+void multiply_tile(
+    const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool far, bool more, float* out
+) {
     int64_t m = 0;
     const auto rest = [&] { return Rows<float>{x.at(m, 0), x.stride}; };
+    if (far && rows >= 4) {
+        tile<4, kNextTile>(x, w, depth, count, more, out, count * w.stride);
+        m = 4;
+    }
     for (; m + 4 <= rows; m += 4) tile<4, kNothing>(rest(), w, depth, count, more, out + m * kChunk);
     float* const last = out + m * kChunk;
     if (rows - m == 3) tile<3, kNothing>(rest(), w, depth, count, more, last);
@@ -229,8 +248,7 @@ void multiply_tile(const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t
     if (rows - m == 1) tile<1, kNothing>(rest(), w, depth, count, more, last);
 }
 
-// out [rows][kChunk] = x [rows, depth], in the order of `operand`, times `count` rows of w. Weights are prefetched for few rows
-// only: with many, arithmetic hides the latency, and every four rows would prefetch the same weights again.
+// out [rows][kChunk] = x [rows, depth], in the order of `operand`, times `count` rows of w. Weights from memory are prefetched.
 template <typename W>
 void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, bool far, float* out) {
     if constexpr (std::is_same_v<W, float>) {
@@ -262,11 +280,11 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
             if constexpr (kUpcasts) {
                 if (upcasts) {
                     upcast_weights(weights, some, part, far, floats_of_tile.data());
-                    multiply_tile(numbers, rows, Rows<float>{floats_of_tile.data(), part}, part, some, start > 0, out + first);
+                    multiply_tile(numbers, rows, Rows<float>{floats_of_tile.data(), part}, part, some, false, start > 0, out + first);
                     continue;
                 }
             }
-            multiply_tile(numbers, rows, weights, part, some, start > 0, out + first);
+            multiply_tile(numbers, rows, weights, part, some, far, start > 0, out + first);
         }
     }
 }

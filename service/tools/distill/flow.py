@@ -107,7 +107,7 @@ class _Distillation:
         judging, checkpoint = parts[JUDGING], self._plain.checkpoint
         own_head = self._head(checkpoint.draft_head)
         before = self._agreement(own_head, self._layer(checkpoint.draft_layer, parts), judging)
-        head = self._train_head(parts)
+        head: DraftHeadWeights | None = self._train_head(parts)
         if self._agreement(self._head(head), None, judging)[0] <= before[0]:
             head = None
         best_head = own_head if head is None else self._head(head)

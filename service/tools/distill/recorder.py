@@ -43,10 +43,13 @@ class LastLayerRecorder:
             hidden = self._plain.scaling_pass(tokens)
         finally:
             causal_lm.set_attn_implementation(self._implementation)
-        if self._last is None:
+        if (found := self._found()) is None:
             raise StartupError("the base's attention cannot be seen, so no draft layer can learn from it")
-        keys, values = (tensor[0].transpose(0, 1) for tensor in self._last)
+        keys, values = (tensor[0].transpose(0, 1) for tensor in found)
         return hidden, keys, values
+
+    def _found(self) -> tuple[Tensor, Tensor] | None:
+        return self._last
 
     def _attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Any:
         self._last = key, value

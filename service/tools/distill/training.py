@@ -193,7 +193,7 @@ def _pool(lessons: Sequence[Lesson], seed: int) -> Tensor:
 def _some_positions(lessons: Sequence[Lesson], pool: Tensor, generator: torch.Generator) -> list[Anchors]:
     """Positions of the pool, each as likely as the others."""
     texts, positions = pool[torch.randint(len(pool), (_HEAD_POSITIONS,), generator=generator)].unbind(1)
-    return [Anchors(lessons[number], positions[texts == number]) for number in texts.unique().tolist()]
+    return [Anchors(lessons[number], positions[texts == number]) for number in sorted(set(texts.tolist()))]
 
 
 def _some_texts(lessons: Sequence[Lesson], generator: torch.Generator) -> list[Anchors]:

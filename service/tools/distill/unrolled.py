@@ -86,7 +86,9 @@ def _attended(query: Tensor, keys: list[Tensor], values: list[Tensor], masks: li
     sqrt(head_dim), whatever the base's layer does.
     """
     found = []
-    for rows, key, value, mask in zip(query.split([len(mask) for mask in masks]), keys, values, masks, strict=True):
+    for rows, key, value, mask in zip(
+        torch.split(query, [len(mask) for mask in masks]), keys, values, masks, strict=True
+    ):
         each = query.shape[1] // key.shape[1]
         key, value = (tensor.transpose(0, 1).repeat_interleave(each, 0)[None] for tensor in (key, value))
         found.append(F.scaled_dot_product_attention(rows.transpose(0, 1)[None], key, value, attn_mask=mask)[0])
@@ -102,7 +104,7 @@ def agreement(
     depth = 1 if layer is None else len(layer.agreement)
     right, made = [0] * depth, [0] * depth
     for lesson in lessons:
-        for positions in lesson.answer.split(_POSITIONS_AT_ONCE):
+        for positions in torch.split(lesson.answer, _POSITIONS_AT_ONCE):
             alive = torch.ones(len(positions), dtype=torch.bool, device=plain.causal_lm.device)
             for number, drafts in enumerate(unrolled.drafts([Anchors(lesson, positions)])):
                 state = drafts.state if head is None or number else head.drafting(drafts.state)
