@@ -146,7 +146,7 @@ class Scheduler:
         return plan
 
     def _break_even_of(self, sequences: int) -> BreakEven:
-        """The break-even probabilities of drafts in a step of `sequences` sequences, by the current acceptance rates."""
+        """The break-even probabilities of drafts in a step of `sequences` sequences, by current acceptance rates."""
         self._steps += 1
         if self._steps % _BREAK_EVEN_STEPS == 0:
             self._break_even.clear()

@@ -22,7 +22,7 @@ from operator import mul
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Seconds of a step by its number of rows, interpolated linearly between `points`, and of a run of the draft layer."""
+    """Seconds of a step by its rows, interpolated linearly between `points`, and of a run of the draft layer."""
 
     points: tuple[tuple[int, float], ...] = ((0, 1.0), (1, 1.0))  # (rows, seconds), ascending, at least two
     layer: float = 0.0

@@ -133,7 +133,7 @@ class Group:
                 raise EngineLostError(self._reason or "")
 
     def failure(self, error: Exception) -> EngineLostError:
-        """The error for a collective operation that failed here with `error`; it names a rank that ended, if one has."""
+        """The error for a collective operation that failed here with `error`; naming a rank that has ended, if any."""
         self._decided.wait(_REASON_SECONDS)
         return EngineLostError(self._reason or f"rank 0 of {self.ranks.size} failed: {error}")
 
