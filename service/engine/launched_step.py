@@ -45,7 +45,7 @@ class LaunchedStep:
     copies: HostCopies  # brings the tensors below that are marked "copied"
     ids: Tensor  # int64 [R], copied
     marks: Tensor  # fp32 [L + scaling rows], copied: a number per row of logits and gate logits, finite if the row is
-    scalings: Tensor  # [scaling rows, S, E] on the device, valid until the next launch
+    scalings: Tensor  # [scaling rows, S, E] on the device; valid after the next launch if a sequence does not generate
     logit_rows: int  # L
     errors: dict[int, Failure] = field(default_factory=dict)  # by index in `scheduled`; their ids mean nothing
     logprobs: Logprobs | None = None  # of the sampled rows `logprob_rows`

@@ -38,7 +38,7 @@ from service.engine.sizing import (
 )
 from service.engine.speculation.costs import StepCost
 from service.engine.speculation.layer_drafts import idle_choices
-from service.engine.step_cost import measure_steps
+from service.engine.step_cost import MANY_ROWS, measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
 from service.grammar import GrammarCompiler, Grammars
@@ -224,18 +224,19 @@ def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
     return rates[: options.draft_depth or len(rates)]
 
 
-def _rows_to_capture(max_num_seqs: int, depth: int) -> int:
+def rows_to_capture(max_num_seqs: int, depth: int) -> int:
     """The rows of the largest captured step: one in both streams for every sequence, or those of `depth` drafts while
-    few sequences run.
+    few sequences run, and at least those that step_cost.py times: if only few rows had a graph, each row would seem too
+    expensive.
     """
-    return max(2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
+    return max(MANY_ROWS, 2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int, draft_depth: int) -> CapturedSteps:
     """A step that replays CUDA graphs. Those of short contexts are captured here, others when first needed."""
     steps = CapturedSteps(
         *(runner.model, runner.kv_cache, GraphCapture(runner.model.device)),
-        max_rows=_rows_to_capture(max_num_seqs, draft_depth),
+        max_rows=rows_to_capture(max_num_seqs, draft_depth),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         draft_depth=draft_depth,

@@ -111,12 +111,13 @@ def _sampled(
     rows = [_sample_rows(one) for one in scheduled]
     ids, errors = _sample(logits, rows)
     are_largest = scores is None and not errors and take_argmax(list(chain(*rows)))
+    is_read_later = any(not one.sequence.generates for one in scheduled)  # when the draft layer has run as well
     launched = LaunchedStep(
         scheduled,
         copies,
         copies.of(ids),
         copies.of(_marks(output, ids if are_largest else None)),
-        output.scalings,
+        output.scalings.clone() if is_read_later else output.scalings,
         len(output.logits),
         errors,
         scores=scores,

@@ -133,6 +133,7 @@ class Scheduler:
         self._scorable = self.max_scored_rows
         self._needed = self._break_even_of(max(1, len(self.running)))
         others = 2 * len(decoding)  # rows reserved: every sequence gets a row of each stream before any gets drafts
+        others += self._kept_for_prompts(prefilling, budget - others)
         for sequence in decoding:
             others -= 2
             if self.speculative_tokens and budget > 0 and sequence.prefilled:  # False once it has been preempted
@@ -171,6 +172,11 @@ class Scheduler:
             self._cache_blocks(real, sequence.tokens, full)
         if sequence.scaling_ended and scaling.blocks:
             self.blocks.release(scaling.blocks)
+
+    def _kept_for_prompts(self, prefilling: list[Sequence], spare: int) -> int:
+        """Rows, of those that decoding leaves, that drafts do not take either: half, where there is a prompt to run."""
+        can_admit = len(self.running) < self.max_num_seqs and self.waiting and self._has_room(self.waiting[0])
+        return max(0, spare // 2) if prefilling or can_admit else 0
 
     def _cache_blocks(self, stream: Stream, tokens: list[int], full: int) -> None:
         self._keys.extend(stream.keys, stream.root, tokens, full)

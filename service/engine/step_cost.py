@@ -25,6 +25,7 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 logger = logging.getLogger(__name__)
 
 _ROWS = (2, 8, 4, 6, 16, 32)  # sizes to time, the most informative ones first
+MANY_ROWS = max(_ROWS)
 _MIN_SIZES = 2  # sizes that are timed however long a forward takes
 _MAX_ROUNDS = 40
 _MAX_SECONDS = 0.6  # after which no more is timed
@@ -36,8 +37,12 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     measured again when the runner gets another Step.
     """
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
-    forward = time_forward(runner.step, runner.kv_cache, drafts=drafts)
-    host = max(0.0, _time_steps(engine) - forward.seconds(_ROWS[0]))
+    while True:  # until no other step has been handed over meanwhile
+        step = runner.step
+        forward = time_forward(step, runner.kv_cache, drafts=drafts)
+        host = max(0.0, _time_steps(engine, scheduler) - forward.seconds(_ROWS[0]))
+        if runner.step is step:
+            break
 
     def measured(cost: StepCost) -> None:
         points = tuple((rows, seconds + host) for rows, seconds in cost.points)
@@ -49,8 +54,12 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
 
 
-def _time_steps(engine: Engine) -> float:
-    """Seconds of the engine's fastest step with at most _ROWS[0] rows."""
+def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
+    """Seconds of the engine's fastest step with at most _ROWS[0] rows. Drafting is off meanwhile, so that this made-up
+    text does not count in acceptance rates, and no step waits for the draft layer.
+    """
+    drafting = scheduler.lookahead, scheduler.speculative_tokens
+    scheduler.lookahead, scheduler.speculative_tokens = False, 0
     max_tokens = min(_MAX_STEPS, engine.info.max_model_len - 1)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
@@ -63,6 +72,8 @@ def _time_steps(engine: Engine) -> float:
             best = min(best, now - started)
         if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")
+    engine.report()  # discards the statistics of the aborted request
+    scheduler.lookahead, scheduler.speculative_tokens = drafting
     return best
 
 

@@ -7,7 +7,7 @@ drafted: right or wrong as a test has it. What the layer itself drafts is compar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +161,51 @@ def test_captured_steps(engines: Engines, plain: dict[Key, Choice]) -> None:
     force(engine, plain, PATTERNS["every 5th wrong"])
     equal(run(engine, workload()), plain)
     assert capture.draft_replays > 10
+
+
+class OnePool:
+    """Stands for CUDA graphs of one memory pool: a replay overwrites what all the others have returned."""
+
+    def __init__(self) -> None:
+        self._returned: list[list[torch.Tensor]] = []
+
+    def __call__(self, work: Callable[[], Any], /) -> Callable[[], Any]:
+        output = work()
+        own = tensors_of(output)
+        self._returned.append(own)
+
+        def replay() -> Any:
+            new = tensors_of(work())
+            for tensor in (tensor for tensors in self._returned if tensors is not own for tensor in tensors):
+                tensor.fill_(7)
+            for tensor, computed in zip(own, new, strict=True):
+                tensor.copy_(computed)
+            return output
+
+        return replay
+
+
+def tensors_of(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [getattr(output, field.name) for field in fields(output)]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_scalings_beside_captured_drafts(engines: Engines, overlaps: bool) -> None:
+    """The rows of a scaling pass are read once the draft layer has been launched for others of the same step."""
+    decoding = [greedy(f"{i}", words(i, 9), 24) for i in range(2)]
+    looking = [Request(f"look {i}", words(40 + i, 12 + i), None, **ALL) for i in range(2)]
+    expected = run(engines.build(**PLAIN), [*decoding, *looking])
+    engine = engines.build(
+        adaptive=False, overlaps=overlaps, native_kernels=False, max_num_batched_tokens=24, speculative_tokens=0
+    )
+    with_captured_steps(engine, OnePool(), max_rows=32)
+    result = run(engine, decoding, joins={6: looking})
+    for made in decoding:
+        assert result[made.id].tokens == expected[made.id].tokens
+    for made in looking:
+        np.testing.assert_allclose(result[made.id].full, expected[made.id].full, atol=1e-5)
 
 
 def test_aborted_at_every_step(engines: Engines, plain: dict[Key, Choice]) -> None:

@@ -427,6 +427,23 @@ def test_drafts_of_one_leave_rows_for_the_others() -> None:
     assert max(share.rows for plan in steps for share in plan) > 4, "no one drafted: the test shows little"
 
 
+@pytest.mark.parametrize("options", [{"depth": 8}, {"speculative": 16}], ids=["layer", "lookup"])
+def test_drafts_leave_rows_for_a_prompt(options: dict[str, int]) -> None:
+    """However many drafts pay, a prompt that arrives is run beside them, and does not wait for answers to end."""
+    engine, runner, scheduler = build(budget=24, blocks=800, right=4, length=1024, **options)
+    for i in range(2):
+        engine.add(request(f"loop{i}", 8, 400))
+    while max(runner.drafted[-1:], default=0) < 12:
+        engine.step()
+    engine.add(request("prompt", 40, 4))
+    before = len(runner.steps)
+    while not any(one.request.id == "prompt" and one.output_len for one in scheduler.running):
+        engine.step()
+    assert len(runner.steps) - before <= 12
+    assert max(runner.drafted[before:]) > 2, "nobody drafts meanwhile"
+    assert len(finish(engine)) == 3
+
+
 def test_decoders_do_not_chop_a_prompt_that_fits() -> None:
     """A new prompt within the budget takes two steps, whoever decodes: equal parts of the budget would take many."""
     engine, runner, scheduler = build(budget=40, blocks=400)

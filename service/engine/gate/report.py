@@ -128,7 +128,7 @@ class GateReporter:
                 first = one.scaling_row + one.sequence.reported - one.scaling_start
                 own = launched.scalings[first : one.scaling_row + one.scaling_count]
                 spans = report_spans([(one.sequence, one.scaling_end)])
-                readings += [GateReading(spans, own.clone(), self._num_sites, copies)] if spans else []
+                readings += [GateReading(spans, own, self._num_sites, copies)] if spans else []
         return readings
 
     def due(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:

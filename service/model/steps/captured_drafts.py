@@ -63,7 +63,7 @@ class CapturedDrafts:
         if not isinstance(choose, PureChoice) or count > self.sizes[-1] or self._failed:
             return self._eager.draft(start, choose, self._kv_cache)
         size, wide = bucket(self.sizes, count), bucket(self._widths, width)
-        self._fill(start, choose)
+        self._fill(start, choose, size)
         replay = self._replay(choose, size, wide)
         if replay is None:
             return self._eager.draft(start, choose, self._kv_cache)
@@ -72,16 +72,19 @@ class CapturedDrafts:
     @torch.inference_mode()
     def warm_up(self, start: DraftStart, choice: PureChoice) -> None:
         """Captures the graphs of all bucket sizes for short contexts, with a choice of this kind."""
-        self._fill(start, choice)
+        self._fill(start, choice, self.sizes[-1])
         for size in reversed(self.sizes):
             self._replay(choice, size, self._widths[0])
 
-    def _fill(self, start: DraftStart, choice: PureChoice) -> None:
-        """Writes the inputs to the first rows; later rows keep idle or stale values."""
+    def _fill(self, start: DraftStart, choice: PureChoice, size: int) -> None:
+        """Writes the inputs to the first of `size` rows. Later rows keep stale values, but at position 0: a stale
+        position could be beyond this width's block table, where kernels would read out of bounds.
+        """
         count, width = start.group.block_table.shape
         self._state[:count].copy_(start.state)
         self._tokens[:count].copy_(start.tokens)
         self._positions[:count].copy_(start.group.positions)
+        self._positions[count:size] = 0
         self._tables[:count, :width].copy_(start.group.block_table)
         if choice.function not in self._inputs:
             self._inputs[choice.function] = tuple(
