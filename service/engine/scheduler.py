@@ -174,7 +174,7 @@ class Scheduler:
             self.blocks.release(scaling.blocks)
 
     def _kept_for_prompts(self, prefilling: list[Sequence], spare: int) -> int:
-        """Rows, of those that decoding leaves, that drafts do not take either: half, where there is a prompt to run."""
+        """Rows that are reserved for prompts before drafts: half of the spare ones, if there is a prompt to run."""
         can_admit = len(self.running) < self.max_num_seqs and self.waiting and self._has_room(self.waiting[0])
         return max(0, spare // 2) if prefilling or can_admit else 0
 
