@@ -37,7 +37,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/venv/bin/pip wheel -qq $PIP_ARGS --no-deps --wheel-dir /wheel .
 # Where there is Triton, the C module through which it reaches the driver: it would need a compiler at its first use.
 RUN mkdir -p /opt/venv/share/triton && if /opt/venv/bin/pip show -qq triton; then \
-        /opt/venv/bin/python -c 'from service.model.attention import triton_stub; triton_stub.build()'; fi
+        /opt/venv/bin/python -c 'from service.model.attention import triton_launcher; triton_launcher.build()'; fi
 COPY model_store/demo /models/demo
 RUN chmod -R a+rX /models
 
@@ -60,7 +60,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     XLORA_HOST=0.0.0.0 \
     XLORA_MODEL=/models/demo \
-    TRITON_CACHE_MANAGER=service.model.attention.triton_stub:ShippedCache
+    TRITON_CACHE_MANAGER=service.model.attention.triton_launcher:ShippedCache
 # Copied, not mounted: buildah would not see that the wheel has changed, and take the layer of an older one.
 COPY --from=wheel /wheel /wheel
 # hadolint ignore=DL3042

@@ -67,7 +67,7 @@ test-min: .venv-min/.test ## model and checkpoint tests on the oldest supported 
 
 check-gpu: .venv-gpu/.triton ## before a release: what can be known of the GPU path without a GPU; ARGS='-m "not slow"' for a sample
 	@PYTHONPATH=.venv-gpu TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests/model/attention/test_triton.py $(ARGS)
-	@PYTHONPATH=.venv-gpu $(BIN)/python -m pytest -n 2 --dist worksteal -o faulthandler_timeout=1800 tests/gpu_checks tests/model/attention/test_triton_stub.py $(ARGS)
+	@PYTHONPATH=.venv-gpu $(BIN)/python -m pytest -n 2 --dist worksteal -o faulthandler_timeout=1800 tests/gpu_checks tests/model/attention/test_triton_launcher.py $(ARGS)
 
 fuzz: .venv/.dev ## fuzz bodies (schemathesis), paths and headers of the server; ARGS="300" sets the cases per operation
 	@$(BIN)/python -m tests.fuzz $(ARGS)

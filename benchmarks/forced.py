@@ -64,7 +64,7 @@ class PlainBase(XLoraModel):
 
     def first_gated_row(self, batch: Batch) -> int:
         """Experts act on no row."""
-        return batch.rows.shape[1]
+        return batch.fields.shape[1]
 
 
 class PlainNative(NativeStep):

@@ -57,7 +57,7 @@ class NoStep:
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
         """Logits by the kind of row, some gate logits, no hidden states."""
         gate = self._gate[: batch.num_scaling_rows]
-        hidden = torch.empty(batch.rows.shape[1], 0)
+        hidden = torch.empty(batch.fields.shape[1], 0)
         return ForwardOutput(self._logits[batch.is_scaling[batch.logit_rows]], gate, gate, hidden)
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> torch.Tensor:

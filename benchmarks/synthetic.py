@@ -188,7 +188,7 @@ class RealRowsOnly:
             logits = scalings.new_zeros(len(batch.logit_rows), self._vocabulary)
             return ForwardOutput(logits, scalings, scalings, scalings)
         logit_rows = (batch.logit_rows - dropped).clamp_min(0)
-        output = self._inner.forward(Batch(batch.rows[:, dropped:], 0, logit_rows, groups), kv_cache)
+        output = self._inner.forward(Batch(batch.fields[:, dropped:], 0, logit_rows, groups), kv_cache)
         return ForwardOutput(output.logits, scalings, scalings, output.hidden)
 
 

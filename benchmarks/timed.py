@@ -73,7 +73,7 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
 
     clocks = Clocks(Path(os.environ[VARIABLE]))
     reporter: Any = GateReporter
-    for name in ("launch", "settle", "report", "log", "flush"):
+    for name in ("launch", "keep_final", "report", "log", "flush"):
         setattr(reporter, name, clocks.around(getattr(reporter, name), _ENGINE))
     return loader.load_engine(options, on_progress, on_lost)
 

@@ -166,41 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --plan: free memory of the GPU to plan for, as 80GiB; the GPU need not be in this machine",
     )
     _add_settings(check, (*_SOURCE_FLAGS, "eos_from_tokenizer", "device", "dtype", *PLAN_FLAGS))
-    distill = _command(commands, "distill", "service.commands.distill", "give a bundle a draft head and a draft layer")
-    distill.add_argument("directory", metavar="DIR", help="the bundle, which is changed")
-    distill.add_argument(
-        "--prompts",
-        required=True,
-        metavar="FILE",
-        help='texts as users send them: a line each, or JSON Lines with {"prompt": "..."}',
+    _add_distill(
+        _command(commands, "distill", "service.commands.distill", "give a bundle a draft head and a draft layer")
     )
-    distill.add_argument(
-        "--max-tokens", type=_positive, default=128, metavar="N", help="most tokens to write after each (default 128)"
-    )
-    distill.add_argument(
-        "--depth",
-        type=_positive,
-        default=4,
-        metavar="M",
-        help="tokens to draft at once (default 4); 1: with the draft head alone",
-    )
-    distill.add_argument("--size", type=_positive, metavar="N", help="width of the head; default: by the base's")
-    distill.add_argument(
-        "--layer-size", type=_positive, metavar="N", help="width of the layer's MLP; default: by the base's"
-    )
-    distill.add_argument(
-        "--steps",
-        type=_positive,
-        default=3000,
-        metavar="N",
-        help="steps of the layer's training (default 3000); the head's takes half as many",
-    )
-    distill.add_argument(
-        "--work",
-        metavar="DIR",
-        help="where texts, lessons and the training's state are kept; the same one again goes on with a killed run",
-    )
-    _add_settings(distill, ("base", "device", "dtype", "threads", "allow_outside"))
     _add_convert(_command(commands, "convert", "service.commands.convert", "write any X-LoRA checkpoint as a bundle"))
     for one in (parser, *commands.choices.values()):
         one.siblings = commands.choices
@@ -231,6 +199,43 @@ def _add_scalings(parser: Parser) -> None:
     )
     parser.add_argument("--png", metavar="FILE", help="also save a heat map (needs the extra `plot`)")
     _add_settings(parser, _ENGINE_FLAGS)
+
+
+def _add_distill(parser: Parser) -> None:
+    parser.add_argument("directory", metavar="DIR", help="the bundle, which is changed")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help='texts as users send them: a line each, or JSON Lines with {"prompt": "..."}',
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=128, metavar="N", help="most tokens to write after each (default 128)"
+    )
+    parser.add_argument(
+        "--depth",
+        type=_positive,
+        default=4,
+        metavar="M",
+        help="tokens to draft at once (default 4); 1: with the draft head alone",
+    )
+    parser.add_argument("--size", type=_positive, metavar="N", help="width of the head; default: by the base's")
+    parser.add_argument(
+        "--layer-size", type=_positive, metavar="N", help="width of the layer's MLP; default: by the base's"
+    )
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        default=3000,
+        metavar="N",
+        help="steps of the layer's training (default 3000); the head's takes half as many",
+    )
+    parser.add_argument(
+        "--work",
+        metavar="DIR",
+        help="where texts, lessons and the training's state are kept; the same one again goes on with a killed run",
+    )
+    _add_settings(parser, ("base", "device", "dtype", "threads", "allow_outside"))
 
 
 def _add_convert(parser: Parser) -> None:

@@ -1,8 +1,8 @@
-"""The grammar of a text, as a mask over the vocabulary for every next token. No torch, no HTTP.
+"""Grammars for structured output: a mask over the vocabulary for every next token. No torch, no HTTP.
 
-llguidance does the work; it is imported where the first grammar is compiled, because few processes need one. A grammar
-is compiled once and shared, and each choice moves a `Cursor` of its own through it. What comes next after tokens that
-are not accepted yet (drafts) is looked up on a copy: a wrong draft leaves nothing behind.
+llguidance does the work; it is imported when the first grammar is compiled, because few processes need it. A grammar is
+compiled once and shared, and every choice has a `Cursor` of its own. Masks after drafts, which are not accepted yet,
+are computed on a copy of the cursor's matcher, so that a wrong draft changes nothing.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from service.tokenizer_files import open_tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# Every way to write a text in tokens is allowed. Where a grammar leaves no choice, the library would else allow only
-# the tokens in which the tokenizer writes it, and those may be special ones or lie beyond the model's vocabulary.
+# Allows every tokenization of a text. Otherwise, where a grammar leaves no choice, llguidance would allow only the
+# tokenizer's own tokenization, whose tokens may be special, or outside of the model's vocabulary.
 _OPTIONS = '%llguidance {"no_forcing": true}\n'
-_CACHED = 64  # grammars kept, the last used ones
-# Of the lexer and the parser, at each step: a mask takes some 30 ms at worst.
+_MAX_CACHED = 64  # grammars; the least recently used is dropped
+# Limits of lexer and parser per step: with them, a mask takes some 30 ms at worst.
 _MAX_STATES = 50_000
 _MAX_FUEL = 500_000
 _MAX_ITEMS = 20_000
 _MAX_SYMBOLS = 100_000
-# Of a part alone in short texts: that leaves room for long ones, and for what else stands in the grammar.
+# Lower limits for a part of a grammar in short texts, which leave room for long texts and for the other parts.
 _REHEARSALS = 4
 _REHEARSED_TOKENS = 128
 _REHEARSED_STATES = 6_000
 _REHEARSED_FUEL = 200_000
-# What llguidance adds to its errors: the place, the expression with a line that points into it, the source.
+# The parts of llguidance's errors that are removed: position, expression with a pointer into it, source.
 _LISTING = re.compile(r"\n\s*\d+ \|.*", re.DOTALL)
 _OF_REGEX = re.compile(
     r"at \d+\(\d+\): invalid regex .*(?:\nerror: |\(in regex\): )(.*?)(?: in regex /.*)?\s*", re.DOTALL
 )
-_MASKED_TOKENS = 8  # of a text that is taken in again: computing a mask gives the lexer new fuel
+_MASKED_TOKENS = 8  # between masks when a text is consumed again: computing a mask gives the lexer new fuel
 
 
 class GrammarError(InvalidRequestError):
-    """A grammar is at fault. Who knows the field of the request that asks for it names that."""
+    """A grammar is invalid or too complex. `param` is replaced where the request's field is known."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, param="response_format", code="invalid_response_format", hint=hint)
 
 
 class _LexerError(GrammarError):
-    """The lexer of a grammar has as many states as it may have, or a step of it took too long. It is of no more use."""
+    """The lexer of a grammar has reached its limit of states, or a step took too long. It cannot be used any more."""
 
 
 class Cursor:
-    """How far one text has come in its grammar."""
+    """The state of one text in its grammar."""
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
         self._version, self._matcher = grammar.matcher()
         self._accepted: list[int] = []
-        self._masks: dict[tuple[int, ...], bytes] = {}  # after these pending tokens
-        self._ahead: LLMatcher | None = None  # a copy that has taken in the pending tokens below
-        self._taken: tuple[int, ...] = ()
+        self._masks: dict[tuple[int, ...], bytes] = {}  # by pending tokens
+        self._ahead: LLMatcher | None = None  # a copy that has consumed the pending tokens below
+        self._consumed: tuple[int, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -73,18 +73,18 @@ class Cursor:
         return self._matcher.is_stopped()
 
     def accept(self, token: int) -> None:
-        """Moves on. Raises GrammarError where the grammar cannot go on."""
+        """Consumes an accepted token. Raises GrammarError when the grammar cannot continue."""
         self._accepted.append(token)
         if not self._matcher.consume_token(token):
             self._renew()
         self._masks = {key[1:]: mask for key, mask in self._masks.items() if key[:1] == (token,)}
-        self._ahead, self._taken = None, ()
+        self._ahead, self._consumed = None, ()
 
     def allowed(self, pending: Sequence[int] = ()) -> bytes:
-        """The tokens that may follow the accepted ones and `pending`, which may be wrong: bit i % 8 of byte i // 8.
+        """The mask of tokens that may follow the accepted ones and `pending`: token i is bit i % 8 of byte i // 8.
 
-        After wrong ones anything may: what is sampled there is never used. Raises GrammarError where the
-        grammar is too complex, or no token of the vocabulary fits.
+        After pending tokens that the grammar rejects, all tokens are allowed, because a token sampled there is never
+        used. Raises GrammarError when the grammar is too complex, or no token of the vocabulary fits.
         """
         key = tuple(pending)
         if key not in self._masks:
@@ -96,13 +96,13 @@ class Cursor:
         return self._masks[key]
 
     def fitting(self, tokens: list[int]) -> int:
-        """How many of `tokens` the grammar allows, from the first on."""
+        """The number of leading `tokens` that the grammar allows."""
         return self._matcher.validate_tokens(tokens)
 
     def _renew(self) -> None:
-        """Begins again with an empty lexer. Raises GrammarError where this text alone fills it."""
+        """Starts again with an empty lexer. Raises GrammarError if this text alone exceeds its limits."""
         self._version, self._matcher = self._grammar.matcher(after=self._version)
-        self._ahead, self._taken = None, ()
+        self._ahead, self._consumed = None, ()
         for start in range(0, len(self._accepted), _MASKED_TOKENS):
             self._matcher.compute_bitmask()
             if not self._matcher.consume_tokens(self._accepted[start : start + _MASKED_TOKENS]):
@@ -111,31 +111,31 @@ class Cursor:
     def _look(self, pending: tuple[int, ...]) -> bytes:
         if not pending:
             return self._mask(self._matcher)
-        if self._ahead is None or pending[: len(self._taken)] != self._taken:
-            self._ahead, self._taken = self._matcher.deep_copy(), ()
-        new = list(pending[len(self._taken) :])
+        if self._ahead is None or pending[: len(self._consumed)] != self._consumed:
+            self._ahead, self._consumed = self._matcher.deep_copy(), ()
+        new = list(pending[len(self._consumed) :])
         try:
             if self._ahead.try_consume_tokens(new) == len(new):
-                self._taken = pending
+                self._consumed = pending
                 return self._mask(self._ahead)
             if self._ahead.is_error():
                 raise _exhausted(self._ahead)
         except _LexerError:
             raise
         except GrammarError:
-            pass  # it will be raised again if the text comes here
-        self._ahead, self._taken = None, ()
+            pass  # it is raised again if the drafts are accepted
+        self._ahead, self._consumed = None, ()
         return self._grammar.anything
 
     def _mask(self, matcher: LLMatcher) -> bytes:
-        mask = self._grammar.cut(matcher.compute_bitmask())
+        mask = self._grammar.restrict(matcher.compute_bitmask())
         if matcher.is_error() or not any(mask):
             raise _exhausted(matcher)
         return mask
 
 
 class Grammar:
-    """A compiled grammar. Its cursors share a lexer, which keeps its states; one with too many is replaced."""
+    """A compiled grammar. Its cursors share a lexer, which caches its states, and is replaced when it has too many."""
 
     def __init__(self, make: Callable[[], LLMatcher], vocab_size: int) -> None:
         self._make = make
@@ -143,23 +143,23 @@ class Grammar:
         self.anything = ((1 << vocab_size) - 1).to_bytes(-(-vocab_size // 8), "little")  # a mask of all tokens
 
     def start(self) -> Cursor:
-        """A cursor at the beginning."""
+        """A cursor at the beginning of a text."""
         return Cursor(self)
 
-    def cut(self, mask: bytes) -> bytes:
-        """A mask without the tokens beyond the model's vocabulary, which are never sampled."""
+    def restrict(self, mask: bytes) -> bytes:
+        """A mask without tokens outside of the model's vocabulary, which are never sampled."""
         size = len(self.anything)
         return mask[: size - 1] + bytes([mask[size - 1] & self.anything[-1]])
 
     def matcher(self, after: int = -1) -> tuple[int, LLMatcher]:
-        """A matcher at the beginning and the version of its lexer, which is a later one than `after`."""
+        """The version of a lexer, later than `after`, and a matcher of it at the beginning of a text."""
         if after == self._version:
             self._version, self._matcher = self._version + 1, self._make()
         return self._version, self._matcher.deep_copy()
 
 
 class GrammarCompiler:
-    """Structured output to grammars over one vocabulary."""
+    """Compiles grammar specs into grammars over one vocabulary."""
 
     def __init__(self, tokenizer_path: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer_path = tokenizer_path
@@ -167,26 +167,24 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
 
-    def compile(self, form: GrammarSpec) -> Grammar:
-        """Raises GrammarError for what is no grammar, is too complex, or fits no text of this vocabulary."""
-        source = _source(form)
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        """Raises GrammarError for a spec that is invalid, too complex, or fits no text of this vocabulary."""
+        source = _source(spec)
         grammar = Grammar(lambda: self._matcher(source, _MAX_STATES, _MAX_FUEL), self._vocab_size)
         grammar.start().allowed()
         return grammar
 
     def fits(self, terminal: str) -> bool:
-        """Whether a terminal of a grammar can be written at all. Raises GrammarError for one that is none, or
-        is too complex.
-        """
+        """Whether any text of the vocabulary fits a terminal. Raises GrammarError if it is invalid or too complex."""
         matcher = self._matcher(f"{_OPTIONS}start: TERMINAL\nTERMINAL: {terminal}", _MAX_STATES, _MAX_FUEL)
         matcher.compute_bitmask()
         if matcher.is_error() and not _has_no_text(matcher):
             raise _exhausted(matcher)
         return not matcher.is_error()
 
-    def rehearse(self, form: GrammarSpec) -> None:
-        """Writes short texts of a grammar. Raises GrammarError where long ones would be too complex."""
-        source = _source(form)
+    def rehearse(self, spec: GrammarSpec) -> None:
+        """Generates short random texts of a grammar. Raises GrammarError if long ones would be too complex."""
+        source = _source(spec)
         for seed in range(_REHEARSALS):
             chance = random.Random(seed)
             matcher = self._matcher(source, _REHEARSED_STATES, _REHEARSED_FUEL)
@@ -229,31 +227,31 @@ class GrammarCompiler:
 
 
 class Grammars:
-    """The grammars in use; new ones are compiled beside the caller, in a thread. Call it from one thread."""
+    """A cache of grammars, which are compiled in another thread. Call it from one thread."""
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._found: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
+        self._cached: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
 
-    def find(self, form: GrammarSpec) -> Future[Grammar]:
-        """The compiled grammar of a spec, now or soon; its error is GrammarError."""
-        found = self._found.pop(form, None)
+    def find(self, spec: GrammarSpec) -> Future[Grammar]:
+        """The future grammar of a spec; its exception is a GrammarError."""
+        found = self._cached.pop(spec, None)
         if found is None:
-            found = self._thread.submit(self._compiler.compile, form)
-        self._found[form] = found
-        if len(self._found) > _CACHED:
-            self._found.popitem(last=False)
+            found = self._thread.submit(self._compiler.compile, spec)
+        self._cached[spec] = found
+        if len(self._cached) > _MAX_CACHED:
+            self._cached.popitem(last=False)
         return found
 
 
-def _source(form: GrammarSpec) -> str:
-    """The text that the library compiles."""
+def _source(spec: GrammarSpec) -> str:
+    """The grammar as llguidance's source text."""
     from llguidance import LLMatcher
 
-    if form.grammar is not None:
-        return _OPTIONS + form.grammar
-    made: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(form.regex or ""))  # which knows what to escape
+    if spec.grammar is not None:
+        return _OPTIONS + spec.grammar
+    made: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(spec.regex or ""))  # does the escaping
     return _OPTIONS + str(made["grammars"][0]["lark_grammar"])
 
 
@@ -269,7 +267,7 @@ def _has_no_text(matcher: LLMatcher) -> bool:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """Return llguidance's message, without its own advice and the grammar, which no caller has written."""
+    """llguidance's message, without its advice and without the grammar, which was not written by the caller."""
     message = _LISTING.sub("", matcher.get_error().replace("\n<non-verbose/>", ""))
     found = _OF_REGEX.fullmatch(message)
     return " ".join((found[1] if found else message).split())[:300]

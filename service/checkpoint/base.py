@@ -1,8 +1,8 @@
-"""The base model's folder, as far as the checkpoint must know it: config.json, tensor shapes, what ends a text, and
-whether tokenizer and chat template open as serving opens them.
+"""Reads the base model's folder: config.json, tensor shapes, end-of-text tokens; and opens its tokenizer and chat
+template as serving does.
 
-Knows files, shapes and names of fields, whatever the family: what the fields mean together is for the model to say. It
-does not know transformers or any architecture, and loads no weights.
+Knows files, shapes and names of fields of any family; what the fields mean together is checked by model/loading/. Knows
+neither transformers nor architectures, and loads no weights.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from service.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, TokenizerFiles
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What transformers' modules of text with images are called, and the same in the files of Gemma 3 and its like.
+# The prefix of multimodal models' text modules in transformers, and in the files of Gemma 3 and similar models.
 TEXT_MODEL = ("model.language_model.", "language_model.model.")
 HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # as Llama, GPT-2 and GPT-NeoX call them
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # the names in Llama, GPT-2 and GPT-NeoX
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 MAX_SHARDS = 10_000
 # transformers would load these instead of the files that are checked here.
@@ -38,7 +38,7 @@ LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 # Numbers of modules, which are built one by one; widths are not among them, and neither are positions.
 MODULE_COUNT = re.compile(r"num_\w+|\w+_(layers|experts|heads)|n_(head|\w+_experts)")
 MAX_LAYERS = 1000  # building one costs a millisecond or two; the deepest models have 130
-MOST_MODULES = 4096  # of one kind, where the weights have neither so many tensors nor one so long
+MAX_MODULES = 4096  # of one kind, unless the weights have more tensors, or a tensor with a longer side
 REFUSED_FIELDS = {
     "quantization_config": "use the model's float32, float16 or bfloat16 weights",
     "transformers_weights": "the weights are model.safetensors, or what its index names",
@@ -51,7 +51,7 @@ FAST_TOKENIZER = "save the base with a fast tokenizer: AutoTokenizer(...).save_p
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What the base's headers say; `shapes` maps tensor names to shapes."""
+    """The base's configuration and the headers of its files; `shapes` maps tensor names to shapes."""
 
     path: Path
     config: dict[str, Any]
@@ -62,7 +62,7 @@ class BaseModel:
 
     @property
     def hidden_size(self) -> int | None:
-        """None when config.json has it under no known name."""
+        """The hidden size; None when config.json has it under no known name."""
         return _integer(self.config, HIDDEN_SIZE_KEYS)
 
     @property
@@ -73,7 +73,7 @@ class BaseModel:
 
     @cached_property
     def modules(self) -> list[str]:
-        """Modules with a matrix, in file order: what an adapter can name."""
+        """Names of the modules with a matrix, which adapters may target, in file order."""
         suffix = ".weight"
         return [name.removesuffix(suffix) for name, s in self.shapes.items() if name.endswith(suffix) and len(s) == 2]
 
@@ -95,13 +95,13 @@ class BaseModel:
 
     @property
     def parameters(self) -> int:
-        """Numbers in all files."""
+        """The number of parameters in all files."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def read_base(root: BundleRoot, path: Path, defects: Defects, *, eos_from_tokenizer: bool = False) -> BaseModel:
-    """Read the folder's configuration and every safetensors header, and open its tokenizer, whose eos token ends texts
-    too where that is asked for.
+    """Reads the folder's configuration and all safetensors headers, and opens its tokenizer. With `eos_from_tokenizer`,
+    the tokenizer's eos token ends texts, too.
     """
     with defects.guard():
         root.require_links_inside(path)
@@ -160,7 +160,7 @@ def _read_shards(root: BundleRoot, path: Path, defects: Defects) -> tuple[tuple[
 
 
 def stored_dtype(base: Path) -> str:
-    """What config.json says that the base's weights are, as torch names it."""
+    """The dtype that config.json states for the base's weights, by torch's name."""
     config = json.loads((base / "config.json").read_text())
     own = config.get("text_config")
     sections = [config, own if isinstance(own, dict) else {}]
@@ -171,10 +171,10 @@ def stored_dtype(base: Path) -> str:
 def check_base_config(
     config: Mapping[str, Any], source: Path, shapes: Mapping[str, tuple[int, ...]], defects: Defects
 ) -> None:
-    """Reports what no weights of these `shapes` can fill, before anything is built that is as large as the numbers."""
-    layers = min(_most_layers(shapes), MAX_LAYERS)
+    """Reports sizes that weights of these `shapes` cannot fill, before any modules of these sizes are built."""
+    layers = min(_max_layers(shapes), MAX_LAYERS)
     longest = max((size for shape in shapes.values() for size in shape), default=0)
-    modules = max(len(shapes), longest, MOST_MODULES)
+    modules = max(len(shapes), longest, MAX_MODULES)
     for name, value in _fields(config):
         field = name.rpartition(".")[2]
         if field in REFUSED_FIELDS and value:
@@ -184,14 +184,14 @@ def check_base_config(
         elif field.endswith(("_eps", "_epsilon")) and isinstance(value, int | float) and value < 0:
             defects.add(defect(source, f"{name}: expected at least 0, found {value!r:.80}"))
         elif isinstance(value, int | float) and MODULE_COUNT.fullmatch(field):
-            most = layers if field in LAYER_COUNTS else modules
-            if value > most:
-                problem = f"{name}: expected at most {most}, which the weights can fill, found {value!r:.40}"
+            limit = layers if field in LAYER_COUNTS else modules
+            if value > limit:
+                problem = f"{name}: expected at most {limit}, which the weights can fill, found {value!r:.40}"
                 defects.add(defect(source, problem))
 
 
 def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every field at any depth, by its dotted name."""
+    """The fields at any depth, by their dotted names."""
     pending: list[tuple[str, Any]] = [("", config)]
     while pending:
         prefix, section = pending.pop()
@@ -201,8 +201,8 @@ def _fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 pending.append((f"{prefix}{key}.", value))
 
 
-def _most_layers(names: Collection[str]) -> int:
-    """The longest list of layers: different first numbers after the same beginning of a name."""
+def _max_layers(names: Collection[str]) -> int:
+    """The length of the longest list of layers: distinct first numbers after the same beginning of a name."""
     numbers: dict[str, set[str]] = {}
     for name in names:
         if match := LAYER_NUMBER.match(name):
@@ -220,7 +220,7 @@ def check_tokenizer(root: BundleRoot, folder: Path, defects: Defects) -> tuple[s
             files = TokenizerFiles.read(folder, root.json)
         with naming(path, "no tokenizer", FAST_TOKENIZER):
             tokenizer = files.open()
-            tokenizer.encode(UNUSUAL_TEXT)  # what the vocabulary lacks shows only now
+            tokenizer.encode(UNUSUAL_TEXT)  # reveals a vocabulary without fallback tokens
         for problem in files.unlike_transformers(tokenizer):
             defects.warn(folder / CONFIG_FILE, problem)
         eos = files.special_tokens.get("eos_token")

@@ -1,7 +1,7 @@
 """XLoraConfig: the checkpoint's configuration, with PEFT's field names plus two of the original library's.
 
-Knows the fields, their types and ranges. Does not know how many experts or sites there are, so `top_k_lora <= E` and
-the classifier's shapes are checked where those are known (bundle.py, classifier.py).
+Knows the fields, their types and ranges. Does not know the numbers of experts and sites, so `top_k_lora <= E` and the
+classifier's shapes are checked where those are known (bundle.py, classifier.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NULLABLE_FIELDS = frozenset({"top_k_lora", "scaling_pass_value"})
 
 @dataclass(frozen=True, slots=True)
 class XLoraConfig:
-    """What the gate computes (DESIGN section 2); PEFT's `XLoraConfig` field by field."""
+    """The configuration of the gate (DESIGN section 2); the fields are those of PEFT's `XLoraConfig`."""
 
     hidden_size: int
     xlora_depth: int = 1
@@ -55,7 +55,7 @@ class XLoraConfig:
 
     @classmethod
     def knows(cls, name: str) -> bool:
-        """Whether a field is one of these, or one that means nothing here."""
+        """Whether a field is one of these, or one that is ignored."""
         return name in IGNORED_FIELDS or name in (field.name for field in fields(cls))
 
     @classmethod
@@ -82,7 +82,7 @@ class XLoraConfig:
 
 
 def warn_of_unused(name: str, value: Any, source: Path, defects: Defects) -> bool:
-    """Whether an unknown field asks for nothing, as those that newer libraries have added and nobody has set."""
+    """Warns of an unknown field that is unset, as those that newer libraries add. Returns whether it is unset."""
     if not (value is None or value is False or value in ("", [], {})):
         return False
     defects.warn(source, f"unknown config key {name!r} is ignored: {value!r} asks for nothing")

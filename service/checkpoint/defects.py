@@ -1,7 +1,7 @@
-"""How a defect is worded and whether reading goes on after one.
+"""Defects: their wording, and whether reading continues after one.
 
 Knows nothing about what is being read. `defect` makes every message one line that begins with the file; `Defects`
-either raises the first defect (loading) or keeps all of them (`xlora-serve check`), so both walk the same code.
+either raises the first defect (loading) or collects all of them (`xlora-serve check`), so both run the same code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Self
 from service.contract.errors import CheckpointError, XLoraError
 
 MAX_MESSAGE = 2000  # characters: a name inside a damaged file may be megabytes long
-MAX_DEFECTS = 100  # of one checkpoint: whoever has more wants to know the kind, not the number
-MAX_KNOWN = 10_000  # names that a hint is chosen from; among more, none is looked for
-MAX_COMPARED = 100  # of those, as many as share most with the name: comparing one costs a tenth of a millisecond
+MAX_DEFECTS = 100  # of one checkpoint: beyond, their kind matters and not their number
+MAX_KNOWN = 10_000  # names that a hint is chosen from; with more, there is no hint
+MAX_COMPARED = 100  # of those, the ones most like the name: comparing one costs a tenth of a millisecond
 
 
 class TooManyDefects(CheckpointError):
-    """Nothing more is looked for."""
+    """There are more than MAX_DEFECTS defects; reading ends."""
 
 
 def one_line(text: str) -> str:
@@ -39,13 +39,13 @@ def defect(file: Path | str, problem: str, hint: str | None = None) -> Checkpoin
 
 @contextmanager
 def naming(file: Path | str, problem: str, hint: str | None = None) -> Iterator[None]:
-    """Makes whatever a library raises inside a defect of `file`: `problem`, then the library's own words."""
+    """Turns any exception of a library into a defect of `file`: `problem`, then the library's message."""
     try:
         yield
     except (XLoraError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        # what Python says of a recursion depends on where it was when the stack was full
+        # the message of a RecursionError depends on where the stack was full
         said = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise defect(file, f"{problem}: {type(error).__name__}: {said:.300}", hint) from error
 
@@ -61,7 +61,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
 
 def _shared_ends(first: str, second: str) -> int:
-    """Characters that two names have in common at their beginning and at their end."""
+    """The number of characters that two names have in common at the beginning and at the end."""
     ends = commonprefix([first[::-1], second[::-1]])  # noqa: RUF071 (by characters is meant)
     return len(ends) + len(commonprefix([first, second]))  # noqa: RUF071
 
@@ -74,7 +74,7 @@ def shorten(names: Iterable[str], limit: int = 3) -> str:
 
 
 class Defects:
-    """Receives defects. With `keep_going` they pile up in `errors`; without, the first one is raised."""
+    """Receives defects. With `keep_going` they are collected in `errors`; without, the first one is raised."""
 
     def __init__(self, *, keep_going: bool = False) -> None:
         self.keep_going = keep_going
@@ -90,12 +90,12 @@ class Defects:
             raise TooManyDefects(f"more than {MAX_DEFECTS - 1} defects: the rest is not looked at")
 
     def warn(self, file: Path | str, text: str) -> None:
-        """Record what is no defect, and what an operator should know of; the first so many."""
+        """Records an oddity that is no defect, but that the operator should know of; the first MAX_DEFECTS."""
         if len(self.warnings) < MAX_DEFECTS:
             self.warnings.append(one_line(f"{file}: {text}"))
 
     def guard(self) -> Self:
-        """`with defects.guard():` runs one independent step; when a defect ends it, the steps after it still run."""
+        """`with defects.guard():` runs one independent part; when a defect ends it, later parts still run."""
         return self
 
     def __enter__(self) -> None:

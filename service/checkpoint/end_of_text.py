@@ -1,6 +1,6 @@
-"""Which tokens end a text: what generation_config.json or config.json says, and what the tokenizer names.
+"""The end-of-text tokens, by generation_config.json or config.json, and by the tokenizer.
 
-Knows files and ids. An id that is no token of the model ends nothing, in transformers as here, and is worth a warning.
+Knows files and ids. An id outside the vocabulary ends nothing, here as in transformers, and causes a warning.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def read_eos_token_ids(
     *,
     from_tokenizer: bool,
 ) -> tuple[int, ...]:
-    """generation_config.json overrides config.json, as in transformers' generate. `named` is the tokenizer's eos token,
-    which transformers leaves alone; with `from_tokenizer` it ends texts too.
+    """The end-of-text ids. generation_config.json overrides config.json, as in transformers' generate. `named` is the
+    tokenizer's eos token, which transformers ignores; with `from_tokenizer` it ends texts, too.
 
-    Raises CheckpointError for what is no number, and where `from_tokenizer` asks for a token that is not there.
+    Raises CheckpointError for ids that are no numbers, and if `from_tokenizer` needs a token that is missing.
     """
     source = base / "config.json"
     stated = read_ids(config.get("eos_token_id"), source, vocabulary)
@@ -54,7 +54,7 @@ def read_eos_token_ids(
 
 
 def read_ids(value: Any, source: Path, vocabulary: int | None) -> tuple[int, ...]:
-    """`eos_token_id` as a tuple: an id, several, or none. Raises CheckpointError for what is no whole number."""
+    """`eos_token_id` as a tuple of ids. Raises CheckpointError for any that is no whole number."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for id in ids:
         if type(id) is not int:

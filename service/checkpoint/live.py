@@ -1,7 +1,7 @@
-"""A live PEFT XLoraModel -> a bundle, without going through PEFT's own save (which drops tensors since 0.20).
+"""Writes a live PEFT XLoraModel as a bundle, without PEFT's own save (which drops tensors since 0.20).
 
-Knows the attributes of PEFT's classes and imports none of them: nothing that serves loads PEFT. What the model
-computes is what is written: weights, scales and orders are read from the modules, not from configurations.
+Knows the attributes of PEFT's classes and imports none of them, because a server must not need PEFT. Weights, scales
+and orders are read from the modules, not from configurations, so that the bundle computes what the model computes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.checkpoint.defects import Defects, defect
 from service.checkpoint.formats.writer import expert_folder, staged, write_adapter, write_bundle
 from service.checkpoint.weights.lora import check_adapter_config, ranks_and_scales
 
-SOURCE = Path("model")  # what errors name
+SOURCE = Path("model")  # the file name in errors
 
 
 def export(
@@ -76,7 +76,7 @@ def _find_xlora(model: nn.Module) -> Any:
 
 
 def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
-    """{site: PEFT's layer} in the order in which PEFT numbered them: row s of the classifier is layer s."""
+    """{site: PEFT's layer} in PEFT's numbering: row s of the classifier is layer s."""
     numbered = {}
     for site, module in causal_lm.named_modules():
         layer: Any = getattr(module.forward, "__self__", None)
@@ -88,7 +88,7 @@ def _lora_layers(causal_lm: nn.Module) -> dict[str, Any]:
 
 
 def _class_order(layers: Mapping[str, Any]) -> list[str]:
-    """Column j of the scalings weights `active_adapters[j]`; the same in every layer."""
+    """The adapters in class order: column j of the scalings weights `active_adapters[j]`, in every layer."""
     orders = {tuple(module.active_adapters) for module in layers.values()}
     if len(orders) != 1:
         raise defect(SOURCE, f"expected the same active adapters in every layer, found {sorted(orders)!r:.120}")
@@ -96,7 +96,7 @@ def _class_order(layers: Mapping[str, Any]) -> list[str]:
 
 
 def _config(xlora: Any) -> XLoraConfig:
-    """As the classifier uses it now: PEFT's setters change it."""
+    """The configuration that the classifier uses now, since PEFT's setters change it."""
     given = dataclasses.asdict(xlora.xlora_config)
     known = {field.name for field in dataclasses.fields(XLoraConfig)}
     unknown = [key for key, value in given.items() if key not in known and key not in IGNORED_FIELDS and value]
@@ -112,7 +112,7 @@ def _classifier(classifier: Any) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _write_base(causal_lm: Any, folder: Path) -> None:
-    """The base under its own names: PEFT has put its layers around the adapted modules."""
+    """Writes the base under its own tensor names, without PEFT's layers around the adapted modules."""
     weights = {}
     for key, tensor in causal_lm.state_dict().items():
         if ".lora_" not in key:
@@ -123,9 +123,9 @@ def _write_base(causal_lm: Any, folder: Path) -> None:
 def _write_live_expert(
     folder: Path, adapter: str, config: dict[str, Any], layers: Mapping[str, Any], base: str | None
 ) -> None:
-    """One adapter from the modules' own tensors and scales."""
+    """Writes one adapter from the modules' own tensors and scales."""
     if base is None:
-        config["init_lora_weights"] = True  # whatever it did to the base is in the base that is written
+        config["init_lora_weights"] = True  # the written base contains any change that another value has made to it
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config |= {"base_model_name_or_path": base or "../../base", "inference_mode": True}
     config["peft_type"] = "LORA"
@@ -150,7 +150,7 @@ def _write_live_expert(
 
 
 def _check_layer(site: str, module: Any, adapter: str) -> None:
-    """Refuses what would make the layer compute something else than its A, B and scale."""
+    """Refuses settings under which the layer computes anything else than its A, B and scale."""
     if module.merged:
         raise defect(SOURCE, f"{site}: expected adapters that are not merged", "call unmerge_adapter() first")
     if module.use_dora.get(adapter):
@@ -161,7 +161,7 @@ def _check_layer(site: str, module: Any, adapter: str) -> None:
 
 
 def _fit_scale(config: dict[str, Any], site: str, scale: float, rank: int) -> None:
-    """Make the patterns of `config` give exactly this rank and scale at `site`, which were changed after them."""
+    """Makes the patterns of `config` give this rank and scale at `site`, where they were changed after training."""
     key = site.replace(".", r"\.")
     config["rank_pattern"] = {key: rank, **(config.get("rank_pattern") or {})}
     config["alpha_pattern"] = {key: scale * (rank**0.5 if config["use_rslora"] else rank), **config["alpha_pattern"]}

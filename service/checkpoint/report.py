@@ -1,6 +1,6 @@
-"""What `xlora-serve check DIR` prints: a readable summary of a good bundle, or every defect of a bad one.
+"""The report of `xlora-serve check DIR`: a summary of a good checkpoint, or every defect of a bad one.
 
-Knows wording only; reading and checking are bundle.py's.
+Knows wording only; bundle.py reads and checks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def find_problems(
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """A summary of several lines for people."""
+    """A summary in several lines."""
     sites = checkpoint.sites or sorted({site for expert in checkpoint.experts for site in expert.weights})
     origin = "the checkpoint" if checkpoint.sites else "the experts; the model decides their order"
     lines = [
@@ -104,9 +104,9 @@ def _draft_layer(checkpoint: Checkpoint) -> str:
     layer = checkpoint.draft_layer
     if layer is None:
         return "absent; xlora-serve distill makes one"
-    shares = " ".join(f"{share:.2f}".removeprefix("0") for share in layer.agreement.tolist())
+    rates = " ".join(f"{rate:.2f}".removeprefix("0") for rate in layer.agreement.tolist())
     parameters = sum(tensor.numel() for tensor in layer.tensors().values())
-    return f"depth {layer.depth}, agreement {shares}, {len(layer.up)} wide, {parameters:,} parameters"
+    return f"depth {layer.depth}, agreement {rates}, {len(layer.up)} wide, {parameters:,} parameters"
 
 
 def _weight_lines(checkpoint: Checkpoint) -> list[str]:

@@ -1,8 +1,8 @@
-"""Where the parts of a checkpoint lie: what its files say, unless the operator says otherwise; hub ids become folders
-through huggingface_hub, with its cache, its token, its offline mode.
+"""Locates the parts of a checkpoint: by its files, unless the operator overrides them. Hub ids become folders through
+huggingface_hub, with its cache, its token, and its offline mode.
 
-Knows the operator's overrides and the difference between a path inside the checkpoint, a hub id, and a path that the
-operator gave. Reads no part.
+Knows the operator's overrides, and distinguishes paths inside the checkpoint, hub ids, and the operator's own paths.
+Reads no part.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` has the shape of a hub id; a relative path of two parts has it too, so look there first."""
+    """Whether `text` has the form of a hub id. A relative path of two parts has it, too: check for a folder first."""
     return HUB_ID.fullmatch(text) is not None
 
 
 def same_repository(first: str, second: str) -> bool:
-    """Whether two hub ids name one repository, whatever the revisions; the hub ignores case."""
+    """Whether two hub ids name one repository, in any revision; the hub ignores case."""
     return first.partition("@")[0].lower() == second.partition("@")[0].lower()
 
 
 def snapshot(hub_id: str, where: str, hint: str, on_progress: Callable[[str], None]) -> Path:
-    """The folder in huggingface_hub's cache that holds `hub_id`, downloaded where it is not there yet.
+    """The folder of `hub_id` in huggingface_hub's cache, downloaded if needed.
 
-    `where` is the file and field, or the flag, that named it. Raises CheckpointError when it cannot be had.
+    `where` is the file and field, or the flag, that named it. Raises CheckpointError when it is not available.
     """
     match = HUB_ID.fullmatch(hub_id)
     assert match is not None
@@ -69,7 +69,7 @@ def snapshot(hub_id: str, where: str, hint: str, on_progress: Callable[[str], No
     except LocalEntryNotFoundError as error:
         unreachable = "it is not in the local cache, and the hub cannot be reached or is switched off"
         raise defect(where, f"{problem} {unreachable}", hint) from error
-    except Exception as error:  # huggingface_hub passes on whatever its HTTP library of the day raises
+    except Exception as error:  # huggingface_hub passes on any exception of its HTTP library
         raise defect(where, f"{problem} it could not be downloaded: {error}", hint) from error
     return Path(folder)
 
@@ -91,7 +91,7 @@ def _reporter(hub_id: str, on_progress: Callable[[str], None]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What the operator says about a checkpoint, which then wins over its files."""
+    """The operator's overrides of a checkpoint's files."""
 
     base: str | None = None  # --base: a folder or a hub id
     experts: Mapping[str, str] = field(default_factory=dict)  # --expert name=path: folders or hub ids
@@ -109,7 +109,7 @@ class Overrides:
         gate_relu: bool | None = None,
         eos_from_tokenizer: bool = False,
     ) -> Overrides:
-        """From the flags' text. Raises SettingsError for an --expert that is not name=path."""
+        """The overrides of the flags' text. Raises SettingsError for an --expert that is not name=path."""
         places: dict[str, str] = {}
         for text in experts:
             name, equals, place = text.partition("=")
@@ -121,15 +121,15 @@ class Overrides:
 
 
 class Locator:
-    """Turns the texts that name folders into folders of `root`, or beside it where that is allowed."""
+    """Resolves the names of folders, inside of `root`, or outside where that is allowed."""
 
     def __init__(self, root: BundleRoot, overrides: Overrides, on_progress: Callable[[str], None]) -> None:
         self.root, self.overrides, self.on_progress = root, overrides, on_progress
 
     def base(self, text: str | None, source: Path) -> tuple[Path, str]:
-        """The base's folder, and where that is for others: its hub id or absolute path.
+        """The base's folder, and its reference for others: a hub id or an absolute path.
 
-        `text` is what `source` says, None when it says nothing.
+        `text` is the name in `source`, None if it has none.
         """
         if self.overrides.base is not None:
             folder, text = self._given(self.overrides.base, "--base"), self.overrides.base
@@ -147,13 +147,13 @@ class Locator:
         return self._stated(text, source, f"expert {name!r}", hint)
 
     def check_names(self, names: Sequence[str], source: Path) -> None:
-        """Refuses an --expert for an expert that the checkpoint has not."""
+        """Refuses an --expert for an expert that the checkpoint does not have."""
         for name in self.overrides.experts:
             if name not in names:
                 raise defect(source, f"--expert {name}: no such expert", f"it has {', '.join(names)}")
 
     def _given(self, text: str, flag: str) -> Path:
-        """A place that the operator gave: anywhere, relative to the working directory."""
+        """A folder that the operator named: anywhere, relative to the working directory."""
         folder = Path(text)
         if not folder.is_dir():
             if not is_hub_id(text):
@@ -163,7 +163,7 @@ class Locator:
         return folder
 
     def _stated(self, text: str, source: Path, field_name: str, hint: str) -> Path:
-        """A place that a file names: inside the checkpoint, or a hub id, or anywhere where that is allowed."""
+        """A folder that a file names: inside the checkpoint, or a hub id, or anywhere if that is allowed."""
         if not (self.root.path / text).is_dir() and is_hub_id(text):
             folder = snapshot(text, f"{source}: {field_name}", hint, self.on_progress)
             self.root.trust(folder)

@@ -1,4 +1,7 @@
-"""The rows of a step, one after another: positions of streams, and where what belongs to them lies."""
+"""Builds the flat batch of a step: token ids, positions, KV slots and gate slots of every row, attention groups.
+
+Knows how a plan becomes rows; what the model does with them is model/'s, which rows run is the scheduler's.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from service.engine.gate.batch_gate import dummy_slot
 from service.engine.plan import ScheduledSequence
 from service.engine.sequence import Stream
 from service.engine.slots import gate_slots, stream_slots
-from service.model.batch import LINES, AttentionGroup, Batch
+from service.model.batch import FIELDS, AttentionGroup, Batch
 from service.model.kv_cache import KVCache
 from service.model.transfer import to_device
 
@@ -36,7 +39,7 @@ class Segment:
 
 
 class BatchBuilder:
-    """Knows the KV cache that the rows read and write, and the sites of the gate."""
+    """Builds batches over one KV cache and the gate's sites."""
 
     def __init__(self, cache: KVCache, sites: Sequence[str]) -> None:
         self._cache, self._sites = cache, sites
@@ -44,7 +47,9 @@ class BatchBuilder:
         self._block_size = cache.block_size
 
     def build(self, scheduled: list[ScheduledSequence]) -> Batch:
-        """Every index of the batch in one tensor, and views of it; tells each sequence where its rows are."""
+        """The batch of a plan: one tensor with every index, copied to the device at once, and views of it. Sets the row
+        offsets of each ScheduledSequence.
+        """
         segments = _ordered_segments(scheduled)
         logit_rows = _logit_rows(scheduled)
         scaling_rows = sum(one.scaling_count for one in scheduled)
@@ -56,9 +61,9 @@ class BatchBuilder:
         for table in tables:
             values += table
         packed = to_device(values, self._device)
-        rows, logit_index, *views = packed.split_with_sizes([LINES * row_count, len(logit_rows), *map(len, tables)])
+        rows, logit_index, *views = packed.split_with_sizes([FIELDS * row_count, len(logit_rows), *map(len, tables)])
         batch = Batch(
-            rows.view(LINES, row_count),
+            rows.view(FIELDS, row_count),
             scaling_rows,
             logit_index,
             [],
@@ -70,7 +75,7 @@ class BatchBuilder:
         return batch
 
     def _lines(self, segments: list[Segment], scaling_rows: int, row_count: int) -> list[list[int]]:
-        """The lines of Batch.rows."""
+        """The lines of Batch.fields, a list each."""
         cache, size, scratch = self._cache, self._block_size, self._cache.scratch_slot
         ids: list[int] = []
         positions: list[int] = []
@@ -79,7 +84,7 @@ class BatchBuilder:
         write_to: list[int] = []
         for s in segments:
             sequence, position = s.scheduled.sequence, s.start
-            if s.count == 1 and position < sequence.gate_end and sequence.generates:  # most rows of most steps
+            if s.count == 1 and position < sequence.gate_end and sequence.generates:  # decode: spare it the ranges
                 known, block, offset = len(sequence.tokens), position // size, position % size
                 ids.append(sequence.tokens[position] if position < known else sequence.drafts[position - known])
                 positions.append(position)
@@ -108,7 +113,7 @@ class BatchBuilder:
         return [ids, positions, kv_slots, read_from, write_to, is_scaling]
 
     def _block_table(self, group: list[Segment]) -> BlockTable:
-        """The block tables of a group's streams, one after another, as wide as the widest needs."""
+        """The block tables of a group's streams, one after another, padded to the longest."""
         width = -(-max(s.start + s.count for s in group) // self._block_size)
         table = table_of()
         for segment in group:
@@ -122,7 +127,9 @@ class BatchBuilder:
 
 
 def _ordered_segments(scheduled: list[ScheduledSequence]) -> list[Segment]:
-    """Scaling rows first, then real rows; single rows meet in the middle, where they form one attention group."""
+    """Scaling segments, longest first, then real segments, shortest first: single rows of both kinds are neighbours and
+    form one attention group. Sets `scaling_row` and `real_row`.
+    """
     segments: list[Segment] = []
     row = 0
     for one in sorted((s for s in scheduled if s.scaling_count), key=lambda s: -s.scaling_count):
@@ -137,7 +144,7 @@ def _ordered_segments(scheduled: list[ScheduledSequence]) -> list[Segment]:
 
 
 def _logit_rows(scheduled: list[ScheduledSequence]) -> list[int]:
-    """The rows of the flat batch whose logits are wanted, sequence by sequence."""
+    """The rows of the flat batch whose logits are needed, sequence by sequence. Sets `logit_row`."""
     rows: list[int] = []
     for one in scheduled:
         one.logit_row = len(rows)
@@ -153,7 +160,7 @@ def _logit_rows(scheduled: list[ScheduledSequence]) -> list[int]:
 
 
 def _attention_groups(segments: list[Segment]) -> list[list[Segment]]:
-    """Neighbouring segments of equally few rows share a group; every longer one has its own (no padded queries)."""
+    """Groups neighbouring short segments of equal length; longer ones get a group each, so no query is padded."""
     groups: list[list[Segment]] = []
     for count, neighbours in groupby(segments, attrgetter("count")):
         if count <= _MAX_SHARED_QUERIES:

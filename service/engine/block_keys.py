@@ -1,9 +1,9 @@
-"""Names for what a full KV block contains, so that a later request can find it. Pure Python.
+"""Prefix cache keys: hashes of the contents of full KV blocks, by which later requests find them. Pure Python.
 
     key of block i = hash(key of block i - 1, the block's token ids),  key of block -1 = the stream's root
 
-A root names everything else that the contents depend on: the stream, the dummy row or the request's gate, and the
-caller's salt. Hashes are BLAKE2b of 256 bits under a key drawn at start: nobody outside can make two texts meet.
+A root covers everything else that the contents depend on: which stream it is, the dummy row, the request's gate, and
+the caller's salt. Hashes are BLAKE2b of 256 bits under a secret drawn at start, so callers cannot craft collisions.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from hashlib import blake2b
 
 
 class BlockKeys:
-    """Makes the keys of one engine's blocks."""
+    """Computes the keys of one engine's blocks, under its own secret."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._secret = secrets.token_bytes(32)
 
     def root(self, *identity: object) -> bytes:
-        """The key before the first block of every stream with this identity (values whose repr tells them apart)."""
+        """The root key of all streams with this identity (values that are distinguished by their repr)."""
         return self._hash(repr(identity).encode())
 
     def extend(self, keys: list[bytes], root: bytes, tokens: Sequence[int], count: int) -> None:
-        """Grows `keys` in place to those of the first `count` blocks of a stream over `tokens`."""
+        """Extends `keys` in place to the keys of the first `count` blocks of a stream over `tokens`."""
         size = self._block_size
         for block in range(len(keys), count):
             contents = array("q", tokens[block * size : (block + 1) * size]).tobytes()

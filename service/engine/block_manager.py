@@ -1,6 +1,6 @@
-"""Who holds which block of the KV pool, and what the blocks nobody holds still contain.
+"""Reference-counted blocks of the KV pool, with a prefix cache over full ones.
 
-Pure Python; the tensors behind the numbers are model/kv_cache.py's, the keys block_keys.py's.
+Pure Python, block numbers only: the tensors are in model/kv_cache.py, the cache keys come from block_keys.py.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TypeAlias
 
-BlockTable: TypeAlias = "array[int]"  # the blocks of a stream, in order: copied into a step's numbers as they are
+BlockTable: TypeAlias = "array[int]"  # the blocks of a stream, in order; an array, so that a batch takes it by memcpy
 
 
 def table_of(blocks: Iterable[int] = ()) -> BlockTable:
-    """A table of these blocks."""
+    """A block table of these blocks."""
     return array("q", blocks)
 
 
 class BlockManager:
-    """Hands out block numbers 0 .. num_blocks - 1 and counts how many streams hold each.
+    """Allocates block numbers 0 .. num_blocks - 1 and counts how many streams hold each.
 
-    A full block may be cached under a key that names its contents (block_keys.py): it is then never written again,
-    other streams may share it, and when its last holder releases it it stays findable until its room is needed, the
-    longest unused first. Any other block goes back to the free list.
+    A full block may be cached under the key of its contents (block_keys.py). It is then never written again, and other
+    streams may hold it as well. Once its last holder has released it, it is evictable: still found by its key until
+    the memory is needed, least recently used first. A block that is not cached returns to the free list.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -38,7 +38,7 @@ class BlockManager:
 
     @property
     def free(self) -> int:
-        """Blocks nobody holds, whether they contain something or not."""
+        """Blocks nobody holds, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -51,31 +51,31 @@ class BlockManager:
         return -(-positions // self.block_size)
 
     def missing(self, table: BlockTable, positions: int) -> int:
-        """Blocks a stream with `table` lacks to hold `positions` positions."""
+        """Blocks that a stream with `table` still needs for `positions` positions."""
         return max(0, self.blocks_for(positions) - len(table))
 
     def extend(self, table: BlockTable, positions: int) -> None:
-        """Grows `table` in place so that it holds `positions` positions. The caller has checked `free` first."""
+        """Allocates blocks to `table`, in place, up to `positions` positions. The caller has checked `free` first."""
         for _ in range(self.missing(table, positions)):
             block = self._free.pop() if self._free else self._evict()
             self._holders[block] = 1
             table.append(block)
 
     def cache(self, block: int, key: bytes) -> None:
-        """Makes a held, full block findable under `key`, unless another block with these contents is already."""
+        """Caches a held, full block under `key`, unless another block with these contents is cached already."""
         if key not in self._cached:
             self._cached[key] = block
             self._keys[block] = key
 
     def forget(self, *tables: BlockTable) -> None:
-        """Makes held blocks unfindable; those who hold them keep them. Uncached ones are fine."""
+        """Removes held blocks from the cache; their holders keep them. Blocks that are not cached are ignored."""
         for block in chain(*tables):
             key = self._keys.pop(block, None)
             if key is not None:
                 del self._cached[key]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The cached blocks of the longest run of `keys`, from the first on."""
+        """The cached blocks of the longest prefix of `keys`."""
         found: list[int] = []
         for key in keys:
             block = self._cached.get(key)
@@ -85,10 +85,10 @@ class BlockManager:
         return found
 
     def evictable(self, blocks: Iterable[int]) -> int:
-        """How many of these cached blocks nobody holds: sharing them makes `free` smaller."""
+        """How many of these cached blocks nobody holds: holding them makes `free` smaller."""
         return sum(self._holders[block] == 0 for block in blocks)
 
-    def share(self, blocks: Iterable[int]) -> BlockTable:
+    def hold(self, blocks: Iterable[int]) -> BlockTable:
         """Adds a holder to each of `blocks`, which must be cached. Returns them as a new table."""
         table = table_of(blocks)
         for block in table:
@@ -97,18 +97,19 @@ class BlockManager:
         return table
 
     def release(self, *tables: BlockTable) -> None:
-        """Gives up every block of `tables`, the streams of one sequence, and empties them; empty ones are fine.
+        """Releases every block of `tables`, the streams of one sequence, and empties the tables.
 
-        The last blocks go first, in all streams alike: a block without those before it is of no use to anyone.
+        Last blocks first, in all streams, so that they are evicted first: a prefix is found without its end, but an
+        end is never found without its prefix.
         """
         for depth in range(max(map(len, tables)) - 1, -1, -1):
             for table in tables:
                 if depth < len(table):
-                    self._give_up(table[depth])
+                    self._release_block(table[depth])
         for table in tables:
             del table[:]
 
-    def _give_up(self, block: int) -> None:
+    def _release_block(self, block: int) -> None:
         self._holders[block] -= 1
         if self._holders[block]:
             return
@@ -123,7 +124,7 @@ class BlockManager:
         return block
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises RuntimeError unless holders, free list and cached blocks are what `tables` (all there are) say."""
+        """Raises RuntimeError unless holders, free list and cached blocks agree with `tables`, which are all tables."""
         held = Counter(block for table in tables for block in table)
         if [held[block] for block in range(self.num_blocks)] != self._holders:
             raise RuntimeError("block holders do not match the block tables")

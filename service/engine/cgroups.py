@@ -1,4 +1,4 @@
-"""Where the kernel says what the cgroups around this process may have (v1 and v2). Knows no particular limit."""
+"""Finds the folders of the cgroups (v1 and v2) that contain this process. Their limits are read elsewhere."""
 
 from __future__ import annotations
 

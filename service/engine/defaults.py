@@ -1,4 +1,4 @@
-"""Options that the operator leaves open, decided so that the model fits the machine, before any weight is read."""
+"""Resolves the options that the operator leaves open, before any weight is read, so that the model fits the memory."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch
 
 from service.checkpoint import Checkpoint
 from service.contract.options import EngineOptions
-from service.engine.memory_plan import ExpectBfloat16, MemoryPlan, plan_memory
+from service.engine.memory_plan import FindBfloat16, MemoryPlan, plan_memory
 from service.engine.sizing import NoRoom, as_text, possible_dtypes
 
 
-def settle(
+def resolve_options(
     checkpoint: Checkpoint,
     options: EngineOptions,
     device: torch.device,
     gpu_bytes: int | None,
-    expect_bfloat16: ExpectBfloat16,
+    find_bfloat16: FindBfloat16,
 ) -> tuple[EngineOptions, MemoryPlan]:
-    """The options with a dtype that fits, and the plan; on a CPU also with the context and the KV pool. A GPU's are
-    divided when the weights are there, by what they leave.
+    """The options with the best dtype that fits, and the memory plan. On a CPU the options also get the context length
+    and the size of the KV pool; on a GPU those follow once the weights are loaded, from the memory that is left.
 
-    Raises NoRoom with the arithmetic where the model does not fit in any dtype that may be chosen.
+    Raises NoRoom, with the arithmetic, where the model fits in none of the possible dtypes.
     """
     refusal: NoRoom | None = None
     for dtype in possible_dtypes(options.dtype, checkpoint, device, options.quantization):
         chosen = replace(options, dtype=dtype)
         try:
-            plan = plan_memory(checkpoint, chosen, gpu_bytes, expect_bfloat16)
+            plan = plan_memory(checkpoint, chosen, gpu_bytes, find_bfloat16)
         except NoRoom as error:
             refusal = error
             continue
@@ -38,16 +38,16 @@ def settle(
             pool_bytes = plan.num_blocks * block_bytes
             chosen = replace(chosen, max_model_len=plan.max_model_len, kv_memory_bytes=pool_bytes)
         return chosen, plan
-    assert refusal is not None  # there is a dtype to try at least
+    assert refusal is not None  # possible_dtypes is never empty
     if options.dtype != "auto":
         with suppress(NoRoom):
-            _, other = settle(checkpoint, replace(options, dtype="auto"), device, gpu_bytes, expect_bfloat16)
+            _, other = resolve_options(checkpoint, replace(options, dtype="auto"), device, gpu_bytes, find_bfloat16)
             refusal = NoRoom(refusal.message, hint=f"this fits: --dtype {other.dtype}")
     raise refusal
 
 
 def summarise(plan: MemoryPlan, options: EngineOptions) -> str:
-    """Return the line of the log that says how `options` were settled."""
+    """The log line about the resolved options: dtype, context length, and memory."""
     context = f"texts of {plan.max_model_len:,} tokens"
     if options.max_model_len is None and plan.max_model_len < plan.base_max_model_len:
         context += f", the longest that fit (the base takes {plan.base_max_model_len:,})"

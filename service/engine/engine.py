@@ -1,11 +1,12 @@
 """The engine: schedule, launch, collect, write. Token ids in, token ids and gate rows out; no text, HTTP or threads.
 
-    a CPU    schedule launch collect write                        schedule launch collect write
-    a GPU                    collect schedule launch write        collect schedule launch write
-                                              |  the device computes  |
+    synchronous     schedule launch collect write                 schedule launch collect write
+    asynchronous             collect schedule launch write        collect schedule launch write
+                                                     |  the device computes  |
 
-Between two steps of a GPU stands what decides about the next one: which tokens are accepted, who has ended, who runs.
-What the host has to say about a step (outputs, statistics, the log) is written while the device computes the next.
+Steps are asynchronous where launching one takes no time: those that fit a captured CUDA graph
+(`ModelRunner.overlapped_rows`). Between two of these, the host does only what the next one depends on: it accepts
+tokens, ends sequences and schedules. Outputs, statistics and log are written while the device runs the next step.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ _NOT_FINITE = Failure(
     "the model computed numbers that are not finite (NaN or infinity) for this request: they overflow its dtype; "
     "use smaller experts.weights, or start the server with --dtype bfloat16 or float32"
 )
-_COMPILING_SECONDS = 0.05  # a step with nothing else to do waits so long for a grammar
+_COMPILING_SECONDS = 0.05  # how long a step with nothing else to do waits for a grammar
 
 
 @dataclass(slots=True)
-class Flight:
-    """A step that the device has been given."""
+class StepInFlight:
+    """A launched step that has not been collected yet, with its plan, its gate readings and its start time."""
 
     plan: Plan
     launched: LaunchedStep
@@ -72,27 +73,27 @@ class Engine:
         self.runner = runner
         self._reporter = reporter
         self._scheduler = scheduler
-        self._gate = CHECKPOINT_GATE  # of requests to come
-        self._top_k: int | None = None  # of requests to come that do not say; None = the checkpoint's
+        self._gate = CHECKPOINT_GATE  # of requests that are added from now on
+        self._top_k: int | None = None  # of those that set none themselves; None = the checkpoint's
         self._sequences: dict[str, list[Sequence]] = {}  # by request id; finished choices are gone
-        self._flight: Flight | None = None
+        self._in_flight: StepInFlight | None = None
         self._planned: Plan | None = None  # scheduled, and not launched yet
         self._grammars = grammars
-        self._compiling: dict[str, Future[Grammar]] = {}  # by request id: those that are not queued before it is done
+        self._compiling: dict[str, Future[Grammar]] = {}  # by request id, of requests that wait for their grammar
 
     @property
     def blocks(self) -> BlockManager:
-        """The KV pool's accounts."""
+        """The block manager of the KV pool."""
         return self._scheduler.blocks
 
     def add(self, request: Request) -> None:
-        """Queues a request that `checked_request` has let through. Raises ValueError for an id that is in use."""
+        """Queues a request that has passed `checked_request`. Raises ValueError for an id that is in use."""
         if request.id in self._sequences:
             raise ValueError(f"request id {request.id!r} is in use")
         if self._top_k is not None:
             request = with_top_k(request, self._top_k)
-        form = None if request.sampling is None else request.sampling.form
-        compiling = None if form is None else self._grammars.find(form)
+        spec = None if request.sampling is None else request.sampling.form
+        compiling = None if spec is None else self._grammars.find(spec)
         now = time.monotonic()
         self._sequences[request.id] = [
             Sequence.of(request, index, now, self._gate, self.info.eos_token_ids)
@@ -104,14 +105,14 @@ class Engine:
             self._compiling[request.id] = compiling
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Drops a request, or one of its choices, and frees what it held. Unknown ids may have ended: ignored."""
+        """Drops a request, or one of its choices, and releases its blocks. Ignores unknown ids: they may have ended."""
         for sequence in list(self._sequences.get(request_id, ())):
             if index is None or sequence.index == index:
                 self._reporter.drop(sequence)
                 self._drop(sequence)
 
     def set_gate(self, settings: GateSettings) -> None:
-        """The gate of the requests that are added from now on; the settings have been checked. Others keep theirs."""
+        """Sets the gate of requests that are added from now on; earlier ones keep theirs. The settings are valid."""
         stored = stored_settings(self.info.xlora_config)
         weight = weight_ratio(settings, stored)
         self._gate = AdmittedGate(self.runner.dummy_row(settings, weight), weight)
@@ -120,53 +121,53 @@ class Engine:
             self._top_k = None
 
     def log_scalings(self, enabled: bool) -> None:
-        """Whether steps report what the classifier says, for the scalings log."""
+        """Switches on or off that steps report the classifier's weights, for the scalings log."""
         if enabled == self._reporter.logs_scalings:
             return
         self._reporter.logs_scalings = enabled
         for sequence in (one for choices in self._sequences.values() for one in choices):
-            sequence.unlogged.clear()  # what was computed meanwhile is not in it
+            sequence.unlogged.clear()  # rows that were buffered before a pause are not logged after it
 
-    def identify(self, on_known: Callable[[str], None]) -> None:
+    def hash_weights(self, on_known: Callable[[str], None]) -> None:
         """Calls `on_known` with the hash over all weight files, later and from another thread."""
         if self._weight_files is not None:
-            self._weight_files.identify(on_known)
+            self._weight_files.hash_weights(on_known)
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._flight is not None or self._scheduler.has_work() or bool(self._compiling)
+        return self._in_flight is not None or self._scheduler.has_work() or bool(self._compiling)
 
     def wait(self) -> None:
-        """Returns once the device is done with the step that it was given, if any: what is added or aborted before
-        step() is called counts for the next one.
+        """Waits until the device has finished the step in flight, if any. Requests that are added or aborted between
+        this call and step() are considered for the next launch.
         """
-        if self._flight is not None:
-            self._flight.launched.copies.wait()
+        if self._in_flight is not None:
+            self._in_flight.launched.copies.wait()
 
     def step(self) -> StepOutput:
         """Advances every scheduled sequence by one forward pass.
 
-        Where the device computes beside the host and a launch takes no time, the forward pass was launched by the call
-        before, and this one launches the next.
+        Where steps are asynchronous, this call collects the forward pass that the call before has launched, and
+        launches the next one before it writes the outputs.
         """
         ended = self._queue_compiled() if self._compiling else []
-        if self._flight is None:
+        if self._in_flight is None:
             ended += self._launch(self._next_plan())
-        flight, self._flight = self._flight, None
-        if flight is None:
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return self._write(ended)
-        results, readings = self._collect(flight)
-        seconds = time.perf_counter() - flight.started
+        results, readings = self._collect(step)
+        seconds = time.perf_counter() - step.started
         if self.runner.overlapped_rows:
             plan = self._next_plan()
             if plan is None or plan.rows <= self.runner.overlapped_rows:
                 ended += self._launch(plan)
             else:
-                self._planned = plan  # its launch would take long: the results go first
-        return self._write(ended, flight, results, readings, seconds)
+                self._planned = plan  # a launch this large blocks for long: write the results first
+        return self._write(ended, step, results, readings, seconds)
 
     def report(self) -> StepOutput:
-        """The load as it is, without a step: what there is to say after an abort has left nothing to do."""
+        """Statistics without a step, for when an abort has left nothing to run."""
         return self._write([])
 
     def check_integrity(self) -> None:
@@ -179,8 +180,8 @@ class Engine:
             self._scheduler.add(sequence)
 
     def _queue_compiled(self) -> list[SequenceOutput]:
-        """Queues the requests whose grammar is there; returns the end of those for which there is none. Waits a little
-        if there is nothing else to do.
+        """Queues the requests whose grammar is compiled; returns the outputs of those for which compiling failed. Waits
+        a little if there is nothing else to do.
         """
         if not self._scheduler.has_work():
             wait(self._compiling.values(), _COMPILING_SECONDS, FIRST_COMPLETED)
@@ -202,14 +203,14 @@ class Engine:
         if request_id not in self._compiling:
             self._scheduler.remove(sequence)
         sequence.dropped = True
-        siblings = self._sequences[request_id]
-        siblings.remove(sequence)
-        if not siblings:
+        choices = self._sequences[request_id]
+        choices.remove(sequence)
+        if not choices:
             del self._sequences[request_id]
             self._compiling.pop(request_id, None)
 
     def _next_plan(self) -> Plan | None:
-        """What to run next, if there is anything: what has been planned already, without whom was dropped since."""
+        """The deferred plan, without sequences that were dropped since, or else a new one; None with nothing to run."""
         plan, self._planned = self._planned, None
         if plan is not None:
             plan.scheduled = [one for one in plan.scheduled if not one.sequence.dropped]
@@ -218,7 +219,7 @@ class Engine:
         return self._scheduler.schedule() if self._scheduler.has_work() else None
 
     def _launch(self, plan: Plan | None) -> list[SequenceOutput]:
-        """Gives the device the next step, if there is one. Returns the end of what was too large for it."""
+        """Launches a plan, if there is one. When memory runs out, returns the output of the sequence that it ends."""
         if plan is None:
             return []
         started = time.perf_counter()
@@ -228,19 +229,19 @@ class Engine:
             launched.copies.close()
         except OutOfMemory as error:
             logger.error("out of memory: %s", error)
-            return [self._shed(plan)]
-        self._flight = Flight(plan, launched, readings, started)
+            return [self._end_largest(plan)]
+        self._in_flight = StepInFlight(plan, launched, readings, started)
         return []
 
-    def _collect(self, flight: Flight) -> tuple[list[SequenceResult], list[GateReading]]:
-        """Waits for the sampled ids; verifies drafts and accepts tokens, ends what has ended. What the next step
-        depends on happens here, and nothing else.
+    def _collect(self, step: StepInFlight) -> tuple[list[SequenceResult], list[GateReading]]:
+        """Waits for the sampled ids, verifies drafts, accepts tokens, and drops sequences that have ended. Does only
+        the work that the next step depends on.
         """
-        results = [one for one in self.runner.collect(flight.launched) if not one.scheduled.sequence.dropped]
+        results = [one for one in self.runner.collect(step.launched) if not one.scheduled.sequence.dropped]
         for result in results:
             self._advance(result)
         ended = [result.scheduled.sequence for result in results if result.finish_reason is not None]
-        readings = self._reporter.settle(flight.readings, ended)
+        readings = self._reporter.keep_final(step.readings, ended)
         for result in results:
             if result.finish_reason != "error":
                 self._scheduler.commit(result.scheduled.sequence)
@@ -251,23 +252,23 @@ class Engine:
     def _write(
         self,
         ended: list[SequenceOutput],
-        flight: Flight | None = None,
+        step: StepInFlight | None = None,
         results: SequenceOf[SequenceResult] = (),
         readings: SequenceOf[GateReading] = (),
         seconds: float = 0.0,
     ) -> StepOutput:
-        """What there is to say of a step that has been collected, if any, and of the load. `ended` ended besides it, or
-        since: the last to be heard of a sequence is its end.
+        """The outputs and statistics of a collected step, if any, and the current load. `ended` are outputs of
+        sequences that ended outside of the step, or after it, and therefore come last.
         """
         stats = StepStats(step_seconds=seconds)
         rows = self._reporter.report(readings, stats)
         outputs: list[SequenceOutput] = []
-        if flight is not None:
-            stats.preemptions = flight.plan.preemptions
-            stats.scaling_rows = sum(one.scaling_count for one in flight.plan.scheduled)
-            stats.real_rows = sum(one.real_count for one in flight.plan.scheduled)
-            self._reporter.log(flight.launched, results)
-            logprobs, scores = flight.launched.read_logprobs(), flight.launched.read_scores()
+        if step is not None:
+            stats.preemptions = step.plan.preemptions
+            stats.scaling_rows = sum(one.scaling_count for one in step.plan.scheduled)
+            stats.real_rows = sum(one.real_count for one in step.plan.scheduled)
+            self._reporter.log(step.launched, results)
+            logprobs, scores = step.launched.read_logprobs(), step.launched.read_scores()
             for result in results:
                 output = output_of(result, logprobs, scores)
                 output.gate = rows.get(id(result.scheduled.sequence))
@@ -275,14 +276,14 @@ class Engine:
                 if output.tokens or output.gate or output.prompt_logprobs or output.finish_reason is not None:
                     outputs.append(output)
         outputs += ended
-        self._reporter.flush(stats, everything=flight is None or any(one.finish_reason is not None for one in outputs))
+        self._reporter.flush(stats, everything=step is None or any(one.finish_reason is not None for one in outputs))
         stats.requests_running, stats.requests_waiting = len(self._scheduler.running), len(self._scheduler.waiting)
         stats.kv_blocks_used, stats.kv_blocks_total = self.blocks.used, self.blocks.num_blocks
         return StepOutput(outputs, stats)
 
-    def _shed(self, plan: Plan) -> SequenceOutput:
-        """Ends the sequence that had most rows in a step that was too large (the latest of several), for the others'
-        sake. They run the same rows again.
+    def _end_largest(self, plan: Plan) -> SequenceOutput:
+        """Ends the sequence with the most rows (the last of equals) in a step that ran out of memory. The others are
+        scheduled with the same rows again.
         """
         self.runner.free_memory()
         _, number = max((one.rows, number) for number, one in enumerate(plan.scheduled))
@@ -292,7 +293,7 @@ class Engine:
         return failed(sequence, Failure("the server is out of memory"))
 
     def _advance(self, result: SequenceResult) -> None:
-        """Takes one sequence on by what its rows have brought. What it raises ends the sequence."""
+        """Applies one result to its sequence. An exception ends that sequence alone."""
         sequence = result.scheduled.sequence
         try:
             if result.error is None and not result.finite:
@@ -304,7 +305,7 @@ class Engine:
             if result.error is None:
                 self._accept(result)
         except Exception as raised:
-            if not isinstance(raised, InvalidRequestError):  # as of a grammar, which is the caller's
+            if not isinstance(raised, InvalidRequestError):  # raised by a grammar that became too complex
                 logger.exception("request %s failed", sequence.request.id)
             result.error = Failure.of(raised, "the engine failed on this request")
         if result.error is not None:
@@ -312,7 +313,7 @@ class Engine:
         result.final = sequence.final
 
     def _accept(self, result: SequenceResult) -> None:
-        """Moves the streams on and verifies drafts; leaves the accepted tokens, and the end, in the result."""
+        """Advances both streams and verifies drafts. Leaves accepted tokens and finish reason in the result."""
         scheduled = result.scheduled
         sequence = scheduled.sequence
         if not sequence.started:
@@ -325,20 +326,22 @@ class Engine:
         self._verify(result)
         if result.finish_reason is not None:
             sequence.give_up_drafts()
-        elif result.predictions and sequence.scaling.computed == scheduled.scaling_end:  # made after right tokens
+        elif (
+            result.predictions and sequence.scaling.computed == scheduled.scaling_end
+        ):  # no draft before them was wrong
             sequence.predict(scheduled.predict_start, result.predictions, scheduled.expected, result.deeper)
 
     def _verify(self, result: SequenceResult) -> None:
-        """Accepts sampled tokens in order, as long as the rows they come from were run on the right tokens."""
+        """Accepts sampled tokens in order, up to and including the first that contradicts its draft."""
         sequence = result.scheduled.sequence
         if not sequence.generates or sequence.scores_only:
             result.tokens = []
-            if sequence.all_given_done:
+            if sequence.is_fully_computed:
                 result.finish_reason = "length"
             return
         for count, token in enumerate(result.tokens, start=1):
             drafted = sequence.accept(token)
-            result.finish_reason = sequence.reason_to_end(token)
+            result.finish_reason = sequence.finish_reason(token)
             if result.finish_reason is not None or not drafted:
                 del result.tokens[count:]
                 return

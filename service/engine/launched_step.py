@@ -1,8 +1,8 @@
-"""A step that has been given to the device, and what becomes of it.
+"""A step on the device, and its results.
 
-launched   forward, sampling and every copy to the host are queued; the host may do something else
-collected  the copies are here: the one wait for the device in a step
-written    tokens, logprobs, gate rows and the log become outputs
+launched   forward, sampling and every copy to the host are queued; the host is free for other work
+collected  the copies have arrived: the one wait for the device in a step
+written    tokens, logprobs, gate rows and the log have become outputs (engine.py)
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from service.model.transfer import HostCopies
 
 @dataclass(slots=True)
 class SequenceResult:
-    """The outcome of one step for one scheduled sequence: what the device said, then what the engine made of it."""
+    """The result of one step for one scheduled sequence: first as the device computed it, then, after the engine has
+    verified drafts, with accepted tokens only and the finish reason.
+    """
 
     scheduled: ScheduledSequence
     tokens: list[int] = field(default_factory=list)  # sampled from the real rows, first position first
     predictions: list[int] = field(default_factory=list)  # sampled from the scaling rows
     token_row: int = 0  # of its first token among the step's sampled rows
     deeper: list[int] = field(default_factory=list)  # drafts of the draft layer, behind the first unexpected prediction
-    finite: bool = True  # False: NaN or infinity in what the sequence would go on with
+    finite: bool = True  # False: its logits or gate rows have NaN or infinity
     error: Failure | None = None  # why the sequence cannot go on; it has nothing else then
     finish_reason: FinishReason | None = None
     final: int = 0  # positions of the sequence that were final after this step
@@ -37,21 +39,21 @@ class SequenceResult:
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """What one launch of the runner will bring. R sampled rows: each sequence's samples, then its predictions."""
+    """The pending outputs of one launch. R sampled rows: of each sequence its samples, then its predictions."""
 
     scheduled: list[ScheduledSequence]
-    copies: HostCopies  # everything below that says so leaves with it
+    copies: HostCopies  # brings the tensors below that are marked "copied"
     ids: Tensor  # int64 [R], copied
-    marks: Tensor  # fp32 [L + scaling rows], copied: one number per row of logits and gate logits, finite as it is
-    scalings: Tensor  # [scaling rows, S, E] on the device; for good, where some sequence does not generate
+    marks: Tensor  # fp32 [L + scaling rows], copied: a number per row of logits and gate logits, finite if the row is
+    scalings: Tensor  # [scaling rows, S, E] on the device; valid after the next launch if a sequence does not generate
     logit_rows: int  # L
-    errors: dict[int, Failure] = field(default_factory=dict)  # by place in `scheduled`; their ids are nobody's
+    errors: dict[int, Failure] = field(default_factory=dict)  # by index in `scheduled`; their ids mean nothing
     logprobs: Logprobs | None = None  # of the sampled rows `logprob_rows`
     logprob_rows: list[int] = field(default_factory=list)
     scores: Logprobs | None = None  # of the prompts' own tokens, sequence by sequence
-    gate_logits: Tensor | None = None  # fp32 [scaling rows, S, E], copied, where they are to be kept
-    drafting: list[ScheduledSequence] = field(default_factory=list)  # whose draft layer has run
-    deeper: Tensor | None = None  # int64 [drafting, depth - 1], copied: what it drafted
+    gate_logits: Tensor | None = None  # fp32 [scaling rows, S, E], copied, while the scalings log is on
+    drafting: list[ScheduledSequence] = field(default_factory=list)  # those that the draft layer ran for
+    deeper: Tensor | None = None  # int64 [drafting, depth - 1], copied: its drafts
 
     def collect(self) -> list[SequenceResult]:
         """Waits for the copies. One result per scheduled sequence, in the same order."""
@@ -78,8 +80,8 @@ class LaunchedStep:
         return results
 
     def _is_finite(self, one: ScheduledSequence, finite: npt.NDArray[np.bool_]) -> bool:
-        """Whether all that a sequence would go on with is finite: its gate rows, and the logits that it is sampled or
-        scored by. Those that only predict drafts do not count.
+        """Whether a sequence's gate rows and the logits that it is sampled or scored by are finite. Logits that only
+        predict drafts do not count.
         """
         predicted = one.logit_row + one.samples
         first_gate_row = self.logit_rows + one.scaling_row
@@ -90,13 +92,13 @@ class LaunchedStep:
         )
 
     def read_logprobs(self) -> dict[int, TokenOutput]:
-        """The tokens of the sampled rows whose logprobs somebody wants, by row."""
+        """Tokens with logprobs, by sampled row, of the rows whose requests return them."""
         if self.logprobs is None:
             return {}
         return dict(zip(self.logprob_rows, self.logprobs.read(), strict=True))
 
     def read_scores(self) -> dict[int, list[TokenOutput]]:
-        """The tokens after the positions that a sequence scores, by the id() of its ScheduledSequence."""
+        """Prompt tokens with logprobs, by the id() of their ScheduledSequence, of the positions scored in this step."""
         if self.scores is None:
             return {}
         scores = iter(self.scores.read())

@@ -1,4 +1,7 @@
-"""From options to a running Engine: load the checkpoint, build the model, put the parts together."""
+"""Builds an Engine from options: reads the checkpoint, loads the model, divides the memory, chooses the step.
+
+Knows the order; each part is decided elsewhere (defaults.py, sizing.py, model/loading/, native/).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from service.contract.engine_info import EngineInfo
 from service.contract.errors import XLoraError
 from service.contract.options import EngineOptions
 from service.engine.block_manager import BlockManager
-from service.engine.defaults import settle, summarise
+from service.engine.defaults import resolve_options, summarise
 from service.engine.engine import Engine
 from service.engine.gate.report import GateReporter
 from service.engine.memory_plan import MemoryPlan
@@ -33,8 +36,8 @@ from service.engine.sizing import (
     resolve_device,
     resolve_dtype,
 )
-from service.engine.speculation.chain import idle_choices
 from service.engine.speculation.costs import StepCost
+from service.engine.speculation.layer_drafts import idle_choices
 from service.engine.step_cost import MANY_ROWS, measure_steps
 from service.engine.tensor_parallel.group import Group, Leader, check_options
 from service.engine.threads import resolve_threads
@@ -47,8 +50,8 @@ from service.model.steps.cuda_graph import CapturedSteps, GraphCapture
 from service.model.steps.warm_up import warm_up
 from service.model.xlora_model import XLoraModel
 
-_MAX_DRAFTING_ROWS = 256  # of a captured step: beyond, drafts of several tokens seldom pay
-_MAX_SCORED_LOGITS = 16 << 20  # kept at once for prompt_logprobs: 64 MiB
+_MAX_DRAFTING_ROWS = 256  # of a captured step: in larger ones, drafts of several tokens seldom pay
+_MAX_SCORED_LOGITS = 16 << 20  # of a step's prompt_logprobs: 64 MiB
 
 
 def load_engine(
@@ -56,16 +59,16 @@ def load_engine(
     on_progress: Callable[[str], None] = lambda _: None,
     on_lost: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Loads everything and returns an idle engine, with options.tensor_parallel > 1 in a group of processes.
+    """Loads everything and returns an idle engine; with options.tensor_parallel > 1, one that leads other ranks.
 
     Raises CheckpointError for a defect of the bundle, SettingsError for an impossible option, StartupError for a
-    machine that is too small. `on_lost` is called, from another thread, when a process of the group has ended.
+    machine that is too small. `on_lost` is called, from another thread, when another rank's process has ended.
     """
     if options.tensor_parallel == 1:
         checkpoint = read_checkpoint(options, on_progress)
         device = resolve_device(options.device)
         asked = options
-        options, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
+        options, plan = resolve_options(checkpoint, options, device, free_device_bytes(device), bfloat16_tensors)
         on_progress(summarise(plan, asked))
         return build_engine(_verified_model(checkpoint, options, on_progress), checkpoint, options, None, on_progress)
     check_options(options)
@@ -73,7 +76,7 @@ def load_engine(
     group = Group(options.tensor_parallel, on_lost)
     try:
         checkpoint = read_checkpoint(options, on_progress)
-        check_divisible(checkpoint, options.tensor_parallel)  # what every rank would refuse is refused here
+        check_divisible(checkpoint, options.tensor_parallel)  # or every rank would refuse it, after a long start
         group.join()
         return load_group_engine(group, checkpoint, options, on_progress)
     except BaseException:
@@ -87,7 +90,7 @@ def load_group_engine(
     options: EngineOptions,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """An engine over a group whose ranks have joined; one that the group had before is not to be used any more."""
+    """An engine over a group whose ranks have joined. An earlier engine of the group must not be used any more."""
     group.load(options)
     try:
         model = _verified_model(checkpoint, options, on_progress, group.ranks)
@@ -101,9 +104,7 @@ def load_group_engine(
 def load_checkpoint_and_model(
     options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None, ranks: Ranks | None = None
 ) -> tuple[XLoraModel, Checkpoint]:
-    """The model, or this rank's part of it, on its device, and the checkpoint it came from. Sets how many
-    threads compute.
-    """
+    """The model, or this rank's shard of it, on its device, and its checkpoint. Sets the number of threads."""
     checkpoint = read_checkpoint(options, on_progress)
     if ranks is None:
         return _verified_model(checkpoint, options, on_progress), checkpoint
@@ -111,7 +112,7 @@ def load_checkpoint_and_model(
 
 
 def read_checkpoint(options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None) -> Checkpoint:
-    """Read the checkpoint that the options name, without the weights of the base and of experts."""
+    """The checkpoint that the options name, without the weights of base and experts."""
     on_progress(f"reading {options.model}")
     overrides = Overrides.parse(
         options.base, options.experts, options.ordering, options.gate_relu, options.eos_from_tokenizer
@@ -129,7 +130,7 @@ def read_checkpoint(options: EngineOptions, on_progress: Callable[[str], None] =
 def _verified_model(
     checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
 ) -> XLoraModel:
-    """Return the model, from files that are compared with their hashes meanwhile."""
+    """The model; its files are compared with their hashes while they are loaded."""
     assert checkpoint.files is not None
     with checkpoint.files.verifying():
         return load_model_of(checkpoint, options, on_progress, ranks)
@@ -138,11 +139,11 @@ def _verified_model(
 def load_model_of(
     checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None], ranks: Ranks | None = None
 ) -> XLoraModel:
-    """The model of a checkpoint, or this rank's part of it, on its device. Sets how many threads compute."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
-    threads, guests = resolve_threads(options)
+    """The model of a checkpoint, or this rank's shard of it, on its device. Sets the number of threads."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress reports instead
+    threads, idle_priority = resolve_threads(options)
     torch.set_num_threads(threads)
-    native.use_threads(threads, guests)
+    native.use_threads(threads, idle_priority)
     device = resolve_device(options.device)
     if ranks is not None and device.type == "cuda":
         device = torch.device("cuda", ranks.rank)
@@ -154,7 +155,7 @@ def load_model_of(
         quantization=options.quantization,
         max_model_len=options.max_model_len,
         ranks=ranks,
-        names_kept_bfloat16=native.names_of_linears if _can_have_native(options, device, dtype) else None,
+        bfloat16_candidates=native.bfloat16_candidates if _can_have_native(options, device, dtype) else None,
         on_progress=on_progress,
     )
 
@@ -169,10 +170,10 @@ def build_engine(
     wait_for_native: bool = False,
     step_cost: StepCost | None = None,
 ) -> Engine:
-    """Divides the memory and puts the parts together around a loaded model, or around rank 0's part of it.
+    """An engine around a loaded model, or around rank 0's shard of it: divides the memory and connects the parts.
 
-    Native kernels may still have to be compiled, which is waited for or not; then `on_progress` may be called later,
-    from another thread. `step_cost` is measured unless it is given.
+    Native kernels may have to be compiled first. Unless `wait_for_native`, that happens in another thread, which then
+    calls `on_progress` later. `step_cost` is measured unless it is given.
     """
     keep_freed_memory()
     sizes = divide_memory(model, options, model.device, free_device_bytes(model.device))
@@ -214,7 +215,9 @@ def build_engine(
 
 
 def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
-    """What is expected of the scaling pass's drafts at depth 1, 2, ...: as deep as the bundle and the options go."""
+    """Expected acceptance rates of the scaling pass's drafts at depth 1, 2, ..., up to the depth that the bundle and
+    the options allow.
+    """
     if model.draft_chain is None:
         return [LOOKAHEAD_RATE]
     rates = model.draft_chain.layer.agreement
@@ -222,14 +225,15 @@ def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
 
 
 def rows_to_capture(max_num_seqs: int, depth: int) -> int:
-    """A row in both streams for every sequence; with drafts, a few sequences have more of them, and many do not. As
-    many as are timed in any case: with a graph for few rows and none for many, every row would seem to cost too much.
+    """The rows of the largest captured step: one in both streams for every sequence, or those of `depth` drafts while
+    few sequences run, and at least those that step_cost.py times: if only few rows had a graph, each row would seem too
+    expensive.
     """
     return max(MANY_ROWS, 2 * max_num_seqs, min(2 * max_num_seqs * depth, _MAX_DRAFTING_ROWS))
 
 
 def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int, draft_depth: int) -> CapturedSteps:
-    """Graphs for steps of up to so many rows, those of short contexts made at once."""
+    """A step that replays CUDA graphs. Those of short contexts are captured here, others when first needed."""
     steps = CapturedSteps(
         *(runner.model, runner.kv_cache, GraphCapture(runner.model.device)),
         max_rows=rows_to_capture(max_num_seqs, draft_depth),
@@ -243,26 +247,26 @@ def capture_steps(runner: ModelRunner, max_num_seqs: int, max_model_len: int, dr
 
 
 def uses_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether native kernels are asked for where they can compute."""
+    """Whether the options ask for native kernels, and these can compute on the device in this dtype."""
     is_suited = device.type == "cpu" and dtype == torch.float32 and options.tensor_parallel == 1
     return is_suited and options.native_kernels and options.quantization is None
 
 
-def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[torch.Tensor]:
-    """The tensors of a model on the meta device that a CPU will keep in bfloat16 under float32 arithmetic."""
+def bfloat16_tensors(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[torch.Tensor]:
+    """The tensors of a model on the meta device that a CPU will store in bfloat16 under float32 arithmetic."""
     if not _can_have_native(options, torch.device("cpu"), model.dtype):
         return []
-    return native.expect_bfloat16(model, checkpoint)
+    return native.bfloat16_tensors(model, checkpoint)
 
 
 def plan_for(checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None) -> MemoryPlan:
     """The memory plan of an engine with these options on a GPU with `gpu_bytes` free, or on this CPU (None)."""
     device = torch.device("cpu" if gpu_bytes is None else "cuda")
-    return settle(checkpoint, options, device, gpu_bytes, expect_bfloat16)[1]
+    return resolve_options(checkpoint, options, device, gpu_bytes, bfloat16_tensors)[1]
 
 
 def _can_have_native(options: EngineOptions, device: torch.device, dtype: torch.dtype) -> bool:
-    return uses_native(options, device, dtype) and native.can_be_had(Path(options.native_cache).expanduser())
+    return uses_native(options, device, dtype) and native.is_available(Path(options.native_cache).expanduser())
 
 
 def _engine_info(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions, sizes: Sizes) -> EngineInfo:

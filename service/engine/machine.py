@@ -1,4 +1,4 @@
-"""The memory that the machine, or the container, lets an engine have."""
+"""Memory of the machine or the container: in all, and free. Does not know what an engine needs (memory_plan.py)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _USAGES = ("memory.current", "memory.usage_in_bytes")
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A device's memory in bytes, and whose it is."""
+    """A device's memory in bytes, and the words for it in messages."""
 
     total: int
     origin: str  # "this machine", "the container", "the GPU"
 
 
 def host_memory() -> Memory:
-    """The machine's memory, or the least that a cgroup around this process allows (v1 or v2)."""
+    """The machine's memory, or the lowest limit of a cgroup around this process (v1 or v2)."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = min((limit for limit, _ in _cgroups()), default=machine)
     return Memory(limit, "the container") if limit < machine else Memory(machine, "this machine")
 
 
 def free_host_bytes() -> int:
-    """Return the bytes that the kernel, and the cgroups around this process, would still give."""
+    """Bytes that this process can still allocate, under the machine's memory and its cgroups' limits."""
     free = 1024 * _numbers(_MEMINFO)["MemAvailable:"]
     for limit, folder in _cgroups():
         stat = _numbers(folder / "memory.stat")
@@ -47,7 +47,7 @@ def _cgroups() -> Iterator[tuple[int, Path]]:
 
 
 def _number(path: Path) -> int | None:
-    """A file with a number; where there is no limit, v2 says "max" and v1 a number beyond any machine."""
+    """The number in a file; None for v2's "max", which is no limit (v1 has a number beyond any machine)."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -56,7 +56,7 @@ def _number(path: Path) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Names and numbers, a pair a line."""
+    """The numbers of a file with a name and a number on each line."""
     try:
         words = [line.split() for line in path.read_text().splitlines()]
     except OSError:

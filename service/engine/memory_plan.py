@@ -1,8 +1,7 @@
-"""The memory that a model takes, told before it is loaded: defaults are chosen by it, and `check --plan`
-prints it.
+"""Computes the memory of an engine before anything is loaded. defaults.py decides by it, and `check --plan` prints it.
 
-The arithmetic is the loader's own: the model is built on the meta device by the code that builds it in earnest, and the
-KV pool is divided and allocated there too. Knows sizes; no weight is read, and no GPU is needed.
+It runs the loader's own code on the meta device, for the model and for the KV pool, so the plan cannot differ from what
+is loaded. Knows sizes only; no weight is read, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.engine.machine import Memory, host_memory
 from service.engine.sizing import (
-    CUDA_KV_SHARE,
+    CUDA_KV_FRACTION,
     MIN_CONTEXT,
     NoRoom,
     allocate_cache,
@@ -34,10 +33,10 @@ from service.model.loading.quantised import BITS, QuantisedLinear
 from service.model.targets import is_plain_linear
 from service.model.xlora_model import XLoraModel
 
-# Of a CPU: the processes themselves (450 MB of the demo's server, its weights and pool apart) and activations.
+# On a CPU: the processes themselves (450 MB for the demo's server, without weights and pool) and activations.
 PROCESS_BYTES = 768 << 20
-MEMORY_SHARE = 0.8  # of a CPU's memory, where the operator does not say how long texts are
-ExpectBfloat16 = Callable[[XLoraModel, Checkpoint, EngineOptions], Sequence[Tensor]]
+MEMORY_FRACTION = 0.8  # of a CPU's memory, where the operator does not set --max-model-len
+FindBfloat16 = Callable[[XLoraModel, Checkpoint, EngineOptions], Sequence[Tensor]]
 
 _EXPERT_BUFFERS = ("lora_a", "lora_b_t")
 
@@ -47,14 +46,13 @@ class WeightBytes:
     """The bytes of the weights in memory, by kind."""
 
     base: int
-    experts: int  # their stacks
+    experts: int  # the stacked LoRA matrices
     classifier: int
     draft_head: int = 0
     draft_layer: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.base + self.experts + self.classifier + self.draft_head + self.draft_layer
 
 
@@ -64,12 +62,12 @@ class MemoryPlan:
 
     device: str  # cpu or cuda
     dtype: str  # of the arithmetic
-    kept_dtypes: tuple[str, str]  # of the linears' weights where they are not quantised, and of the experts' stacks
+    stored_dtypes: tuple[str, str]  # of linears that are not quantised, and of the experts' stacks
     quantization: str | None
     memory: Memory
     weights: WeightBytes
     max_model_len: int
-    base_max_model_len: int  # what the base is made for
+    base_max_model_len: int  # the context length that the base was trained for
     max_num_seqs: int
     block_size: int
     kv_slot_bytes: int  # keys and values of one position of one stream
@@ -95,10 +93,10 @@ class MemoryPlan:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None, expect_bfloat16: ExpectBfloat16
+    checkpoint: Checkpoint, options: EngineOptions, gpu_bytes: int | None, find_bfloat16: FindBfloat16
 ) -> MemoryPlan:
-    """The plan for a GPU of which `gpu_bytes` are free before loading, or for this machine's CPU (None).
-    `expect_bfloat16` tells which tensors of a model a CPU will keep in bfloat16 under float32 arithmetic.
+    """The plan for a GPU with `gpu_bytes` free before loading, or for this machine's CPU (None). `find_bfloat16`
+    returns the tensors of a model that a CPU will store in bfloat16 under float32 arithmetic.
 
     Raises CheckpointError and SettingsError as loading would, StartupError where the model does not fit.
     """
@@ -106,8 +104,8 @@ def plan_memory(
     memory = host_memory() if gpu_bytes is None else Memory(gpu_bytes, "the GPU")
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     model = outline_model(checkpoint, dtype=dtype, is_for_cpu=gpu_bytes is None, quantization=options.quantization)
-    halved = [] if gpu_bytes is not None else expect_bfloat16(model, checkpoint, options)
-    weights = weight_bytes(model, halved)
+    in_bfloat16 = [] if gpu_bytes is not None else find_bfloat16(model, checkpoint, options)
+    weights = weight_bytes(model, in_bfloat16)
     usable = usable_bytes(memory, options, device)
     try:
         if weights.total >= usable:
@@ -121,20 +119,20 @@ def plan_memory(
             raise NoRoom(f"{needs}; {given}", hint="lower --kv-memory, or leave it out")
     except NoRoom as error:
         if error.hint is not None and options.kv_memory_bytes is not None:
-            raise  # the operator's own number
+            raise  # its hint is already about the operator's own --kv-memory
         given = as_text(usable) + (f" of {as_text(memory.total)}" if usable < memory.total else "")
-        hint = _what_fits(model, options, weights.total, halved, usable, memory, device)
+        hint = _fitting_settings(model, options, weights.total, in_bfloat16, usable, memory, device)
         message = f"{error.message}; {memory.origin} has {given} for weights, keys and values"
         raise NoRoom(message, hint=hint) from None
     plan = MemoryPlan(
         device=device.type,
         dtype=_name(dtype),
-        kept_dtypes=(_kept(model, "weight", halved), _kept(model, "lora_a", halved)),
+        stored_dtypes=(_stored_dtype(model, "weight", in_bfloat16), _stored_dtype(model, "lora_a", in_bfloat16)),
         quantization=options.quantization,
         memory=memory,
         weights=weights,
         max_model_len=sizes.max_model_len,
-        base_max_model_len=read_context(model.config).usual,
+        base_max_model_len=read_context(model.config).default_tokens,
         max_num_seqs=options.max_num_seqs,
         block_size=options.block_size,
         kv_slot_bytes=sizes.layout.kv_slot_bytes,
@@ -146,40 +144,40 @@ def plan_memory(
     if plan.reserve_bytes is not None and plan.reserve_bytes <= 0:
         raise StartupError(
             f"--kv-memory leaves {as_text(plan.reserve_bytes)} of {as_text(memory.total)} for activations",
-            hint=f"leave --kv-memory out: it then takes {CUDA_KV_SHARE:.0%} of what the weights leave",
+            hint=f"leave --kv-memory out: it then takes {CUDA_KV_FRACTION:.0%} of what the weights leave",
         )
     return plan
 
 
 def usable_bytes(memory: Memory, options: EngineOptions, device: torch.device) -> int:
-    """Return the bytes that weights and KV pool may take together."""
+    """Bytes that weights and KV pool may take together."""
     if device.type == "cuda":
         return memory.total
-    share = MEMORY_SHARE if options.max_model_len is None else 1.0
-    return min(int(memory.total * share), memory.total - PROCESS_BYTES)
+    fraction = MEMORY_FRACTION if options.max_model_len is None else 1.0
+    return min(int(memory.total * fraction), memory.total - PROCESS_BYTES)
 
 
-def _what_fits(
+def _fitting_settings(
     model: XLoraModel,
     options: EngineOptions,
     weights: int,
-    halved: Sequence[Tensor],
+    in_bfloat16: Sequence[Tensor],
     usable: int,
     memory: Memory,
     device: torch.device,
 ) -> str:
-    """Settings with which the model would fit, told from sizes alone."""
+    """A hint with settings under which the model would fit, by its sizes."""
     layout = model.kv_layout(options.block_size)
     if options.kv_memory_bytes is not None:
         usable -= options.kv_memory_bytes
-    wanted = options.max_model_len or min(read_context(model.config).usual, MIN_CONTEXT)
+    wanted = options.max_model_len or min(read_context(model.config).default_tokens, MIN_CONTEXT)
     needed = 0 if options.kv_memory_bytes is not None else layout.blocks_for(wanted) * layout.block_bytes
     everything = usable_bytes(memory, replace(options, max_model_len=wanted), device)
     tokens = min((everything - weights) // layout.block_bytes // 2 * layout.block_size, wanted)
     found = [f"--max-model-len {tokens}"] if tokens >= layout.block_size and needed else []
     smallest = weights
     if options.quantization is None:
-        half = {id(tensor) for tensor in halved}
+        half = {id(tensor) for tensor in in_bfloat16}
         linears = [linear.weight for linear in _quantisable(model)]
         others = weights - sum(tensor.nbytes // 2 if id(tensor) in half else tensor.nbytes for tensor in linears)
         for kind, bits in BITS.items():
@@ -193,18 +191,18 @@ def _what_fits(
 
 
 def _quantisable(model: XLoraModel) -> Iterator[Any]:
-    """The linears of the decoder but the head, adapted or not."""
+    """The decoder's linears that --quantization packs: all but the head's, with and without experts."""
     for module in model.decoder.modules():
         is_adapted = isinstance(module, AdaptedModule) and module.base is None
         if is_adapted or (not isinstance(module, AdaptedModule) and is_plain_linear(module)):
             yield module
 
 
-def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightBytes:
-    """Return the bytes of the model's tensors, each counted once however many modules share it; of those in `halved`,
-    which will be kept in bfloat16, half.
+def weight_bytes(model: XLoraModel, in_bfloat16: Sequence[Tensor] = ()) -> WeightBytes:
+    """Bytes of the model's tensors. A tensor that several modules use counts once; one that will be stored in bfloat16
+    counts half.
     """
-    half = {id(tensor) for tensor in halved}
+    half = {id(tensor) for tensor in in_bfloat16}
     experts = base = 0
     for name, tensor in _tensors(model.causal_lm):
         taken = tensor.nbytes // 2 if id(tensor) in half else tensor.nbytes
@@ -220,9 +218,9 @@ def weight_bytes(model: XLoraModel, halved: Sequence[Tensor] = ()) -> WeightByte
     return WeightBytes(base, experts, classifier, draft_head, draft_layer)
 
 
-def _kept(model: XLoraModel, name: str, halved: Sequence[Tensor]) -> str:
-    """The narrowest dtype in which tensors of that name are kept."""
-    half = {id(tensor) for tensor in halved}
+def _stored_dtype(model: XLoraModel, name: str, in_bfloat16: Sequence[Tensor]) -> str:
+    """The smallest dtype in which tensors of that name are stored."""
+    half = {id(tensor) for tensor in in_bfloat16}
     own = [tensor for full, tensor in _tensors(model.causal_lm) if full.rpartition(".")[2] == name]
     return "bfloat16" if any(id(tensor) in half for tensor in own) else _name(model.dtype)
 

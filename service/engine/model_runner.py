@@ -1,4 +1,7 @@
-"""ModelRunner: has a step's flat batch built, launches the model and the sampling of its rows. It decides nothing."""
+"""ModelRunner: builds a plan's batch, launches forward and sampling, and queues copies of the results.
+
+Decides nothing: which rows run is the scheduler's, what the results mean for sequences is the engine's.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.logprobs import Logprobs
 from service.engine.plan import ScheduledSequence
 from service.engine.sampler import SampleRow, sample, take_argmax
-from service.engine.speculation.chain import draft_ahead
+from service.engine.speculation.layer_drafts import draft_ahead
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput, Step
 from service.model.transfer import HostCopies, pack_to_device, to_device
@@ -37,14 +40,14 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self._step: Step = model
         self._next_step: Step | None = None
-        self.on_other_step: Callable[[], None] = lambda: None  # called by the engine's thread once it has taken one
+        self.on_other_step: Callable[[], None] = lambda: None  # called in the engine's thread after a swap
         self._batches = BatchBuilder(kv_cache, model.sites)
         self._dummy_row = model.dummy_row.cpu()
-        self.overlapped_rows = 0  # launch() of up to so many rows returns long before the device has done the work
+        self.overlapped_rows = 0  # launch() of up to this many rows returns long before the device has finished
 
     @property
     def step(self) -> Step:
-        """The step that computes batches. Only the engine's thread asks: one that was handed over is taken now."""
+        """The step that computes batches. Only the engine's thread may ask: it swaps in a step that was handed over."""
         if self._next_step is not None:
             self.step = self._next_step
             self.on_other_step()
@@ -55,16 +58,16 @@ class ModelRunner:
         self._step, self._next_step = step, None
 
     def hand_over(self, step: Step) -> None:
-        """Gives the engine's thread another step, from whichever thread."""
+        """Gives the engine another step, from any thread; it is swapped in before the next batch."""
         self._next_step = step
 
     def launch(self, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool = False) -> LaunchedStep:
-        """Queues one forward over everything scheduled, sampling of tokens and predictions in one go, and the copies of
-        what they bring, which the caller closes.
+        """Queues one forward over everything scheduled, the sampling of tokens and predictions, and copies of the
+        results, which the caller closes.
 
-        Raises OutOfMemory; then nothing has changed but what the next step will write again.
+        Raises OutOfMemory. The plan can then be launched again: all that has been written is overwritten.
         """
-        with out_of_memory.told_apart():
+        with out_of_memory.recognised():
             step = self.step
             output = step.forward(self._batches.build(scheduled), self.kv_cache)
             launched, ids = _sampled(output, scheduled, keep_gate_logits=keep_gate_logits)
@@ -72,7 +75,7 @@ class ModelRunner:
         return launched
 
     def _draft_ahead(self, step: Step, output: ForwardOutput, launched: LaunchedStep, ids: Tensor) -> None:
-        """Queues what the draft layer makes of the step. Whatever goes wrong with it, the step is as good without."""
+        """Queues the draft layer behind the step. Its failure costs the step nothing but drafts."""
         try:
             drafts = draft_ahead(step, launched.scheduled, ids, output, self.kv_cache)
         except Exception:
@@ -82,17 +85,17 @@ class ModelRunner:
             launched.drafting, launched.deeper = drafts[0], launched.copies.of(drafts[1])
 
     def collect(self, launched: LaunchedStep) -> list[SequenceResult]:
-        """Waits for what has been sampled in a step. One result per scheduled sequence, in the same order."""
+        """Waits for a step's sampled ids. One result per scheduled sequence, in the same order."""
         return launched.collect()
 
     def free_memory(self) -> None:
-        """Gives back what torch keeps for later, after OutOfMemory."""
+        """Empties torch's memory cache, after OutOfMemory."""
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def dummy_row(self, settings: GateSettings, weight: float) -> bytes | None:
-        """The gate row of the scaling pass under `settings`, times `weight`; None where it is the model's own."""
+        """The gate row of the scaling pass under `settings`, times `weight`; None where it equals the checkpoint's."""
         row = self.model.classifier.dummy_row_of(settings.scaling_pass_value, settings.top_k_lora) * weight
         return None if torch.equal(row, self._dummy_row) else row.numpy().tobytes()
 
@@ -100,8 +103,8 @@ class ModelRunner:
 def _sampled(
     output: ForwardOutput, scheduled: list[ScheduledSequence], *, keep_gate_logits: bool
 ) -> tuple[LaunchedStep, Tensor]:
-    """Samples every sequence, and queues the copies of what there is to say of the step. Returns the sampled ids as
-    well, int64 [R], on the device.
+    """Samples every sequence, and queues copies of the step's results. Also returns the sampled ids, int64 [R], on the
+    device.
     """
     copies = HostCopies(output.logits.device)
     logits, scores = _split(output.logits, scheduled, copies)
@@ -132,8 +135,8 @@ def _sampled(
 
 
 def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopies) -> tuple[Tensor, Logprobs | None]:
-    """logits [L, V] of `scheduled`, sequence by sequence -> those that are sampled from; the logprobs of the prompts'
-    own tokens at the others.
+    """Splits logits [L, V] of `scheduled`, sequence by sequence, into the rows that are sampled from, and the logprobs
+    of prompt tokens at the other rows.
     """
     scored: list[int] = []
     tokens: list[int] = []
@@ -153,7 +156,7 @@ def _split(logits: Tensor, scheduled: list[ScheduledSequence], copies: HostCopie
 
 
 def _sample_rows(one: ScheduledSequence) -> list[SampleRow]:
-    """The rows of a sequence that are sampled from: its samples, then its predictions."""
+    """The rows to sample for a sequence: its samples, then its predictions."""
     sequence, drafts = one.sequence, one.sequence.drafts
     first = one.predict_start - len(sequence.tokens)
     rows = [SampleRow(sequence, drafts[:count]) for count in range(one.samples)]
@@ -162,10 +165,10 @@ def _sample_rows(one: ScheduledSequence) -> list[SampleRow]:
 
 
 def _sample(logits: Tensor, rows: list[list[SampleRow]]) -> tuple[Tensor, dict[int, Failure]]:
-    """logits [R, V] of the rows of each sequence -> int64 [R]; the errors of sequences, by their place in `rows`.
+    """Samples logits [R, V] of the rows of each sequence. Returns ids, int64 [R], and errors by index in `rows`.
 
-    Where sampling raises, every sequence is sampled alone, and one that raises again has an error. A grammar that has
-    become too complex is its request's fault, and nothing to log.
+    When sampling raises, every sequence is sampled alone, and those that raise again have an error. A grammar that has
+    become too complex (InvalidRequestError) is its request's fault, and not logged.
     """
     try:
         flat = list(chain(*rows))
@@ -188,10 +191,10 @@ def _sample(logits: Tensor, rows: list[list[SampleRow]]) -> tuple[Tensor, dict[i
 
 
 def _marks(output: ForwardOutput, largest: Tensor | None) -> Tensor:
-    """fp32 [L + scaling rows]: one number per row of the logits, then of the gate logits, finite where the row is.
+    """fp32 [L + scaling rows]: one number per row of the logits, then of the gate logits, finite if the row is.
 
-    -inf among logits is how some families rule out ids: their rows are judged by the largest, which NaN and infinity
-    win; gate rows by the sum. `largest`, int64 [L]: where it is, if that is known, which saves reading [L, V] again.
+    Some families rule out ids with -inf among the logits, so a row's mark is its maximum, which NaN and +inf win; for
+    gate logits it is the sum. `largest`, int64 [L], is the argmax if it is known, which saves reading [L, V] again.
     """
     logits = output.logits
     of_rows = logits.amax(-1) if largest is None else logits.gather(-1, largest[:, None])[:, 0]

@@ -1,8 +1,7 @@
-"""Noise for sampling that is a pure function of what is being sampled.
+"""Sampling noise as a pure function of (seed, choice, output position, vocabulary id): a hash, not a generator.
 
-The noise of (seed, choice, output position, vocabulary id) is a hash, not the next number of a generator. So a fixed
-seed gives the same text whatever else is in the batch, on every device, after a preemption, and a *draft* sampled from
-the scaling pass's logits meets the same noise as the real token, which is what makes them agree (DESIGN section 3).
+So a fixed seed gives the same text in every batch, on every device, and after a preemption. A *draft* sampled from the
+scaling pass's logits gets the same noise as the real token, which makes the two agree (DESIGN section 3).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _counters(vocabulary: int, device: torch.device) -> Tensor:
-    """What splitmix64 adds for each vocabulary id, int64 [vocabulary]."""
+    """The increment of splitmix64 for each vocabulary id, int64 [vocabulary]."""
     return torch.arange(1, vocabulary + 1, device=device) * _signed(_GOLDEN)
 
 
@@ -48,14 +47,14 @@ def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _splitmix64_finalise_(bits: Tensor) -> Tensor:
-    """The same finaliser on an int64 tensor, in place; multiplication wraps as unsigned would."""
+    """splitmix64's finaliser on an int64 tensor, in place; products wrap as those of unsigned integers do."""
     bits.bitwise_xor_(_shift_right(bits, 30)).mul_(_signed(_FIRST))
     bits.bitwise_xor_(_shift_right(bits, 27)).mul_(_signed(_SECOND))
     return bits.bitwise_xor_(_shift_right(bits, 31))
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
-    """Logical shift: int64's own is arithmetic."""
+    """Logical shift to the right: torch shifts int64 arithmetically."""
     return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)
 
 

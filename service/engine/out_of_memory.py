@@ -1,4 +1,4 @@
-"""One error for a step that needs more memory than there is, whoever raised it: torch, CUDA's allocators or Python."""
+"""OutOfMemory: one error for all the ways in which torch, CUDA and Python report that memory has run out."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-# Torch's allocator on a CPU; a CUDA call that allocates itself, as for pinned memory, has no exception of its own.
-_SAYINGS = ("can't allocate memory", "CUDA error: out of memory")
+# RuntimeErrors by message: torch's CPU allocator, and CUDA calls that allocate themselves, as for pinned memory.
+_MESSAGES = ("can't allocate memory", "CUDA error: out of memory")
 
 
 class OutOfMemory(Exception):
@@ -16,8 +16,8 @@ class OutOfMemory(Exception):
 
 
 @contextmanager
-def told_apart() -> Iterator[None]:
-    """Raises OutOfMemory in place of what says so in its own way; lets everything else through."""
+def recognised() -> Iterator[None]:
+    """A context that turns errors of torch, CUDA and Python into OutOfMemory where they mean it; others pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -29,4 +29,4 @@ def told_apart() -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(saying in str(error) for saying in _SAYINGS)
+    return any(message in str(error) for message in _MESSAGES)

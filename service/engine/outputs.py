@@ -1,4 +1,4 @@
-"""What a step has brought one sequence, in the words of the contract: tokens, the end, what it has cost."""
+"""Builds the contract's outputs from a step's results, and counts usage and drafts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.engine.sequence import Sequence
 def output_of(
     result: SequenceResult, logprobs: Mapping[int, TokenOutput], scores: Mapping[int, list[TokenOutput]]
 ) -> SequenceOutput:
-    """What a step brought one sequence, but for its gate rows."""
+    """The output of one result, without its gate rows, which the caller adds."""
     sequence = result.scheduled.sequence
     if result.error is not None:
         return failed(sequence, result.error)
@@ -32,7 +32,7 @@ def output_of(
 
 
 def failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
-    """The end of a sequence that cannot go on."""
+    """The last output of a sequence that ends with a failure."""
     return SequenceOutput(
         sequence.request.id,
         sequence.index,
@@ -44,12 +44,12 @@ def failed(sequence: Sequence, failure: Failure) -> SequenceOutput:
 
 
 def count_step(scheduled: ScheduledSequence, stats: StepStats) -> None:
-    """Adds one sequence's step to its usage, and what became of its drafts to the step's statistics."""
+    """Adds one sequence's step to its usage. Moves its draft outcomes to usage and statistics."""
     sequence, usage = scheduled.sequence, scheduled.sequence.usage
     usage.forward_passes += 1
     usage.scaling_rows += scheduled.scaling_count
     usage.real_rows += scheduled.real_count
-    for drafter, kept in sequence.verdicts:
+    for drafter, kept in sequence.draft_outcomes:
         for counts in (usage.drafts, stats.drafts):
             counts.count(drafter.depth, is_lookup=drafter.is_lookup, kept=kept)
-    sequence.verdicts.clear()
+    sequence.draft_outcomes.clear()

@@ -1,4 +1,4 @@
-"""The plan of a step: which rows of which sequences run. The scheduler makes it, the runner and the engine read it."""
+"""The plan of a step: the rows of each sequence. Made by the scheduler, read by the runner and the engine. No torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _NONE = range(0)
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """What one sequence runs in a step: positions start .. start + count of either stream."""
+    """The rows of one sequence in a step: positions start .. start + count of either stream."""
 
     sequence: Sequence
     scaling_start: int
     scaling_count: int
     real_start: int
     real_count: int
-    samples: int  # the last so many real rows, from the last accepted position on: their logits give the next tokens
-    predict_start: int  # the logits of the scaling rows before positions predict_start ... predict those
-    expected: list[int]  # ... as many, and with what each prediction is compared (proposals.py)
-    draft_depth: int = 0  # tokens to draft in the place of the first that differs; beyond 1 by the draft layer
-    scores: range = _NONE  # prompt positions whose real rows' logits give the logprob of the prompt's next token
-    # Where its rows are, once the batch is built: in the flat batch, and in the logits (`samples`, then
-    # `predict_count`, then `scores`).
+    samples: int  # real rows, the last ones, whose logits are sampled: from the last accepted position on
+    predict_start: int  # the first position whose token the scaling pass predicts: from the row before it
+    expected: list[int]  # for each predicted position, the token that the prediction is compared with (proposals.py)
+    draft_depth: int = 0  # tokens to draft from the first prediction that differs on; beyond 1 by the draft layer
+    scores: range = _NONE  # prompt positions whose real rows give the logprob of the prompt's next token
+    # First rows in the flat batch and in the logits (`samples`, then `predict_count`, then `scores`); set by the
+    # batch builder.
     scaling_row: int = 0
     real_row: int = 0
     logit_row: int = 0
@@ -41,23 +41,23 @@ class ScheduledSequence:
 
     @property
     def predict_count(self) -> int:
-        """Scaling rows whose logits predict."""
+        """Predicted positions."""
         return len(self.expected)
 
     @property
     def rows(self) -> int:
-        """Rows of the flat batch."""
+        """Rows in the flat batch."""
         return self.scaling_count + self.real_count
 
     @property
     def logit_count(self) -> int:
-        """Rows of the logits."""
+        """Rows in the logits."""
         return self.samples + self.predict_count + len(self.scores)
 
 
 @dataclass(slots=True)
 class Plan:
-    """One step."""
+    """The rows of one step, of all sequences."""
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     rows: int = 0  # of the flat batch

@@ -1,12 +1,14 @@
-"""What runs in the next step. Pure Python, no torch: it moves numbers between sequences and the block manager.
+"""Scheduler: plans the rows of each step, admits and preempts sequences. Pure Python, no torch, no model.
 
 One rule covers prefill, chunked prefill and decode: in each step a sequence's real stream advances over every
 position whose scalings are known, and its scaling stream advances over the rest of tokens and drafts: prompt
 chunk, sampled token, or draft tokens.
 
-    prompt of 3 chunks   scaling  a b c . d e f      d: the drafted next token, in the same step as the real row before
-                         real       a b c . d e f    it (lookahead scaling pass); with drafts of several tokens d, e, f
-                                                     are several rows
+    scaling  a b c . d e f        a column is a step; a, b, c: chunks of the prompt; d, e, f: generated tokens
+    real       a b c . d e f
+
+The scaling row of a drafted token d runs in the same step as the real row before it (lookahead). With drafts of several
+tokens, d, e and f stand for several rows each. A row is one position in one of the two streams.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ from service.engine.speculation.costs import BreakEven, StepCost
 from service.engine.speculation.drafters import ANY_TOKEN, Record
 from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
-_PRIORITY_STEP = 4  # requests that may arrive later and still come before each next choice of one
-_STEPS_OF_NEEDS = 64  # after so many, what drafts must be worth is found anew
-_MAX_PASSES = 16  # of smaller ones past one for which there is no room
-_MAX_SEAT_SHARE = 0.75  # for the choices of one request
+_PRIORITY_STEP = 4  # requests that may arrive later and still come before a request's next choice
+_BREAK_EVEN_STEPS = 64  # how long break-even probabilities are reused
+_MAX_OVERTAKING = 16  # smaller sequences admitted before one that does not fit yet
+_MAX_SLOT_FRACTION = 0.75  # of max_num_seqs, for the choices of one request
 
 
 class Scheduler:
-    """Decode before prefill, under a budget of rows per step and of blocks in all.
+    """Schedules decode before prefill, within a budget of rows per step and the blocks of the pool.
 
-    First come, first served, but no one is served at everyone's expense: prompts share a step's rows evenly (none gets
-    more than it needs), the further choices of a request let later requests pass, and do not take every seat.
+    First come, first served, with two rules of fairness. Prompts divide the rows of a step evenly, though none gets
+    more than it needs. Further choices of a request let a few later requests pass, and cannot fill all of max_num_seqs.
 
-    A sequence is admitted when blocks for all it has so far are free, in both streams; when the pool runs dry later,
-    the latest arrival is preempted: its blocks are released and it is computed again when there is room. What is
-    cached of a text (full blocks of accepted positions) is not computed again while it lasts.
+    A sequence is admitted when there are free blocks for all its tokens, in both streams. When blocks run out later,
+    the running sequence that was admitted last, and has no rows in this step yet, is preempted: its blocks are
+    released, and its tokens are computed again later, except those whose full blocks are still in the prefix cache.
     """
 
     def __init__(
@@ -61,36 +63,36 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.lookahead = lookahead
-        self.draft_rates = draft_rates  # what is expected of the scaling pass's drafts at depth 1, 2, ...
-        self.speculative_tokens = speculative_tokens  # most drafts from earlier text per sequence and step
-        self.prefix_cache = prefix_cache  # False: only choices of one request share blocks
+        self.draft_rates = draft_rates  # expected acceptance rates of the scaling pass's drafts at depth 1, 2, ...
+        self.speculative_tokens = speculative_tokens  # prompt-lookup drafts of a sequence in a step, at most
+        self.prefix_cache = prefix_cache  # False: only choices of one request reuse each other's blocks
         self._step_cost = StepCost() if step_cost is None else step_cost
-        self.max_scored_rows = max_scored_rows  # whose logits are kept for prompt_logprobs, in one step
-        self.dummy_row_key = dummy_row_key  # the checkpoint's dummy row, as a name for it
+        self.max_scored_rows = max_scored_rows  # of a step: rows whose logits are kept for prompt_logprobs
+        self.dummy_row_key = dummy_row_key  # identifies the checkpoint's dummy row in block keys
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
         self._needed = BreakEven([], [], [])  # in this step
-        self._known_needs: dict[int, BreakEven] = {}  # by the number of sequences, for some steps
+        self._break_even: dict[int, BreakEven] = {}  # by the number of sequences, for _BREAK_EVEN_STEPS
         self._steps = 0
-        self._scorable = max_scored_rows  # what this step has left of them
-        self._most_choices = max(1, math.ceil(_MAX_SEAT_SHARE * max_num_seqs))  # of one request at once
-        self._requests = 0  # that have arrived
-        self._lookahead = [Record(rate) for rate in draft_rates]  # of all sequences, by depth
+        self._scorable = max_scored_rows  # rows of max_scored_rows that this step has left
+        self._max_choices = max(1, math.ceil(_MAX_SLOT_FRACTION * max_num_seqs))  # of one request at once
+        self._requests = 0  # arrived so far
+        self._lookahead = [Record(rate) for rate in draft_rates]  # over all sequences, by depth
         self._lookup = Record(LOOKUP_RATE)
 
     @property
     def step_cost(self) -> StepCost:
-        """What a step costs; how many drafts are made depends on it."""
+        """The cost of a step, by which the number of drafts is decided."""
         return self._step_cost
 
     @step_cost.setter
     def step_cost(self, cost: StepCost) -> None:
         self._step_cost = cost
-        self._known_needs.clear()
+        self._break_even.clear()
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence. The caller has checked that it can fit an otherwise empty pool."""
+        """Queues a sequence. The caller has checked that it fits an otherwise empty pool."""
         request = sequence.request
         gate = sequence.gate
         dummy_row = self.dummy_row_key if gate.dummy_row is None else gate.dummy_row
@@ -99,13 +101,13 @@ class Scheduler:
         sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
         sequence.priority = self._requests + _PRIORITY_STEP * sequence.index
-        sequence.look_ahead(
+        sequence.set_records(
             [record.begin(sequence.prompt_len) for record in self._lookahead], self._lookup.begin(sequence.prompt_len)
         )
         insort(self.waiting, sequence, key=lambda other: other.priority)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and releases its blocks."""
+        """Removes a sequence from the queue or from the running ones, and releases its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -113,7 +115,7 @@ class Scheduler:
         self._release(sequence)
 
     def forget(self, sequence: Sequence) -> None:
-        """Lets nobody else find what a sequence has in the cache: it is not worth having."""
+        """Removes a sequence's blocks from the prefix cache, because their contents are not usable (NaN)."""
         self.blocks.forget(sequence.scaling.blocks, sequence.real.blocks)
 
     def has_work(self) -> bool:
@@ -121,7 +123,7 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> Plan:
-        """Chooses the rows of the next step and makes sure that every one has its block."""
+        """Plans the rows of the next step, and allocates their blocks."""
         plan = Plan()
         budget = self.max_num_batched_tokens
         decoding: list[Sequence] = []
@@ -129,33 +131,33 @@ class Scheduler:
         for sequence in self.running:
             (decoding if sequence.prefilled else prefilling).append(sequence)
         self._scorable = self.max_scored_rows
-        self._needed = self._needs(max(1, len(self.running)))
-        others = 2 * len(decoding)  # rows: one of each stream for everyone before drafts for anyone
+        self._needed = self._break_even_of(max(1, len(self.running)))
+        others = 2 * len(decoding)  # rows reserved: every sequence gets a row of each stream before any gets drafts
         others += self._kept_for_prompts(prefilling, budget - others)
         for sequence in decoding:
             others -= 2
-            if self.speculative_tokens and budget > 0 and sequence.prefilled:  # not if it has been preempted
+            if self.speculative_tokens and budget > 0 and sequence.prefilled:  # False once it has been preempted
                 self._look_up_drafts(sequence)
             budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
-        most = self._even_share(prefilling, budget)
+        max_rows = self._max_prompt_rows(prefilling, budget)
         for sequence in prefilling:
-            budget -= self._schedule_running(sequence, min(most, budget), plan)
+            budget -= self._schedule_running(sequence, min(max_rows, budget), plan)
         if not plan.preemptions:
-            self._admit(budget, most, plan)
+            self._admit(budget, max_rows, plan)
         return plan
 
-    def _needs(self, sequences: int) -> BreakEven:
-        """What drafts must be worth in a step of so many sequences, by what has become of those so far."""
+    def _break_even_of(self, sequences: int) -> BreakEven:
+        """The break-even probabilities of drafts in a step of `sequences` sequences, by current acceptance rates."""
         self._steps += 1
-        if self._steps % _STEPS_OF_NEEDS == 0:
-            self._known_needs.clear()
-        if sequences not in self._known_needs:
+        if self._steps % _BREAK_EVEN_STEPS == 0:
+            self._break_even.clear()
+        if sequences not in self._break_even:
             rates = [record.rate for record in self._lookahead]
-            self._known_needs[sequences] = BreakEven.of(self._step_cost, sequences, rates, self.speculative_tokens)
-        return self._known_needs[sequences]
+            self._break_even[sequences] = BreakEven.of(self._step_cost, sequences, rates, self.speculative_tokens)
+        return self._break_even[sequences]
 
     def commit(self, sequence: Sequence) -> None:
-        """Caches the full blocks of what has been accepted; ends the scaling stream of a frozen gate."""
+        """Caches full blocks of accepted positions; releases the scaling stream once the gate is frozen."""
         if not sequence.generates:
             return
         size, known = self.blocks.block_size, len(sequence.tokens)
@@ -172,7 +174,7 @@ class Scheduler:
             self.blocks.release(scaling.blocks)
 
     def _kept_for_prompts(self, prefilling: list[Sequence], spare: int) -> int:
-        """Rows, of those that decoding leaves, that drafts do not take either: half, where there is a prompt to run."""
+        """Rows that are reserved for prompts before drafts: half of the spare ones, if there is a prompt to run."""
         can_admit = len(self.running) < self.max_num_seqs and self.waiting and self._has_room(self.waiting[0])
         return max(0, spare // 2) if prefilling or can_admit else 0
 
@@ -182,8 +184,8 @@ class Scheduler:
             self.blocks.cache(stream.blocks[number], stream.keys[number])
         stream.cached = full
 
-    def _even_share(self, prefilling: list[Sequence], budget: int) -> int:
-        """The most rows that one prompt may have in this step, with a view to those that can be admitted."""
+    def _max_prompt_rows(self, prefilling: list[Sequence], budget: int) -> int:
+        """The fair share of one prompt in this step's rows, counting prompts that can be admitted in it."""
         if not prefilling and not self.waiting:
             return budget
         needs = [self._next_rows(sequence, budget).rows for sequence in prefilling]
@@ -194,14 +196,14 @@ class Scheduler:
                     found.append(sequence)
                     cached = self.blocks.block_size * len(self._find_prefix(sequence)[1])
                     needs.append(len(sequence.tokens) - cached)
-        return even_share(needs, budget)
+        return fair_share(needs, budget)
 
     def _has_room(self, sequence: Sequence) -> bool:
         positions = len(sequence.tokens)
         return self._missing(sequence, positions, positions) <= self.blocks.free
 
     def _schedule_running(self, sequence: Sequence, budget: int, plan: Plan) -> int:
-        """Adds the sequence's rows to the plan. Returns its rows: 0 where there is no budget, or it was preempted."""
+        """Adds a sequence's rows to the plan. Returns how many: 0 without budget, or when it was preempted."""
         if budget <= 0 or (plan.preemptions and sequence not in self.running):
             return 0
         one = self._next_rows(sequence, budget)
@@ -213,7 +215,7 @@ class Scheduler:
         return one.rows
 
     def _look_up_drafts(self, sequence: Sequence) -> None:
-        """Adds draft tokens by prompt lookup where the text repeats itself, it pays, and no one is preempted for it."""
+        """Adds prompt-lookup drafts where the text repeats itself, they pay, and they need no preemption."""
         needed = self._needed.one_stream if sequence.scaling_ended else self._needed.two_streams
         place, tokens = look_up(sequence, needed, self.speculative_tokens)
         if tokens:
@@ -222,11 +224,11 @@ class Scheduler:
                 sequence.take_lookup(place, tokens)
 
     def _next_rows(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        """Both streams' next positions within `budget` rows; the real stream first, for it is what brings tokens."""
+        """The next rows of both streams within `budget`; the real stream's first, because they yield tokens."""
         known = len(sequence.tokens)
         end = known + len(sequence.drafts) - sequence.scores_only
         scaling_start, real_start = sequence.scaling.computed, sequence.real.computed
-        # Where the gate is frozen, every position's scalings are known.
+        # With a frozen gate, the scalings of every position are known.
         real_ready = end if scaling_start >= sequence.gate_end else scaling_start
         real_count = min(real_ready - real_start, budget) if sequence.generates else 0
         scoring = sequence.scored < sequence.score_end
@@ -239,15 +241,17 @@ class Scheduler:
             if scoring:
                 one.scores = range(max(real_start, sequence.scored), min(one.real_end, sequence.score_end))
             if self.lookahead and scaling_start + scaling_count >= known:
-                self._ask_predictions(one, known, end)
+                self._plan_predictions(one, known, end)
         return one
 
-    def _ask_predictions(self, one: ScheduledSequence, known: int, drafts_end: int) -> None:
-        """The scaling pass predicts the tokens of drafts, and drafts more behind the last where that pays."""
+    def _plan_predictions(self, one: ScheduledSequence, known: int, end_of_drafts: int) -> None:
+        """Adds the positions whose tokens the scaling pass predicts: those of drafts, to compare them, and the one
+        behind the last draft where another pays.
+        """
         sequence, end = one.sequence, one.scaling_end
-        likelihood = sequence.likelihood(one.samples)  # their rows are run once this step's samples have agreed
+        likelihood = sequence.likelihood(one.samples)  # this step's samples verify those drafts before the next is run
         depth = lookahead_depth(sequence, likelihood, self._needed)
-        if end < drafts_end or (depth and sequence.room_for_drafts > 0):
+        if end < end_of_drafts or (depth and sequence.room_for_drafts > 0):
             end += 1
         start = max(known, one.scaling_start + 1)
         one.expected = [expected_prediction(sequence, place) for place in range(start - known, end - known)]
@@ -257,18 +261,22 @@ class Scheduler:
         one.predict_start, one.draft_depth = start, min(depth, sequence.room_for_drafts)
 
     def _missing(self, sequence: Sequence, scaling_end: int, real_end: int) -> int:
-        """Blocks that both streams lack together for rows before these positions; gate rows live in the real one's."""
+        """Blocks that the streams still need for positions before these ends. The real stream also needs blocks up to
+        the scaling end, because it holds the gate rows.
+        """
         missing = self.blocks.missing(sequence.scaling.blocks, self._scaling_extent(sequence, scaling_end))
         if sequence.generates:
             missing += self.blocks.missing(sequence.real.blocks, max(scaling_end, real_end))
         return missing
 
     def _scaling_extent(self, sequence: Sequence, end: int) -> int:
-        """How many of `end` positions the scaling stream needs blocks for."""
+        """Positions, of `end`, that the scaling stream needs blocks for."""
         return 0 if sequence.scaling_ended else min(end, sequence.gate_end)
 
     def _make_room(self, one: ScheduledSequence, plan: Plan) -> bool:
-        """Gives both streams the blocks their rows need, preempting if need be."""
+        """Allocates the blocks of a sequence's rows, preempting others, or the sequence itself, where they run out.
+        Returns whether the sequence still runs.
+        """
         sequence = one.sequence
         size, scaling, real = self.blocks.block_size, sequence.scaling.blocks, sequence.real.blocks
         if one.scaling_end <= size * min(len(scaling), len(real)) and one.real_end <= size * len(real):
@@ -292,11 +300,13 @@ class Scheduler:
         sequence.priority = -1
         self.waiting.appendleft(sequence)
 
-    def _admit(self, budget: int, most: int, plan: Plan) -> None:
-        """Moves sequences from waiting to running while there are rows, seats and blocks, each with `most` rows.
+    def _admit(self, budget: int, max_rows: int, plan: Plan) -> None:
+        """Moves sequences from waiting to running, with up to `max_rows` rows each, while budget, max_num_seqs and free
+        blocks allow.
 
-        In order, but for those that must wait for other choices, and one for which there is no room: a few smaller ones
-        may pass that, unless it has been running before.
+        In order of priority, with two exceptions: choices that must wait for another choice of their request are
+        skipped, and one sequence that does not fit yet may be overtaken by up to _MAX_OVERTAKING smaller ones, unless
+        it was preempted.
         """
         position = 0
         large: Sequence | None = None
@@ -309,53 +319,54 @@ class Scheduler:
             positions = len(sequence.tokens)
             needed = self._missing(sequence, positions, positions) - len(scaling) - len(real)
             if needed + self.blocks.evictable(scaling + real) > self.blocks.free:
-                if large is not None or sequence.started or sequence.passed >= _MAX_PASSES:
+                if large is not None or sequence.started or sequence.overtaken >= _MAX_OVERTAKING:
                     return
                 large = sequence
                 position += 1
                 continue
             if large is not None:
-                large.passed += 1
+                large.overtaken += 1
             del self.waiting[position]
             self.running.append(sequence)
-            self._adopt(sequence, scaling, real)
-            budget -= self._schedule_running(sequence, min(most, budget), plan)
+            self._take_prefix(sequence, scaling, real)
+            budget -= self._schedule_running(sequence, min(max_rows, budget), plan)
 
     def _must_wait(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
-        """Whether other choices of its request come first: they have their seats, or one is at work on the prompt that
-        they share, and none is done.
+        """Whether a choice waits for other choices of its request: as many as allowed are among `others`, or one of
+        them is still computing the prompt, whose blocks this one can then reuse.
         """
         if not sequence.generates or sequence.sampling.n == 1:
             return False
-        siblings = [other for other in others if other.request is sequence.request]
-        if len(siblings) >= self._most_choices:
+        choices = [other for other in others if other.request is sequence.request]
+        if len(choices) >= self._max_choices:
             return True
-        return bool(siblings) and all(sibling.real.computed < sibling.prompt_len for sibling in siblings)
+        return bool(choices) and all(choice.real.computed < choice.prompt_len for choice in choices)
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], list[int]]:
-        """Cached blocks of both streams, equally many: a real row needs the scalings of its position, a scaling row
-        writes them. A fixed gate has the real stream alone. The last position is computed in any case, for its logits.
+        """The cached prefix of a sequence: blocks of the scaling stream and of the real stream, equally many, because
+        real rows need the gate rows that scaling rows write. With a fixed gate there are only real ones. The last
+        position is never taken from the cache: its logits are needed.
         """
         if not sequence.generates:
             return [], []
-        most = min(len(sequence.tokens) - 1, sequence.gate_row_end)
+        end = min(len(sequence.tokens) - 1, sequence.gate_row_end)
         if sequence.scored < sequence.score_end:
-            most = min(most, sequence.scored)  # the logits of the others are still wanted
-        most //= self.blocks.block_size
-        real = self._find(sequence, sequence.real, most)
+            end = min(end, sequence.scored)  # logits of later positions are still needed for prompt_logprobs
+        max_blocks = end // self.blocks.block_size
+        real = self._find(sequence, sequence.real, max_blocks)
         if sequence.fixed_gate:
             return [], real
         scaling = self._find(sequence, sequence.scaling, len(real))
         return scaling, real[: len(scaling)]
 
-    def _find(self, sequence: Sequence, stream: Stream, most: int) -> list[int]:
-        self._keys.extend(stream.keys, stream.root, sequence.tokens, most)
-        return self.blocks.find(stream.keys[:most])
+    def _find(self, sequence: Sequence, stream: Stream, max_blocks: int) -> list[int]:
+        self._keys.extend(stream.keys, stream.root, sequence.tokens, max_blocks)
+        return self.blocks.find(stream.keys[:max_blocks])
 
-    def _adopt(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
+    def _take_prefix(self, sequence: Sequence, scaling: list[int], real: list[int]) -> None:
         """Begins both streams with cached blocks."""
         for stream, blocks in ((sequence.scaling, scaling), (sequence.real, real)):
-            stream.blocks = self.blocks.share(blocks)
+            stream.blocks = self.blocks.hold(blocks)
             stream.cached = len(blocks)
             stream.computed = len(blocks) * self.blocks.block_size
         if not sequence.started:
@@ -366,7 +377,7 @@ class Scheduler:
         sequence.rewind()
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError unless every block is held by exactly the sequences that list it."""
+        """Raises RuntimeError unless the block manager agrees with the block tables of all sequences."""
         self.blocks.check_integrity(
             table
             for sequence in (*self.running, *self.waiting)
@@ -374,9 +385,9 @@ class Scheduler:
         )
 
 
-def even_share(needs: list[int], budget: int) -> int:
-    """The largest share (at least 1) of `budget` that all can have, if those who need less take no more than that: all
-    of it, where there is enough for everyone.
+def fair_share(needs: list[int], budget: int) -> int:
+    """The max-min fair share of `budget`: the largest number (at least 1) that each may take, while those who need less
+    take only what they need. All of `budget`, where it is enough for all needs.
     """
     left = budget
     for number, need in enumerate(sorted(needs)):

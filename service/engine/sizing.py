@@ -1,6 +1,7 @@
-"""Sizes of an engine, from its options: device, dtype, context, rows of a step, and how the memory is divided.
+"""Sizes of an engine, from its options: device, dtype, context length, rows per step, KV blocks.
 
-Knows the arithmetic; the loader, the ranks of a group and `check --plan` do with it what they like.
+Knows the arithmetic for a given model, loaded or on the meta device. memory_plan.py applies it before loading, to
+decide whether the model fits; the loader and the ranks of a group apply it to what is loaded.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from service.model.loading.context import Context, read_context
 from service.model.xlora_model import XLoraModel
 
 _MIB = 1 << 20
-_CPU_KV_BYTES = 512 * _MIB  # what --kv-memory defaults to on a CPU, or one request of full length if that is more
-_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # what --max-num-batched-tokens defaults to
-# Tokens at least of a server whose operator does not say, or the base's own: fewer are no use to most.
-MIN_CONTEXT = 1024
-CUDA_KV_SHARE = 0.85  # of what is free once the weights are loaded; the rest is for activations
+_CPU_KV_BYTES = 512 * _MIB  # the default of --kv-memory on a CPU, or one request of full length if that is more
+_BATCHED_TOKENS = {"cpu": 256, "cuda": 1024}  # the default of --max-num-batched-tokens
+MIN_CONTEXT = 1024  # tokens: without --max-model-len, a shorter context (or the base's, if shorter) is refused
+CUDA_KV_FRACTION = 0.85  # of the memory that is free once the weights are loaded; activations take the rest
 
 
 class NoRoom(StartupError):
-    """A model that does not fit the memory as the options want it."""
+    """The model does not fit the memory under these options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,15 @@ class Sizes:
     num_blocks: int
 
     def within(self, num_blocks: int) -> int:
-        """The longest text, where there are only so many blocks."""
+        """The context length with `num_blocks` blocks."""
         return min(self.max_model_len, num_blocks // 2 * self.layout.block_size)
 
 
 def divide_memory(model: XLoraModel, options: EngineOptions, device: torch.device, free_bytes: int | None) -> Sizes:
-    """The sizes of an engine over `model` on `device`, whose `free_bytes` the weights have left; None: a CPU whose
-    memory nobody has looked at.
+    """The sizes of an engine over `model` on `device` with `free_bytes` besides the weights (None: a CPU, all of whose
+    memory counts).
 
-    Without --max-model-len the context is the base's own, or the longest that fits. Raises SettingsError for an
+    Without --max-model-len the context length is the base's own, or the longest that fits. Raises SettingsError for an
     impossible option, StartupError when not even one request fits.
     """
     layout = model.kv_layout(options.block_size)
@@ -65,31 +65,31 @@ def _kv_budget(options: EngineOptions, device: torch.device, free_bytes: int | N
     if options.kv_memory_bytes is not None:
         return options.kv_memory_bytes
     if device.type == "cuda" and free_bytes is not None:
-        return int(free_bytes * CUDA_KV_SHARE)
+        return int(free_bytes * CUDA_KV_FRACTION)
     return host_memory().total if free_bytes is None else free_bytes
 
 
 def _context(context: Context, layout: KVLayout, options: EngineOptions, budget: int) -> int:
-    """Tokens of the longest text."""
+    """The context length in tokens."""
     asked = options.max_model_len
     if asked is None:
         longest = budget // layout.block_bytes // 2 * layout.block_size
-        return max(min(context.usual, longest), min(context.usual, MIN_CONTEXT))
-    if asked > context.most:
+        return max(min(context.default_tokens, longest), min(context.default_tokens, MIN_CONTEXT))
+    if asked > context.max_tokens:
         raise SettingsError(
-            f"--max-model-len {asked} is over the {context.most} tokens that the base's config.json allows",
-            hint=f"--max-model-len {context.most} is the most",
+            f"--max-model-len {asked} is over the {context.max_tokens} tokens that the base's config.json allows",
+            hint=f"--max-model-len {context.max_tokens} is the most",
         )
     return asked
 
 
 def allocate_cache(model: XLoraModel, sizes: Sizes) -> KVCache:
-    """The pool of a model."""
+    """The KV cache of a model, in these sizes."""
     return KVCache.allocate(sizes.layout, sizes.num_blocks, model.dummy_row)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises SettingsError for a device this machine has not."""
+    """The device of --device; `auto` is a GPU where there is one. Raises SettingsError for a device that is missing."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch.device("cuda:0" if name == "cuda" else name)
@@ -103,9 +103,9 @@ def resolve_device(name: str) -> torch.device:
 def possible_dtypes(
     name: str, checkpoint: Checkpoint, device: torch.device, quantization: str | None = None
 ) -> list[str]:
-    """The dtypes that --dtype may mean, the best first. `auto` is on a CPU float32, which is exact and no slower, and
-    the base's own where that does not fit; bfloat16 over packed weights, which torch's operators are made for. On CUDA
-    it is the base's own.
+    """The dtypes that --dtype allows, the best first. On a GPU, `auto` is the base's own dtype. On a CPU it is float32,
+    which is exact and no slower, then the base's own in case float32 does not fit; with quantized weights it is
+    bfloat16, which torch's operators for them are made for.
     """
     if name != "auto":
         return [name]
@@ -116,7 +116,7 @@ def possible_dtypes(
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The best of `possible_dtypes`. Raises SettingsError for a name that is none."""
+    """The best of `possible_dtypes`. Raises SettingsError for an unknown name."""
     best = possible_dtypes(name, checkpoint, device)[0]
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if best not in dtypes:
@@ -125,19 +125,19 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 
 def resolve_batched_tokens(options: EngineOptions, device: torch.device) -> int:
-    """Most rows in one step: as few as compute a long prompt about as fast as more would (DECISIONS.md), and twice what
-    decoding needs when every seat is taken.
+    """The row budget of a step (--max-num-batched-tokens). The default is the smallest that computes a long prompt
+    about as fast as a larger one would (DECISIONS.md), and twice the rows of max_num_seqs sequences that decode.
     """
     return options.max_num_batched_tokens or max(_BATCHED_TOKENS[device.type], 4 * options.max_num_seqs)
 
 
 def free_device_bytes(device: torch.device) -> int | None:
-    """What is free on a GPU now; None on a CPU, whose memory others share."""
+    """The bytes that are free on a GPU now; None on a CPU, whose memory other processes use too."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def plan_blocks(layout: KVLayout, max_model_len: int, max_num_seqs: int, budget: int) -> int:
-    """How many KV blocks fit the budget in bytes, and never more than max_num_seqs requests of full length could use.
+    """The number of KV blocks that fit the budget in bytes, at most those of max_num_seqs requests of full length.
 
     Raises NoRoom when not even one request of max_model_len fits.
     """
@@ -153,7 +153,7 @@ def plan_blocks(layout: KVLayout, max_model_len: int, max_num_seqs: int, budget:
 
 
 def as_text(count: int) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
+    """A number of bytes as text, in the largest unit of which it has at least one."""
     for unit, name in ((1 << 30, "GiB"), (_MIB, "MiB"), (1 << 10, "KiB")):
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"

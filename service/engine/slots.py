@@ -1,4 +1,4 @@
-"""Slots of the KV pool: where the keys, values and gate rows of positions lie. No torch."""
+"""Slots of the KV pool: the places of positions' keys, values and gate rows, by their blocks. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def stream_slots(stream: Stream, start: int, count: int, block_size: int) -> lis
 
 
 def gate_slots(sequence: Sequence, start: int, count: int, block_size: int) -> list[int]:
-    """Slots of the gate rows that serve positions start .. start + count; they lie in the real stream's blocks."""
+    """Slots of the gate rows that positions start .. start + count use, in the real stream's blocks. Positions behind a
+    frozen gate all use the last gate row.
+    """
     real, end = sequence.real, start + count
     if end <= sequence.gate_end:
         return stream_slots(real, start, count, block_size)

@@ -1,7 +1,7 @@
-"""What a step costs on this machine: of that depends how many drafts are worth their rows.
+"""Measures the cost of a step on this machine, by which the scheduler decides how many drafts pay.
 
-The forward is timed alone, with few rows and with many; the host's part is what steps of the engine take beyond it.
-The fastest of several rounds counts, for whatever else the machine does only adds.
+The forward is timed alone, with few rows and with many; the host's part is the time that whole steps of the engine take
+beyond it. The fastest of several rounds counts, because other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_ROWS = (2, 8, 4, 6, 16, 32)  # that are timed, the most telling ones first
+_ROWS = (2, 8, 4, 6, 16, 32)  # sizes to time, the most informative ones first
 MANY_ROWS = max(_ROWS)
-_MIN_SIZES = 2  # of them, however long a forward takes
+_MIN_SIZES = 2  # sizes that are timed however long a forward takes
 _MAX_ROUNDS = 40
-_SECONDS = 0.6  # after which nothing more is timed
-_STEPS = 24  # of the engine, at most
+_MAX_SECONDS = 0.6  # after which no more is timed
+_MAX_STEPS = 24  # of the engine
 
 
 def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
-    """Lets the scheduler know what steps of an idle engine cost, and again when its runner is given another step."""
+    """Measures an idle engine's steps, with a request of its own, and sets the scheduler's step cost. The forward is
+    measured again when the runner gets another Step.
+    """
     runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
     while True:  # until no other step has been handed over meanwhile
         step = runner.step
@@ -53,12 +55,13 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
 
 
 def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
-    """Seconds of the fastest of the engine's steps with a row or two. Nothing is drafted, so no draft of a text that
-    nobody has sent is judged, and no step waits for the draft layer.
+    """Seconds of the engine's fastest step with at most _ROWS[0] rows. Drafting is off meanwhile, so that this made-up
+    text does not count in acceptance rates, and no step waits for the draft layer.
     """
     drafting = scheduler.lookahead, scheduler.speculative_tokens
     scheduler.lookahead, scheduler.speculative_tokens = False, 0
-    sampling = SamplingParams(max_tokens=min(_STEPS, engine.info.max_model_len - 1), temperature=0.0, ignore_eos=True)
+    max_tokens = min(_MAX_STEPS, engine.info.max_model_len - 1)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
     best, begun = float("inf"), time.perf_counter()
     while engine.has_work():
@@ -67,39 +70,39 @@ def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
         now = time.perf_counter()
         if 0 < stats.scaling_rows + stats.real_rows <= _ROWS[0]:
             best = min(best, now - started)
-        if now - begun > _SECONDS and best < float("inf"):
+        if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")
-    engine.report()  # takes what an abort has left for the metrics
+    engine.report()  # discards the statistics of the aborted request
     scheduler.lookahead, scheduler.speculative_tokens = drafting
     return best
 
 
 def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepCost:
-    """Times forwards, and the draft layer if it `drafts`. Writes to the scratch block alone, but nobody else may use
-    the model at the same time.
+    """Times forwards, and the draft layer if `drafts`. Writes to the scratch block only; nothing else may use the model
+    at the same time.
     """
     hidden = step.forward(idle_batch(kv_cache, 2), kv_cache).hidden[:1].clone()
     works: list[Callable[[], object]] = [partial(step.forward, idle_batch(kv_cache, rows), kv_cache) for rows in _ROWS]
     if drafts:
         works.insert(0, partial(draft_idly, step, kv_cache, hidden))
-    best = _fastest(works, _MIN_SIZES + drafts, hidden.device)
+    best = _fastest(works, hidden.device, min_works=_MIN_SIZES + drafts)
     layer = best.pop(0) if drafts else 0.0
     seconds = accumulate((seconds for _, seconds in sorted(zip(_ROWS, best, strict=False))), max)
     return StepCost(tuple(zip(sorted(_ROWS[: len(best)]), seconds, strict=True)), layer)
 
 
-def _fastest(works: list[Callable[[], object]], least: int, device: torch.device) -> list[float]:
-    """The shortest time of each, in seconds, of rounds in which all take their turn: of the first `least` at any rate,
-    of the others as far as there is time.
+def _fastest(works: list[Callable[[], object]], device: torch.device, *, min_works: int) -> list[float]:
+    """The shortest time of each work in seconds, over rounds that run all of them in turn: of the first `min_works`,
+    and of others while there is time.
     """
     best: list[float] = []
     started = time.perf_counter()
     for number, work in enumerate(works):
-        if number >= least and time.perf_counter() - started > _SECONDS:
+        if number >= min_works and time.perf_counter() - started > _MAX_SECONDS:
             break
         best.append(_seconds(work, device))
     for _ in range(_MAX_ROUNDS - 1):
-        if time.perf_counter() - started > _SECONDS:
+        if time.perf_counter() - started > _MAX_SECONDS:
             break
         best = [min(seconds, _seconds(work, device)) for seconds, work in zip(best, works, strict=False)]
     return best

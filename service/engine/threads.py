@@ -1,4 +1,4 @@
-"""How many threads an engine computes with on a CPU."""
+"""The number of threads that an engine computes with on a CPU, by cores, cgroup limits and options."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from service.engine.cgroups import own_cgroups
 
 
 def resolve_threads(options: EngineOptions) -> tuple[int, int]:
-    """How many threads compute, and how many more help where a core has nothing else to do: unless the options say how
-    many, one on the last core, which is the API process's; not under a limit on CPU time, where its waiting counts.
+    """The number of compute threads, and of threads with idle priority, which help while their core has nothing to do.
+
+    Without --threads, there is one with idle priority for the last core, which is left to the API process. Under a
+    limit on CPU time there is none, because its polling would count against the limit.
     """
     ranks = options.tensor_parallel
-    has_guest = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
-    return options.threads or default_threads(ranks), int(has_guest)
+    has_idle_priority = options.threads is None and ranks == 1 and 1 < _cores() <= _limit()
+    return options.threads or default_threads(ranks), int(has_idle_priority)
 
 
 def default_threads(ranks: int = 1) -> int:
-    """All cores but one: the API process needs it, and torch's threads wait for each other (DECISIONS.md). Each of
-    several ranks has an equal share.
+    """All cores but one, divided by the number of ranks. The API process needs the other core: torch's threads wait for
+    each other, so one that is descheduled stops all (DECISIONS.md).
     """
     return max(1, (min(_cores(), math.ceil(_limit())) - 1) // ranks)
 
@@ -31,13 +33,13 @@ def _cores() -> int:
 
 
 def _limit() -> float:
-    """How many cores' time there is: the least that a cgroup around this process grants, or all cores."""
+    """The CPU time available, in cores: the lowest limit of a cgroup around this process, or all cores."""
     granted = (_granted(version, folder) for version, folder in own_cgroups("cpu"))
     return min(filter(None, granted), default=_cores())
 
 
 def _granted(version: int, folder: Path) -> float | None:
-    """Cores' time of one cgroup, as microseconds of computing in a period; None where it has no limit."""
+    """The CPU limit of one cgroup in cores (quota / period); None where it has no limit."""
     try:
         if version == 1:
             quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
@@ -45,5 +47,5 @@ def _granted(version: int, folder: Path) -> float | None:
             quota, period = (folder / "cpu.max").read_text().split()
         limit = int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
-        return None  # not this process's to see, or v2's "max"
+        return None  # the folder is not visible here, or v2's "max"
     return limit if limit > 0 else None  # v1's -1

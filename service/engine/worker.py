@@ -1,13 +1,13 @@
-"""The engine's process: reads requests from a socket, steps the engine, writes what each step brought.
+"""The engine's process: reads messages from a socket, steps the engine, and sends each step's outputs.
 
     python -m service.engine.worker FD MODULE:FUNCTION
 
-FD is one end of a socket pair whose other end the parent holds (client/). MODULE:FUNCTION names what loads the engine;
-it is imported only after the parent has been told that loading began, because importing torch takes seconds. When the
-parent dies the socket closes, and so does this process. Ctrl-C and SIGTERM, which terminals and supervisors send to a
-whole group of processes, are the parent's business: it drains, then closes the socket.
+FD is one end of a socket pair whose other end the parent holds (client/). MODULE:FUNCTION is the function that loads
+the engine. It is imported after the first progress message, because importing torch takes seconds. When the parent
+dies, the socket closes, and this process ends. It ignores Ctrl-C and SIGTERM, which terminals and supervisors send to
+whole process groups: the parent drains, then closes the socket.
 
-This file knows messages and the engine's surface, and neither torch nor asyncio.
+This file knows messages and the EngineSurface, and neither torch nor asyncio.
 """
 
 from __future__ import annotations
@@ -42,39 +42,39 @@ logger = logging.getLogger(__name__)
 
 
 class EngineSurface(Protocol):
-    """What the worker needs of an engine (service/engine/engine.py)."""
+    """The methods of an engine (engine.py) that the worker calls."""
 
     info: EngineInfo
 
     def add(self, request: Request) -> None:
-        """Queues a request that checked_request has let through. What it raises ends this request alone."""
+        """Queues a request that has passed checked_request. An exception ends this request alone."""
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Frees everything a request, or one of its choices, holds."""
+        """Drops a request, or one of its choices, and releases its blocks."""
 
     def set_gate(self, settings: GateSettings) -> None:
-        """The gate of requests added from now on."""
+        """Sets the gate of requests that are added from now on."""
 
     def log_scalings(self, enabled: bool) -> None:
-        """Whether steps report what the classifier says."""
+        """Switches on or off that steps report the classifier's weights."""
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
 
     def wait(self) -> None:
-        """Returns once step() has no device to wait for."""
+        """Waits until the device has finished the step in flight, if any."""
 
     def step(self) -> StepOutput:
         """One forward pass."""
 
     def report(self) -> StepOutput:
-        """The load without a step."""
+        """Statistics without a step."""
 
-    def identify(self, on_known: Callable[[str], None]) -> None:
+    def hash_weights(self, on_known: Callable[[str], None]) -> None:
         """Calls `on_known` with the hash over all weight files, later and from another thread."""
 
 
-# With options, what to call with progress, and what to call from another thread when a part of the engine is lost.
+# Called with options, a callback for progress, and a callback (in another thread) for a lost part of the engine.
 LoadEngine = Callable[[EngineOptions, Callable[[str], None], Callable[[str], None]], EngineSurface]
 
 
@@ -111,10 +111,10 @@ class Worker:
             logger.exception("loading failed")
             return self._fail(f"loading failed: {type(error).__name__}: {error}")
         gc.collect()
-        gc.freeze()  # the model's objects live as long as the process: no collection need look at them again
+        gc.freeze()  # the model's objects live as long as the process, so collections need not traverse them
         self._send(wire.Ready(engine.info))
         if engine.info.weights_sha256 is None:
-            engine.identify(self._identified)
+            engine.hash_weights(self._identified)
         try:
             self._loop(engine)
         except (Disconnected, ConnectionError):
@@ -133,7 +133,7 @@ class Worker:
 
     def _loop(self, engine: EngineSurface) -> NoReturn:
         while True:
-            engine.wait()  # what comes meanwhile is in time for the next launch
+            engine.wait()  # messages that arrive meanwhile are applied before the next launch
             messages = self._receive(wait=not engine.has_work())
             failed = [output for message in messages for output in self._apply(engine, message)]
             if engine.has_work():
@@ -146,7 +146,7 @@ class Worker:
             self._send(wire.Step(output))
 
     def _apply(self, engine: EngineSurface, message: wire.ToEngine) -> list[SequenceOutput]:
-        """Does what a message says; returns the ends of the choices that this ended."""
+        """Applies a message. Returns the outputs of choices that it ended."""
         match message:
             case wire.Abort(request_id, index):
                 engine.abort(request_id, index)
@@ -175,7 +175,7 @@ class Worker:
         return []
 
     def _receive(self, wait: bool) -> list[wire.ToEngine]:
-        """Every whole message that has arrived; with `wait`, at least one."""
+        """All complete messages that have arrived; with `wait`, at least one."""
         messages: list[wire.ToEngine] = []
         while not messages:
             try:
@@ -196,8 +196,8 @@ class Worker:
             self._send(wire.Identified(weights_sha256))
 
     def _lose(self, reason: str) -> NoReturn:
-        """Says why and ends the process, from another thread: the main one may wait for what will never come."""
-        with contextlib.suppress(OSError, ValueError):  # the main thread, which may have noticed, closes the socket
+        """Sends the reason and ends the process, from another thread: the main one may be blocked for good."""
+        with contextlib.suppress(OSError, ValueError):  # the main thread may have noticed, and closed the socket
             self._fail(reason)
             _linger(self._socket)
         os._exit(1)
@@ -211,8 +211,8 @@ def main(argv: list[str]) -> int:
     """Entry point of the process."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    # torch's threads sleep while they have nothing to do: those of the native kernels want their cores. Read when
-    # torch is loaded; who has chosen otherwise is left in peace.
+    # Idle torch threads sleep instead of spinning, because the native kernels' threads need their cores. The variable
+    # is read when torch is loaded; a value that is already set is kept.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s engine: %(message)s")
     module, _, function = argv[2].partition(":")
@@ -231,10 +231,10 @@ def main(argv: list[str]) -> int:
 
 
 def _linger(connection: socket.socket) -> None:
-    """Lets the parent read the last message: closing with unread input would throw it away."""
+    """Waits until the parent has read the last message: closing with unread input would discard it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_WR)
-        waiter = select.poll()  # select.select knows no descriptor from 1,024 on
+        waiter = select.poll()  # select.select fails for descriptors from 1,024 on
         waiter.register(connection, select.POLLIN)
         waiter.poll(1000.0)
 

@@ -1,9 +1,9 @@
 """AdaptedModule: a module of the base plus the gated experts of its site (DESIGN's real pass, two matrix products).
 
-    y = base(x), and for the rows that the gate is open for: + B_cat((A_cat x) * g)
+    y = base(x), and for rows from the gate's first row on: + B_cat((A_cat x) * g)
 
-One formula for all that experts adapt. What differs: an embedding looks A_cat up by ids, the language model's head sees
-only the rows whose logits are wanted, and a quantised module computes base(x) itself.
+One formula for every kind of adapted module, with three variations: an embedding looks A_cat up by ids, the language
+model's head gets only the rows that need logits, and embeddings and quantised linears run their own forward as base(x).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from service.model.targets import as_linear, is_plain_linear
 class AdaptedModule(nn.Module):
     """A module of the base with the experts of one site. Inference only."""
 
-    base: nn.Module | None  # what computes base(x); None: W x + b, with the weight and bias that are here
-    weight: Tensor  # of a linear [out, in], of an embedding [V, H]; other code looks for it here. Quantised: None
+    base: nn.Module | None  # computes base(x); None: base(x) = W x + b, with `weight` and `bias`
+    weight: Tensor  # of a linear [out, in], of an embedding [V, H]; None if quantised. transformers reads it, too
     bias: Tensor | None
     lora_a: Tensor  # [R, in]; of an embedding [V, R]
     lora_b_t: Tensor  # [R, out]
 
     def __init__(self, base: nn.Module, stack: ExpertStack, gate: Gate, site: int, *, is_head: bool = False) -> None:
-        """`is_head`: of the causal LM's output embedding."""
+        """`is_head`: whether `base` is the causal LM's output embedding."""
         super().__init__()
         self.gate, self.site, self.is_head = gate, site, is_head
         self.looks_up = isinstance(base, nn.Embedding)
@@ -52,8 +52,8 @@ class AdaptedModule(nn.Module):
         return y
 
     def weights_of_rows(self) -> Tensor:
-        """Of a head: [L, R] of the rows `gate.logit_rows`, 0 in those that the gate is not open for."""
+        """The head's gate, [L, R] for the rows `gate.logit_rows`; 0 in rows before the gate's first row."""
         gate = self.gate
         assert gate.logit_rows is not None
-        number = gate.logit_rows - gate.first_row  # of each row among those the gate is open for
+        number = gate.logit_rows - gate.first_row  # index into the rows that have a gate
         return gate.at(self.site)[number.clamp(min=0)].masked_fill_((number < 0)[:, None], 0.0)

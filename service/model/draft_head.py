@@ -1,12 +1,11 @@
-"""The draft head: guesses what the real pass will make of a hidden state of the scaling pass.
+"""The draft head: corrects a scaling row's hidden state towards the real pass, so that its drafts are right more often.
 
-    h' = h + D silu(U h + b)        in scaling rows, before the head; real rows stay as they are
+    h' = h + D silu(U h + b)        in scaling rows, before the head; real rows stay unchanged
 
-The scaling pass is the base model, and its next token is a draft of the real pass's (DESIGN section 3). What the
-experts change about it is partly a function of the hidden state alone, and can be learned (tools/distill.py). A draft
-decides only whether work done early is kept, so a draft head changes no token and no scaling in float32.
-Source of the form: the residual block of Medusa's heads (arXiv 2401.10774), here with a narrow middle and no head of
-its own.
+The scaling pass runs the base model, and its next token is a draft for the real pass (DESIGN section 3). The change
+that the experts make to it is partly a function of the hidden state alone, which can be learned (tools/distill/). A
+draft only decides whether work done early is kept, so a draft head changes no token and no scaling in float32. Source:
+the residual block of Medusa's heads (arXiv 2401.10774), here with a low rank, and without a head of its own.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class DraftHead(nn.Module):
         self.tensors = [self.up.data, self.bias.data, self.down.data]
 
     def forward(self, hidden: Tensor, is_scaling: Tensor) -> Tensor:
-        """hidden [..., T, H] and is_scaling [T], 0 for real rows -> what the model's head is to see, [..., T, H]."""
+        """hidden [..., T, H] and is_scaling [T], 0 for real rows -> the input of the model's head, [..., T, H]."""
         return torch.where(is_scaling[:, None] != 0, self.drafting(hidden), hidden)
 
     def drafting(self, hidden: Tensor) -> Tensor:
-        """h' of rows that all draft: as hidden [..., H]."""
+        """h' [..., H] of hidden [..., H], all of scaling rows."""
         return hidden + F.linear(F.silu(F.linear(hidden, self.up, self.bias)), self.down)

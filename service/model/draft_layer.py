@@ -1,13 +1,13 @@
-"""The draft layer: guesses several tokens ahead of the scaling pass, one after another (DESIGN section 3.1).
+"""The draft layer: drafts several tokens ahead of the scaling pass, one after another (DESIGN section 3.1).
 
     s_1 = h_q                          last hidden state of a scaling row at position q; its own draft is d_1
     y   = W [s_i ; e(d_i)] + c_i       e: the base's embedding of the token just drafted, at position q + i
-    z   = y + O attention(RoPE(Q n(y)), keys, values)      n: RMS norm without a weight, which Q has in it
-    s_{i+1} = z + D silu(U z + b)      d_{i+1} is drafted from head(s_{i+1}), and is to stand at position q + i + 1
+    z   = y + O attention(RoPE(Q n(y)), keys, values)      n: RMS norm; its weight is folded into Q
+    s_{i+1} = z + D silu(U z + b)      d_{i+1}, for position q + i + 1, is drafted from head(s_{i+1})
 
-Keys and values are the scaling stream's own of the base's last layer, positions 0 .. q: answers copy from their
-prompts, which a layer without attention cannot see, and a layer that reads what is cached anyway needs no cache.
-A draft decides only whether work done early is kept: in float32 no token and no scaling depends on it.
+It attends to the scaling stream's cached keys and values of the base's last layer, positions 0 .. q. Attention lets it
+copy from the prompt, as answers often do, and reading the base's cache, it needs none of its own.
+A draft only decides whether work done early is kept: in float32 no token and no scaling depends on it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from service.model.loading.family import kv_shape
 
 EPS = 1e-6  # of the norm
 
-Attend = Callable[[Tensor], Tensor]  # query [n, heads, head_dim] -> what it finds, the same shape
-Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of what they draft, 2, 3, ... -> int64 [n]
+Attend = Callable[[Tensor], Tensor]  # query [n, heads, head_dim] -> attention's output, the same shape
+Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of their drafts, 2, 3, ... -> int64 [n]
 
 
 @dataclass(frozen=True, slots=True)
 class PureChoice:
-    """A way to choose drafts that depends on logits, depth and tensors alone, so that a graph can hold it."""
+    """A choice of drafts that depends on logits, depth and tensors alone, so that a CUDA graph can contain it."""
 
-    function: Callable[[Tensor, int, tuple[Tensor, ...]], Tensor]  # the same one for all choices of a kind
+    function: Callable[[Tensor, int, tuple[Tensor, ...]], Tensor]  # the same object for all choices of a kind
     inputs: tuple[Tensor, ...]  # [n], or [n, depth - 1]
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
-        """logits [n, V] and the depth of what they draft -> int64 [n]."""
+        """logits [n, V] and the depth of their drafts -> int64 [n]."""
         return self.function(logits, depth, self.inputs)
 
 
@@ -48,7 +48,7 @@ def take_largest(logits: Tensor, _depth: int, _inputs: tuple[Tensor, ...]) -> Te
 
 
 class DraftLayer(nn.Module):
-    """Its tensors in the base's dtype, on its device."""
+    """The layer's tensors, in the base's dtype and on its device."""
 
     mix: Tensor
     depths: Tensor
@@ -61,7 +61,7 @@ class DraftLayer(nn.Module):
     def __init__(self, weights: DraftLayerWeights, head_dim: int, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.agreement = weights.agreement.tolist()  # at each depth, where those before were right
+        self.agreement = weights.agreement.tolist()  # acceptance rate at each depth, if earlier drafts were right
         for name, tensor in weights.tensors().items():
             setattr(self, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
 
@@ -88,7 +88,7 @@ def draft_tokens(
     next_state: Callable[[Tensor, Tensor, int], Tensor],
     head: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The drafts behind `start`, int64 [n, depth - 1]. `next_state` makes s_{i+1} of s_i, d_i and i."""
+    """The drafts after `start`, int64 [n, depth - 1]. `next_state` computes s_{i+1} from s_i, d_i and i."""
     state, tokens = start.state, start.tokens
     drafted = []
     for depth in range(1, start.depth):
@@ -99,7 +99,7 @@ def draft_tokens(
 
 
 def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """query [n, heads, head_dim], of whose numbers the first are turned by cos and sin [n, rotated]."""
+    """query [n, heads, head_dim] with its first dimensions rotated by cos and sin [n, rotated]."""
     width = cos.shape[-1]
     turning, rest = query[..., :width], query[..., width:]
     low, high = turning.chunk(2, -1)
@@ -108,9 +108,7 @@ def rotated(query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rotation:
-    """cos and sin of the last layer's RoPE, as far as they are known: for the draft layer's queries, which learn to
-    live with what they are given. None of a base without RoPE, or with one that is called in an unknown way.
-    """
+    """cos and sin of the RoPE of the base's last layer, for the draft layer's queries."""
 
     def __init__(self, rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self._rotary = rotary
@@ -124,7 +122,9 @@ class Rotation:
     @classmethod
     @torch.no_grad()
     def of(cls, causal_lm: Any, head_dim: int) -> Rotation | None:
-        """What turns the queries of the causal LM's last layer, found by asking for two positions."""
+        """The rotation of the causal LM's last layer, found by calling its module for two positions. None where the
+        base has no RoPE, or its module another signature; a draft layer is trained with the same result.
+        """
         rotary = next((module for name, module in causal_lm.named_modules() if name.endswith("rotary_emb")), None)
         if rotary is None:
             return None
@@ -134,7 +134,7 @@ class Rotation:
             try:
                 rotation = cls(lambda like, at, extra=extra: rotary(like, at, *extra))  # type: ignore[misc]
                 cos, sin = rotation(positions)
-            except Exception:  # another family's module wants other arguments
+            except Exception:  # a family whose module has other arguments
                 continue
             if cos.shape == sin.shape == (2, cos.shape[-1]) and cos.shape[-1] <= head_dim and not cos.shape[-1] % 2:
                 return rotation
@@ -142,7 +142,7 @@ class Rotation:
 
 
 class DraftChain:
-    """A base's draft layer with what it needs of the base: embeddings and rotations."""
+    """The draft layer with the base's embeddings and rotation, which it needs."""
 
     def __init__(self, layer: DraftLayer, embedding: Tensor, rotation: Rotation | None, dtype: torch.dtype) -> None:
         self.layer = layer
@@ -150,17 +150,17 @@ class DraftChain:
 
     @classmethod
     def of(cls, weights: DraftLayerWeights, causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> DraftChain:
-        """For a causal LM whose modules have no experts yet."""
+        """The draft chain of a causal LM whose modules have no experts yet."""
         head_dim = kv_shape(causal_lm.config.get_text_config())[1]
         layer = DraftLayer(weights, head_dim, device=device, dtype=dtype)
         return cls(layer, causal_lm.get_input_embeddings().weight, Rotation.of(causal_lm, head_dim), dtype)
 
     def embedded(self, tokens: Tensor) -> Tensor:
-        """The base's embeddings [n, H] of tokens [n], without experts and a family's own factor."""
+        """The base's embeddings [n, H] of tokens [n], without experts and without a family's embedding scale."""
         return F.embedding(tokens, self._embedding).to(self._dtype)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """cos and sin [n, rotated] at positions [n]; None where the base has no RoPE that is known."""
+        """cos and sin [n, rotated] at positions [n]; None without a known RoPE."""
         if self._rotation is None:
             return None
         cos, sin = self._rotation(positions)

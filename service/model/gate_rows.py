@@ -1,11 +1,11 @@
-"""Stored gate rows: the one place where a step writes and reads them.
+"""Writes and reads stored gate rows, for all implementations of Step.
 
-    given rows         ->  gate_rows                      before any row runs (fixed gates, an operator's dummy rows)
-    gate_rows          ->  scalings of the rows that run, under each row's global weight
-    hidden, classifier ->  gate_rows                      as each scaling row wants its gate
+    given rows         ->  gate_rows    before any row runs (fixed gates, an operator's dummy rows)
+    gate_rows          ->  scalings of the rows that run, times each row's weight factor
+    hidden, classifier ->  gate_rows    with each scaling row's gate parameters
 
-Every step calls these inside its forward, on every rank, eager or captured. NativeStep has a twin in C++ for batches
-whose rows all want the checkpoint's gate.
+Every Step calls these inside its forward, on every rank, eager or captured. NativeStep has a twin in C++ for batches
+whose rows all have the checkpoint's gate. The checkpoint's global weight is applied later (Gate.set).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.model.classifier import Classifier
 
 
 def write_given(batch: Batch, gate_rows: Tensor) -> None:
-    """Stores the rows that come with the batch into gate_rows [slots, S, E]."""
+    """Stores the batch's given gate rows in gate_rows [slots, S, E]."""
     if batch.given is not None:
         gate_rows.index_copy_(0, batch.given.slots, batch.given.rows)
 
@@ -31,8 +31,8 @@ def read(batch: Batch, gate_rows: Tensor, first_row: int) -> Tensor:
 
 
 def write_scalings(classifier: Classifier, hidden: Tensor, batch: Batch, gate_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Stores what the classifier makes of the scaling rows of hidden [T, H]. Returns its logits, which no steering
-    changes, and the scalings, both [scaling rows, S, E].
+    """Computes and stores the scalings of the scaling rows of hidden [T, H]. Returns the classifier's logits, which
+    steering does not change, and the scalings, both [scaling rows, S, E].
     """
     rows = batch.num_scaling_rows
     gate_logits = classifier.logits(hidden[:rows])

@@ -1,4 +1,4 @@
-"""What scalings say in a few numbers per position: site mean, entropy, shares. Definitions: DESIGN section 2."""
+"""Summaries of scalings per position: mean over sites, entropy, each expert's share. Defined in DESIGN section 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, slots=True)
 class GateSummary:
-    """float32, one row per position."""
+    """The summary of n positions, float32."""
 
     mean: npt.NDArray[np.float32]  # [n, E], mean over sites of g
     share: npt.NDArray[np.float32]  # [n, E], mean over sites of p = |g| / sum |g|; 0 where the sum is 0
@@ -26,18 +26,18 @@ class GateSummary:
 
 
 class PendingSummary:
-    """The summary of scalings [n, S, E]: a GPU makes it in the order of its queue, a CPU when it is read."""
+    """The summary of scalings [n, S, E]: computed at once on a GPU's stream, and on a CPU when it is read."""
 
     def __init__(self, scalings: Tensor, copies: HostCopies) -> None:
-        """`scalings` must not change any more where they are a CPU's. A GPU's summary leaves with `copies`."""
-        self._scalings = scalings if scalings.is_cpu else None  # the next step may need the memory
+        """A GPU's summary is copied with `copies`. On a CPU, `scalings` are read later, and must not be overwritten."""
+        self._scalings = scalings if scalings.is_cpu else None  # no reference to a GPU's: it would hold memory
         if self._scalings is None:
             mean, share, entropy = _summary(scalings.permute(2, 0, 1).contiguous(), torch.log)
             self._packed = copies.of(torch.cat([mean, share, entropy[None]]))
 
     def read(self) -> GateSummary:
-        """The summary, once a GPU's copies are there."""
-        if self._scalings is not None:  # numpy's calls cost less
+        """The summary, once a GPU's copies have arrived."""
+        if self._scalings is not None:  # numpy has less overhead per call
             rows = np.ascontiguousarray(self._scalings.numpy().transpose(2, 0, 1))
             with np.errstate(invalid="ignore"):
                 mean, share, entropy = _summary(rows, np.log)
@@ -49,8 +49,8 @@ class PendingSummary:
 
 
 def _summary(rows: Any, log: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
-    """rows [E, n, S] (sums over a last dimension of a few experts are slow) -> mean [E, n], share [E, n], entropy [n].
-    Arrays or tensors.
+    """rows [E, n, S] -> mean [E, n], share [E, n], entropy [n], for arrays and tensors. E comes first because sums over
+    a last dimension of a few experts are slow.
     """
     sites = rows.shape[-1]
     magnitude = abs(rows)

@@ -1,10 +1,11 @@
-"""The memory of the engine: keys, values and gate rows in blocks shared by both streams of all requests.
+"""The paged KV cache: keys, values and gate rows, in one pool of blocks for both streams of all requests.
 
     keys, values   per layer [blocks, block_size, kv_heads, head_dim]
-    gate_rows      [slots + 1, S, E] fp32, indexed by the slots of the *real* stream; the last is the dummy row
+    gate_rows      [slots + 1, S, E] fp32, by slot; the last is the checkpoint's dummy row
 
-A slot is block * block_size + offset. Which block belongs to whom is the block manager's business, except for one more
-block that nobody is given: its first slot takes what is to be thrown away.
+A slot is block * block_size + offset. The gate row of a position is in its real-stream slot; a request's own dummy row
+is in the first slot of its scaling stream. The block manager assigns all blocks but the last, the scratch block: its
+first slot takes values that nobody reads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CACHE_LINE = 64  # bytes
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The shape of one block, and what it costs."""
+    """The shape of one block, and its size in bytes."""
 
     layers: int
     kv_heads: int
@@ -47,13 +48,13 @@ class KVLayout:
         return 4 * self.gate_sites * self.experts
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks one request of `tokens` positions needs: two streams."""
+        """Blocks of one request with `tokens` positions, in both streams."""
         return 2 * -(-tokens // self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """The tensors. A slot that nobody uses may hold anything, NaN as well: no backend of attention looks at it."""
+    """The cache's tensors. Unused slots may hold anything, even NaN: attention backends never read them."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -61,7 +62,7 @@ class KVCache:
 
     @classmethod
     def allocate(cls, layout: KVLayout, num_blocks: int, dummy_row: Tensor) -> KVCache:
-        """`dummy_row` [S, E] is the gate row of the scaling pass; the cache lives on its device."""
+        """Allocates a cache on the device of `dummy_row` [S, E], the checkpoint's gate row of the scaling pass."""
         shape = (num_blocks + 1, layout.block_size, layout.kv_heads, layout.head_dim)
         keys, values = ([_zeros(shape, layout.dtype, dummy_row.device) for _ in range(layout.layers)] for _ in range(2))
         slots = shape[0] * shape[1]
@@ -71,12 +72,12 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """What the tensors take, the scratch block and the dummy row included."""
+        """Bytes of all tensors, with the scratch block and the dummy row."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.gate_rows))
 
     @property
     def num_blocks(self) -> int:
-        """Blocks to give away."""
+        """Blocks without the scratch block."""
         return self.keys[0].shape[0] - 1
 
     @property
@@ -86,12 +87,12 @@ class KVCache:
 
     @property
     def scratch_slot(self) -> int:
-        """Takes keys, values and scalings that nobody will read."""
+        """The slot for keys, values and scalings that nobody reads."""
         return self.num_blocks * self.block_size
 
     @property
     def dummy_slot(self) -> int:
-        """Where the gate row of the scaling pass is."""
+        """The slot of the checkpoint's dummy row, the gate row of the scaling pass."""
         return self.gate_rows.shape[0] - 1
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -110,7 +111,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on a CPU take memory only where something is written: NumPy's come from calloc."""
+    """Zeros. On a CPU they take memory only once they are written to, because NumPy allocates them with calloc."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

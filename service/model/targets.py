@@ -1,8 +1,7 @@
-"""What experts may adapt, and which modules they do: Linear, transformers' Conv1D (GPT-2) and Embedding. Everything
-else is refused by name.
+"""Target modules: the types that experts can adapt (Linear, GPT-2's Conv1D and Embedding), and a checkpoint's sites.
 
-Knows the module types. A subclass that computes something of its own is another type: adapting it as its parent would
-be silently wrong.
+Any other type is refused by name. A subclass with a forward of its own counts as another type, because adapting it like
+its parent would be silently wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from service.contract.errors import CheckpointError
 
 
 def resolve_sites(checkpoint: Checkpoint, causal_lm: nn.Module) -> list[str]:
-    """The adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
+    """The names of the adapted modules in the order of the classifier's rows: as stored, else as PEFT traverses them.
 
     Raises CheckpointError for a target that experts cannot adapt in this decoder.
     """
@@ -54,17 +53,17 @@ def refusal(module: nn.Module | None, weights: LoraWeights) -> str | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """A Linear whose forward is Linear's own, or a Conv1D."""
+    """Whether it is a Linear with Linear's own forward, or a Conv1D."""
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """A linear that quantised.py has made."""
+    """Whether quantised.py has replaced a linear by this module."""
     return hasattr(module, "packed") and hasattr(module, "in_features")
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
-    """`module` itself, or a Conv1D as the Linear that it is: its weight is [in, out]."""
+    """`module` itself, or a Linear equal to a Conv1D, whose weight is [in, out]."""
     if isinstance(module, Conv1D):
         linear = nn.Linear(module.nx, module.nf, device="meta")
         linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), requires_grad=False)

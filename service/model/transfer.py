@@ -1,4 +1,4 @@
-"""Numbers from the host to the device and back, without waiting for either until somebody reads them."""
+"""Asynchronous copies between host and device: many values in one copy, and one wait for all copies to the host."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _ALIGNMENT = 8  # bytes
-_BLOCK = 1 << 20  # elements converted at once: a copy of all of a large weight costs new memory
 
 
 def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """`values` as a tensor on `device`; an array of int64 may become its memory, and must not change any more.
+    """`values` as a tensor on `device`. An array of int64 may become its memory, and must not be changed any more.
 
-    From pinned memory, where that is another device: a copy from ordinary memory would wait until everything queued on
-    the device is done.
+    The copy to a GPU is from pinned memory: one from pageable memory would wait for everything queued on the device.
     """
     if dtype == torch.int64 and values:  # several times as fast as from a list
         numbers = torch.frombuffer(values if isinstance(values, array) else array("q", values), dtype=dtype)
@@ -29,12 +27,12 @@ def to_device(values: Sequence[float], device: torch.device, dtype: torch.dtype 
 
 
 def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, the same way; on a CPU it is the tensor itself."""
+    """A host tensor on `device`, copied from pinned memory; on a CPU the tensor itself."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def pack_to_device(columns: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """Writable arrays [n] as tensors on `device`, in one copy for all of them."""
+    """Writable arrays [n] as tensors on `device`, in a single copy."""
     if device.type == "cpu":
         return [torch.from_numpy(column) for column in columns]
     sizes = [-(-column.nbytes // _ALIGNMENT) * _ALIGNMENT for column in columns]
@@ -51,16 +49,16 @@ def pack_to_device(columns: Sequence[npt.NDArray[Any]], device: torch.device) ->
 
 
 def unpack_bits(packed: Tensor, width: int) -> Tensor:
-    """Bool [n, width]: of each row of bytes uint8 [n, bytes] the first `width` bits, lowest of a byte first."""
+    """Bool [n, width]: the first `width` bits of each row of `packed`, uint8 [n, bytes], lowest bit first."""
     bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return bits.flatten(1)[:, :width].bool()
 
 
 class HostCopies:
-    """Copies of tensors of one device on their way to the host, one wait for all of them.
+    """Copies of one device's tensors to the host, with one wait for all of them.
 
-    They are queued behind what the device has been given before, and what it is given later does not delay them: the
-    tensors may be overwritten then.
+    They are queued on the current stream and complete with the event of `close`, so work that is queued later neither
+    delays them nor spoils them: it may overwrite the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,35 +66,19 @@ class HostCopies:
         self._event: torch.cuda.Event | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Queues the copy of a tensor. Returns where it will be once `wait` has returned; from a CPU it is there."""
+        """Queues the copy of a tensor. Returns the host tensor, which is filled once `wait` has returned."""
         if self._device.type == "cpu":
             return tensor.clone()
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def close(self) -> None:
-        """Ends the queue: every copy has been asked for."""
+        """Ends the series: all copies have been queued."""
         if self._device.type != "cpu":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
-        """Waits until all copies are in the host's memory; a second time for nothing."""
+        """Waits until all copies are in the host's memory. Returns at once when called again."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-
-
-def narrowed(tensor: Tensor) -> Tensor:
-    """The tensor in bfloat16 if it loses nothing by it, else the tensor itself."""
-    flat = tensor.view(-1)
-    blocks = (flat[first : first + _BLOCK] for first in range(0, flat.numel(), _BLOCK))
-    if all(torch.equal(block.to(torch.bfloat16).float(), block) for block in blocks):
-        return tensor.to(torch.bfloat16)
-    return tensor
-
-
-def upcast_to_float32(module: nn.Module) -> None:
-    """Every bfloat16 parameter and buffer of a module, one after the other; tied ones stay tied."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dtype == torch.bfloat16:
-            tensor.data = tensor.data.float()

@@ -1,11 +1,11 @@
-"""XLoraModel: the decoder of transformers with its adapted linears swapped, its gate, its classifier, its KV cache.
+"""XLoraModel: a Hugging Face decoder with adapted modules, plus the gate and the classifier.
 
 One forward runs any mixture of scaling rows and real rows of any requests:
 
     scaling rows   gate = dummy row          -> last hidden state -> classifier -> scalings, stored for their real rows
     real rows      gate = stored scalings    -> logits
 
-It knows rows and slots; which request they belong to, and what comes next, it does not know.
+Knows rows and slots, and neither requests nor scheduling; the KV cache is an argument.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from service.model.targets import resolve_sites
 
 
 class HiddenStateTap(nn.Module):
-    """Stands where the causal LM keeps its decoder, and remembers the last hidden state before the head."""
+    """Wraps the causal LM's decoder, to keep the last hidden state before the head, and to run the head alone."""
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class HiddenStateTap(nn.Module):
         given: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The decoder's output, with what the draft head makes of it where there is one; or the hidden state [1, T, H]
-        that is `given`, for the head alone.
+        """The decoder's output, with scaling rows corrected by the draft head, if there is one. With `given`, a hidden
+        state [1, T, H], the decoder does not run, and the head gets that state.
         """
         if given is not None:
             return _Given(last_hidden_state=given)
@@ -64,7 +64,7 @@ class HiddenStateTap(nn.Module):
 
 
 class _Given(BaseModelOutputWithPast):
-    """What a decoder returns; what only some families' decoders have is None."""
+    """A decoder output with a hidden state only; fields of single families read as None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -72,7 +72,7 @@ class _Given(BaseModelOutputWithPast):
 
 
 class XLoraModel:
-    """A base model, its experts and its gate on one device. `sites` is in class order of the classifier's rows."""
+    """A base model, its experts and its gate on one device. `sites` are in the order of the classifier's rows."""
 
     def __init__(
         self,
@@ -82,9 +82,9 @@ class XLoraModel:
         device: torch.device,
         dtype: torch.dtype,
         shards: Shards | None = None,
-        kept_bfloat16: Collection[str] = (),
+        bfloat16_candidates: Collection[str] = (),
     ) -> None:
-        """`kept_bfloat16`: linears whose experts are kept in bfloat16 under float32 if they lose nothing by it."""
+        """`bfloat16_candidates`: linears whose experts are stored in bfloat16 under float32 where that is lossless."""
         self.device, self.dtype = device, dtype
         self.config: PretrainedConfig = causal_lm.config
         self.xlora_config = checkpoint.xlora
@@ -99,7 +99,7 @@ class XLoraModel:
         self.draft_chain: DraftChain | None = None
         if checkpoint.draft_layer is not None and shards.skeleton is causal_lm:  # a divided model has none
             self.draft_chain = DraftChain.of(checkpoint.draft_layer, causal_lm, device=device, dtype=dtype)
-        self.gate = self._adapt(checkpoint, causal_lm, shards, kept_bfloat16)
+        self.gate = self._adapt(checkpoint, causal_lm, shards, bfloat16_candidates)
         self._kv_split = shards.kv_split
         dummy_row = self.classifier.dummy_row()
         self.dummy_row = dummy_row.to(device)
@@ -110,12 +110,16 @@ class XLoraModel:
         self.causal_lm = causal_lm
 
     def _adapt(
-        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards, kept_bfloat16: Collection[str]
+        self, checkpoint: Checkpoint, causal_lm: PreTrainedModel, shards: Shards, bfloat16_candidates: Collection[str]
     ) -> Gate:
-        """Puts every site's experts on its module. Returns the gate that all of them read."""
+        """Replaces every site's module by an AdaptedModule. Returns the gate that they all read."""
         parts = [shards.part(site) for site in self.sites]
         stacks = [
-            part.of(stack_experts(checkpoint.experts, site, self.dtype, self.device, narrow=site in kept_bfloat16))
+            part.of(
+                stack_experts(
+                    checkpoint.experts, site, self.dtype, self.device, try_bfloat16=site in bfloat16_candidates
+                )
+            )
             for site, part in zip(self.sites, parts, strict=True)
         ]
         gate = Gate(
@@ -147,17 +151,17 @@ class XLoraModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """The step in operators of torch."""
+        """Step.forward in torch's operators."""
         gate_rows.write_given(batch, kv_cache.gate_rows)
         first_row = self.first_gated_row(batch)
         self.gate.set(gate_rows.read(batch, kv_cache.gate_rows, first_row), first_row)
         logits, hidden = self.run_decoder(batch, kv_cache)
-        brought = gate_rows.write_scalings(self.classifier, hidden, batch, kv_cache.gate_rows)
-        return ForwardOutput(logits, *brought, hidden)
+        gate_logits, scalings = gate_rows.write_scalings(self.classifier, hidden, batch, kv_cache.gate_rows)
+        return ForwardOutput(logits, gate_logits, scalings, hidden)
 
     @torch.inference_mode()
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """The draft layer in operators of torch, under the base alone."""
+        """Step.draft in torch's operators; the experts are off."""
         chain, group = self.draft_chain, start.group
         assert chain is not None, "a model without a draft layer was asked for its drafts"
         self.gate.clear()
@@ -183,7 +187,7 @@ class XLoraModel:
         return logits[0]
 
     def first_gated_row(self, batch: Batch) -> int:
-        """The row from which on experts act: the first real row, unless they act in the scaling pass as well."""
+        """The first row that experts act on: the first real row, unless they act in the scaling pass as well."""
         return 0 if self.scaling_pass_has_experts or batch.scaling_rows_are_gated else batch.num_scaling_rows
 
     @property
@@ -192,7 +196,7 @@ class XLoraModel:
         return self._tap.decoder
 
     def run_decoder(self, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
-        """The decoder under the gate as it is set: logits [L, V] of the logit rows, last hidden state [T, H]."""
+        """Runs the decoder under the current gate: logits [L, V] of the logit rows, last hidden state [T, H]."""
         self.gate.logit_rows = batch.logit_rows
         logits = self.causal_lm(
             input_ids=batch.input_ids[None],

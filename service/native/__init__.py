@@ -1,7 +1,7 @@
-"""The CPU accelerator: steps of decoders of Llama's kind in C++. Only the loader names it."""
+"""The CPU accelerator: a Step in C++ for decoders with Llama's architecture. Only the loader imports it."""
 
 from service.native.build import build
-from service.native.library import build_portable, can_be_had, use_threads
-from service.native.storage import expect_bfloat16, names_of_linears
+from service.native.library import build_portable, is_available, use_threads
+from service.native.storage import bfloat16_candidates, bfloat16_tensors
 
-__all__ = ["build", "build_portable", "can_be_had", "expect_bfloat16", "names_of_linears", "use_threads"]
+__all__ = ["bfloat16_candidates", "bfloat16_tensors", "build", "build_portable", "is_available", "use_threads"]

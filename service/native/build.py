@@ -1,5 +1,6 @@
-"""How a model comes to its native step: at once where the library has been built, else compiled beside the running
-engine. Until then, and where it cannot be had, steps are torch's; only speed differs.
+"""Creates the NativeStep of a model: at once if the library has been built, else after compiling it.
+
+Until then, and where there is none, the model's own step in torch's operators runs; only speed differs.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from service.model.dtypes import upcast_to_float32
 from service.model.steps.step import Step
-from service.model.transfer import upcast_to_float32
 from service.model.xlora_model import XLoraModel
 from service.native import library
 from service.native.decoder import Decoder
@@ -29,18 +30,19 @@ def build(
     cache: Path,
     wait: bool = False,
 ) -> None:
-    """Calls `on_ready` with a step that computes what `model` does, and `on_progress` with what has become of it. Where
-    the library must be compiled, that comes later and from another thread, unless it is to `wait`.
+    """Calls `on_ready` with a native step of `model`, and `on_progress` with the outcome. `cache` is the folder for
+    compiled libraries.
 
-    A model that has weights in bfloat16 is waited for: torch's operators cannot compute with it in the meantime. Where
-    there will be no such step, they are upcast. `cache` is the folder for compiled libraries.
+    If the library must be compiled, another thread does it and calls later, unless `wait`. A model with weights in
+    bfloat16 always waits, because torch's operators cannot compute with them meanwhile. Where no native step is
+    possible, such weights are upcast in place.
     """
     decoder = Decoder.of(model)
     if decoder is None:
         upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, torch computes this decoder: they know those of Llama's kind")
         return
-    if not library.can_be_had(cache):
+    if not library.is_available(cache):
         upcast_to_float32(model.causal_lm)
         on_progress("no native kernels, steps are slower: g++ was not found (install g++)")
         return

@@ -1,4 +1,7 @@
-"""The folder of compiled code: what is being made in it is out of the way until it is whole."""
+"""The cache folder of compiled code: a lock for builders, and scratch folders to build in.
+
+A file is built in a scratch folder and moved into place when it is complete. Knows nothing of what is built.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,7 @@ _ABANDONED_SECONDS = 6 * 3600
 
 @contextmanager
 def alone_in(cache: Path) -> Iterator[None]:
-    """Waits until no other process is in here for this folder: what is quickly made need not be made by all at once.
-    Raises OSError.
-    """
+    """Holds the folder's file lock: one process compiles, and the others wait for its result. Raises OSError."""
     cache.mkdir(parents=True, exist_ok=True)
     folder = os.open(cache, os.O_RDONLY)
     try:
@@ -31,8 +32,8 @@ def alone_in(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_in(cache: Path) -> Iterator[Path]:
-    """A folder on the cache's own file system, for os.replace to take the result from. Removes what processes that were
-    killed long ago have left. Raises OSError.
+    """A temporary folder on the cache's file system, from which os.replace can move the result. Removes folders that
+    killed processes left behind long ago. Raises OSError.
     """
     cache.mkdir(parents=True, exist_ok=True)
     for left in cache.glob(f"{_PREFIX}*"):

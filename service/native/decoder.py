@@ -1,13 +1,13 @@
-"""Decoders that the native step computes: Llama's architecture, and what is like it.
+"""Recognises the decoders that the native step can compute: those with Llama's architecture.
 
     x = embedding of the tokens
     h = x + O attention(rotated Q n, rotated K n, V n)     n = norm(x)     in every layer; Q n and K n may have norms
     x = h + D (silu(G m) * U m)                            m = norm(h)
     logits = head(norm(x))
 
-Which decoders compute that shows in what they return, not in their names: one is run on a few tokens, at positions up
-to the last it knows, with the probe's attention and stand-ins for its linears, and compared with the formula to the
-bit. A decoder that does anything else is none of these.
+A decoder is recognised by its results, not by its name: it is run on a few tokens, at positions up to the last of its
+context, with the probe's attention and stand-ins for its linears, and its logits must equal the formula's bit by bit.
+Any other decoder is refused, and runs in torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Norm:
 
     @classmethod
     def of(cls, module: nn.Module | None) -> Norm | None:
-        """A module that looks like one: only what it returns can tell whether it is."""
+        """A candidate by its attributes; its results decide whether it computes the formula."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         parameters = {} if module is None else dict(module.named_parameters())
         if eps is None or parameters.keys() != {"weight"}:
@@ -89,7 +89,9 @@ class Layer:
         return y
 
     def tensors(self) -> list[Tensor]:
-        """As operators.layers wants them: norms, then weight, bias, A and B of every linear; empty: missing."""
+        """The layer's tensors in the order of operators.layers: norms, then weight, bias, A and B of every linear. An
+        empty tensor stands for a missing one.
+        """
         norms = self.input_norm, self.inner_norm, self.query_norm, self.key_norm
         tensors: list[Tensor | None] = [None if norm is None else norm.weight for norm in norms]
         for linear in self.linears:
@@ -100,7 +102,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder that computes the formula."""
+    """The modules of a decoder that computes the formula, and how it attends."""
 
     embed: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -112,8 +114,8 @@ class Decoder:
 
     @classmethod
     def of(cls, model: XLoraModel) -> Decoder | None:
-        """The model's decoder on a CPU, None where it computes anything else or not in float32."""
-        decoder = cls.outline(model.causal_lm) if model.dtype == torch.float32 else None
+        """The decoder of a model on a CPU; None where it computes anything else, or not in float32."""
+        decoder = cls.candidate(model.causal_lm) if model.dtype == torch.float32 else None
         if decoder is None:
             return None
         model.gate.clear()
@@ -125,17 +127,17 @@ class Decoder:
 
     @classmethod
     def of_base(cls, base: Path) -> tuple[Any, Decoder | None]:
-        """A base's modules on the meta device, and its decoder as `of` would find it, before any weight is read."""
+        """A base's modules on the meta device, and the decoder that `of` would find, before any weight is read."""
         causal_lm = build_skeleton(base, torch.float32)
         compute_buffers(causal_lm)
         _make_up_vectors(causal_lm)
-        decoder = cls.outline(causal_lm)
+        decoder = cls.candidate(causal_lm)
         return causal_lm, None if decoder is None else _probed(causal_lm, decoder)
 
     @classmethod
-    def outline(cls, causal_lm: Any) -> Decoder | None:
-        """What by its modules' names is one, with weights or without; only a run can tell what it computes, and how it
-        attends.
+    def candidate(cls, causal_lm: Any) -> Decoder | None:
+        """The candidate decoder, found by module names, with or without weights. `_probed` then verifies what it
+        computes, and finds out how it attends.
         """
         prefix = causal_lm.base_model_prefix
         decoder = getattr(causal_lm, prefix)
@@ -163,14 +165,15 @@ class Decoder:
 
     @property
     def linears(self) -> list[Linear]:
-        """All of them, the head last."""
+        """The linears of all layers, then the head."""
         return [*(linear for layer in self.layers for linear in layer.linears), self.head]
 
 
 class StandIns(TorchFunctionMode):
-    """Computes something else in the place of every linear's product, the same for the same weight: numbers of x chosen
-    by which weight it is. It costs nothing however large the weight is, whatever its dtype is, and wherever it is; an
-    embedding without weights is made up as well.
+    """Replaces F.linear by a cheap stand-in, and embeddings on the meta device by made-up values.
+
+    The stand-in gathers features of x, with indices derived from the weight's identity. So equal weights give equal
+    results, different weights different ones, at no cost for any size, dtype or device of the weight.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -187,8 +190,9 @@ class StandIns(TorchFunctionMode):
 
 @torch.inference_mode()
 def _probed(causal_lm: Any, decoder: Decoder, **arguments: Any) -> Decoder | None:
-    """The decoder with how its layers attend, if it computes the formula. Stand-ins are run for its linears, which are
-    known to be linears: what the rest computes shows in values only. `arguments` are the forward's own.
+    """Runs the model and the formula with stand-in linears, and compares the logits bit by bit. Returns the decoder
+    with its scaling and windows, or None. Linears may be replaced because their type is known; what the other modules
+    compute is only visible in values. `arguments` are the forward's own.
     """
     positions = _positions(causal_lm)
     ids = (positions * 7919 + torch.arange(len(positions))) % causal_lm.config.get_text_config().vocab_size
@@ -196,7 +200,7 @@ def _probed(causal_lm: Any, decoder: Decoder, **arguments: Any) -> Decoder | Non
         with StandIns():
             found = probe(causal_lm, ids, positions, **arguments)
             ours = decoder.formula(ids[None], positions[None])
-    except Exception:  # whatever it is made of, it is not this
+    except Exception:  # another architecture may raise anything
         return None
     in_order = [call.layer for call in found.calls] == list(range(len(decoder.layers)))
     alike = len({call.scaling for call in found.calls}) == 1 and all(call.softcap is None for call in found.calls)
@@ -211,13 +215,13 @@ def _probed(causal_lm: Any, decoder: Decoder, **arguments: Any) -> Decoder | Non
 
 
 def _positions(causal_lm: Any) -> Tensor:
-    """Positions of the probe's tokens, up to the last that the base knows."""
-    last = read_context(causal_lm.config.get_text_config()).most - 1
+    """Positions of the probe's tokens, up to the last of the base's context."""
+    last = read_context(causal_lm.config.get_text_config()).max_tokens - 1
     return torch.tensor(sorted({0, last, *(1 << power for power in range(last.bit_length()))}))
 
 
 def _make_up_vectors(causal_lm: nn.Module) -> None:
-    """Random norms and biases, where there are no weights."""
+    """Replaces norms and biases by random ones, in a base without weights."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(causal_lm.named_parameters()):
         if parameter.ndim == 1:
@@ -227,13 +231,13 @@ def _make_up_vectors(causal_lm: nn.Module) -> None:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [1, heads, T, head_dim] turned by cos and sin [1, T, head_dim], each in pairs half a head apart."""
+    """x [1, heads, T, head_dim] rotated by cos and sin [1, T, head_dim], in pairs half a head apart."""
     low, high = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
 
 
 def _layer(layer: nn.Module) -> Layer | None:
-    """The layer's modules, by the usual names; None where anything else is in it."""
+    """The layer's modules by Llama's names; None where it has any other module."""
     parts = dict(layer.named_children())
     if parts.keys() != LAYER_PARTS:
         return None
@@ -256,7 +260,7 @@ def _layer(layer: nn.Module) -> Layer | None:
 
 
 def _is_linear(module: object) -> bool:
-    """A linear, adapted or not, whose tensors are without gaps."""
+    """Whether it is a linear, adapted or not, with contiguous tensors."""
     if isinstance(module, AdaptedModule):
         is_known = module.base is None
     else:

@@ -1,14 +1,16 @@
-"""The operators of csrc/: what they compute, on float32 tensors without gaps. Weights of linears may be bfloat16.
+"""Schemas of the operators of csrc/ for torch.library, and typed wrappers around them.
+
+Tensors are contiguous float32; weights of linears may be bfloat16.
 
     linear      y = W x + b, and from row `first_row` on + B ((A x) * g)
     norm        y = x / sqrt(mean(x^2) + eps) * weight
     layers      the decoder's layers, experts and attention over the paged KV cache included
-    spread      stored scalings, at every rank
-    scalings    the classifier, and its scalings into where they are stored
-    drafting    rows as the draft head makes them for the language model's head
+    spread      stored scalings, expanded to the ranks of all experts
+    scalings    the classifier; stores its scalings
+    drafting    input rows of the language model's head; scaling rows pass the draft head
     draft_state the draft layer's next state
 
-They work once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit together.
+They can be called once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_new_library: Any = torch.library.Library  # has no types
+_new_library: Any = torch.library.Library  # torch has no types for it
 _library = _new_library("xlora", "DEF")
 _library.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b_t, Tensor? gate, int first_row) -> Tensor"
@@ -71,15 +73,15 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layers(
     x: Tensor,  # [T, H]
-    tensors: Sequence[Tensor],  # of all layers: decoder.py has their order
+    tensors: Sequence[Tensor],  # of all layers, in the order of decoder.Layer.tensors
     gate: Tensor | None,  # [T - first_row, sum of all ranks]; None: no experts
-    gate_offsets: Sequence[int],  # where the ranks of each linear begin in it
+    gate_offsets: Sequence[int],  # the index of each linear's first rank in it
     first_row: int,
     cos: Tensor,  # [T, head_dim]
     sin: Tensor,  # [T, head_dim]
     keys: Sequence[Tensor],  # of each layer [blocks, block_size, kv_heads, head_dim]; written
-    values: Sequence[Tensor],  # the same
-    slots: Tensor,  # int64 [T]: where the rows' keys and values are written
+    values: Sequence[Tensor],  # like `keys`
+    slots: Tensor,  # int64 [T]: the slots that keys and values are written to
     positions: Tensor,  # int64 [T]
     tables: Sequence[Tensor],  # of each attention group, int64 [segments, blocks]
     rows_each: Sequence[int],  # of each attention group: rows of a segment, at consecutive positions
@@ -96,8 +98,8 @@ def layers(
 
 
 def spread(gate_rows: Tensor, slots: Tensor, rank_index: Tensor, first_row: int, weight: float) -> Tensor:
-    """gate_rows [slots, S, E], slots [T], rank_index [R] into a flattened [S, E] -> what is stored for the rows from
-    `first_row` on, times `weight`, [T - first_row, R].
+    """gate_rows [slots, S, E], slots [T], rank_index [R] into a flattened [S, E] -> the stored scalings of rows from
+    `first_row` on, expanded to ranks and multiplied by `weight`, [T - first_row, R].
     """
     y: Tensor = _spread(gate_rows, slots, rank_index, first_row, weight)
     return y
@@ -105,23 +107,21 @@ def spread(gate_rows: Tensor, slots: Tensor, rank_index: Tensor, first_row: int,
 
 def scalings(
     hidden: Tensor,  # [T, H]
-    layers: Sequence[Tensor],  # weight and bias of each linear, empty where it has none
-    relu: bool,  # between them
-    temperature: float | None,  # of the softmax; None: there is none
+    layers: Sequence[Tensor],  # weight and bias of each linear; empty: no bias
+    relu: bool,  # between the linears
+    temperature: float | None,  # of the softmax; None: no softmax
     gate_rows: Tensor,  # [slots, S, E]; written
     slots: Tensor,  # int64 [T]
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """Classifier.logits of the first `rows` of `hidden` and their scalings, both [rows, S, E]; writes the scalings into
-    `slots`.
-    """
+    """Classifier.logits of the first `rows` of `hidden`, and their scalings, both [rows, S, E]; stores the scalings."""
     found: tuple[Tensor, Tensor] = _scalings(hidden, layers, relu, temperature, gate_rows, slots, rows)
     return found
 
 
 def drafting(hidden: Tensor, rows: Tensor, scaling_rows: int, tensors: Sequence[Tensor]) -> Tensor:
-    """`rows` [L] of hidden [T, H], of which the first `scaling_rows` are scaling rows -> what the head is to see of
-    them, [L, H]. `tensors` are DraftHead's.
+    """`rows` [L] of hidden [T, H], whose first `scaling_rows` are scaling rows -> the head's input, [L, H]. `tensors`
+    are DraftHead's.
     """
     y: Tensor = _drafting(hidden, rows, scaling_rows, tensors)
     return y

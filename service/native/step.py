@@ -1,7 +1,7 @@
-"""NativeStep: what XLoraModel.forward computes, in C++ on a CPU, for every batch of a decoder of Llama's kind.
+"""NativeStep: the Step of a decoder with Llama's architecture in C++, on a CPU.
 
-It runs the model's own tensors and shares its gate, so that embeddings and heads with experts, which stay torch's, see
-the same scalings. It takes them as they are when it is made: nobody replaces them any more.
+It computes with the model's own tensors and its gate, so that adapted embeddings, which still run in torch, read the
+same scalings. It keeps references to the tensors, so they must not be replaced afterwards.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from service.model import gate_rows
 from service.model.adapted import AdaptedModule
 from service.model.batch import Batch, DraftStart
 from service.model.draft_layer import EPS, Choose, draft_tokens
+from service.model.dtypes import bfloat16_if_lossless
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
-from service.model.transfer import narrowed
 from service.model.xlora_model import XLoraModel
 from service.native import operators
 from service.native.decoder import Decoder
 
 
 class NativeStep:
-    """One model's steps."""
+    """The step of one model."""
 
     def __init__(self, model: XLoraModel, decoder: Decoder) -> None:
         self._model, self._decoder, self._gate = model, decoder, model.gate
@@ -31,17 +31,17 @@ class NativeStep:
         self._gate_offsets = [
             self._gate.offset(linear.site) if isinstance(linear, AdaptedModule) else 0 for linear in linears
         ]
-        self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], as far as they were needed
+        self._cos, self._sin = torch.empty(0), torch.empty(0)  # [positions, head_dim], extended when needed
         self._draft_tensors: list[Tensor] = []
         if model.draft_chain is not None:
             own = model.draft_chain.layer
             ones = torch.ones(own.mix.shape[0])
-            matrices = [narrowed(tensor) for tensor in (own.mix, own.query, own.output, own.up, own.down)]
+            matrices = [bfloat16_if_lossless(tensor) for tensor in (own.mix, own.query, own.output, own.up, own.down)]
             self._draft_tensors = [matrices[0], ones, *matrices[1:4], own.bias, matrices[4]]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """XLoraModel.forward."""
+        """Step.forward, with the results of XLoraModel.forward up to rounding."""
         gate, decoder = self._gate, self._decoder
         gate_rows.write_given(batch, kv_cache.gate_rows)
         first_row = self._model.first_gated_row(batch)
@@ -70,9 +70,7 @@ class NativeStep:
         return ForwardOutput(self._logits(hidden, batch), *self._write_scalings(hidden, batch, kv_cache), hidden)
 
     def _open_gate(self, batch: Batch, kv_cache: KVCache, first_row: int) -> Tensor | None:
-        """Sets the gate of the rows from `first_row` on. Returns its weights at every rank; None where there are no
-        such rows.
-        """
+        """Sets the gate of the rows from `first_row` on. Returns its weights per rank; None without such rows."""
         gate = self._gate
         if first_row == batch.gate_slots.shape[0]:
             gate.clear()
@@ -96,7 +94,7 @@ class NativeStep:
         return operators.linear(seen, head.weight, head.bias)
 
     def _write_scalings(self, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> tuple[Tensor, Tensor]:
-        """gate_rows.write_scalings, in C++ where no row is steered and the checkpoint's gate is a softmax at most."""
+        """gate_rows.write_scalings, in C++ where no row has gate parameters and the checkpoint's gate has no top-k."""
         classifier, rows = self._model.classifier, batch.num_scaling_rows
         if not rows or batch.parameters is not None or not classifier.is_plain:
             return gate_rows.write_scalings(classifier, hidden, batch, kv_cache.gate_rows)
@@ -107,7 +105,7 @@ class NativeStep:
 
     @torch.inference_mode()
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """XLoraModel.draft."""
+        """Step.draft, with the results of XLoraModel.draft up to rounding."""
         chain, group, head = self._model.draft_chain, start.group, self._decoder.head
         assert chain is not None, "a model without a draft layer was asked for its drafts"
         self._gate.clear()

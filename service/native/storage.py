@@ -1,8 +1,9 @@
-"""Weights that bfloat16 holds without loss are kept in bfloat16 under float32 arithmetic: half the memory, and half of
-what a decode step reads, which is most of its time. Results are the same up to rounding.
+"""Selects weights for bfloat16 storage under float32 arithmetic, where bfloat16 holds them without loss.
 
-The kernels widen them as they read (csrc/linear.h); torch's operators cannot compute with them. Names of linears tell
-what may be kept so, which is known before anything is loaded; values decide, when each of them is.
+That halves their memory, and the bytes that a decode step reads, which take most of its time. Results are the same up
+to rounding. The kernels upcast as they read (csrc/linear.h); torch's operators cannot compute with such weights.
+Candidates are chosen by name before loading; a weight is stored in bfloat16 only if its values survive the conversion
+(model/loading/passes.py).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from service.model.xlora_model import XLoraModel
 from service.native.decoder import Decoder
 
 
-def names_of_linears(checkpoint: Checkpoint) -> set[str]:
-    """The linears of a checkpoint's base whose weights a native step can read in bfloat16; none where the base computes
-    anything but Llama's formula.
+def bfloat16_candidates(checkpoint: Checkpoint) -> set[str]:
+    """Names of the base's linears whose weights a native step can read in bfloat16; none of a base with another
+    architecture than Llama's.
     """
     causal_lm, decoder = Decoder.of_base(checkpoint.base_path)
     if decoder is None:
@@ -30,10 +31,10 @@ def names_of_linears(checkpoint: Checkpoint) -> set[str]:
     return {name for name, module in causal_lm.named_modules() if id(module) in found}
 
 
-def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
-    """The tensors of a model on the meta device that will be kept so, as far as stored dtypes tell."""
-    decoder = Decoder.outline(model.causal_lm)
-    if decoder is None or not names_of_linears(checkpoint):
+def bfloat16_tensors(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
+    """The tensors of a model on the meta device that will be stored in bfloat16, as far as the files' dtypes tell."""
+    decoder = Decoder.candidate(model.causal_lm)
+    if decoder is None or not bfloat16_candidates(checkpoint):
         return []
     tied, tensors = getattr(decoder.embed, "weight", None), []
     is_bfloat16 = checkpoint.base_dtypes == {torch.bfloat16}
@@ -48,7 +49,7 @@ def expect_bfloat16(model: XLoraModel, checkpoint: Checkpoint) -> list[Tensor]:
 
 
 def _are_bfloat16(checkpoint: Checkpoint, site: str) -> bool:
-    """Whether the experts of a site are, and stay so when their scales are folded in."""
+    """Whether the experts of a site are bfloat16 in their files, and still exact after their scales are folded in."""
     present = [expert.weights[site] for expert in checkpoint.experts if site in expert.weights]
     return all(
         weights.a.dtype == weights.b.dtype == torch.bfloat16 and math.frexp(weights.scale)[0] == 0.5

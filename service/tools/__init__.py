@@ -1,1 +1,1 @@
-"""What runs beside the server: parity checks, memory plans, training of draft heads, the two-pass reference."""
+"""Offline tools: parity checks, memory plans, training of draft heads and layers, the two-pass reference."""

@@ -1,4 +1,4 @@
-"""The memory plan as `xlora-serve check --plan` prints it."""
+"""The report of `xlora-serve check --plan`. Knows wording only; engine/memory_plan.py computes the plan."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from service.engine.sizing import as_text
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """The plan as lines for people."""
+    """The plan in several lines."""
     processes = PROCESS_BYTES if plan.device == "cpu" else 0
     weights, position = plan.weights, 2 * (plan.kv_slot_bytes + plan.gate_row_bytes)
-    linears, stacks = plan.kept_dtypes
+    linears, stacks = plan.stored_dtypes
     kind = plan.dtype if plan.quantization is None else f"{plan.quantization}, the rest {plan.dtype}"
     kind += f"; linears, without loss, {linears}" if linears != plan.dtype else ""
     lines = [

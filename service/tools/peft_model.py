@@ -1,7 +1,7 @@
-"""PEFT's own XLoraModel, built in memory from adapters, for PEFT's save and load of X-LoRA lose tensors.
+"""Builds PEFT's own XLoraModel in memory from adapters, because PEFT's save and load of X-LoRA lose tensors.
 
-Knows PEFT's classes, neither our checkpoints nor what PEFT cannot do (reference.py). PEFT is imported when a
-model is built: nothing that serves needs it.
+Knows PEFT's classes; knows neither our checkpoints nor PEFT's limits (reference.py). PEFT is imported when a model is
+built, because a server does not need it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.checkpoint.weights.lora import CONFIG_FILE, WEIGHTS_FILE
 
 Layers = Sequence[tuple[Tensor, Tensor | None]]
 Weights = Mapping[str, tuple[Tensor, Tensor]]  # of one adapter, by site: A, B
-# Fields of its XLoraConfig: the rest is names and bookkeeping.
+# The fields of PEFT's XLoraConfig that change results; the others are names and bookkeeping.
 _FIELDS = (
     *("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "softmax_temperature", "top_k_lora"),
     *("xlora_depth", "xlora_size", "xlora_dropout_p", "global_scaling_weight", "scaling_pass_value"),
@@ -29,7 +29,7 @@ _FIELDS = (
 
 
 class PeftXLora:
-    """X-LoRA over a base of transformers. Slow on purpose: every call computes the whole text twice, without caches."""
+    """PEFT's X-LoRA over a base. Slow on purpose: every call computes the whole text twice, without caches."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PeftXLora:
         return classifier
 
     def configure(self, config: Mapping[str, Any], layers: Layers) -> None:
-        """Another gate over the same base and experts."""
+        """Replaces the gate, over the same base and experts."""
         from peft.tuners.xlora.classifier import XLoraClassifier
 
         own = self.xlora.xlora_config
@@ -122,7 +122,7 @@ def _build(base: Any, adapters: Sequence[Path], hidden_size: int) -> Any:
 
 
 def _without_weights(adapters: Sequence[Path], folder: Path) -> list[Path]:
-    """The same adapters with files that hold no tensors: PEFT then makes its layers, and fills none."""
+    """Copies of the adapters' configurations with empty weight files, for which PEFT creates layers and fills none."""
     copies = [folder / str(number) for number in range(len(adapters))]
     for adapter, copy in zip(adapters, copies, strict=True):
         copy.mkdir()

@@ -1,7 +1,7 @@
-"""The reference of a loaded model: PEFT's own XLoraModel wherever PEFT can compute the same and memory allows, else the
-plain two-pass computation, and why.
+"""Computes the reference numbers of a model: by PEFT's own XLoraModel where PEFT can compute the same and memory
+suffices, else by the plain two-pass computation, with the reason.
 
-Knows what PEFT cannot do; how its model is put together is peft_model.py's.
+Knows PEFT's limits; peft_model.py builds its model.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _MAX_REASON_CHARACTERS = 300
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """The numbers of a text that a model is compared with, and whose they are."""
+    """The reference numbers of a text, and their source."""
 
     logits: Tensor  # [T, V]
     scalings: Tensor  # [T, S, E], after softmax and top-k
     source: str
-    note: str | None = None  # why they are not PEFT's, or not all of PEFT's making
+    note: str | None = None  # why the reference is not PEFT, or not PEFT alone
 
 
 def compute_expected(
@@ -48,14 +48,14 @@ def compute_expected(
     quantization: Quantization | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> Expected:
-    """The whole text, twice, without caches: by PEFT where that can be, else plainly."""
+    """Computes the whole text twice, without caches: by PEFT where possible, else by the two-pass reference."""
     reason = find_obstacle(checkpoint, device, dtype, quantization)
     if reason is None:
         on_progress("computing the same text with PEFT")
         try:
             return _by_peft(checkpoint, tokens, device, dtype)
-        except Exception as error:  # PEFT and transformers have no common one for what they cannot do
-            reason = f"{_peft()} cannot compute it: {_told(error)}"
+        except Exception as error:  # PEFT and transformers have no common exception for unsupported models
+            reason = f"{_peft()} cannot compute it: {_summary(error)}"
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -67,7 +67,7 @@ def compute_expected(
 def find_obstacle(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
 ) -> str | None:
-    """Why PEFT cannot compute the same, as far as it is known without trying."""
+    """Why PEFT cannot compute the same, if that is known without trying."""
     if quantization is not None:
         return f"PEFT has no base in {quantization} as it is served"
     if checkpoint.xlora.xlora_depth > 1 and not checkpoint.xlora.enable_relu_and_dropout:
@@ -79,13 +79,13 @@ def find_obstacle(
 
 
 def _by_peft(checkpoint: Checkpoint, tokens: Sequence[int], device: torch.device, dtype: torch.dtype) -> Expected:
-    """PEFT reads the experts' files itself, unless it would be lost among their tensors."""
+    """The reference by PEFT, which reads the experts' files itself, unless it would not find all their modules."""
     note, weights = None, None
     if lost := _find_lost(checkpoint):
         note = f"which was given the experts' tensors because its loader finds no place for {lost}"
         weights = [{site: (own.a[...], own.b[...]) for site, own in one.weights.items()} for one in checkpoint.experts]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT's own making, about names that transformers is to give up
+        warnings.simplefilter("ignore")  # PEFT uses names that are deprecated in transformers
         model = PeftXLora(
             load_causal_lm(checkpoint.base_path, dtype).to(device),
             [expert.folder for expert in checkpoint.experts],
@@ -100,8 +100,8 @@ def _by_peft(checkpoint: Checkpoint, tokens: Sequence[int], device: torch.device
 def _find_lost(checkpoint: Checkpoint) -> str | None:
     """A tensor of the experts' files that PEFT's X-LoRA does not find a module for.
 
-    It takes parts off the front of a name until `model.` is left (for ever, where that never comes), and takes every
-    module to lie in the causal LM's `model`.
+    PEFT removes parts from the front of a name until `model.` is left (forever, if that never comes), and assumes that
+    every module is in the causal LM's `model`.
     """
     for expert in checkpoint.experts:
         for name in read_header(expert.folder / WEIGHTS_FILE).tensors:
@@ -114,20 +114,20 @@ def _find_lost(checkpoint: Checkpoint) -> str | None:
 
 
 def _peft_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Return the bytes of PEFT's model: the base, and experts in float32, one of them twice while it is read."""
+    """Bytes of PEFT's model: the base, and experts in float32, one of them twice while it is read."""
     base = sum(math.prod(info.shape) for file in checkpoint.base_files for info in file.tensors.values())
     experts = [sum(w.a.shape.numel() + w.b.shape.numel() for w in one.weights.values()) for one in checkpoint.experts]
     return base * dtype.itemsize + 4 * (sum(experts) + max(experts))
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Return the bytes that the device would still give."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes()
 
 
-def _told(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     return one_line(f"{type(error).__name__}: {error}")[:_MAX_REASON_CHARACTERS]
 
 

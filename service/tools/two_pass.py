@@ -1,11 +1,12 @@
-"""The plain computation: the whole text, twice, without caches, stacks or attention of ours. Slow, and obviously right.
+"""The two-pass reference: computes the whole text twice, without caches, stacked experts or our attention. Slow, and
+obviously right.
 
     scaling pass   transformers' own forward, every expert added in a loop with the dummy row
     real pass      the same with the scalings
 
-Knows transformers' modules and the checkpoint; shares no code with what serves requests but the classifier's formula
-and the linears of a quantised base. `xlora-serve check --verify` compares with it where PEFT cannot compute the same,
-`xlora-serve distill` learns from it.
+Knows transformers' modules and the checkpoint; uses no code of the server but the classifier's formula and the linears
+of a quantised base. `xlora-serve check --verify` compares with it where PEFT cannot compute the same, and `xlora-serve
+distill` learns from it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from service.model.targets import resolve_sites
 
 
 def load_causal_lm(base: Path, dtype: torch.dtype) -> Any:
-    """The base as transformers loads it, on the CPU, with its plain attention; nothing is downloaded or run."""
+    """The base as transformers loads it, on the CPU, with eager attention; without downloads and remote code."""
     return AutoModelForCausalLM.from_pretrained(
         base,
         config=read_config(base),
@@ -56,7 +57,7 @@ class TwoPassModel:
             quantise(causal_lm.to(device), quantization, device, for_cpu=device.type == "cpu")
         self.causal_lm = causal_lm.to(device).eval().requires_grad_(False)
         self.sites = resolve_sites(checkpoint, self.causal_lm)
-        self.gate: Tensor | None = None  # [T, S, E] of the pass under way
+        self.gate: Tensor | None = None  # [T, S, E] of the current pass
         experts = len(checkpoint.experts)
         self.classifier = Classifier(checkpoint.classifier, checkpoint.xlora, experts, len(self.sites), device)
         for number, site in enumerate(self.sites):
@@ -89,7 +90,7 @@ class TwoPassModel:
         return logits[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> logits [n, V], as the scaling pass has them; gradients go through it."""
+        """hidden [n, H] -> logits [n, V] of the scaling pass; gradients flow through it."""
         self.gate = self._dummy_rows(len(hidden))
         prefix = self.causal_lm.base_model_prefix
         decoder = getattr(self.causal_lm, prefix)
@@ -126,7 +127,7 @@ class TwoPassModel:
 
 
 class _Output(BaseModelOutputWithPast):
-    """What a decoder returns; what only some families' decoders have is None."""
+    """A decoder output with a hidden state only; fields of single families read as None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -134,7 +135,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 class _Given(nn.Module):
-    """Stands where the decoder is, and has computed already."""
+    """Replaces the decoder, and returns a given hidden state."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""A short parity check of a model as it is served: greedy tokens through the engine, compared with PEFT's numbers or
-those of a plain computation.
+"""A short parity check of a served model: generates greedily with the engine, and compares its numbers with PEFT's, or
+with those of a plain computation.
 
-Knows both sides and how to compare them; which the other side is, reference.py says. The two are in memory one after
-the other, never together.
+Knows both sides and how to compare them; reference.py chooses the reference. The two models are in memory one after the
+other, never together.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from service.checkpoint import Checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.contract.request import Request, SamplingParams
-from service.engine.defaults import settle
-from service.engine.loader import build_engine, expect_bfloat16, load_model_of
+from service.engine.defaults import resolve_options
+from service.engine.loader import bfloat16_tensors, build_engine, load_model_of
 from service.engine.memory_plan import MemoryPlan
 from service.engine.sizing import free_device_bytes, resolve_device, resolve_dtype
 from service.model.batch import Batch, DraftStart
@@ -31,37 +31,37 @@ from service.tools.reference import Expected, compute_expected
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_ROWS = 24, 16, 10
 TOLERANCE = 1e-3  # in float32
-NEAR_TIE = 1e-2  # of two tokens' logits: either may win
+NEAR_TIE = 1e-2  # a difference of two tokens' logits at which either may win
 
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Largest absolute differences between the engine and what it is compared with."""
+    """Largest absolute differences between the engine and the reference."""
 
     device: str
     dtype: str  # of the arithmetic
-    source: str  # of the numbers that it is compared with
-    note: str | None  # why they are not PEFT's, or not all of PEFT's making
-    tokens: int  # generated
-    equal_tokens: int  # that are the other side's best as well
-    other_tokens: int  # that it would clearly not have chosen; the rest are near ties
-    logits: float  # of every position
-    scalings: float  # after softmax and top-k
+    source: str  # the reference
+    note: str | None  # why the reference is not PEFT, or not PEFT alone
+    tokens: int  # generated tokens
+    equal_tokens: int  # those that are the reference's best as well
+    other_tokens: int  # those that the reference clearly would not choose; the rest are near ties
+    logits: float  # over all positions
+    scalings: float  # over all positions, after softmax and top-k
 
     @property
     def is_judged(self) -> bool:
-        """Whether differences tell anything: half precisions round differently in different orders."""
+        """Whether differences are meaningful: in half precision, rounding depends on the order of operations."""
         return self.dtype == "float32"
 
     @property
     def is_exact(self) -> bool:
-        """Within what float32 arithmetic in another order explains."""
+        """Whether the differences are within float32 rounding."""
         return self.logits <= TOLERANCE and self.scalings <= TOLERANCE and not self.other_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Generated:
-    """A prompt, its continuation and all numbers of it but those of the last token."""
+    """A prompt and its continuation, with the logits and scalings of all positions but the last."""
 
     prompt: list[int]
     tokens: list[int]
@@ -70,21 +70,21 @@ class _Generated:
 
     @property
     def read(self) -> list[int]:
-        """The T tokens that the model has read."""
+        """The T tokens that were the model's input."""
         return self.prompt + self.tokens[:-1]
 
 
 def verify(
     checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None] = lambda _: None
 ) -> Parity:
-    """Generates with lookahead and chunked prefill, then has the same text computed without them."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress says what is going on
+    """Generates a text with lookahead and chunked prefill, and compares it with the same text computed without them."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # on_progress reports instead
     device = resolve_device(options.device)
-    settled, plan = settle(checkpoint, options, device, free_device_bytes(device), expect_bfloat16)
-    options = _small(settled)
+    resolved, plan = resolve_options(checkpoint, options, device, free_device_bytes(device), bfloat16_tensors)
+    options = _small(resolved)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     found = _generate(checkpoint, options, on_progress)
-    gc.collect()  # adapted linears know each other, and the engine's weights would stay beside the next model's
+    gc.collect()  # adapted modules form reference cycles, which would keep the engine's weights in memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
     expected = compute_expected(
@@ -116,13 +116,13 @@ def _compare(found: _Generated, expected: Expected, device: torch.device, plan: 
 
 
 def _generate(checkpoint: Checkpoint, options: EngineOptions, on_progress: Callable[[str], None]) -> _Generated:
-    """Loads the model as serving does, and has it write. Raises StartupError where it cannot."""
+    """Loads the model as serving does, and generates a text. Raises StartupError when that fails."""
     engine = build_engine(load_model_of(checkpoint, options, on_progress), checkpoint, options, wait_for_native=True)
     engine.runner.step = record = _Record(engine.runner.step)
     on_progress("generating")
     vocabulary = engine.info.vocab_size
     prompt = [(7919 * number + 13) % vocabulary for number in range(PROMPT_TOKENS)]
-    # prompt_logprobs: so that logits of all positions are computed
+    # prompt_logprobs make the engine compute the logits of all positions
     sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
     engine.add(Request("verify", prompt, sampling, return_scalings="full", scalings_start=0))
     tokens: list[int] = []
@@ -140,14 +140,14 @@ def _generate(checkpoint: Checkpoint, options: EngineOptions, on_progress: Calla
 
 
 class _Record:
-    """A step whose logits are kept by their position: a draft that was wrong is computed again, and the last counts."""
+    """A Step that records logits by position. Positions after a wrong draft are computed again, and the last counts."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
         self.logits: dict[int, Tensor] = {}  # [V] of real rows
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """As the step has it."""
+        """Step.forward; records the logits of real rows."""
         output = self._step.forward(batch, kv_cache)
         rows = batch.logit_rows.tolist()
         for position, row, logits in zip(batch.positions[batch.logit_rows].tolist(), rows, output.logits, strict=True):
@@ -156,12 +156,12 @@ class _Record:
         return output
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """As the step has it."""
+        """Step.draft."""
         return self._step.draft(start, choose, kv_cache)
 
 
 def _small(options: EngineOptions) -> EngineOptions:
-    """The same options of a small engine in this process: one request, prefill in chunks."""
+    """The options of a small engine in this process: for one request, with prefill in chunks."""
     return replace(
         options,
         kv_memory_bytes=None,

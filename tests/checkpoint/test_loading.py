@@ -211,7 +211,7 @@ def test_a_hash_that_nobody_states_is_computed_later(bundle: Path) -> None:
     assert lazy.weights_sha256 is None
     assert lazy.files is not None
     known: queue.Queue[str] = queue.Queue()
-    lazy.files.identify(known.put)
+    lazy.files.hash_weights(known.put)
     assert known.get(timeout=30) == whole.weights_sha256
     assert lazy.files.fingerprint == load_checkpoint(bundle, examine_weights=False).files.fingerprint  # type: ignore[union-attr]
 

@@ -40,7 +40,7 @@ def test_random_use_keeps_integrity(steps: list[tuple[str, int, int]]) -> None:
             found = manager.find(keys)
             assert [contents[block] for block in found] == keys[: len(found)]
             evictable, free = manager.evictable(set(found)), manager.free
-            tables[number] = manager.share(dict.fromkeys(found))
+            tables[number] = manager.hold(dict.fromkeys(found))
             assert manager.free == free - evictable
         elif what == "release":
             manager.release(table, tables[(number + 1) % 6])
@@ -78,7 +78,7 @@ def test_a_shared_block_outlives_its_first_holder() -> None:
     """The choice that computed the prompt may end first."""
     manager = BlockManager(BLOCKS, SIZE)
     first = cached(manager, b"a", b"b")
-    second = manager.share(manager.find([b"a", b"b"]))
+    second = manager.hold(manager.find([b"a", b"b"]))
     kept = second[:]
     manager.release(first)
     assert manager.used == 2
@@ -94,7 +94,7 @@ def test_the_longest_unused_goes_first() -> None:
     tables = {name: cached(manager, name) for name in (b"a", b"b", b"c", b"d")}
     for name in (b"b", b"a", b"d", b"c"):
         manager.release(tables[name])
-    manager.release(manager.share(manager.find([b"b"])))
+    manager.release(manager.hold(manager.find([b"b"])))
     gone, table = [], table_of()
     for number in range(1, 7):
         manager.extend(table, number * SIZE)
@@ -143,7 +143,7 @@ def test_what_is_forgotten_is_not_found_and_not_lost() -> None:
     """Whoever holds it keeps it; then its room is free."""
     manager = BlockManager(BLOCKS, SIZE)
     first = cached(manager, b"a", b"b")
-    second = manager.share(manager.find([b"a"]))
+    second = manager.hold(manager.find([b"a"]))
     manager.forget(first)
     assert manager.find([b"a", b"b"]) == []
     manager.check_integrity([first, second])

@@ -12,10 +12,10 @@ from service.checkpoint import Checkpoint, load_checkpoint
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.engine import cgroups, memory_plan
-from service.engine.defaults import settle, summarise
-from service.engine.loader import expect_bfloat16, load_engine
+from service.engine.defaults import resolve_options, summarise
+from service.engine.loader import bfloat16_tensors, load_engine
 from service.engine.machine import Memory, host_memory
-from service.engine.memory_plan import MEMORY_SHARE, MemoryPlan
+from service.engine.memory_plan import MEMORY_FRACTION, MemoryPlan
 from tests.support.bundles import make_bundle
 
 CPU = torch.device("cpu")
@@ -46,20 +46,20 @@ def settled(
     """Settle options on a machine with `total` bytes."""
     monkeypatch.setattr(memory_plan, "host_memory", lambda: Memory(total, "the container"))
     chosen = EngineOptions(str(checkpoint.path), "cpu", **options)
-    return settle(checkpoint, chosen, CPU, None, expect_bfloat16)
+    return resolve_options(checkpoint, chosen, CPU, None, bfloat16_tensors)
 
 
 def test_where_there_is_room_the_context_is_the_bases(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     options, plan = settled(checkpoint, 4096 * MIB, monkeypatch)
     assert (options.dtype, options.max_model_len) == ("float32", 8192)
-    assert plan.kept_dtypes[0] == "bfloat16"
+    assert plan.stored_dtypes[0] == "bfloat16"
     assert "texts of 8,192 tokens: weights" in summarise(plan, UNSAID)
 
 
 def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 80 % of the memory; one more block a stream would be over."""
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
-    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_FRACTION)
     options, plan = settled(checkpoint, total, monkeypatch)
     assert options.dtype == "float32"
     assert options.max_model_len == plan.max_model_len
@@ -67,7 +67,7 @@ def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatc
     assert plan.max_model_len % plan.block_size == 0
     block_bytes = (plan.kv_slot_bytes + plan.gate_row_bytes) * plan.block_size
     assert options.kv_memory_bytes == plan.num_blocks * block_bytes
-    left = int(total * MEMORY_SHARE) - weights
+    left = int(total * MEMORY_FRACTION) - weights
     assert plan.num_blocks * block_bytes <= left < plan.num_blocks * block_bytes + 2 * block_bytes
     assert "the longest that fit (the base takes 8,192)" in summarise(plan, UNSAID)
 
@@ -75,7 +75,7 @@ def test_the_context_is_the_longest_that_fits(checkpoint: Checkpoint, monkeypatc
 def test_an_operator_may_ask_for_more_than_the_share(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is refused by the arithmetic where that is more than there is."""
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
-    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_FRACTION)
     options, plan = settled(checkpoint, total, monkeypatch, max_model_len=8192)
     assert options.max_model_len == 8192
     assert "the longest that fit" not in summarise(plan, EngineOptions("any", max_model_len=8192))
@@ -97,7 +97,7 @@ def test_a_pool_of_the_operators_size(checkpoint: Checkpoint, monkeypatch: pytes
     assert (options.kv_memory_bytes or 0) <= 2 * MIB
     with pytest.raises(StartupError, match=r"one request of 1024 tokens needs .* there are 0 MiB"):
         settled(checkpoint, 4096 * MIB, monkeypatch, kv_memory_bytes=MIB // 4)
-    total = int((weights + MIB) / MEMORY_SHARE)
+    total = int((weights + MIB) / MEMORY_FRACTION)
     with pytest.raises(StartupError, match=r"--kv-memory 64.* MiB more; the container has") as refused:
         settled(checkpoint, total, monkeypatch, kv_memory_bytes=64 * MIB)
     assert refused.value.hint == "lower --kv-memory, or leave it out"
@@ -110,7 +110,7 @@ def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypat
     wide = settled(checkpoint, 4096 * MIB, monkeypatch, **elsewhere)[1]
     assert wide.dtype == "float32"
     narrow = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1]
-    total = int((narrow.weights.total + 4 * MIB) / MEMORY_SHARE)
+    total = int((narrow.weights.total + 4 * MIB) / MEMORY_FRACTION)
     options, plan = settled(checkpoint, total, monkeypatch, **elsewhere)
     assert (options.dtype, plan.dtype) == ("bfloat16", "bfloat16")
     with pytest.raises(StartupError, match="the weights need") as refused:
@@ -120,7 +120,7 @@ def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypat
 
 def test_what_fits_is_named_and_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1].weights.total
-    total = int(0.75 * weights / MEMORY_SHARE)
+    total = int(0.75 * weights / MEMORY_FRACTION)
     with pytest.raises(StartupError, match="the weights need") as refused:
         settled(checkpoint, total, monkeypatch)
     assert refused.value.hint == "this fits: --quantization int8"
@@ -128,14 +128,14 @@ def test_what_fits_is_named_and_fits(checkpoint: Checkpoint, monkeypatch: pytest
     assert plan.quantization == "int8"
     assert options.dtype == "bfloat16"
     with pytest.raises(StartupError) as refused:
-        settled(checkpoint, int(0.1 * weights / MEMORY_SHARE) + PROCESSES, monkeypatch)
+        settled(checkpoint, int(0.1 * weights / MEMORY_FRACTION) + PROCESSES, monkeypatch)
     assert str(refused.value.hint).startswith("nothing does: the least that its weights can take is")
 
 
 def test_the_engine_takes_what_was_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = settled(checkpoint, 4096 * MIB, monkeypatch)[1].weights.total
     lines: list[str] = []
-    total = int((weights + 1.5 * MIB) / MEMORY_SHARE)
+    total = int((weights + 1.5 * MIB) / MEMORY_FRACTION)
     _, plan = settled(checkpoint, total, monkeypatch)
     engine = load_engine(EngineOptions(str(checkpoint.path), "cpu", threads=1), lines.append)
     assert engine.info.max_model_len == plan.max_model_len

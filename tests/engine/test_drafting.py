@@ -101,7 +101,7 @@ def test_break_even_finds_the_best_depth(rates: list[float], more: list[float], 
 def test_how_deep_it_pays_to_look_ahead() -> None:
     """The first draft costs less than those behind it, which have to be right together."""
     sequence = drafting()
-    look_ahead(sequence, [0.9, 0.8, 0.9])
+    set_rates(sequence, [0.9, 0.8, 0.9])
     free, dear = BreakEven([0.0] * 3, [], []), BreakEven([0.5, 0.7, 0.7], [], [])
     assert [lookahead_depth(sequence, likelihood, free) for likelihood in (1.0, 0.1)] == [3, 3]
     assert [lookahead_depth(sequence, likelihood, dear) for likelihood in (1.0, 0.7, 0.5)] == [2, 1, 0]
@@ -110,7 +110,7 @@ def test_how_deep_it_pays_to_look_ahead() -> None:
 def test_a_drafter_that_gave_up_tries_again() -> None:
     """A text may become predictable: after 32 tokens one more draft is tried, and only one."""
     sequence = drafting()
-    look_ahead(sequence, [0.0, 1.0])
+    set_rates(sequence, [0.0, 1.0])
     needed, depths = BreakEven([0.1, 0.1], [], []), []
     for token in range(40):
         depths.append(lookahead_depth(sequence, 1.0, needed))
@@ -120,10 +120,10 @@ def test_a_drafter_that_gave_up_tries_again() -> None:
     assert lookahead_depth(sequence, 1.0, needed) == 0
 
 
-def look_ahead(sequence: Sequence, rates: list[float]) -> None:
+def set_rates(sequence: Sequence, rates: list[float]) -> None:
     """With nothing drafted so far."""
     used_at = sequence.prompt_len
-    sequence.look_ahead([Record(rate, used_at) for rate in rates], sequence.prompt_lookup)
+    sequence.set_records([Record(rate, used_at) for rate in rates], sequence.prompt_lookup)
 
 
 def test_a_sequence_begins_as_others_have_fared() -> None:
@@ -132,12 +132,12 @@ def test_a_sequence_begins_as_others_have_fared() -> None:
     first = of_all.begin(3)
     assert (first.rate, first.used_at) == (0.9, 3)
     for _ in range(40):
-        first.judge(False)
+        first.update(False)
     assert first.rate < 0.01
     assert 0.3 < of_all.rate < 0.6
     assert of_all.begin(5).rate == of_all.rate
     for _ in range(400):
-        first.judge(False)
+        first.update(False)
     assert 0.2 < of_all.begin(5).rate < 0.4
 
 
@@ -149,9 +149,9 @@ def drafting(*drafts: int, computed: int = 0) -> Sequence:
     return sequence
 
 
-def verdicts(sequence: Sequence) -> list[tuple[int, bool]]:
+def outcomes(sequence: Sequence) -> list[tuple[int, bool]]:
     """The depths of drafts that had rows, and whether they were kept."""
-    return [(drafter.depth, kept) for drafter, kept in sequence.verdicts]
+    return [(drafter.depth, kept) for drafter, kept in sequence.draft_outcomes]
 
 
 def test_a_wrong_draft_takes_all_behind_it_along() -> None:
@@ -164,7 +164,7 @@ def test_a_wrong_draft_takes_all_behind_it_along() -> None:
     assert not sequence.accept(9)
     assert (sequence.tokens, sequence.drafts, sequence.drafters) == ([1, 2, 3, 4, 9], [], [])
     assert (sequence.scaling.computed, sequence.real.computed) == (4, 4)
-    assert verdicts(sequence) == [(1, True), (2, False), (3, False)], "the draft 7 had cost nothing yet"
+    assert outcomes(sequence) == [(1, True), (2, False), (3, False)], "the draft 7 had cost nothing yet"
 
 
 def predict(sequence: Sequence, start: int, predictions: list[int], deeper: list[int]) -> None:
@@ -179,13 +179,13 @@ def test_predictions_check_drafts() -> None:
     """
     for lookup, ahead, drafts, computed in ((0.5, 0.8, [4, 5, 8, 1, 2], 5), (0.9, 0.8, [4, 5, 6, 9, 1, 2], 6)):
         sequence = drafting(4, 5, 6, computed=6)
-        look_ahead(sequence, [ahead] * 3)
+        set_rates(sequence, [ahead] * 3)
         sequence.prompt_lookup.rate = lookup
         predict(sequence, 4, [5, 8, 9], [1, 2])
         assert (sequence.drafts, sequence.scaling.computed) == (drafts, computed)
         assert sequence.drafters[-3:] == sequence.lookahead
     sequence = drafting(computed=6)
-    look_ahead(sequence, [0.1, 0.9, 0.9])
+    set_rates(sequence, [0.1, 0.9, 0.9])
     sequence.draft([4, 5, 6], sequence.lookahead)
     predict(sequence, 4, [5, 8, 9], [1])
     assert (sequence.drafts, sequence.scaling.computed) == ([4, 5, 8, 1], 5)
@@ -197,14 +197,14 @@ def test_predictions_check_drafts() -> None:
 def test_a_lookup_takes_the_place_of_doubtful_drafts() -> None:
     """Where the text repeats itself and look-ups have been right, they replace drafts that have no rows yet."""
     sequence = Sequence.of(Request("a", [1, 2, 3, 4, 5, 6, 1, 2], SamplingParams(max_tokens=200)), 0, 0.0)
-    look_ahead(sequence, [0.5, 0.5])
+    set_rates(sequence, [0.5, 0.5])
     sequence.draft([3, 9], sequence.lookahead)
     sequence.scaling.computed = 9
     sequence.prompt_lookup.rate = 0.9
     assert look_up(sequence, [0.1] * 3, 3) == (1, [4, 5, 6])
     sequence.take_lookup(1, [4, 5, 6])
     assert sequence.drafts == [3, 4, 5, 6]
-    assert not sequence.verdicts
+    assert not sequence.draft_outcomes
     sequence.prompt_lookup.rate = 0.2
     sequence.draft([7], sequence.lookahead)
     assert look_up(sequence, [0.5] * 8, 8)[1] == []
@@ -218,4 +218,4 @@ def test_an_end_amid_right_drafts_leaves_no_row_too_many() -> None:
     sequence.give_up_drafts()
     assert sequence.final == 3
     assert (sequence.scaling.computed, sequence.real.computed, sequence.drafts) == (4, 4, [])
-    assert verdicts(sequence) == [(1, True), (2, False), (3, False)]
+    assert outcomes(sequence) == [(1, True), (2, False), (3, False)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine.engine import Engine
-from service.engine.scheduler import even_share
+from service.engine.scheduler import fair_share
 from tests.engine.test_scheduler import FakeRunner, build, expected, finish, request
 
 
@@ -152,4 +152,4 @@ def test_a_preempted_sequence_is_first_again() -> None:
 def test_even_share(needs: list[int], budget: int) -> None:
     """The largest of all shares that fit, tried one by one."""
     fitting = [share for share in range(1, budget + 1) if sum(min(need, share) for need in needs) <= budget]
-    assert even_share(needs, budget) == max(fitting, default=1)
+    assert fair_share(needs, budget) == max(fitting, default=1)

@@ -113,7 +113,7 @@ def test_out_of_memory_ends_the_largest(
     forward, freed = engine.runner.step.forward, []
 
     def run_out(batch: Any, cache: Any) -> Any:
-        if batch.rows.shape[1] > 200:
+        if batch.fields.shape[1] > 200:
             raise error
         return forward(batch, cache)
 

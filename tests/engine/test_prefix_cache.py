@@ -183,7 +183,7 @@ def test_drafts_are_never_cached(engines: Engines, cached_too_early: bool, monke
     Negative control: caching the drafts as well instead of what was accepted is seen.
     """
     wrong: list[list[int]] = []
-    cut, commit = Sequence._cut, Scheduler.commit
+    cut, commit = Sequence._drop_drafts, Scheduler.commit
 
     def record(self: Sequence, place: int) -> None:
         wrong.extend([[*self.tokens, *self.drafts[: end + 1]] for end in range(place, len(self.drafts))])
@@ -195,7 +195,7 @@ def test_drafts_are_never_cached(engines: Engines, cached_too_early: bool, monke
         stream.cached, stream.keys = 0, []
         commit(self, sequence)
 
-    monkeypatch.setattr(Sequence, "_cut", record)
+    monkeypatch.setattr(Sequence, "_drop_drafts", record)
     if cached_too_early:
         monkeypatch.setattr(Scheduler, "commit", commit_drafts_too)
     engine = engines.build(block_size=1, adaptive=False)

@@ -78,7 +78,7 @@ class FakeRunner:
         results: list[SequenceResult] = launched.results
         return results
 
-    def settle(self, launched: SimpleNamespace, ended: list[Sequence]) -> list[None]:
+    def keep_final(self, launched: SimpleNamespace, ended: list[Sequence]) -> list[None]:
         """Looks at every gate row that would be reported."""
         for result in launched.results:
             sequence = result.scheduled.sequence
@@ -326,7 +326,7 @@ def test_any_workload(load: dict[str, Any]) -> None:
 @pytest.mark.parametrize("lookahead", [True, False])
 @pytest.mark.parametrize("right", [0, 2, 4])
 def test_forward_passes(lookahead: bool, right: int) -> None:
-    """Two passes per token less one for every draft that was right; rows and verdicts add up."""
+    """Two passes per token less one for every draft that was right; rows and outcomes add up."""
     engine, runner, _ = build(lookahead=lookahead, right=right)
     engine.add(request("a", 10, 20))
     usage = None
@@ -580,7 +580,7 @@ def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a draft that is kept although it was wrong, or a block taken from another, does not go
     unseen.
     """
-    cut = Sequence._cut
+    cut = Sequence._drop_drafts
 
     def keep_what_was_computed(self: Sequence, place: int) -> None:
         computed = self.scaling.computed
@@ -590,7 +590,7 @@ def test_the_fake_sees_defects(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _, _ = build(right=0)
     engine.add(request("a", 5))
     with monkeypatch.context() as patch:
-        patch.setattr(Sequence, "_cut", keep_what_was_computed)
+        patch.setattr(Sequence, "_drop_drafts", keep_what_was_computed)
         with pytest.raises(AssertionError):
             finish(engine)
     engine, _runner, scheduler = build()

@@ -96,8 +96,8 @@ def test_together_equals_plain(engines: Engines, plain: dict[tuple[str, int], Ch
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
             assert [token for token, _ in ours.top_logprobs] == [token for token, _ in theirs.top_logprobs]
     assert_observed_once(result, requests, 3)
-    verdicts = [accepted(choice) for choice in result.choices.values()]
-    assert min(map(sum, zip(*verdicts, strict=True))) > 10, "hardly a copied draft was right, or wrong"
+    outcomes = [accepted(choice) for choice in result.choices.values()]
+    assert min(map(sum, zip(*outcomes, strict=True))) > 10, "hardly a copied draft was right, or wrong"
     if "blocks" in options:
         assert result.preemptions > 0
 
@@ -234,7 +234,7 @@ def test_drafting_stops_where_it_does_not_pay(tiny: Tiny) -> None:
 
 
 def test_drafts_are_the_same_every_time(engines: Engines) -> None:
-    """The decision to draft knows no clock: rows and verdicts repeat exactly."""
+    """The decision to draft knows no clock: rows and outcomes repeat exactly."""
     usages = []
     for _ in range(2):
         result = run(engines.build(), requests_of_few_tokens())

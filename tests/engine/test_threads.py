@@ -86,13 +86,13 @@ def test_the_smallest_limit_of_several_counts(machine: pytest.MonkeyPatch) -> No
         ("200000 100000\n", {}, (1, 0)),
     ],
 )
-def test_a_guest_where_nobody_has_said_how_many(
+def test_a_thread_with_idle_priority_where_nobody_has_said_how_many(
     machine: pytest.MonkeyPatch, cpu_max: str, options: dict[str, int], expected: tuple[int, int]
 ) -> None:
     limit(cpu_max)
     assert resolve_threads(EngineOptions("", **options)) == expected  # type: ignore[arg-type]
 
 
-def test_no_guest_on_a_single_core(machine: pytest.MonkeyPatch) -> None:
+def test_no_thread_with_idle_priority_on_a_single_core(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(os, "sched_getaffinity", lambda _: {0})
     assert resolve_threads(EngineOptions("")) == (1, 0)

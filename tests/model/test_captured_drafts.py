@@ -11,7 +11,7 @@ import torch
 from service.model.batch import AttentionGroup, DraftStart
 from service.model.draft_layer import Choose, PureChoice, take_largest
 from service.model.kv_cache import KVCache
-from service.model.steps.captured_drafts import CapturedDrafts, Chain
+from service.model.steps.captured_drafts import CapturedDrafts, Replay
 
 BLOCK_SIZE, WIDTHS = 4, [8, 32]
 
@@ -35,7 +35,7 @@ def test_what_a_long_text_left_is_within_a_narrow_table() -> None:
             seen.append(given.group)
             return torch.zeros(len(given.tokens), 3, dtype=torch.int64)
 
-    def capture(work: Chain) -> Callable[[], torch.Tensor]:
+    def capture(work: Replay) -> Callable[[], torch.Tensor]:
         return work
 
     eager: Any = Eager()

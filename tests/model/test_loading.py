@@ -15,7 +15,7 @@ from service.checkpoint import Expert, LoraWeights
 from service.contract.errors import CheckpointError
 from service.model.adapted import AdaptedModule
 from service.model.loading.passes import load_model
-from service.model.loading.rope import refuse_length_dependent_rope, settle_longrope
+from service.model.loading.rope import fix_longrope, refuse_length_dependent_rope
 from service.model.targets import resolve_sites
 from service.model.xlora_model import XLoraModel
 from tests.support.driver import words
@@ -125,7 +125,7 @@ def test_longrope_of_one_layer_type_is_settled() -> None:
     causal_lm = AutoModelForCausalLM.from_config(config)
     rotary: Any = causal_lm.model.rotary_emb
     short, sliding = rotary.full_attention_inv_freq.clone(), rotary.sliding_attention_inv_freq.clone()
-    settle_longrope(causal_lm, 96)
+    fix_longrope(causal_lm, 96)
     torch.testing.assert_close(rotary.full_attention_inv_freq * torch.tensor([2.0, 3.0, 5.0, 8.0]),
                                short * torch.tensor([1.0, 1.1, 1.2, 1.4]))  # fmt: skip
     assert torch.equal(rotary.sliding_attention_inv_freq, sliding)

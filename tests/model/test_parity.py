@@ -275,7 +275,7 @@ class _Broken(OneRequest):
             batch.positions *= 2
         if self.defect == "keys written one slot off":
             batch.kv_slots[:] = batch.kv_slots.roll(1)
-        if self.defect == "one real row counted as a scaling row" and 0 < scaling_rows < batch.rows.shape[1]:
+        if self.defect == "one real row counted as a scaling row" and 0 < scaling_rows < batch.fields.shape[1]:
             batch.num_scaling_rows += 1
         return batch
 

@@ -79,12 +79,12 @@ JOBS: dict[str, Callable[[], Callable[[], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize(("threads", "guests"), [(2, 0), (1, 1), (3, 2)])
+@pytest.mark.parametrize(("threads", "idle_priority"), [(2, 0), (1, 1), (3, 2)])
 @pytest.mark.parametrize("job", JOBS)
-def test_the_same_as_one_thread(job: str, threads: int, guests: int) -> None:
+def test_the_same_as_one_thread(job: str, threads: int, idle_priority: int) -> None:
     compute = JOBS[job]()
     alone = compute()
-    library.use_threads(threads, guests)
+    library.use_threads(threads, idle_priority)
     assert all(torch.equal(compute(), alone) for _ in range(100))
     library.use_threads(1)
     assert torch.equal(compute(), alone)
@@ -133,12 +133,12 @@ def test_a_late_helper_reads_what_nobody_else_holds_any_more(tmp_path: Path, sha
 
 
 def test_switched_on_again() -> None:
-    """Helpers, none, guests instead, more of both."""
+    """Helpers, none, with idle priority instead, more of both."""
     compute = JOBS["float32"]()
     alone = compute()
     for _ in range(20):
-        for threads, guests in ((3, 0), (1, 0), (1, 2), (2, 3)):
-            library.use_threads(threads, guests)
+        for threads, idle_priority in ((3, 0), (1, 0), (1, 2), (2, 3)):
+            library.use_threads(threads, idle_priority)
             assert all(torch.equal(compute(), alone) for _ in range(5))
 
 

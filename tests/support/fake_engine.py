@@ -217,7 +217,7 @@ class FakeEngine:
         mean = full.mean(axis=1).astype(np.float32)
         return GateRows(first, end - first, mean.tobytes(), entropy.tobytes(), full.tobytes() if wants_full else None)
 
-    def identify(self, on_known: Progress) -> None:
+    def hash_weights(self, on_known: Progress) -> None:
         assert self.info.weights_sha256 is None
         threading.Timer(0.05, on_known, ["2" * 64]).start()
 

@@ -1,1 +1,1 @@
-"""How checkpoints lie on disk: bundles, PEFT's layout, the original library's; and the way between them."""
+"""The layouts of checkpoints on disk: bundles, PEFT's and the original library's; reading, writing and converting."""

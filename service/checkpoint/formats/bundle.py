@@ -1,8 +1,8 @@
-"""A checkpoint on disk, in any layout -> Checkpoint: the order in which its parts are read and checked.
+"""Reads a checkpoint of any layout into a Checkpoint: its parts in their order, and the checks between them.
 
-Knows how the parts depend on each other; what each part looks like is in layouts, base, lora, config and classifier.
-Weights of the base and of experts stay in their files until somebody asks for them. `load_checkpoint` stops at the
-first defect; `report.find_problems` walks the same code to the end.
+Knows how the parts depend on each other; the parts themselves are read by layouts, base, lora, config and classifier.
+Weights of the base and of experts stay in their files until they are needed. `load_checkpoint` stops at the first
+defect; `report.find_problems` runs the same code to the end.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ class Checkpoint:
     draft_head: DraftHeadWeights | None
     weights_sha256: str | None  # over the hashes of all weight files, sorted by label; None: not known yet
     draft_layer: DraftLayerWeights | None = None
-    weight_files: tuple[WeightFile, ...] = ()  # as they were examined; empty: they were not
+    weight_files: tuple[WeightFile, ...] = ()  # as examined; empty: not examined
     files: WeightFiles | None = None
     base_reference: str = ""  # the base as a hub id or an absolute path
     eos_token_ids: tuple[int, ...] = ()
-    warnings: tuple[str, ...] = ()  # what is no defect, and worth knowing
-    skeleton: Any = None  # what inspect_base returned for the base
+    warnings: tuple[str, ...] = ()  # oddities of the files that are no defects
+    skeleton: Any = None  # the result of inspect_base
     base_files: tuple[TensorFile, ...] = ()  # headers of the base's weight files
-    layout: str = "bundle"  # which reader made it; nothing but descriptions may depend on it
+    layout: str = "bundle"  # the layout it was read from; only descriptions may depend on it
 
     @property
     def base_tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor of the base, to be read one by one."""
+        """The base's tensors, each of which is read when it is indexed."""
         return {name: StoredTensor(file, info) for file in self.base_files for name, info in file.tensors.items()}
 
     @property
     def base_dtypes(self) -> set[torch.dtype]:
-        """In which the base's tensors are stored, whatever config.json says."""
+        """The dtypes of the base's tensors in their files, whatever config.json states."""
         return {DTYPES[info.dtype] for file in self.base_files for info in file.tensors.values()}
 
     @property
@@ -124,7 +124,7 @@ def load_checkpoint(
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """A header becomes millions of objects that all live: to look for garbage among them takes longer than the rest."""
+    """Disables garbage collection: a header becomes millions of live objects, and traversing them takes longest."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -145,7 +145,7 @@ def read_checkpoint(
     inspect_base: InspectBase | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Checkpoint | None:
-    """Walk the whole checkpoint; None when `defects` collected something that leaves no Checkpoint."""
+    """Reads and checks the whole checkpoint; None if `defects` has collected any."""
     progress = on_progress or (lambda line: None)
     root = BundleRoot(locate_model(path, progress), allow_outside)
     ordering = read_ordering(overrides.ordering) if overrides.ordering else None
@@ -155,25 +155,11 @@ def read_checkpoint(
     locator = Locator(root, overrides, progress)
     locator.check_names([entry.name for entry in manifest.experts], manifest.source)
     files = WeightFiles(root, manifest.sha256, manifest.source)
-    base: BaseModel | None = None
-    skeleton: Any = None
-    base_reference, errors_before = "", len(defects.errors)
-    with defects.guard():
-        base_folder, base_reference = locator.base(manifest.base, manifest.source)
-        base = read_base(root, base_folder, defects, eos_from_tokenizer=overrides.eos_from_tokenizer)
-        for file in base.files:
-            files.add(f"base/{file.path.name}", file)
-        if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
-            skeleton = inspect_base(base)
-    known_base = base if base is not None and base.complete else None
+    base, base_reference, skeleton = _read_base(locator, manifest, files, inspect_base, defects)
     gate: OpenGate | None = None
     with defects.guard():
         gate = open_gate(root, manifest, base, files, overrides.gate_relu, defects)
-    experts: list[Expert] = []
-    for entry in manifest.experts:
-        with defects.guard():
-            folder = locator.expert(entry.name, entry.path, manifest.source)
-            experts.append(_read_expert(root, folder, entry, known_base, files, defects))
+    experts = _read_experts(locator, manifest, base, files, defects)
     if overrides.base is None:
         _check_base_names(manifest, experts, defects)
     draft_head, draft_layer = _read_drafts(root, manifest, base, files, defects)
@@ -208,6 +194,36 @@ def read_checkpoint(
         skeleton=skeleton,
         base_files=base.files,
     )
+
+
+def _read_base(
+    locator: Locator, manifest: Manifest, files: WeightFiles, inspect_base: InspectBase | None, defects: Defects
+) -> tuple[BaseModel | None, str, Any]:
+    """The base, None where it has defects; its reference for others; and its skeleton, if it can be inspected."""
+    base: BaseModel | None = None
+    skeleton: Any = None
+    reference, errors_before = "", len(defects.errors)
+    with defects.guard():
+        folder, reference = locator.base(manifest.base, manifest.source)
+        base = read_base(locator.root, folder, defects, eos_from_tokenizer=locator.overrides.eos_from_tokenizer)
+        for file in base.files:
+            files.add(f"base/{file.path.name}", file)
+        if inspect_base is not None and base.complete and len(defects.errors) == errors_before:
+            skeleton = inspect_base(base)
+    return base, reference, skeleton
+
+
+def _read_experts(
+    locator: Locator, manifest: Manifest, base: BaseModel | None, files: WeightFiles, defects: Defects
+) -> list[Expert]:
+    """The experts that can be read, in class order. Shapes are compared with a base that is complete."""
+    known_base = base if base is not None and base.complete else None
+    experts: list[Expert] = []
+    for entry in manifest.experts:
+        with defects.guard():
+            folder = locator.expert(entry.name, entry.path, manifest.source)
+            experts.append(_read_expert(locator.root, folder, entry, known_base, files, defects))
+    return experts
 
 
 def _read_expert(

@@ -1,4 +1,4 @@
-"""A folder -> Manifest, by what lies in it: our bundle, PEFT's save, or the original library's.
+"""Recognises a folder's layout (our bundle, PEFT's save, or the original library's) and reads its Manifest.
 
 Knows which file marks which layout, and what PEFT damages: since 0.20 its save of one adapter drops every tensor with
 `.j.` in its name where j is another adapter's name. X-LoRA's adapters are called "0", "1", ..., as are the classifier's
@@ -36,9 +36,9 @@ EARLY_FOLDER = "adapters"
 
 
 def read_manifest(root: BundleRoot, ordering: Ordering | None, defects: Defects, *, rescue: bool) -> Manifest:
-    """Read the folder's own description. `ordering` replaces the order of experts and sites that it has.
+    """Reads the folder's manifest. `ordering` replaces its order of experts and sites.
 
-    `rescue` lets damage be undone where the files still allow it (PEFT's lost classifier tensors).
+    `rescue` repairs damage where the files allow it (PEFT's lost classifier tensors).
     """
     if not root.path.is_dir():
         raise defect(root.path, "expected a bundle folder, found " + ("a file" if root.path.exists() else "nothing"))
@@ -61,7 +61,7 @@ def _unknown(root: BundleRoot) -> Exception:
 
 
 def _read_peft_manifest(root: BundleRoot, ordering: Ordering | None, *, rescue: bool) -> Manifest:
-    """The manifest in class order: class j is the expert with integer key j, whatever order the JSON file has.
+    """The manifest in class order: class j is the expert with integer key j, in any order of the JSON file.
 
     With `rescue`, classifier tensors that PEFT dropped are taken from the experts' folders, where it wrote them.
     """
@@ -106,10 +106,10 @@ def _adapters(adapters: Any, source: Path, ordering: Ordering | None) -> dict[st
 
 
 def _place(root: BundleRoot, name: str, stated: str, data: Mapping[str, Any]) -> str:
-    """The expert's folder: the one saved with the classifier, or the one it was made from.
+    """The expert's folder: the one that was saved with the classifier, or the stated one, which it was made from.
 
-    The saved one where it is sound, or where training went on (use_trainable_adapters); else the stated one. Where only
-    one of them is there, that one.
+    The saved one if it is undamaged, or if it was trained further (use_trainable_adapters); else the stated one. If
+    only one of them exists, that one.
     """
     has_saved = (root.path / name / lora.CONFIG_FILE).exists()
     has_stated = (root.path / stated).is_dir() and root.holds(root.path / stated)
@@ -124,7 +124,9 @@ def _is_damaging(data: Mapping[str, Any]) -> bool:
 
 
 def _stray_layers(root: BundleRoot, names: Mapping[str, str]) -> dict[str, tuple[TensorFile, str]]:
-    """Classifier layer k, where an expert is called k: PEFT writes it to that expert's folder, without its number."""
+    """Classifier tensors in experts' folders: PEFT writes layer k to the folder of an expert named k, without its
+    number.
+    """
     found: dict[str, tuple[TensorFile, str]] = {}
     for name in names:
         path = root.path / name / lora.WEIGHTS_FILE
@@ -180,8 +182,8 @@ def _experts(root: BundleRoot, adapters: Any, source: Path) -> tuple[ExpertEntry
 
 
 def _saved_place(root: BundleRoot, name: str) -> str | None:
-    """Where the expert lies that was saved with the classifier. Where a later save went into an early one's folder, so
-    that both places are there, the classifier is the later one's: so is the expert. PEFT saves "default" without a
+    """The folder of the expert that was saved with the classifier. If a later save went into the folder of an early
+    one, and both places exist, the classifier is the later one's, and so is the expert. PEFT saves "default" without a
     folder of its own.
     """
     own = [name, "."] if name == "default" else [name]

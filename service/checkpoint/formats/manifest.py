@@ -1,7 +1,7 @@
-"""What a checkpoint consists of, whichever layout it is in (Manifest), bundle.json as one such layout, and mistral.rs's
-ordering file, `{"order": [expert names], "layers": {site: number}, "base_model_id": ...}`.
+"""Manifest: the parts of a checkpoint in any layout. Reads it from bundle.json, and reads mistral.rs's ordering file,
+`{"order": [expert names], "layers": {site: number}, "base_model_id": ...}`.
 
-Knows their keys and types (DESIGN section 5); follows no path. layouts.py has the other layouts, and chooses.
+Knows keys and types (DESIGN section 5); opens no other file. layouts.py reads the other layouts, and chooses.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ExpertEntry:
 
 @dataclass(frozen=True, slots=True)
 class GateFiles:
-    """Where the gate's two files lie, and how the classifier's tensors are called in them."""
+    """The places of the gate's two files, and the naming of the classifier's tensors in them."""
 
     folder: str  # relative to the checkpoint
     experts: int  # E
@@ -48,21 +48,21 @@ class GateFiles:
     peft_names: bool = False  # PEFT's instead of the original library's
     loss_hint: str | None = None  # PEFT: what to do when tensors are missing
     moved: Mapping[str, tuple[TensorFile, str]] = field(default_factory=dict)  # tensors to take from other files
-    relu: bool | None = True  # what no enable_relu_and_dropout means, where names do not tell; None: nothing
+    relu: bool | None = True  # the default of enable_relu_and_dropout, if names do not show it; None: no default
 
     def names_in(self, file: TensorFile) -> list[str]:
-        """The classifier's tensors, wherever they lie."""
+        """Names of the classifier's tensors, moved ones included."""
         return [*file.tensors, *self.moved]
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Names, places and orders of a checkpoint's parts, checked for types. Paths are as written."""
+    """Names, places and orders of a checkpoint's parts, checked for types. Paths are as written in the file."""
 
     layout: str  # bundle, PEFT or original
-    source: Path  # the file that says it
+    source: Path  # the file that it was read from
     name: str
-    base: str | None  # None: the layout's files do not say
+    base: str | None  # None: not stated in the layout's files
     experts: tuple[ExpertEntry, ...]  # class order; the readable ones
     expert_count: int  # E, as listed
     gate: GateFiles
@@ -73,7 +73,7 @@ class Manifest:
 
 
 def read_bundle_manifest(root: BundleRoot, defects: Defects) -> Manifest:
-    """Read and check bundle.json; what is wrong with its experts, sites or hashes is reported and left out."""
+    """Reads and checks bundle.json. Defective experts, sites and hashes are reported and left out."""
     source = root.path / FILE_NAME
     data = root.json(source, "a bundle is a folder with bundle.json, base/, experts/ and classifier/")
     version = data.get("format_version")
@@ -111,8 +111,8 @@ def _text(data: Mapping[str, Any], key: str, source: Path, where: str = "") -> s
 
 
 def _is_portable(value: Any) -> bool:
-    """Whether a JSON value can go to the other processes and out as JSON: no half of a surrogate pair, no integer of
-    more than 64 bits.
+    """Whether a JSON value can be sent to other processes and to callers: without half surrogate pairs, and without
+    integers of more than 64 bits.
     """
     pending = [value]
     while pending:

@@ -1,8 +1,8 @@
-"""Writing a bundle: bundle.json, classifier and drafts around a base and adapters that already lie in place; or all
-of a checkpoint, whichever layout it was read from, into a new folder.
+"""Writes bundles: bundle.json, classifier and drafts around a base and adapters that are in place already; or a whole
+checkpoint of any layout into a new folder.
 
-Knows the format of DESIGN section 5, and what is copied, renamed and cast. Builds no module: whoever calls says in
-which order the sites are.
+Knows the format of DESIGN section 5, and which files are copied, renamed and cast. Builds no modules: the caller passes
+the order of the sites.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     config = xlora if isinstance(xlora, XLoraConfig) else XLoraConfig.from_dict(xlora, folder / GATE_CONFIG)
     _write_json(folder / GATE_CONFIG, config.to_dict())
-    # not save_file: it makes files that only their owner may read, which a container's user is not
+    # not save_file: its files are readable by their owner only, and a container runs as another user
     (folder / GATE_WEIGHTS).write_bytes(save(classifier_tensors(list(classifier), config)))
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -86,8 +86,8 @@ def write_bundle(
 
 
 def add_drafts(path: Path, head: DraftHeadWeights | None, layer: DraftLayerWeights | None) -> None:
-    """Gives the bundle at `path` a draft head, a draft layer or both, in the place of those that it has; None leaves
-    what there is. Nothing else of it changes, and each file is there as a whole or as it was. Raises OSError.
+    """Writes a draft head, a draft layer or both to the bundle at `path`, replacing those that it has; None keeps them.
+    Nothing else changes, and every file is replaced atomically. Raises OSError.
     """
     contents: dict[str, bytes] = {}
     if head is not None:
@@ -109,7 +109,7 @@ def add_drafts(path: Path, head: DraftHeadWeights | None, layer: DraftLayerWeigh
 def classifier_tensors(
     layers: Sequence[tuple[torch.Tensor, torch.Tensor | None]], config: XLoraConfig
 ) -> dict[str, torch.Tensor]:
-    """The original library's names: `inner` counts ReLU and Dropout as entries too, so its Linears stand 3 apart."""
+    """Tensors by the original library's names: `inner` counts ReLU and Dropout, too, so Linears are 3 numbers apart."""
     stride = 3 if config.enable_relu_and_dropout else 1
     tensors: dict[str, torch.Tensor] = {}
     for index, (weight, bias) in enumerate(layers):
@@ -121,13 +121,13 @@ def classifier_tensors(
 
 
 def _weight_files(path: Path, folders: Sequence[str]) -> list[str]:
-    """Weight files of the bundle relative to it; a base that lies outside is not hashed."""
+    """Paths of the bundle's weight files, relative to it; a base outside of it is not hashed."""
     inside = [folder for folder in (*folders, GATE_FOLDER) if (path / folder).resolve().is_relative_to(path.resolve())]
     return sorted({file.relative_to(path).as_posix() for d in inside for file in (path / d).glob("*.safetensors")})
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """A new file in the place of the old one, readable by everybody."""
+    """Replaces a file atomically by one that everybody may read."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(content)
     new.chmod(0o644)
@@ -154,7 +154,7 @@ def convert(
     """Write `checkpoint` as a bundle at `target`, which must not exist or be empty; returns `target`.
 
     `dtype` is that of the experts and of a copied base, None for their own; the classifier stays fp32. With
-    `reference_base` the bundle names the base where it lies. Nothing appears at `target` before it is complete.
+    `reference_base` the bundle names the base instead of copying it. Nothing appears at `target` before it is complete.
     """
     with staged(target) as folder:
         base, base_from_expert = "base", "../../base"
@@ -186,7 +186,7 @@ def convert(
 
 
 class staged:
-    """`with staged(target) as folder:` fills a hidden folder beside `target`; it takes its place when all went well."""
+    """`with staged(target) as folder:` fills a hidden folder beside `target`, which becomes `target` on success."""
 
     def __init__(self, target: Path) -> None:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -196,7 +196,7 @@ class staged:
     def __enter__(self) -> Path:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(dir=self.target.parent, prefix=f".{self.target.name}-"))
-        self.folder.chmod(0o755)  # mkdtemp's are their owner's only, which a container's user is not
+        self.folder.chmod(0o755)  # mkdtemp's are for their owner only, and a container runs as another user
         return self.folder
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -209,12 +209,12 @@ class staged:
 
 
 def expert_folder(name: str, number: int) -> str:
-    """A folder's name for an expert: its own where that is a plain word."""
+    """The folder name of an expert: its own name if that is a plain word."""
     return name if SAFE_NAME.fullmatch(name) else f"expert-{number}"
 
 
 def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | None) -> None:
-    """One ordinary PEFT adapter, under PEFT's usual tensor names whatever they were before."""
+    """Writes an expert as a PEFT adapter, with PEFT's usual tensor names."""
     config = {**expert.config, "base_model_name_or_path": base}
     tensors: dict[str, torch.Tensor] = {}
     for site, weights in expert.weights.items():
@@ -227,7 +227,7 @@ def write_expert(folder: Path, expert: Expert, base: str, dtype: torch.dtype | N
 def write_adapter(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """adapter_config.json and adapter_model.safetensors, readable by everybody (save_file's are not)."""
+    """Writes adapter_config.json and adapter_model.safetensors, which everybody may read (save_file's are not)."""
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     stored = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
@@ -235,7 +235,7 @@ def write_adapter(
 
 
 def copy_base(source: Path, target: Path, dtype: torch.dtype | None) -> None:
-    """The base's configuration, tokenizer and weights, one weight file at a time."""
+    """Copies the base's configuration, tokenizer and weights, one weight file at a time."""
     target.mkdir()
     base = read_base(BundleRoot(source, allow_outside=True), source, Defects())
     for pattern in BASE_FILES:
@@ -257,7 +257,7 @@ def copy_base(source: Path, target: Path, dtype: torch.dtype | None) -> None:
 
 
 def copy_weights(file: TensorFile, target: Path, dtype: torch.dtype | None) -> None:
-    """One safetensors file, byte by byte or with every tensor cast."""
+    """Copies one safetensors file, byte by byte or with every tensor cast."""
     if dtype is None:
         shutil.copyfile(file.path, target)
         return

@@ -1,1 +1,1 @@
-"""What checkpoints hold: experts, classifier, draft head; their tensors, names and hashes."""
+"""Readers of a checkpoint's weights: experts, classifier, draft head and draft layer; tensor files and their hashes."""

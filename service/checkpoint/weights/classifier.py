@@ -1,10 +1,10 @@
-"""The gate's two files -> its configuration and the classifier's (weight, bias) pairs, checked against the base, the
-sites and the experts.
+"""Reads the gate's two files: its configuration and the classifier's (weight, bias) pairs, checked against the base,
+the sites and the experts.
 
-Knows how the original library and PEFT name the tensors; both are read in the numeric order of their names. Both keep
-the layers in a list in which ReLU and Dropout count too, so the numbers of the Linears tell whether ReLU stands between
-them. One inner layer has no neighbour to be counted from: there only a statement helps. A gate that is read the wrong
-way gives scalings that look sound and are off by up to 1. Builds no module.
+Knows the tensor names of the original library and of PEFT; layers are read in the numeric order of their names. Both
+libraries number ReLU and Dropout, too, so the numbers of the Linears show whether ReLU is between them. A single inner
+layer has no other to be compared with, so it needs a statement. A gate that is read the wrong way gives scalings that
+look plausible and are wrong by up to 1. Builds no module.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def layer_prefixes(file: TensorFile, config: XLoraConfig, gate: GateFiles) -> li
 
 
 def has_relu(file: TensorFile, gate: GateFiles, stated: bool | None) -> bool:
-    """Whether ReLU stands between the layers, by their names and by what is stated. Raises CheckpointError where these
-    contradict each other, and where nothing tells.
+    """Whether ReLU is between the layers, by their names and by the statement. Raises CheckpointError if these
+    contradict each other, and if neither decides it.
     """
     pattern = PEFT_NAME if gate.peft_names else INNER_NAME
     numbers = _numbers(pattern, gate.names_in(file))
@@ -123,12 +123,12 @@ def _peft_prefixes(file: TensorFile, names: Iterable[str], config: XLoraConfig, 
 
 
 def _numbers(pattern: re.Pattern[str], names: Iterable[str]) -> list[int]:
-    """The layers' numbers, as numbers: 12 comes after 3."""
+    """The layers' numbers in numeric order: 12 comes after 3."""
     return sorted({int(match[1]) for name in names if (match := pattern.fullmatch(name))})
 
 
 def _absent(numbers: Sequence[int], stride: int, layers: int) -> list[int]:
-    """The first layers that are not there, one more of them than are listed in a message."""
+    """The first missing layers, one more of them than a message lists."""
     there = set(numbers)
     return list(itertools.islice((n for n in range(0, stride * layers, stride) if n not in there), MAX_LISTED + 1))
 
@@ -136,7 +136,7 @@ def _absent(numbers: Sequence[int], stride: int, layers: int) -> list[int]:
 def _expected_shapes(
     prefixes: list[str], config: XLoraConfig, sites: int | None, experts: int
 ) -> dict[str, tuple[int | None, ...]]:
-    """{tensor name: shape}; None stands for a size that is not known."""
+    """{tensor name: shape}; None stands for an unknown size."""
     rows = experts if not config.layerwise_scalings else None if sites is None else sites * experts
     widths = [config.hidden_size, *[config.xlora_size] * (len(prefixes) - 1), rows]
     shapes: dict[str, tuple[int | None, ...]] = {}
@@ -166,11 +166,12 @@ def _shown(shape: Iterable[int | None]) -> str:
 
 
 def relu_of_original(numbers: Sequence[int], stated: bool | None, default: bool | None, file: Path) -> bool:
-    """Of `inner.{k}`: Linear, ReLU, Dropout, so k goes by 3, or by 1 without the last two. `last` has no number.
+    """Whether a classifier with names `inner.{k}` has ReLU: Linear, ReLU and Dropout make k go by 3, Linears alone by
+    1. `last` has no number.
 
-    `default` is what an absent statement means where the names do not tell, None where it means nothing. Raises
-    CheckpointError for names that neither way of counting gives, for a statement that contradicts them, and for one
-    inner layer about which nothing is stated.
+    `default` is the meaning of a missing statement if the names do not decide it, None if it has none. Raises
+    CheckpointError for names that fit neither, for a statement that contradicts them, and for one inner layer without a
+    statement.
     """
     told = _told_by(numbers, {3: True, 1: False}, "inner", file)
     relu = told if stated is None else stated
@@ -188,7 +189,7 @@ def relu_of_original(numbers: Sequence[int], stated: bool | None, default: bool 
 
 
 def relu_of_peft(numbers: Sequence[int], stated: bool | None, file: Path) -> bool:
-    """Of PEFT's `layers.{k}`: Linear, ReLU, perhaps Dropout: k goes by 2 or by 3. There is always ReLU."""
+    """Checks PEFT's names `layers.{k}`: Linear, ReLU, perhaps Dropout make k go by 2 or by 3. There is always ReLU."""
     _told_by(numbers, {3: True, 2: True}, "layers", file)
     if stated is False and len(numbers) > 1:
         raise _contradiction("layers", numbers, True, file)
@@ -196,7 +197,7 @@ def relu_of_peft(numbers: Sequence[int], stated: bool | None, file: Path) -> boo
 
 
 def _told_by(numbers: Sequence[int], strides: dict[int, bool], prefix: str, file: Path) -> bool | None:
-    """What the distance of the numbers means; None for a single one."""
+    """The meaning of the distance between the numbers; None for a single one."""
     distances = {after - before for before, after in itertools.pairwise(numbers)}
     allowed = set(strides)
     if numbers and (numbers[0] != 0 or len(distances) > 1 or not distances <= allowed):
@@ -220,7 +221,7 @@ def _listed(prefix: str, numbers: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OpenGate:
-    """What is known of the gate before the experts are."""
+    """The part of the gate that can be read before the experts."""
 
     config: XLoraConfig
     file: TensorFile
@@ -235,7 +236,7 @@ def open_gate(
     relu: bool | None,
     defects: Defects,
 ) -> OpenGate:
-    """The gate of a checkpoint. `relu` is what the operator says of its layers; None: what the files say."""
+    """The gate of a checkpoint. `relu` is the operator's statement about its layers; None: the files decide."""
     gate = manifest.gate
     folder = root.folder(gate.folder, manifest.source, "classifier")
     source = folder / gate.config

@@ -1,4 +1,4 @@
-"""The draft head's file -> its tensors, checked against the base's hidden size; and back to bytes.
+"""Reads and writes the draft head's file; checks its tensors against the base's hidden size.
 
 Knows names and shapes only; builds no module.
 """
@@ -20,7 +20,7 @@ _NAMES = ("up.weight", "up.bias", "down.weight")
 
 @dataclass(frozen=True, slots=True)
 class DraftHeadWeights:
-    """R is the width of its middle. Any floating dtype."""
+    """The draft head's tensors, of any floating dtype. R is its inner width."""
 
     up: torch.Tensor  # [R, H]
     bias: torch.Tensor  # [R]
@@ -33,7 +33,7 @@ class DraftHeadWeights:
 
 
 def read_draft_head(file: TensorFile, hidden_size: int | None, defects: Defects) -> DraftHeadWeights | None:
-    """The tensors, or None when one is missing or of the wrong shape. `hidden_size` is H, None when it is not known."""
+    """The tensors; None when one is missing or has a wrong shape. `hidden_size` is H, None if unknown."""
     before = len(defects.errors)
     for name in file.tensors:
         if name not in _NAMES:
@@ -58,6 +58,6 @@ def read_draft_head(file: TensorFile, hidden_size: int | None, defects: Defects)
 
 
 def draft_head_bytes(weights: DraftHeadWeights) -> bytes:
-    """The content of its file."""
+    """The content of the draft head's file."""
     tensors = (weights.up, weights.bias, weights.down)
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in zip(_NAMES, tensors, strict=True)})

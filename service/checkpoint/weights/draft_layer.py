@@ -1,4 +1,4 @@
-"""The draft layer's file -> its tensors, checked against the base's shape; and back to bytes.
+"""Reads and writes the draft layer's file; checks its tensors against the base's shapes.
 
 Knows names and shapes only; builds no module.
 """
@@ -31,7 +31,9 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class DraftLayerWeights:
-    """Any floating dtype. m is the depth: tokens drafted in all, the first by the base's head; Q = heads * head_dim."""
+    """The draft layer's tensors, of any floating dtype. m is the depth: the number of drafted tokens, of which the
+    base's head drafts the first; Q = heads * head_dim.
+    """
 
     mix: torch.Tensor  # [H, 2 H]
     depths: torch.Tensor  # [m - 1, H]
@@ -40,7 +42,7 @@ class DraftLayerWeights:
     up: torch.Tensor  # [R, H]
     bias: torch.Tensor  # [R]
     down: torch.Tensor  # [H, R]
-    agreement: torch.Tensor  # fp32 [m]: share of right drafts at each depth where those before were right, held out
+    agreement: torch.Tensor  # fp32 [m]: acceptance rate at each depth, if earlier drafts were right, on held-out texts
 
     @property
     def depth(self) -> int:
@@ -48,20 +50,20 @@ class DraftLayerWeights:
         return len(self.agreement)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What is computed with, by name."""
+        """The tensors of the computation, by name."""
         return {name: getattr(self, name) for name in _NAMES if name != "agreement"}
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The base's attention, as far as its configuration says: None where it does not."""
+    """The shape of the base's attention by its configuration; None: not stated."""
 
     head_dim: int | None
     kv_heads: int | None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> AttentionShape:
-        """What config.json says of it; nothing where some layers have a shape of their own."""
+        """The shape that config.json states; nothing if some layers have another shape."""
         text = config.get("text_config")
         fields = {**config, **(text if isinstance(text, dict) else {})}
         if any("global" in name for name in fields):
@@ -71,14 +73,14 @@ class AttentionShape:
 
     @property
     def query_unit(self) -> int:
-        """What Q must be a multiple of, so that each KV head has as many query heads as the others."""
+        """The unit of Q: a multiple of it gives every KV head equally many query heads."""
         return (self.head_dim or 1) * (self.kv_heads or 1)
 
 
 def read_draft_layer(
     file: TensorFile, hidden_size: int | None, attention: AttentionShape, defects: Defects
 ) -> DraftLayerWeights | None:
-    """The tensors, or None when one is missing or wrong. `hidden_size` is H, None when it is not known."""
+    """The tensors; None when one is missing or wrong. `hidden_size` is H, None if unknown."""
     before = len(defects.errors)
     for name in file.tensors:
         if name not in _NAMES.values():
@@ -92,7 +94,7 @@ def read_draft_layer(
     tensors = read_tensors(file)
     agreement = tensors["agreement"].float()
     if agreement.min() < 0 or agreement.max() > 1:
-        found = [round(share, 3) for share in agreement.tolist()]
+        found = [round(rate, 3) for rate in agreement.tolist()]
         defects.add(defect(file.path, f"tensor 'agreement': expected shares from 0 to 1, found {found}"))
         return None
     kept = {field: tensors[name] for field, name in _NAMES.items()}
@@ -100,7 +102,7 @@ def read_draft_layer(
 
 
 def _check_shapes(file: TensorFile, hidden_size: int | None, attention: AttentionShape, defects: Defects) -> bool:
-    """Reports every tensor whose shape does not go with the base and the others; True when there is none."""
+    """Reports tensors whose shapes do not fit the base or each other. Returns whether there are none."""
     before = len(defects.errors)
     shapes = {field: file.tensors[name].shape for field, name in _NAMES.items()}
 
@@ -136,6 +138,6 @@ def _check_shapes(file: TensorFile, hidden_size: int | None, attention: Attentio
 
 
 def draft_layer_bytes(weights: DraftLayerWeights) -> bytes:
-    """The content of its file."""
+    """The content of the draft layer's file."""
     tensors = {name: getattr(weights, field).detach().cpu().contiguous() for field, name in _NAMES.items()}
     return save({**tensors, "agreement": tensors["agreement"].float()})

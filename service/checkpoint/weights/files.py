@@ -1,6 +1,6 @@
-"""Opening the bundle's files safely: paths that stay inside, strict JSON, pickle files named instead of read.
+"""Opens the bundle's files safely: paths stay inside, JSON is strict, pickle files are refused by name.
 
-Knows paths and JSON, not what the files mean. Every file of a bundle is opened through one `BundleRoot`.
+Knows paths and JSON, not the meaning of files. Every file of a bundle is opened through one `BundleRoot`.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class BundleRoot:
 
     @property
     def name(self) -> str:
-        """What to call the checkpoint: its folder's name, or the repository's for a snapshot in the hub's cache."""
+        """The name of the checkpoint: its folder's, or the repository's for a snapshot in the hub's cache."""
         path = self.path.resolve()
         in_cache = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
         return path.parent.parent.name.rpartition("--")[2] if in_cache else path.name
 
     def trust(self, folder: Path) -> None:
-        """Let files lie in `folder` too; for a snapshot in the hub's cache, also where its links lead."""
+        """Allows files in `folder`; for a snapshot in the hub's cache, also the blobs that it links to."""
         try:
             in_cache = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
             self.trusted.append((folder.parent.parent if in_cache else folder).resolve())
@@ -46,7 +46,7 @@ class BundleRoot:
             raise defect(folder, f"cannot resolve: {error}") from error
 
     def folder(self, relative: str, source: Path, field_name: str, hint: str | None = None) -> Path:
-        """The existing folder that `field_name` of `source` names; `hint` says what helps when it is not there."""
+        """The existing folder that `field_name` of `source` names; `hint` is for the error when there is none."""
         folder = self.path / relative
         self.require_inside(folder, source, field_name, hint)
         if not folder.is_dir():
@@ -55,7 +55,7 @@ class BundleRoot:
         return folder
 
     def holds(self, path: Path) -> bool:
-        """Whether `path` leads to where files may lie. Raises OSError or RuntimeError for a loop of links."""
+        """Whether `path` leads to an allowed place. Raises OSError or RuntimeError for a loop of links."""
         real = path.resolve()
         return self.allow_outside or any(real.is_relative_to(folder) for folder in self.trusted)
 

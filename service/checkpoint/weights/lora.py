@@ -1,7 +1,7 @@
-"""One PEFT LoRA adapter on disk -> LoraWeights per site, checked against the base's shapes.
+"""Reads a PEFT LoRA adapter into LoraWeights per site, checked against the base's shapes.
 
-Knows PEFT's adapter_config.json and tensor names. Everything in a LoraConfig that would change the result and that the
-engine does not compute is refused by name; a field this file has never heard of is refused too.
+Knows PEFT's adapter_config.json and tensor names. Fields of a LoraConfig that would change the result, and that the
+engine does not support, are refused by name; so are unknown fields.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class LoraWeights:
         return self.a.shape[0]
 
     def loaded(self, device: torch.device, dtype: torch.dtype) -> LoraWeights:
-        """The same in memory."""
+        """The weights in memory, on `device` in `dtype`."""
         return replace(self, a=self.a[...].to(device, dtype), b=self.b[...].to(device, dtype))
 
 
 def check_adapter_config(config: Mapping[str, Any], source: Path, defects: Defects) -> None:
-    """Report every field that is unknown, of the wrong type, or asks for something the engine does not compute."""
+    """Reports every field that is unknown, of the wrong type, or not supported by the engine."""
     if config.get("peft_type") != "LORA":
         defects.add(defect(source, f"peft_type: expected 'LORA', found {config.get('peft_type')!r}"))
     for name, value in config.items():
@@ -126,9 +126,9 @@ def read_lora_weights(
     *,
     expert: str = "NAME",
 ) -> dict[str, LoraWeights]:
-    """{site: LoraWeights}, empty where there is a defect. Shapes are checked against those of `base`, if known.
+    """{site: LoraWeights}, empty if there is a defect. Shapes are checked against those of `base`, if known.
 
-    `expert` is the adapter's name, which some saves take out of others.
+    `expert` is the adapter's name, which some saves remove from tensor names.
     """
     pairs, from_xlora = pair_names(file, base, defects, expert)
     loss_hint = f"{LOSS}; give the expert's own folder with --expert {expert}=PATH" if from_xlora else None
@@ -202,11 +202,11 @@ def _base_shape(
     embedding: bool,
     config: Mapping[str, Any],
 ) -> tuple[int, ...] | None:
-    """[out, in] of the base's module, None when the base could not be read.
+    """[out, in] of the base's module; None when the base could not be read.
 
-    Conv1D and Embedding store their weight as [in, out]. fan_in_fan_out speaks for the last module that PEFT saw (it is
-    false for GPT-2's Conv1D where lm_head is adapted as well), so both orientations are taken; the model checks again,
-    where the modules are known.
+    Conv1D and Embedding store their weight as [in, out]. fan_in_fan_out is that of the last module that PEFT saw (false
+    for GPT-2's Conv1D if lm_head is adapted as well), so both orientations are accepted here; the model, which knows
+    the modules, checks again.
     """
     name = names["A"]
     if base is None:
@@ -247,7 +247,7 @@ def _check_targets(
     defects: Defects,
     loss_hint: str | None,
 ) -> None:
-    """Modules that `target_modules` lists but the file has no tensors for; only where the list alone decides."""
+    """Reports modules that `target_modules` lists but the file has no tensors for, if no other field restricts them."""
     targets = config.get("target_modules")
     if not isinstance(targets, list) or config.get("layers_to_transform") is not None or config.get("exclude_modules"):
         return

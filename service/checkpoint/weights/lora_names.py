@@ -1,9 +1,9 @@
-r"""How PEFT calls the tensors of one LoRA adapter, in a file of its own and in its save of an X-LoRA model; and the
-regular expressions of rank_pattern and alpha_pattern: which one holds for which module.
+r"""PEFT's names for the tensors of a LoRA adapter, in a file of its own and in its save of an X-LoRA model; and the
+matching of rank_pattern and alpha_pattern with modules.
 
-A pattern matches the end of a module's path (PEFT's `get_pattern_key`): `q_proj`, `layers\.(0|1)\..*_proj`. Names are
-matched here; anything with an operator in a process that is stopped when it takes too long (pattern_process.py). What
-the tensors must be is lora.py's.
+A pattern matches the end of a module's path (PEFT's `get_pattern_key`): `q_proj`, `layers\.(0|1)\..*_proj`. Plain names
+are matched here, expressions with operators in a process with a time limit (pattern_process.py). The tensors themselves
+are checked in lora.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOREIGN_TENSORS = {
 }
 MAX_SECONDS = 5
 MAX_PATTERNS, MAX_CHARACTERS = 10_000, 1_000_000  # of one field, and of all its patterns together
-MAX_MATCHES = 100_000  # of names with modules that are tried here; more are tried in the other process
+MAX_MATCHES = 100_000  # of names with modules in this process; more are left to the other process
 NAME = re.compile(r"(\w|-|\\?\.)*")  # letters, digits, hyphens and dots, escaped or not
 PROCESS = Path(__file__).with_name("pattern_process.py")
 
@@ -84,7 +84,7 @@ def _copied(name: str, base: BaseModel | None) -> str | None:
 
 
 def _check_copies(copies: Sequence[tuple[str, str]], file: TensorFile, base: BaseModel, defects: Defects) -> None:
-    """A copy of the base's tensor that has other values is a defect: the embedding was trained."""
+    """Reports copies of the base's tensors that have other values, since the embedding was trained."""
     for held in base.files:
         pairs = [pair for pair in copies if pair[0] in held.tensors]
         for own, name in pairs:
@@ -97,13 +97,13 @@ def _check_copies(copies: Sequence[tuple[str, str]], file: TensorFile, base: Bas
 
 
 def _is_copy(copy: torch.Tensor, original: torch.Tensor) -> bool:
-    """Equal, perhaps after the base was loaded in another precision for the training."""
+    """Whether they are equal, perhaps after the base was loaded in another precision for training."""
     loaded = (original.dtype, torch.bfloat16, torch.float16)
     return any(torch.equal(copy, original.to(dtype).to(copy.dtype)) for dtype in loaded)
 
 
 def _pair_xlora_names(file: TensorFile, base: BaseModel | None, expert: str) -> dict[str, dict[str, str]]:
-    """The same for an expert's folder in PEFT's save of an X-LoRA model; tensors that are not the expert's are left."""
+    """Like _pair_own_names, for an expert's folder in PEFT's save of an X-LoRA model; ignores tensors of others."""
     pairs: dict[str, dict[str, str]] = {}
     shortened = _shortened_modules(base, expert)
     for name in file.tensors:
@@ -113,8 +113,8 @@ def _pair_xlora_names(file: TensorFile, base: BaseModel | None, expert: str) -> 
 
 
 def _shortened_modules(base: BaseModel | None, expert: str) -> dict[str, str]:
-    """{a name that is no module: the module}. PEFT before 0.18 takes the adapter's name out of a tensor's wherever it
-    stands, and X-LoRA's adapters are numbers: of adapter "1", `layers.1.mlp` is `layers.mlp`, `layers.12.mlp` is
+    """{a shortened name: the module}. PEFT before 0.18 removes the adapter's name from a tensor's wherever it occurs,
+    and X-LoRA's adapters are numbers: for adapter "1", `layers.1.mlp` becomes `layers.mlp`, `layers.12.mlp` becomes
     `layers2.mlp`.
     """
     if base is None:
@@ -127,9 +127,9 @@ def _shortened_modules(base: BaseModel | None, expert: str) -> dict[str, str]:
 
 
 def match_patterns(patterns: Mapping[str, Any], sites: Sequence[str], source: Path, field: str) -> dict[str, Any]:
-    """{site: value of the first pattern that matches it}, for the sites that one matches.
+    """{site: value of the first pattern that matches it}; sites without a match are left out.
 
-    Raises CheckpointError for what is no regular expression, and for what cannot be matched in MAX_SECONDS.
+    Raises CheckpointError for an invalid regular expression, and when matching takes longer than MAX_SECONDS.
     """
     names, values = list(patterns), list(patterns.values())
     if len(names) > MAX_PATTERNS or sum(map(len, names)) > MAX_CHARACTERS:

@@ -1,5 +1,5 @@
-"""Matches patterns of an adapter_config.json in a process of its own, whose time can be limited: some expressions take
-longer than the universe, and Python's matcher cannot be told to stop.
+"""Matches the patterns of an adapter_config.json in a process of its own, whose time can be limited: some expressions
+take practically forever, and Python's matcher cannot be interrupted.
 
     python -I -S pattern_process.py SECONDS  <  {"patterns": [...], "sites": [...]}
 
@@ -16,7 +16,7 @@ MEMORY_BYTES = 1 << 30
 
 
 def main() -> None:
-    """Reads, matches, writes."""
+    """Reads patterns and sites, matches them, and writes the indices."""
     seconds = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

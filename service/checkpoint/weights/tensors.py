@@ -1,7 +1,7 @@
-"""Reading safetensors: headers with exact errors, tensors that are read when they are asked for, and one pass over a
-whole file that hashes it and looks for NaN and Inf.
+"""Reads safetensors: headers with exact errors, tensors when they are indexed, and whole files in one pass that hashes
+them and finds NaN and Inf.
 
-Knows the file format, not what the tensors are for. Never holds more than one tensor or one buffer in memory.
+Knows the file format, not the meaning of tensors. Never holds more than one tensor or one buffer in memory.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from service.contract.errors import CheckpointError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAME = 1000  # characters of a tensor's name
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-BUFFER_BYTES = 1 << 20  # fits a core's cache, so that the second look at the bytes is nearly free
+BUFFER_BYTES = 1 << 20  # fits a core's cache, so that reading the bytes a second time is nearly free
 
 
 class TensorInfo(NamedTuple):
-    """One header entry; `start` and `end` are byte offsets into the file's data section. A tuple, for there may be many
-    of them.
+    """One header entry; `start` and `end` are byte offsets into the file's data section. A tuple, because a file may
+    have very many.
     """
 
     name: str
@@ -72,7 +72,7 @@ def read_header(path: Path) -> TensorFile:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Makes a defect of what the system says of a file."""
+    """Turns an OSError into a defect of the file."""
     try:
         yield
     except OSError as error:
@@ -87,7 +87,7 @@ def scan(file: TensorFile) -> tuple[str, list[CheckpointError]]:
     with readable(file.path), file.path.open("rb") as handle:
         digest.update(handle.read(file.data_start))
         for _, group in itertools.groupby(file.tensors.values(), key=lambda info: info.dtype):
-            run = list(group)  # neighbours of one dtype are looked at as one: a file may have very many tensors
+            run = list(group)  # neighbours of one dtype are scanned together, because a file may have very many tensors
             if _scan_tensor(handle, run[0]._replace(end=run[-1].end), buffer, digest):
                 errors += _damaged(file, run, buffer)
     return digest.hexdigest(), errors
@@ -103,7 +103,7 @@ def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
 
 
 def _damaged(file: TensorFile, run: list[TensorInfo], buffer: bytearray) -> Iterator[CheckpointError]:
-    """Looks at each tensor of a run that holds NaN or Inf."""
+    """Scans the tensors of a run with NaN or Inf one by one."""
     with file.path.open("rb") as handle:
         handle.seek(file.data_start + run[0].start)
         for info in run:
@@ -117,11 +117,10 @@ def _not_finite(path: Path, info: TensorInfo, found: str) -> CheckpointError:
 
 
 class StoredTensor:
-    """A tensor of a file, read when it is asked for: `stored[...]`, as safetensors' own slices are.
+    """A tensor of a file that is read when it is indexed: `stored[...]`, like safetensors' own slices.
 
-    It is read into memory of its own and not mapped, so a process holds what it has asked for and nothing of the file.
-    Its values are looked at as they are read: NaN and Inf raise CheckpointError, and so does a file that has become
-    shorter.
+    It is read and not mapped, so a process only holds the tensors that it has indexed. Values are checked while they
+    are read: NaN and Inf raise CheckpointError, and so does a file that has become shorter.
     """
 
     def __init__(self, file: TensorFile, info: TensorInfo) -> None:
@@ -129,12 +128,12 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As it is stored."""
+        """The dtype in the file."""
         return DTYPES[self._info.dtype]
 
     @property
     def shape(self) -> torch.Size:
-        """As it is stored."""
+        """The shape in the file."""
         return torch.Size(self._info.shape)
 
     @property
@@ -143,7 +142,7 @@ class StoredTensor:
         return self._info.end - self._info.start
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        """The whole tensor is read, whatever part is taken."""
+        """Reads the whole tensor, whatever the index."""
         tensor = torch.empty(self._info.shape, dtype=self.dtype)
         values = tensor.view(-1)
         view, first, found = memoryview(values.view(torch.uint8).numpy().data), 0, None
@@ -187,7 +186,7 @@ def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
 
 
 def _check_layout(path: Path, infos: list[TensorInfo], data_bytes: int) -> None:
-    """Without holes and overlaps, up to the last byte; else offsets could show one tensor's bytes as another's."""
+    """Refuses holes, overlaps and extra bytes, with which one tensor could contain the bytes of another."""
     end = infos[-1].end if infos else 0
     if end > data_bytes:
         name = next(info.name for info in infos if info.end > data_bytes)
@@ -202,7 +201,7 @@ def _check_layout(path: Path, infos: list[TensorInfo], data_bytes: int) -> None:
 
 
 def _scan_tensor(handle: BinaryIO, info: TensorInfo, buffer: bytearray, digest: Any) -> str | None:
-    """Feed the bytes of one tensor, or of a run of them, to `digest`; "NaN" or "Inf" when there is one."""
+    """Feeds the bytes of one tensor, or of a run of them, to `digest`. Returns "NaN" or "Inf" when there is one."""
     view = memoryview(buffer)
     found = None
     remaining = info.end - info.start

@@ -47,23 +47,23 @@ class WeightFiles:
         self._stated = {(root.path / name).resolve(): name for name in sha256}
 
     def add(self, label: str, file: TensorFile) -> None:
-        """Notes a file whose header has been read."""
+        """Adds a file whose header has been read."""
         self.files.append((label, file))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what is known without reading weights: labels, sizes and headers."""
+        """SHA-256 over labels, sizes and headers, which are known without reading weights."""
         lines = [f"{label} {file.size_bytes} {tuple(file.tensors.values())}\n" for label, file in self.files]
         return _sha256_of(lines)
 
     @property
     def stated(self) -> str | None:
-        """The hash over all weight files as bundle.json's own hashes make it; None where it has not all of them."""
+        """The hash over all weight files, by the hashes in bundle.json; None if some are missing there."""
         hashes = [self._stated_hash(file) for _, file in self.files]
         return None if None in hashes else self._combined([value or "" for value in hashes])
 
     def examine(self, defects: Defects, on_progress: Callable[[str], None]) -> list[WeightFile]:
-        """Hashes every file and looks at every value, several files at once."""
+        """Hashes every file and checks every value, several files at once."""
         found = []
         with _threads() as pool, _dropped(pool):
             scans = [pool.submit(scan, file) for _, file in self.files]
@@ -83,8 +83,8 @@ class WeightFiles:
 
     @contextmanager
     def verifying(self) -> Iterator[None]:
-        """Hashes in other threads, while the block reads the same files: the disk is read once. Raises CheckpointError
-        at the end of the block for a file that is not as bundle.json states.
+        """Hashes the files in other threads while the block reads them, so that the disk is read once. Raises
+        CheckpointError at the end of the block for a file whose hash differs from bundle.json's.
         """
         defects = Defects()
         stated = {file.path: self._stated_hash(file) for _, file in self.files}
@@ -98,9 +98,9 @@ class WeightFiles:
                 if sha256 != (actual := found[path].result()):
                     raise _mismatch(path, sha256, actual)
 
-    def identify(self, on_known: Callable[[str], None]) -> None:
-        """Computes the hash over all weight files in a thread that everything else goes before, and calls `on_known`
-        from it. A file that cannot be read any more leaves the hash unknown.
+    def hash_weights(self, on_known: Callable[[str], None]) -> None:
+        """Computes the hash over all weight files in a thread of the lowest priority, which then calls `on_known`. If a
+        file cannot be read any more, the hash stays unknown.
         """
 
         def compute() -> None:
@@ -115,7 +115,7 @@ class WeightFiles:
         threading.Thread(target=compute, name="hash of the weights", daemon=True).start()
 
     def combined(self, files: Sequence[WeightFile]) -> str:
-        """The hash over all weight files, from what `examine` has found."""
+        """The hash over all weight files, by the results of `examine`."""
         return self._combined([file.sha256 for file in files])
 
     def _combined(self, hashes: Sequence[str]) -> str:
@@ -125,7 +125,7 @@ class WeightFiles:
         return self.sha256.get(self._stated.get(file.path.resolve(), ""))
 
     def _unused(self, defects: Defects) -> Iterator[tuple[Path, str]]:
-        """Files that bundle.json has a hash for and that no part of the bundle uses, each with that hash."""
+        """Files with a hash in bundle.json that no part of the bundle uses, each with that hash."""
         used = {file.path.resolve() for _, file in self.files}
         for place, name in sorted(self._stated.items(), key=lambda item: item[1]):
             if place in used:
@@ -144,7 +144,7 @@ def _threads() -> ThreadPoolExecutor:
 
 @contextmanager
 def _dropped(pool: ThreadPoolExecutor, stop: threading.Event | None = None) -> Iterator[None]:
-    """Drops at the end what nobody waits for any more: an error is told at once, and not after files of gigabytes."""
+    """Cancels pending work at the end, so that an error is raised at once, and not after gigabytes have been hashed."""
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""Stored gate rows: which a request is admitted under, which are written, reported and logged."""
+"""The engine's side of the gate: settings, parameters of a batch's rows, reported and logged gate rows."""

@@ -1,8 +1,8 @@
-"""The gate of a batch, where requests or an operator want it otherwise than the checkpoint has it.
+"""Gate parameters of a batch, where requests or an operator's settings differ from the checkpoint's gate.
 
-A fixed gate is one given row, in the real stream's slot of position 0. A dummy row of a request's own lies in the
-scaling stream's slot of position 0, whose gate row has no other use: it comes and goes with the stream, and cached
-blocks bring it along. Everything else is parameters of single rows.
+A fixed gate is one given row, stored in the real stream's slot of position 0. A request's own dummy row is stored in
+the scaling stream's slot of position 0, whose gate row is otherwise unused: so it lives as long as the stream, and
+cached blocks contain it. Everything else (temperature, top-k, excluded experts, weight) is a parameter per row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from service.model.transfer import pack_to_device
 
 
 def dummy_slot(kv_cache: KVCache, sequence: Sequence) -> int:
-    """Where the gate row of a sequence's scaling pass is."""
+    """The slot of the gate row that a sequence's scaling pass reads."""
     if sequence.gate.dummy_row is None:
         return kv_cache.dummy_slot
     return sequence.scaling.blocks[0] * kv_cache.block_size
@@ -35,7 +35,7 @@ def dummy_slot(kv_cache: KVCache, sequence: Sequence) -> int:
 def given_rows(
     scheduled: Iterable[ScheduledSequence], kv_cache: KVCache, sites: SequenceOf[str]
 ) -> GivenGateRows | None:
-    """The gate rows of streams that begin in this step and bring their own; None where there are none."""
+    """The given gate rows (fixed gates, own dummy rows) of streams that begin in this step; None without any."""
     stored_sites, experts = kv_cache.gate_rows.shape[1:]
     slots: list[int] = []
     rows: list[npt.NDArray[np.float32]] = []
@@ -58,8 +58,8 @@ def given_rows(
 def parameters(
     scheduled: SequenceOf[ScheduledSequence], rows: int, experts: int, device: torch.device
 ) -> GateParameters | None:
-    """How each of a batch's rows wants its gate, where only `scheduled` may want another than the checkpoint's. None
-    where they want that as well.
+    """The gate parameters of a batch's rows; only rows of `scheduled` may differ from the checkpoint's gate. None where
+    no row does.
     """
     if not scheduled:
         return None
@@ -74,11 +74,11 @@ def parameters(
         if steering is None or steering.weights is not None:
             continue
         found = True
-        left_out = _left_out(steering.only, experts)
+        mask = _excluded(steering.only, experts)
         first, count = one.scaling_row, one.scaling_count
         temperature[first : first + count] = [steering.temperature or 0.0] * count
         top_k[first : first + count] = [steering.top_k or 0] * count
-        excluded[first * experts : (first + count) * experts] = left_out * count
+        excluded[first * experts : (first + count) * experts] = mask * count
     if not found:
         return None
     columns: list[npt.NDArray[Any]] = [
@@ -87,13 +87,13 @@ def parameters(
         np.frombuffer(excluded, np.bool_),
         np.array(weight, np.float32),
     ]
-    temperatures, top_ks, left_out_of_rows, weights = pack_to_device(columns, device)
-    return GateParameters(temperatures, top_ks, left_out_of_rows.view(rows, experts), weights)
+    temperatures, top_ks, masks, weights = pack_to_device(columns, device)
+    return GateParameters(temperatures, top_ks, masks.view(rows, experts), weights)
 
 
 @lru_cache(maxsize=1024)
-def _left_out(only: tuple[int, ...] | None, experts: int) -> bytes:
-    """1 for every expert that is left out where only those of `only` act."""
+def _excluded(only: tuple[int, ...] | None, experts: int) -> bytes:
+    """A mask of one row: 1 for every expert outside of `only`."""
     return bytes(only is not None and expert not in only for expert in range(experts))
 
 

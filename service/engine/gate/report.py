@@ -1,8 +1,8 @@
-"""What a step tells the outside about its gate: rows for those who asked, statistics for the metrics.
+"""Reads gate rows back from the device: rows for requests that return scalings, statistics for the metrics.
 
-A position is reported once, when its real row has run and was kept (or its scaling row has run, for a scaling pass
-alone): only then are its scalings sure to be used. Rows found in the prefix cache, or computed again after a
-preemption, are read from the cache, so what a request gets is complete and nothing is counted twice.
+A position is reported once, when it is final: its real row has run and was kept (or, for a scaling pass alone, its
+scaling row has run). Rows are read from the stored gate rows, so positions found in the prefix cache are reported as
+well, and positions computed again after a preemption are not counted twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from service.model.transfer import HostCopies, to_device
 
 logger = logging.getLogger(__name__)
 
-_STEPS_TOGETHER = 64
+_STEPS_PER_READ = 64  # of sequences whose rows nobody has asked for
 
 
 @dataclass(slots=True)
@@ -45,11 +45,11 @@ class ReportSpan:
 
 
 class GateReading:
-    """Gate rows on their way from the device."""
+    """Gate rows of some spans, while they are copied from the device and once they are there."""
 
     def __init__(self, spans: list[ReportSpan], scalings: Tensor, num_sites: int, copies: HostCopies) -> None:
-        """scalings [n, S, E] of all spans in their order (S may be 1: the same row at every site). They must not change
-        any more where they are a CPU's.
+        """scalings [n, S, E] of all spans in their order (S may be 1: the same row at every site). On a CPU they are
+        not copied, so they must not be written any more.
         """
         self.spans = spans
         self._rows = len(scalings)
@@ -59,8 +59,10 @@ class GateReading:
         asks = any(span.sequence.request.return_scalings == "full" for span in spans)
         self._full = copies.of(scalings) if asks else None
 
-    def settle(self) -> None:
-        """Leaves out what has not become final, and sequences that were dropped since. Once the drafts are verified."""
+    def keep_final(self) -> None:
+        """Cuts the spans to final positions, and leaves out sequences that were dropped since. Called after drafts have
+        been verified.
+        """
         for span in self.spans:
             sequence = span.sequence
             span.count = 0 if sequence.dropped else max(0, min(span.count, sequence.final - span.start))
@@ -69,8 +71,8 @@ class GateReading:
         self.spans = [span for span in self.spans if span.count]
 
     def read(self) -> tuple[GateStats, dict[int, GateRows | None]]:
-        """The statistics of what is served, which go into the usage of each as well, and the rows that were asked for,
-        by the sequence's id().
+        """Statistics of served sequences, which are added to their usage as well, and the requested rows by the
+        sequence's id().
         """
         self._copies.wait()
         spans, summary, full = self.spans, self._summary.read(), self._full
@@ -81,12 +83,12 @@ class GateReading:
             for span, end in zip(spans, accumulate(span.count for span in spans), strict=True):
                 span.offset = end - span.count
         stats = gate_stats(spans, summary) if spans[0].sequence.is_served else GateStats()
-        observed = asked_rows(spans, full, summary, self._num_sites)
+        observed = requested_rows(spans, full, summary, self._num_sites)
         return stats, {id(span.sequence): rows for span, rows in zip(spans, observed, strict=True)}
 
 
 def report_spans(ends: Iterable[tuple[Sequence, int]]) -> list[ReportSpan]:
-    """The positions that are not reported yet of each sequence, up to an end; empty spans are left out."""
+    """The unreported positions of each sequence up to an end; empty spans are left out."""
     spans: list[ReportSpan] = []
     offset = 0
     for sequence, end in ends:
@@ -98,24 +100,23 @@ def report_spans(ends: Iterable[tuple[Sequence, int]]) -> list[ReportSpan]:
 
 
 class GateReporter:
-    """Reads gate rows back once their positions are final: for the requests that asked, for the metrics, and the
-    classifier's logits for the scalings log.
+    """Reports gate rows of final positions to requests and metrics, and gate logits to the scalings log.
 
-        launch   with the step: copies of all rows that may become final in it are queued behind it
-        settle   when its drafts have been verified, before any block is released: what has become final of them
-        report   while the next step runs: rows and statistics
+    launch      queues copies, behind a launched step, of all rows that may become final in it
+    keep_final  once drafts are verified, before any block is released: cuts the readings to final positions
+    report      while the next step runs: returns the rows and statistics
     """
 
     def __init__(self, kv_cache: KVCache, classifier: Classifier, num_sites: int) -> None:
         self.logs_scalings = False
         self._kv_cache, self._num_sites = kv_cache, num_sites
         self._dropped: list[GateReading] = []  # of sequences that ended between two steps
-        self._skipped = 0  # steps since all were read
-        self._outgoing = scalings_log.Outgoing(classifier)
+        self._skipped = 0  # steps since all sequences were read
+        self._log = scalings_log.LogBuffer(classifier)
 
     def launch(self, launched: LaunchedStep) -> list[GateReading]:
-        """Reads what may become final in a step that has just been launched. Raises OutOfMemory."""
-        with out_of_memory.told_apart():
+        """Queues reads of the rows that may become final in a step that was just launched. Raises OutOfMemory."""
+        with out_of_memory.recognised():
             return self._launch(launched)
 
     def _launch(self, launched: LaunchedStep) -> list[GateReading]:
@@ -131,12 +132,11 @@ class GateReporter:
         return readings
 
     def due(self, scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Those of a step's sequences that are read with it: who has asked for rows, is at its prompt, or may have all
-        its tokens after it; else all, several steps in one go, because a summary costs nearly the same for one row as
-        for dozens.
+        """The sequences whose rows are read with this step: those that return scalings, are in their prompt, or may end
+        with it. Every _STEPS_PER_READ steps it is all of them: many rows are summarised at hardly more cost than one.
         """
         self._skipped += 1
-        if self._skipped >= _STEPS_TOGETHER:
+        if self._skipped >= _STEPS_PER_READ:
             self._skipped = 0
             return scheduled
         return [
@@ -147,20 +147,20 @@ class GateReporter:
             or one.sequence.output_len + one.samples >= one.sequence.sampling.max_tokens
         ]
 
-    def settle(self, readings: list[GateReading], ended: SequenceOf[Sequence]) -> list[GateReading]:
-        """What has become final in a step, and of those that `ended` all that is left, which is read now."""
+    def keep_final(self, readings: list[GateReading], ended: SequenceOf[Sequence]) -> list[GateReading]:
+        """Cuts a step's readings to final positions, and reads now what sequences that `ended` have not reported."""
         for reading in readings:
-            reading.settle()
+            reading.keep_final()
         rest = self._read_now((sequence, sequence.final) for sequence in ended if sequence.is_served)
         return [*(reading for reading in readings if reading.spans), *rest]
 
     def drop(self, sequence: Sequence) -> None:
-        """Reads what a sequence that ends early has not reported yet. Called before its blocks are released."""
+        """Reads the unreported rows of a sequence that ends early. Called before its blocks are released."""
         if sequence.is_served:
             self._dropped += self._read_now([(sequence, sequence.final)])
 
     def report(self, readings: SequenceOf[GateReading], stats: StepStats) -> dict[int, GateRows | None]:
-        """The rows that were asked for, by the sequence's id(); adds to the step's statistics."""
+        """The requested rows by the sequence's id(); adds to the step's statistics."""
         found: dict[int, GateRows | None] = {}
         for reading in (*self._dropped, *readings):
             own, rows = reading.read()
@@ -178,46 +178,46 @@ class GateReporter:
             gate_logits = launched.read_gate_logits(one) if one.sequence.is_served else None
             if gate_logits is not None:
                 scalings_log.keep(one.sequence, one.scaling_start, gate_logits)
-                self._outgoing.collect(one.sequence, result.final)
+                self._log.collect(one.sequence, result.final)
 
     def flush(self, stats: StepStats, *, everything: bool = True) -> None:
-        """Adds the log's rows to `stats`, when they are enough together or `everything` is to come."""
-        stats.logged = self._outgoing.take(everything=everything)
+        """Moves buffered rows of the scalings log to `stats`, when there are enough, or `everything` is to go."""
+        stats.logged = self._log.take(everything=everything)
 
     def _read_now(self, ends: Iterable[tuple[Sequence, int]]) -> list[GateReading]:
-        """A reading of what is final already, apart from any step: nothing but statistics, because rows that somebody
-        has asked for are read with their step. Where there is no memory for it they are left out.
+        """A reading of final positions outside of any step. It only adds to statistics, because requested rows are read
+        with their step; when memory runs out, these statistics are left out.
         """
         copies = HostCopies(self._kv_cache.gate_rows.device)
         try:
-            with out_of_memory.told_apart():
+            with out_of_memory.recognised():
                 readings = self._read(report_spans(ends), copies)
         except out_of_memory.OutOfMemory as error:
             logger.warning("the gate's statistics lack the last positions of a request: out of memory: %s", error)
             return []
         for reading in readings:
             copies.close()
-            reading.settle()
+            reading.keep_final()
         return readings
 
     def _read(self, spans: list[ReportSpan], copies: HostCopies) -> list[GateReading]:
-        """A reading of stored rows; none where there is nothing to read."""
+        """A reading of stored gate rows; none without spans."""
         if not spans:
             return []
         size, stored = self._kv_cache.block_size, self._kv_cache.gate_rows
         slots = [slot for s in spans for slot in gate_slots(s.sequence, s.start, s.count, size)]
-        if stored.is_cpu:  # numpy's calls cost less
+        if stored.is_cpu:  # numpy has less overhead per call
             scalings = torch.from_numpy(stored.numpy().take(slots, 0))
         else:
             scalings = stored.index_select(0, to_device(slots, stored.device))
         return [GateReading(spans, scalings, self._num_sites, copies)]
 
 
-def asked_rows(
+def requested_rows(
     spans: SequenceOf[ReportSpan], scalings: Tensor | None, summary: GateSummary, num_sites: int
 ) -> list[GateRows | None]:
-    """The rows that each span's request asked for. scalings [n, S, E] (S may be 1: the same row at every site), where
-    any asks for all of them.
+    """The rows that each span's request returns; None where it returns none. scalings [n, S, E] (S may be 1: the same
+    row at every site) are needed where a request returns full rows.
     """
     full = None if scalings is None else scalings.expand(-1, num_sites, -1).numpy()
     found: list[GateRows | None] = []
@@ -236,8 +236,8 @@ def asked_rows(
 
 
 def gate_stats(spans: SequenceOf[ReportSpan], summary: GateSummary) -> GateStats:
-    """Statistics of served positions. Adds to the usage of each sequence what its positions from the prompt's last on
-    did, where any expert acted.
+    """Statistics of served positions. Adds to each sequence's usage those of its positions from the prompt's last on,
+    where any expert acted.
     """
     share, entropy = summary.share.T, summary.entropy  # [E, n], [n]
     in_prompt = np.zeros(len(entropy), np.bool_)  # before the prompt's last

@@ -1,12 +1,12 @@
-"""The engine's half of the scalings log: gate logits wait with their sequence until their positions are final, then
-with those of other sequences and steps until enough are together; they leave once.
+"""The engine's half of the scalings log: buffers gate logits until their positions are final, then in batches, and
+sends every position once.
 
-What leaves is what the classifier said (after softmax, before top-k and steering) of positions of generated text whose
-rows were computed while the log was on. So there is nothing of positions found in the prefix cache, of fixed gates, of
-positions behind a frozen gate (no classifier ran), of drafts that missed, nor of scaling passes and scores alone; a
-position computed again after a preemption is not logged again.
+Logged are the classifier's weights (after softmax, before top-k and steering) of positions of generated text whose
+scaling rows were computed while the log was on. That leaves out positions found in the prefix cache, fixed gates,
+positions behind a frozen gate (no classifier ran), wrong drafts, and requests that only scale or score. A position
+that is computed again after a preemption is not logged again.
 
-Who keeps the log, within which bounds, is the API's business (api/gate_views/scalings_log.py).
+The log itself and its bounds are the API's (api/gate_views/scalings_log.py).
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from service.engine.sequence import Sequence
 from service.model.classifier import Classifier
 
 # A softmax, a message and a write of the log cost nearly the same for one row as for dozens.
-_STEPS_TOGETHER = 8
-_ROWS_TOGETHER = 256  # no more steps than these fill: they hold memory
+_MAX_BUFFERED_STEPS = 8
+_MAX_BUFFERED_ROWS = 256  # bounds the memory
 
 Rows = npt.NDArray[np.float32]  # [n, S, E]
 
 
 def keep(sequence: Sequence, start: int, logits: Rows) -> None:
-    """Takes the gate logits of positions start .. start + n; later ones were of drafts that missed."""
+    """Buffers the gate logits of positions start .. start + n with their sequence. Any later ones that it holds are of
+    drafts that were wrong, and are discarded.
+    """
     kept = sequence.unlogged
     while kept and kept[-1][0] >= start:
         kept.pop()
@@ -39,8 +41,8 @@ def keep(sequence: Sequence, start: int, logits: Rows) -> None:
     kept.append((start, logits))
 
 
-class Outgoing:
-    """Gate logits of final positions, until enough are together."""
+class LogBuffer:
+    """Gate logits of final positions, until there are enough for a message."""
 
     def __init__(self, classifier: Classifier) -> None:
         self._classifier = classifier
@@ -48,7 +50,7 @@ class Outgoing:
         self._rows = self._steps = 0
 
     def collect(self, sequence: Sequence, end: int) -> None:
-        """Takes what has become final of a sequence since the last time: positions before `end`."""
+        """Takes a sequence's gate logits of positions before `end`, which have become final."""
         if not sequence.unlogged:
             return
         kept, sequence.unlogged = sequence.unlogged, []
@@ -63,27 +65,29 @@ class Outgoing:
         sequence.logged = max(sequence.logged, end)
 
     def take(self, *, everything: bool) -> list[LoggedRows]:
-        """Once a step: what the classifier says by what was collected, where that is enough or `everything`."""
+        """Called once a step: the buffered rows after the classifier's softmax, if there are enough or `everything` is
+        to go.
+        """
         self._steps += 1
-        if not (everything or self._steps >= _STEPS_TOGETHER or self._rows >= _ROWS_TOGETHER):
+        if not (everything or self._steps >= _MAX_BUFFERED_STEPS or self._rows >= _MAX_BUFFERED_ROWS):
             return []
         taken, rows = self._parts, self._rows
         self._parts, self._rows, self._steps = {}, 0, 0
         if not rows:
             return []
         gate_logits = np.concatenate([logits for parts in taken.values() for _, logits in parts])
-        said = self._classifier.before_top_k(torch.from_numpy(gate_logits)).numpy()
+        weights = self._classifier.before_top_k(torch.from_numpy(gate_logits)).numpy()
         logged: list[LoggedRows] = []
         end = 0
         for (request_id, index), parts in taken.items():
             for start, count in _runs(parts):
                 begin, end = end, end + count
-                logged.append(LoggedRows(request_id, index, start, count, said[begin:end].tobytes()))
+                logged.append(LoggedRows(request_id, index, start, count, weights[begin:end].tobytes()))
         return logged
 
 
 def _runs(parts: list[tuple[int, Rows]]) -> Iterator[tuple[int, int]]:
-    """First position and number of what is consecutive."""
+    """(first position, count) of each run of consecutive positions."""
     start = count = 0
     for first, logits in parts:
         if first != start + count:

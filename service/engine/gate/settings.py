@@ -1,7 +1,7 @@
-"""The gate as an operator may change it at run time: PEFT's set_scaling_pass_value, set_topk_lora and
-set_global_scaling_weight, for the requests that are admitted afterwards.
+"""AdmittedGate: the operator's run-time gate settings as a request has them from its admission on (PEFT's
+set_scaling_pass_value, set_topk_lora and set_global_scaling_weight).
 
-Knows what they mean for one request. The rows themselves are the runner's, and so this file needs no torch.
+No torch: the rows themselves are made by the runner.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from service.contract.steering import GateSettings, Steering
 
 @dataclass(frozen=True, slots=True)
 class AdmittedGate:
-    """What held when a request was admitted, as far as it is not the checkpoint's; top-k is part of its steering."""
+    """The operator's gate settings when a request was admitted, where they differ from the checkpoint's. Top-k is not
+    here: it becomes part of the request's steering.
+    """
 
     dummy_row: bytes | None = None  # float32 [S, E], the gate of its scaling pass; None = the checkpoint's
     weight: float = 1.0  # its global_scaling_weight over the checkpoint's
@@ -31,7 +33,7 @@ def weight_ratio(settings: GateSettings, stored: GateSettings) -> float:
 
 
 def with_top_k(request: Request, top_k: int) -> Request:
-    """The request with `top_k` experts per site, unless it says itself how many, or has a fixed gate."""
+    """The request with `top_k` experts per site, unless it sets its own top-k, or has a fixed gate."""
     if request.has_fixed_gate or (request.steering is not None and request.steering.top_k is not None):
         return request
     return replace(request, steering=replace(request.steering or Steering(), top_k=top_k))

@@ -1,1 +1,1 @@
-"""Drafts: tokens that may be right, with a likelihood each. What drafts them, and how many pay."""
+"""Draft tokens: their sources, their acceptance rates, and how many are worth their rows."""

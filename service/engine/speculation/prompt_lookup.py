@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last tokens of a text where they occurred before is drafted again (n-grams).
+"""Prompt lookup decoding: drafts the tokens that followed an earlier occurrence of a text's last n-gram.
 
 No torch, no clock: the same text gives the same drafts.
 """
@@ -7,29 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_NGRAM_SIZES = (4, 3, 2)  # the longest match is the likeliest to go on
+_NGRAM_SIZES = (4, 3, 2)  # the longest match first: it is the likeliest to continue
 
 
 class NgramIndex:
-    """Finds where the last tokens of a text have occurred before, and what followed (prompt lookup decoding).
-
-    The text is a live list that only grows; each token is indexed once.
-    """
+    """An index of a text's n-grams by what followed them. The text is a list that only grows; it is indexed once."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._tokens = tokens
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its latest occurrence
-        self._indexed = 0  # n-grams that end before this position or at it are in
+        self._indexed = 0  # n-grams that end at or before this position are indexed
 
     def repeats(self, drafts: Sequence[int]) -> bool:
-        """Whether the last two tokens of the text + `drafts` have occurred in it before: else nothing can be copied."""
+        """Whether the last two tokens of the text + `drafts` occurred in the text before, so that drafts can follow."""
         self._index()
         return (*self._tokens[-2:], *drafts)[-2:] in self._after
 
     def continuation(self, drafts: Sequence[int], count: int) -> list[int]:
         """Up to `count` tokens to follow the text + `drafts`; none where its last two tokens are new.
 
-        A text that repeats itself is continued beyond its own end: what was copied may be copied again.
+        Where the copy reaches the end of the text, it goes on with the tokens that it has just copied.
         """
         self._index()
         longest = _NGRAM_SIZES[0]
@@ -47,7 +44,7 @@ class NgramIndex:
         return ahead[len(drafts) :]
 
     def _index(self) -> None:
-        """Takes in every n-gram that something follows: the text's own end is not an earlier occurrence."""
+        """Indexes new n-grams, except those at the very end, which nothing follows yet."""
         tokens = self._tokens
         for end in range(self._indexed + 1, len(tokens)):
             for size in _NGRAM_SIZES:

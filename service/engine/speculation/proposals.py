@@ -1,4 +1,4 @@
-"""What a sequence may draft next, and how much of it pays. It looks at sequences, and changes none."""
+"""Proposes drafts for a sequence, as many as pay. Reads sequences, and changes none."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from service.engine.speculation.drafters import ANY_TOKEN, NO_DRAFT, expected
 
 
 def lookahead_depth(sequence: Sequence, likelihood: float, needed: BreakEven) -> int:
-    """How many drafts of the scaling pass pay after the drafts there are, which are right with `likelihood`."""
+    """The number of lookahead drafts that pay after the present drafts, which are all right with `likelihood`."""
     count = 0
-    for drafter, least in zip(sequence.lookahead, needed.lookahead, strict=True):
+    for drafter, minimum in zip(sequence.lookahead, needed.lookahead, strict=True):
         likelihood *= drafter.record.rate
-        if likelihood < least:
+        if likelihood < minimum:
             return count + drafter.record.is_idle(len(sequence.tokens))
         count += 1
     return count
 
 
 def expected_prediction(sequence: Sequence, place: int) -> int:
-    """What the scaling pass's prediction of drafts[place] is compared with: the first that differs is a draft in its
-    place, for a look from nearer knows more. A looked-up draft with the better record stands.
+    """The token that the scaling pass's prediction for drafts[place] is compared with; `place` is an index into drafts.
+
+    The first prediction that differs replaces its draft, because it has seen more tokens. NO_DRAFT always differs;
+    ANY_TOKEN, for a prompt-lookup draft with the better acceptance rate, never does.
     """
     if place >= len(sequence.drafts):
         return NO_DRAFT
@@ -33,32 +35,35 @@ def expected_prediction(sequence: Sequence, place: int) -> int:
     return sequence.drafts[place]
 
 
-def look_up(sequence: Sequence, needed: SequenceOf[float], most: int) -> tuple[int, list[int]]:
-    """Up to `most` drafts from earlier text, to follow drafts[:place]: those that have rows, where these are expected
-    to bring more than the others, else all. Returns place and tokens; none where nothing repeats or pays.
+def look_up(sequence: Sequence, needed: SequenceOf[float], max_tokens: int) -> tuple[int, list[int]]:
+    """Proposes up to `max_tokens` prompt-lookup drafts. Returns (place, tokens), to replace drafts[place:]; no tokens
+    where the text does not repeat itself, or none pay.
+
+    Pending drafts, which have no rows yet, are replaced where more of the new ones are expected to be right; otherwise
+    the new ones are appended.
     """
     drafts, ngrams, record = sequence.drafts, sequence.ngrams, sequence.prompt_lookup
     pending = sequence.pending_drafts
     computed = len(drafts) - pending
     if pending and ngrams.repeats(drafts[:computed]):
-        count = _paying(record.rate, sequence.likelihood(0), needed[:most])
+        count = _paying(record.rate, sequence.likelihood(0), needed[:max_tokens])
         others = expected(drafter.record.rate for drafter in sequence.drafters[computed:])
         if count and expected(repeat(record.rate, count)) > others:
             return computed, ngrams.continuation(drafts[:computed], count)
     if not ngrams.repeats(drafts):
         return 0, []
-    count = _paying(record.rate, sequence.likelihood(0), needed[pending:most])
-    if not count and most > pending and record.is_idle(len(sequence.tokens)):
+    count = _paying(record.rate, sequence.likelihood(0), needed[pending:max_tokens])
+    if not count and max_tokens > pending and record.is_idle(len(sequence.tokens)):
         count = 1
     return len(drafts), ngrams.continuation(drafts, count) if count else []
 
 
 def _paying(rate: float, likelihood: float, needed: SequenceOf[float]) -> int:
-    """How many drafts of this rate pay, one after another, after drafts that are right with `likelihood`."""
+    """The number of consecutive drafts with this rate that pay, after drafts that are all right with `likelihood`."""
     count = 0
-    for least in needed:
+    for minimum in needed:
         likelihood *= rate
-        if likelihood < least:
+        if likelihood < minimum:
             break
         count += 1
     return count

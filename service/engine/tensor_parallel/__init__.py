@@ -1,1 +1,1 @@
-"""One model on several processes: rank 0's side, the other ranks' process, their messages."""
+"""Tensor parallelism: one model on several processes. Rank 0's side, the other ranks' process, their messages."""

@@ -1,20 +1,20 @@
-"""A tensor-parallel group as rank 0 sees it: starts the other ranks, tells them every step, notices when one ends.
+"""Rank 0's side of a tensor-parallel group: starts the other ranks, sends them every step, notices when one ends.
 
-Rank 0 is the engine's process: requests, scheduling and sampling are its business alone. The others (rank_worker.py)
-run the same forwards on their shards. Steps travel through a socket pair each, so an idle rank waits for a message and
-not in a collective operation, which would time out. The collectives' own connections are on the loopback interface.
+Rank 0 is the engine's process, and the only one that knows requests, schedules and samples. The others (rank_worker.py)
+run the same forwards on their shards. Steps are sent through a socket pair per rank, so an idle rank waits for a
+message and not in a collective operation, which would time out. The collectives themselves use the loopback interface.
 
-    the others                 rank 0
+    other ranks                rank 0
     start, import torch
     hello              ->
                        <-      join: where the collectives meet
                        <-      load: the engine's options
     blocks they have room for ->
-                       <-      allocate: the least of all
+                       <-      allocate: the smallest of these numbers
                        <-      forward, forward, ...
 
-A group is as good as its last rank: when one ends, in whatever way, the others are ended and `on_lost` hears why. That
-comes from a thread, because the main thread may wait in a collective that will never end.
+When one rank ends, for any reason, the others are killed, and `on_lost` is called with the reason. It is called from
+another thread, because the main thread may wait in a collective that never returns.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from service.model.xlora_model import XLoraModel
 
 logger = logging.getLogger(__name__)
 
-_START_SECONDS = 300.0  # for the ranks to find each other, once all have started
+_START_SECONDS = 300.0  # for the ranks to connect to each other, once all have started
 _REASON_SECONDS = 5.0  # between the failure of a collective and the end of the rank that caused it
 _END_SECONDS = 5.0
-_CAUSE_SECONDS = 0.5  # a rank that says why it fails may be the victim of one that could not say so
+_CAUSE_SECONDS = 0.5  # a rank's reported failure may follow from another's crash, whose end is then noticed first
 
 
 def check_options(options: EngineOptions) -> None:
@@ -83,11 +83,11 @@ class Group:
         self.ranks = Ranks(0, size)
         self._on_lost = on_lost
         self._reason: str | None = None
-        self._decided = threading.Event()  # `_reason` is there
+        self._decided = threading.Event()  # `_reason` is set
         self._lock = threading.Lock()
         self._closing = False
         self._joined = False
-        self._others = [_Rank(rank, self._take_note) for rank in range(1, size)]
+        self._others = [_Rank(rank, self._end_group) for rank in range(1, size)]
 
     def join(self) -> None:
         """Waits for the others to start, and sets up the collectives. Raises EngineLostError."""
@@ -107,7 +107,7 @@ class Group:
         self.tell({"load": asdict(options)})
 
     def agree_on_blocks(self, own: int) -> int:
-        """The least number of KV blocks of all ranks, which every rank then allocates. Raises EngineLostError."""
+        """The smallest number of KV blocks of all ranks, which every rank then allocates. Raises EngineLostError."""
         blocks: int = min([own, *(self.receive(rank)["blocks"] for rank in self._others)])
         self.tell({"allocate": blocks})
         return blocks
@@ -125,7 +125,7 @@ class Group:
             raise self.failure(error) from error
 
     def receive(self, rank: _Rank) -> dict[str, Any]:
-        """The next control message of a rank. Raises EngineLostError when one, whichever, has ended."""
+        """The next control message of a rank. Raises EngineLostError when any rank has ended."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return rank.messages.get(timeout=0.1)
@@ -133,7 +133,7 @@ class Group:
                 raise EngineLostError(self._reason or "")
 
     def failure(self, error: Exception) -> EngineLostError:
-        """Why something that all ranks do together has failed here: a rank that has ended, or else `error`."""
+        """The error for a collective operation that failed here with `error`; naming a rank that has ended, if any."""
         self._decided.wait(_REASON_SECONDS)
         return EngineLostError(self._reason or f"rank 0 of {self.ranks.size} failed: {error}")
 
@@ -145,8 +145,8 @@ class Group:
         if self._joined:
             dist.destroy_process_group()
 
-    def _take_note(self, rank: int, what: str) -> None:
-        """A rank has ended: so does the group. Called from that rank's thread."""
+    def _end_group(self, rank: int, what: str) -> None:
+        """Ends the group, because a rank has ended. Called from that rank's thread."""
         with self._lock:
             if self._closing or self._reason is not None:
                 return
@@ -158,13 +158,13 @@ class Group:
 
 
 class Leader:
-    """XLoraModel.forward on every rank at once."""
+    """The step of rank 0: sends each batch to the other ranks, and runs its own shard."""
 
     def __init__(self, model: XLoraModel, group: Group) -> None:
         self._model, self._group = model, group
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs T rows once, everywhere. Raises EngineLostError: ranks of which one has failed are out of step."""
+        """Runs a batch on every rank. Raises EngineLostError for any failure: the ranks would be out of step."""
         self._group.send(pack_batch(batch))
         try:
             return self._model.forward(batch, kv_cache)
@@ -172,12 +172,12 @@ class Leader:
             raise self._group.failure(error) from error
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """Nobody asks: a divided model has no draft layer, whose heads would have to be divided as well."""
+        """Not supported: a divided model has no draft layer, because its heads would have to be divided as well."""
         raise NotImplementedError
 
 
 class _Rank:
-    """One of the other ranks: its process, its socket, and a thread that listens to it."""
+    """One of the other ranks: its process, its socket, and the thread that reads from it."""
 
     def __init__(self, rank: int, on_end: Callable[[int, str], None]) -> None:
         self.rank = rank
@@ -196,7 +196,7 @@ class _Rank:
         self._thread.start()
 
     def end(self) -> None:
-        """Kills the process: it holds nothing that could be lost."""
+        """Kills the process; it has no state to save."""
         self.process.kill()
         self.process.wait()
         self._thread.join(_END_SECONDS)
@@ -217,8 +217,8 @@ class _Rank:
 
 
 def join_collectives(ranks: Ranks, port: int, listener: int | None = None) -> None:
-    """Makes this process a member of the group that meets at `port` of the loopback interface; rank 0 brings the socket
-    that listens there. With GPUs, each takes the one of its rank.
+    """Joins this process to the group's collectives, whose store is at `port` of the loopback interface; rank 0 passes
+    the `listener` socket of that port. With GPUs, each rank uses the GPU of its number.
     """
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", port, is_master=listener is not None, wait_for_workers=False, master_listen_fd=listener
@@ -228,7 +228,7 @@ def join_collectives(ranks: Ranks, port: int, listener: int | None = None) -> No
         torch.cuda.set_device(device)
         where = {"backend": "nccl", "device_id": device}
     else:
-        # gloo would choose the interface of the machine's name: reachable from outside, or not reachable at all.
+        # By default gloo binds to the host name's interface, which may be public, or not reachable at all.
         os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
         where = {"backend": "gloo"}
     timeout = timedelta(seconds=_START_SECONDS)

@@ -1,7 +1,7 @@
-"""What rank 0 of a tensor-parallel group tells the others: control messages as JSON, steps as plain numbers.
+"""Encodes the messages between the ranks of a tensor-parallel group: control messages as JSON, batches as numbers.
 
-A step is one frame of 64-bit integers, so that it costs no parsing; where it steers the gate, 32-bit floats follow.
-Nothing is pickled. Knows batches, not plans or requests: those stay with rank 0.
+A batch is one frame of 64-bit integers, which need no parsing; 32-bit floats follow where rows steer the gate. Nothing
+is pickled. Knows batches, not plans or requests, which stay with rank 0.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.model.batch import LINES, AttentionGroup, Batch, GateParameters, GivenGateRows
+from service.model.batch import FIELDS, AttentionGroup, Batch, GateParameters, GivenGateRows
 
 _WORD = 8  # bytes of an integer
-_HEAD = 8  # integers that every step begins with; the first is 0, because a control message begins with a brace
+_HEAD = 8  # integers at the start of a batch; the first is 0, and a control message begins with a brace
 _GROUP_FIELDS = 6
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A control message."""
+    """Encodes a control message."""
     return json.dumps(message).encode()
 
 
 def unpack(frame: bytes) -> dict[str, Any] | None:
-    """A control message again; None for a step."""
+    """Decodes a control message; None for a frame with a batch."""
     if not frame.startswith(b"{"):
         return None
     message: dict[str, Any] = json.loads(frame)
@@ -33,14 +33,14 @@ def unpack(frame: bytes) -> dict[str, Any] | None:
 
 
 def pack_batch(batch: Batch) -> bytes:
-    """Everything a forward needs."""
+    """Encodes a batch."""
     given, parameters = batch.given, batch.parameters
-    head = [0, batch.rows.shape[1], batch.num_scaling_rows, int(batch.scaling_rows_are_gated), len(batch.logit_rows)]
+    head = [0, batch.fields.shape[1], batch.num_scaling_rows, int(batch.scaling_rows_are_gated), len(batch.logit_rows)]
     head += [len(batch.groups), 0 if given is None else len(given.slots), int(parameters is not None)]
     for group in batch.groups:
         width = group.block_table.shape[1]
         head += [group.start, group.segments, group.queries, width, group.keys, int(group.needs_mask)]
-    integers = [batch.rows, batch.logit_rows, *(group.block_table for group in batch.groups)]
+    integers = [batch.fields, batch.logit_rows, *(group.block_table for group in batch.groups)]
     others: list[Tensor] = []
     if given is not None:
         integers.append(given.slots)
@@ -54,17 +54,17 @@ def pack_batch(batch: Batch) -> bytes:
 
 
 def unpack_batch(frame: bytes, shape: torch.Size, device: torch.device) -> Batch:
-    """The batch again, on `device`; `shape` [S, E] is that of a gate row."""
+    """Decodes a batch to `device`; `shape` [S, E] is that of a gate row."""
     content = bytearray(frame)
     words = torch.frombuffer(content, dtype=torch.int64, count=len(content) // _WORD)
     _, row_count, scaling_rows, gated, logits, groups, given, steered = words[:_HEAD].tolist()
     first = _HEAD + groups * _GROUP_FIELDS
     heads = words[_HEAD:first].view(groups, _GROUP_FIELDS).tolist()
-    sizes = [LINES * row_count, logits, *(segments * width for _, segments, _, width, _, _ in heads)]
+    sizes = [FIELDS * row_count, logits, *(segments * width for _, segments, _, width, _, _ in heads)]
     sizes += [given, row_count * steered]
     last = first + sum(sizes)
     rows, logit_rows, *tables, slots, top_k = words[first:last].to(device).split_with_sizes(sizes)
-    batch = Batch(rows.view(LINES, row_count), scaling_rows, logit_rows, [], bool(gated))
+    batch = Batch(rows.view(FIELDS, row_count), scaling_rows, logit_rows, [], bool(gated))
     for (start, segments, queries, width, keys, needs_mask), table in zip(heads, tables, strict=True):
         positions = batch.positions[start : start + segments * queries].view(segments, queries)
         table = table.view(segments, width)

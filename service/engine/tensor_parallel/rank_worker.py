@@ -1,11 +1,11 @@
-"""A rank of a tensor-parallel group other than rank 0: loads its shards, then runs the forwards it is told of.
+"""The process of a tensor-parallel rank other than rank 0: loads its shard, then runs the batches that rank 0 sends.
 
     python -m service.engine.tensor_parallel.rank_worker FD RANK
 
-FD is one end of a socket pair whose other end rank 0 holds (group.py). It samples nothing and knows no request:
-it keeps its shard of the keys and values, and all gate rows: what is not split is computed by every rank from the same
-bits, because a sum over ranks has the same bits on all of them. When rank 0 ends, the socket closes, and a thread ends
-this process wherever it is.
+FD is one end of a socket pair whose other end rank 0 holds (group.py). The process knows no requests and samples
+nothing. It stores its shard of keys and values, but all gate rows: every rank computes whatever is not sharded, with
+equal bits, because a sum over ranks has equal bits on all of them. When rank 0 ends, the socket closes, and a thread
+ends this process at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class RankWorker:
-    """One rank, on one connection."""
+    """One rank: its shard of the model and of the KV cache, on one connection to rank 0."""
 
     def __init__(self, rank: int, connection: Connection) -> None:
         self._rank = rank
@@ -46,7 +46,7 @@ class RankWorker:
         self._cache: KVCache | None = None
 
     def run(self) -> None:
-        """Does what it is told until the connection ends (EOFError), or it fails."""
+        """Serves messages of rank 0 until the connection ends (EOFError) or something fails."""
         self._send({"hello": self._rank})
         while True:
             frame = self._connection.recv_bytes()
@@ -65,7 +65,7 @@ class RankWorker:
         join_collectives(self._ranks, port)
 
     def _load(self, options: EngineOptions) -> None:
-        self._model, self._cache = None, None  # what was there makes room first
+        self._model, self._cache = None, None  # frees the memory of an earlier load first
         self._model, _ = load_checkpoint_and_model(options, ranks=self._ranks)
         keep_freed_memory()
         device = self._model.device
@@ -88,7 +88,11 @@ class RankWorker:
 
 def main(argv: list[str]) -> int:
     """Entry point of the process."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # those are for rank 0's parent, which drains first
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # sent to the whole process group; the API process drains
         signal.signal(name, signal.SIG_IGN)
     rank = int(argv[2])
     logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s rank {rank}: %(message)s")
@@ -107,9 +111,9 @@ def main(argv: list[str]) -> int:
 
 
 def _end_with(connection: int) -> None:
-    """Ends this process, which may wait in a collective, when the other end of the socket is closed."""
+    """Ends this process, which may be waiting in a collective, once the other end of the socket is closed."""
     hang_up = select.poll()
-    hang_up.register(connection, 0)  # nothing but the end
+    hang_up.register(connection, 0)  # no events but hang-up
     hang_up.poll()
     os._exit(0)
 

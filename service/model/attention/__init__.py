@@ -1,1 +1,1 @@
-"""Attention over the paged KV cache: the reference, torch's varlen kernel, ours in Triton, and which one runs."""
+"""Attention over the paged KV cache: a reference, torch's varlen kernel, our Triton kernel, and their selection."""

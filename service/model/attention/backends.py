@@ -1,11 +1,11 @@
-"""Which backend attends on a CUDA device: the fastest of those that work there.
+"""Selects the attention backend of a CUDA device: the fastest of those that work there.
 
-    varlen      torch's varlen_attn over block tables, for the block sizes that it takes
-    triton      our kernel: needs Triton, and a C compiler with which Triton builds its link to the driver
+    varlen      torch's varlen_attn over block tables, for the block sizes that it supports
+    triton      our kernel: needs Triton, and a C compiler with which Triton builds its launcher
     reference   torch's operators over copied keys
 
-Whether one works is found by trying it, once per shape. The first row that runs asks, and that is one of the engine's
-start (steps/step.py): no request waits for a compiler, and none is the first to learn that there is none.
+A backend is tried once per shape, and compared with the reference. The warm-up forward (steps/warm_up.py) triggers this
+while the engine starts, so no request waits for a compiler, or fails for want of one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.model.kv_cache import KVCache
 
 
 class Backend(Protocol):
-    """Attention of one group's rows [N * Q, heads, head_dim] over their streams, whose keys and values are written."""
+    """Computes attention of one group's rows [N * Q, heads, head_dim] over their streams' stored keys and values."""
 
     def __call__(
         self,
@@ -37,11 +37,11 @@ class Backend(Protocol):
         softcap: float | None,
         /,
     ) -> Tensor:
-        """Returns [N * Q, heads, head_dim]. `window` is a sliding window in tokens; no softcap is None."""
+        """Returns [N * Q, heads, head_dim]. `window` is a sliding window in tokens; None: no window, no soft cap."""
 
 
 class Shape(NamedTuple):
-    """What decides whether a backend works."""
+    """The properties that decide whether a backend works."""
 
     device: torch.device
     dtype: torch.dtype
@@ -65,19 +65,19 @@ if torch.version.cuda is not None:
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_TRITON_HEAD = 256  # more does not fit shared memory
-_VARLEN_BLOCK = 256  # of which every varlen_attn with block tables takes multiples
-# Queries and keys with which every variant of the kernel is compiled: decode and prefill, keys in one part and split.
+_MAX_TRITON_HEAD_DIM = 256  # more does not fit shared memory
+_VARLEN_BLOCK = 256  # multiples of it work with every varlen_attn that has block tables
+# Numbers of queries and keys that compile every variant of the kernel: decode and prefill, with and without split keys.
 _TRIED = ((1, 1), (1, 512), (32, 32), (32, 512))
-_LONGEST_FAULT = 300  # characters of a log line
+_MAX_FAULT_CHARACTERS = 300  # of a log line
 
 
 @functools.cache
 def cuda_backend(shape: Shape) -> Backend:
-    """The first that can compute this of torch's kernel, ours, and the reference."""
+    """The first backend that works for this shape: torch's kernel, our Triton kernel, the reference."""
     if _varlen_works(shape):
         return varlen.attend
-    if shape.head_dim > _LARGEST_TRITON_HEAD:
+    if shape.head_dim > _MAX_TRITON_HEAD_DIM:
         return sdpa
     fault: str | None = _import_fault
     if triton_attend is not None:
@@ -85,7 +85,7 @@ def cuda_backend(shape: Shape) -> Backend:
         if fault is None:
             return triton_attend
     takes_larger_blocks = _varlen_works(shape._replace(block_size=_VARLEN_BLOCK))
-    _tell(fault, f"; --block-size {_VARLEN_BLOCK} lets torch's own kernel do it" if takes_larger_blocks else "")
+    _warn(fault, f"; --block-size {_VARLEN_BLOCK} lets torch's own kernel do it" if takes_larger_blocks else "")
     return sdpa
 
 
@@ -95,7 +95,7 @@ def _varlen_works(shape: Shape) -> bool:
 
 @torch.inference_mode()
 def fault_of(attend: Backend, shape: Shape) -> str | None:
-    """Why `attend` cannot be used; None where it gives what the reference gives."""
+    """Why `attend` cannot be used; None where its results agree with the reference."""
     device, dtype, heads, kv_heads, head_dim, block, window, softcap = shape
     tolerance = 1e-2 if dtype == torch.float32 else 0.1
     try:
@@ -117,7 +117,7 @@ def fault_of(attend: Backend, shape: Shape) -> str | None:
 
 
 @functools.cache
-def _tell(fault: str, hint: str) -> None:
-    """Once per fault, whatever the number of shapes."""
-    short = " ".join(fault.split())[:_LONGEST_FAULT]
+def _warn(fault: str, hint: str) -> None:
+    """Logs a fault once, for any number of shapes."""
+    short = " ".join(fault.split())[:_MAX_FAULT_CHARACTERS]
     logger.warning("attention runs on torch's operators, which is slower: Triton cannot be used (%s)%s", short, hint)

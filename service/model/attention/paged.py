@@ -1,11 +1,10 @@
 """Attention over the paged KV cache, registered with transformers' AttentionInterface under the name ATTENTION.
 
-One function serves every decoder family that uses the interface. transformers is given no mask function, so its mask
-arrives as None and masking is ours: causal within a row's own stream, with the layer's sliding window where it has one.
-Anything else that would change attention is refused by name rather than ignored.
+One function serves every decoder family that uses the interface. We register no mask function, so the mask arrives as
+None, and the backends mask: causally within a row's own stream, with the layer's sliding window where it has one. Any
+other argument that would change attention is refused by name, not ignored.
 
-Behind it is one backend per device: on a CPU the reference (reference.py), on CUDA the fastest that works
-(backends.py).
+The backend is the reference on a CPU (reference.py), and the fastest that works on CUDA (backends.py).
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from service.model.kv_cache import KVCache
 
 ATTENTION = "xlora_paged"
 
-# Arguments that decoders pass through and that do not change the result here: positions are already in the keys
-# (RoPE), and the KV cache is ours.
+# Arguments that decoders pass and that do not change the result here: positions are already applied to the keys (RoPE),
+# and the KV cache is our own.
 HARMLESS = {
     *("position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "position_embeddings"),
     "output_router_logits",
 }
-# Arguments that change the result and that are honoured.
+# Arguments that change the result, and are supported.
 KNOWN = {"scaling", "dropout", "sliding_window", "softcap"}
 
 
@@ -73,7 +72,7 @@ def paged_attention(
 
 
 def backend_for(rows: Tensor, kv_cache: KVCache, window: int | None = None, softcap: float | None = None) -> Backend:
-    """What attends for rows [n, heads, head_dim] over the cache."""
+    """The backend for rows [n, heads, head_dim] over this cache."""
     if not rows.is_cuda:
         return sdpa
     heads, head_dim = rows.shape[1:]

@@ -1,6 +1,6 @@
-"""Attention over copies of each stream's blocks by torch's scaled_dot_product_attention: on any device, for any shape.
+"""The reference backend: torch's scaled_dot_product_attention over copies of each stream's blocks.
 
-What the other backends are compared with, and what runs where they cannot.
+Works on any device, for any shape. Other backends are compared with it, and it runs where they cannot.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Paged attention as a Triton kernel: reads block tables, copies no key, asks the host nothing.
+"""Paged attention as a Triton kernel: reads block tables, copies no keys, and never waits for the host.
 
-One program owns a tile of (query, query head) pairs that share a KV head, so grouped heads read every key once, and
-decode (Q = 1) and prefill are the same code. Where there are too few tiles to fill the device, the keys of each are
-split; a second, small kernel joins the parts. Knows sliding windows and soft caps, any head size and any block size.
+One program computes a tile of (query, query head) pairs of one KV head, so grouped heads read every key once, and
+decode (Q = 1) and prefill use the same code. Where there are too few tiles to fill the device, the keys of each are
+split, and a second, small kernel joins the parts. Supports sliding windows, soft caps, any block size, heads up to 256.
 
 Importing it needs triton. With TRITON_INTERPRET=1 it runs on the CPU, which is how it is tested without a GPU.
 """
@@ -19,10 +19,10 @@ from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache
 
 _MAX_SPLITS = 32
-_KEYS_PER_SPLIT = 128  # fewer would cost more to join than they save
+_MIN_KEYS_PER_SPLIT = 128  # with fewer, joining costs more than splitting saves
 _INTERPRETED_PROCESSORS = 16
-# What differs from step to step: Triton would compile the kernel once more, in the middle of serving, where a number is
-# 1 or a multiple of 16, and where views of the batch's indices happen to begin at a multiple of 16 bytes.
+# Arguments that differ from step to step. Triton would compile the kernel again, while serving, when a number becomes 1
+# or a multiple of 16, or when a view of the batch's indices happens to begin at a multiple of 16 bytes.
 _UNSPECIALIZED = [
     *("block_table", "positions", "window", "queries", "splits", "rows", "table_stride", "position_stride"),
 ]
@@ -79,9 +79,9 @@ def _attend_kernel(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(first_position + first_pair // GROUP - window + 1, 0) // TILE_KEYS * TILE_KEYS
-    share = tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), splits) * TILE_KEYS
-    begin += split * share
-    end = tl.minimum(begin + share, end)
+    split_keys = tl.cdiv(tl.cdiv(end - begin, TILE_KEYS), splits) * TILE_KEYS
+    begin += split * split_keys
+    end = tl.minimum(begin + split_keys, end)
 
     at = row[:, None] * query_row_stride + head[:, None] * query_head_stride + dim[None, :]
     q = tl.load(query + at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
@@ -105,14 +105,14 @@ def _attend_kernel(
             visible &= key[None, :] > position[:, None] - window
         score = tl.where(visible, score, float("-inf"))
         higher = tl.maximum(best, tl.max(score, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # a tile may hide all its keys from a row
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # all keys of a tile may be masked for a row
         weight = tl.exp(score - finite[:, None])
         decay = tl.exp(best - finite)
         total = total * decay + tl.sum(weight, 1)
         mixed = mixed * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         best = higher
 
-    total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key of its split: best is -inf
+    total = tl.where(total == 0.0, 1.0, total)  # all keys of the split are masked for the row: best is -inf
     mixed = mixed / total[:, None]
     place = row * (KV_HEADS * GROUP) + head
     if IS_SPLIT:
@@ -138,7 +138,7 @@ def _join_kernel(
     dim = tl.arange(0, TILE_DIM)
     is_split = split < splits
     log_sum = tl.load(log_sums + split * lines + line, mask=is_split, other=float("-inf"))
-    weight = tl.exp(log_sum - tl.max(log_sum, 0))  # the row's own key is in one of them: the maximum is finite
+    weight = tl.exp(log_sum - tl.max(log_sum, 0))  # one split has the row's own key, so the maximum is finite
     weight = weight / tl.sum(weight, 0)
     at = (split[:, None] * lines + line) * HEAD_DIM + dim[None, :]
     part = tl.load(parts + at, mask=is_split[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -155,7 +155,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows over their streams (paged.Backend). Returns [N * Q, heads, head_dim]."""
+    """Computes attention of one group's rows over their streams (backends.Backend): [N * Q, heads, head_dim]."""
     if rows.stride(2) != 1:
         rows = rows.contiguous()
     keys, values = kv_cache.keys[layer], kv_cache.values[layer]
@@ -199,7 +199,7 @@ def attend(
             HAS_SOFTCAP=softcap is not None,
             HAS_WINDOW=window is not None,
             IS_SPLIT=splits > 1,
-            PRECISION="ieee",  # fp32 stays fp32; the 16-bit types are not concerned
+            PRECISION="ieee",  # no TF32 for fp32; without effect on 16-bit types
             num_warps=4,
             num_stages=stages,
         )
@@ -219,9 +219,9 @@ def attend(
 
 
 def _tiling(pairs: int, tile_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Pairs per tile, keys per tile, pipeline stages: what fits shared memory, and registers in fp32 (no tensor cores).
+    """Pairs per tile, keys per tile, and pipeline stages that fit shared memory (in fp32: and the registers).
 
-    A tile of keys and one of values in every stage must stay under 100 KiB, which Ampere's smaller chips have.
+    A tile of keys and one of values per stage must stay under the 100 KiB of Ampere's smaller chips.
     """
     if dtype == torch.float32:
         return 16, 32, 1 if tile_dim > 128 else 2
@@ -231,8 +231,8 @@ def _tiling(pairs: int, tile_dim: int, dtype: torch.dtype) -> tuple[int, int, in
 
 
 def _splits(programs: int, keys: int, processors: int) -> int:
-    """Into how many parts each tile's keys are split: two programs per processor, no part too small."""
-    return max(1, min(2 * processors // programs, keys // _KEYS_PER_SPLIT, _MAX_SPLITS))
+    """The number of parts that each tile's keys are split into: two programs per processor, and no part too small."""
+    return max(1, min(2 * processors // programs, keys // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS))
 
 
 @functools.cache

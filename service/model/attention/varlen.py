@@ -1,8 +1,8 @@
 """Paged attention by torch's own varlen_attn with block tables, where the installed torch has it and it works.
 
-FlashAttention 2, which comes with torch, takes block sizes that are multiples of 256, if it takes block tables at all;
-FlashAttention 3 (activated by torch.nn.attention.activate_flash_attention_impl) takes any. So it is tried, not assumed.
-It knows no soft cap and neither fp32 nor head sizes that are not multiples of 8.
+FlashAttention 2, which comes with torch, supports only block sizes that are multiples of 256, and in some versions no
+block tables; FlashAttention 3 (torch.nn.attention.activate_flash_attention_impl) supports any. So `works` tries it.
+varlen_attn supports no soft cap, no fp32, and only head sizes that are multiples of 8.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from service.model.batch import AttentionGroup
 from service.model.kv_cache import KVCache
 
-_LARGEST_HEAD = 256
+_MAX_HEAD_DIM = 256
 
 
 def attend(
@@ -29,7 +29,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one group's rows over their streams (paged.Backend). Returns [N * Q, heads, head_dim]."""
+    """Computes attention of one group's rows over their streams (backends.Backend): [N * Q, heads, head_dim]."""
     assert softcap is None, "varlen_attn has no soft cap"
     offsets, lengths, table = group.varlen()
     return _varlen_attn()(
@@ -50,16 +50,16 @@ def attend(
 
 @functools.cache
 def _varlen_attn() -> Callable[..., Tensor]:
-    """Imported where it is needed: it loads torch's compiler."""
+    """torch's varlen_attn, imported only where it is used, because the import loads torch's compiler."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn  # type: ignore[return-value]  # a tuple only where the log-sums are asked for
+    return varlen_attn  # type: ignore[return-value]  # returns a tuple only with return_aux
 
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, block_size: int) -> bool:
-    """Whether varlen_attn takes this shape of KV cache, found by one tiny call in which every unused slot has NaN."""
-    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > _LARGEST_HEAD:
+    """Whether varlen_attn works for this shape of KV cache: tried with a tiny call in which unused slots hold NaN."""
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > _MAX_HEAD_DIM:
         return False
     if "block_table" not in inspect.signature(_varlen_attn()).parameters:
         return False

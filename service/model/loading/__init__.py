@@ -1,1 +1,1 @@
-"""What happens to a base before it runs: is it servable, its RoPE, quantisation, its division among ranks."""
+"""Loads a base: checks that it can be served, reads weights, fixes RoPE, quantises, divides it among ranks."""

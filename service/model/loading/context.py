@@ -1,6 +1,6 @@
-"""The context of a base: how many tokens a text may have, as config.json says it.
+"""The context length of a base, by its config.json.
 
-Knows the fields of RoPE that lengthen it; the rotations themselves are transformers' (rope.py).
+Knows the RoPE fields that extend it; the rotations themselves are transformers' (rope.py).
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from transformers import PretrainedConfig
 
 from service.contract.errors import CheckpointError
 
-MIN_TOKENS, MAX_TOKENS = 2, 1 << 30  # a prompt and an answer; what memory could ever hold
+MIN_TOKENS, MAX_TOKENS = 2, 1 << 30  # a prompt and an answer; more than any memory holds
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Tokens of a text: as many as the base is certainly made for, and as many as an operator may ask for."""
+    """Context lengths of a base: the default, and the largest that --max-model-len may ask for."""
 
-    usual: int
-    most: int
+    default_tokens: int
+    max_tokens: int
 
 
 def read_context(config: PretrainedConfig) -> Context:
-    """The context of a base. Raises CheckpointError for a length that is none.
+    """The context of a base. Raises CheckpointError for an impossible length.
 
     `max_position_embeddings` is often the length before RoPE was scaled:
-    - yarn: its factor is the ratio of the two lengths, so that there are `factor * original_max_position_embeddings`
-      (which transformers takes from max_position_embeddings, where it is not given);
-    - llama3: its factor is no such ratio (Llama 3.2: 32 * 8192, and made for 131072), and counts only where the stated
-      length is plainly the original one;
-    - linear: as yarn where an original length is given. Where none is, some have stated the longer length (Gemma 3,
-      DeepSeek Coder) and some the original one (Vicuna 16k), so that the operator has to ask for more than is stated.
+    - yarn: the factor is the ratio of the two lengths, so the context is `factor * original_max_position_embeddings`
+      (which transformers takes from max_position_embeddings if it is missing);
+    - llama3: the factor is no such ratio (Llama 3.2: 32 * 8192, but trained for 131072), and is used only where the
+      stated length equals the original one;
+    - linear: like yarn if an original length is given. If not, some bases state the longer length (Gemma 3, DeepSeek
+      Coder) and some the original one (Vicuna 16k), so the operator must ask for more than the stated length.
     """
     text_config = config.get_text_config()
     stated = getattr(text_config, "max_position_embeddings", None)
@@ -40,7 +40,7 @@ def read_context(config: PretrainedConfig) -> Context:
         expected = f"expected a whole number from {MIN_TOKENS} to {MAX_TOKENS}"
         source = f"{config.name_or_path}/config.json"
         raise CheckpointError(f"{source}: max_position_embeddings: {expected}, found {stated!r:.40}")
-    rope: dict[str, Any] = getattr(text_config, "rope_parameters", None) or {}  # by layer type, nothing is lengthened
+    rope: dict[str, Any] = getattr(text_config, "rope_parameters", None) or {}  # if by layer type, no RoPE is scaled
     kind, original = rope.get("rope_type"), rope.get("original_max_position_embeddings")
     scaled = _scaled(rope.get("factor"), stated if original is None else original)
     if kind == "yarn" or (kind == "linear" and original is not None) or (kind == "llama3" and original == stated):
@@ -49,7 +49,7 @@ def read_context(config: PretrainedConfig) -> Context:
 
 
 def _scaled(factor: Any, original: Any) -> int:
-    """0 where the numbers are none: what they do to the rotations is judged with those."""
+    """The scaled length; 0 for values that are no numbers, which the checks of the rotations refuse."""
     if not isinstance(factor, int | float) or not isinstance(original, int):
         return 0
     return int(min(factor * original, MAX_TOKENS))

@@ -1,7 +1,7 @@
-"""Whether a decoder family can be served exactly, found out before its weights are loaded.
+"""Checks that a decoder family can be served exactly, before its weights are loaded.
 
-The base's modules on the meta device are run once (probe.py). Knows what our attention and our KV cache take for
-granted; has no list of families.
+Runs the base's modules once on the meta device (probe.py). Knows the assumptions of our attention and our KV cache; has
+no list of families.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from service.model.loading.context import read_context
 from service.model.loading.probe import Probe, probe
 from service.model.loading.rope import refuse_broken_rope, refuse_length_dependent_rope
 
-CANARY = "kv_cache"  # stands for all that travels to the attention as keyword arguments
+CANARY = "kv_cache"  # if it reaches attention, so do all keyword arguments
 TOKENS = 2
-POSITIVE = {"scaling": "scaling", "sliding_window": "window", "softcap": "softcap"}  # as transformers calls them: as we
+POSITIVE = {"scaling": "scaling", "sliding_window": "window", "softcap": "softcap"}  # transformers' names: our names
 SUPPORTED = "supported: decoders with ordinary causal attention in every layer, as Llama, Qwen, Gemma and Mistral"
-# The masks that we make; other types are other masks, or no attention at all.
+# The masks that we support; other types have other masks, or no attention at all.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def kv_shape(config: PretrainedConfig) -> tuple[int, int]:
-    """KV heads and the dimension of each, as config.json says. Of a base that is served, every layer has these."""
+    """The number of KV heads and their dimension, by config.json. In a base that is served, all layers have these."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def refuse_unservable(skeleton: Any, base: Path) -> None:
-    """Raises CheckpointError for a base that cannot be served exactly, whatever its weights are."""
+    """Raises CheckpointError for a base that cannot be served exactly with any weights."""
     refuse_length_dependent_rope(skeleton.config, str(base))
     with naming(base / "config.json", "the decoder cannot be run", SUPPORTED):
         refuse_broken_rope(skeleton, base)
@@ -46,7 +46,7 @@ def refuse_unservable(skeleton: Any, base: Path) -> None:
 
 
 def refuse_unsupported(skeleton: Any, base: Path) -> None:
-    """Raises CheckpointError where a family cannot be served exactly. `skeleton` is on the meta device."""
+    """Raises CheckpointError for a family that cannot be served exactly. `skeleton` is on the meta device."""
     config: PretrainedConfig = skeleton.config.get_text_config()
     if config.is_encoder_decoder or skeleton.base_model is skeleton:
         _refuse(base, "it is not a decoder with a language model's head")
@@ -60,14 +60,14 @@ def refuse_unsupported(skeleton: Any, base: Path) -> None:
         if getattr(module, "is_causal", True) is False and hasattr(module, "layer_idx"):
             _refuse(base, f"{name} looks ahead")
     if hasattr(skeleton, "set_experts_implementation"):
-        skeleton.set_experts_implementation("batched_mm")  # routes without looking at values
+        skeleton.set_experts_implementation("batched_mm")  # routes without reading values, which meta tensors lack
     ids = torch.zeros(TOKENS, dtype=torch.int64, device="meta")
     try:
         found = probe(skeleton, ids, ids, **{CANARY: True})
     except (NotImplementedError, RuntimeError) as error:
         if "meta" not in str(error):
             raise
-        return  # a step that depends on values: only the weights can tell more
+        return  # the forward depends on values, so this check would need the weights
     _check_calls(found, config, base)
 
 

@@ -1,7 +1,7 @@
-"""Whether a base's tensors are those that its config.json asks for, told from their names and shapes.
+"""Checks that a base's tensors match its config.json, by their names and shapes.
 
-The matching is transformers' own, with its renamings, its merging of experts and its tied weights: it runs on the meta
-device, where tensors have no values. Knows how transformers loads; reads no file.
+The matching is transformers' own, with its renamings, merged experts and tied weights, run on the meta device, where
+tensors have no values. Knows how transformers loads; reads no file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from service.checkpoint.defects import defect, shorten
 
 
 def refuse_misfit(skeleton: Any, base: BaseModel) -> None:
-    """Raises CheckpointError where a tensor is missing or of another shape than `skeleton` has it: transformers would
-    fill it with random numbers. `skeleton` is on the meta device; its parameters are replaced by others like them.
+    """Raises CheckpointError for a tensor that is missing, or has another shape than in `skeleton`: transformers would
+    fill it with random numbers. `skeleton` is on the meta device; its parameters are replaced by equal ones.
     """
     weights = base.path / (SINGLE_FILE if base.files[0].path.name == SINGLE_FILE else INDEX_FILE)
     found = _load(skeleton, {name: torch.empty(shape, device="meta") for name, shape in base.shapes.items()})
@@ -34,7 +34,7 @@ def refuse_misfit(skeleton: Any, base: BaseModel) -> None:
 
 
 def _load(skeleton: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """transformers' account of what it would load; the steps are those of its from_pretrained."""
+    """transformers' report on loading these tensors; the steps are those of its from_pretrained."""
     mapping: Any = get_model_conversion_mapping(skeleton)
     config = LoadStateDictConfig(device_map={"": "meta"}, weight_mapping=mapping, dtype=skeleton.dtype)
     found, _ = convert_and_load_state_dict_in_model(

@@ -1,13 +1,13 @@
-"""Tensor parallelism: this rank's part of every module of the base and of the experts on it, and the sums between.
+"""Tensor parallelism: this rank's shard of every module and of its experts, and the communication between ranks.
 
     colwise     W_r [out/N, in]    B's rows likewise, A whole       y_r stays split, or is gathered
     rowwise     W_r [out, in/N]    A's columns likewise, B whole    y = sum over ranks, then the bias
     embedding   W_r [V/N, H]       A's columns likewise, B whole    y = sum over ranks
 
-Experts need no communication of their own: all of W_r x_r + B((A_r x_r) * g) is linear in x_r, so it is summed as one.
-The gate is the same on every rank, and so is all that is not split. transformers reads each rank's part of the weights,
-and does what a plan asks of other modules (a mixture's experts); its wrappers around linear layers would not survive
-the experts, so ours take their place. Knows modules and shapes, neither processes nor how they found each other.
+Experts need no communication of their own: W_r x_r + B((A_r x_r) * g) is linear in x_r, so it is summed as a whole.
+The gate is equal on every rank, and so is everything that is not split. transformers reads each rank's shard of the
+weights, and divides the other modules of its plan (a mixture's experts). Its wrappers around linear layers cannot hold
+adapted modules, so ours replace them. Knows modules and shapes, not processes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from service.model.loading.parallel_plan import COLUMN, GATHERED, LINEAR, ROW, V
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What this rank has of one module of the base."""
+    """This rank's shard of one module of the base."""
 
-    path: str  # of the module that holds it: inside the one that communicates, where there is one
+    path: str  # of the module with the shard's weight, which may be inside of one that communicates
     inputs: slice | None = None  # None: all
     outputs: slice | None = None
 
     def of(self, stack: ExpertStack) -> ExpertStack:
-        """This rank's part of the experts on the whole module."""
+        """This rank's shard of the module's experts."""
         a = stack.a if self.inputs is None else stack.a[:, self.inputs].contiguous()
         b_t = stack.b_t if self.outputs is None else stack.b_t[:, self.outputs].contiguous()
         return ExpertStack(a, b_t, stack.ranks)
@@ -42,19 +42,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Shards:
-    """This rank's share of a model: all of it, unless it says otherwise."""
+    """This rank's shards of a model; by default the whole model."""
 
-    skeleton: Any  # the names and shapes of the whole
-    kv_split: int = 1  # ranks that divide the KV heads among them
+    skeleton: Any  # the whole model's modules, for names and shapes
+    kv_split: int = 1  # the number of ranks that the KV heads are divided among
     parts: dict[str, Part] = field(default_factory=dict)
 
     def part(self, site: str) -> Part:
-        """What this rank has of a module."""
+        """This rank's shard of a module."""
         return self.parts.get(site, Part(site))
 
 
 def split(causal_lm: Any, skeleton: Any, ranks: Ranks) -> Shards:
-    """Makes plain local modules of what transformers has loaded as this rank's shards of `causal_lm`."""
+    """Replaces the modules of `causal_lm` that transformers has divided by plain local ones with this rank's shards."""
     shards = Shards(skeleton, ranks.size if splits_heads(skeleton) else 1)
     whole = dict(skeleton.named_modules())
     for name, style in planned(causal_lm).items():
@@ -71,7 +71,7 @@ def split(causal_lm: Any, skeleton: Any, ranks: Ranks) -> Shards:
 
 
 class GatheredLinear(nn.Module):
-    """All outputs, of which `inner` computes this rank's."""
+    """A linear of which `inner` computes this rank's outputs; the outputs of all ranks are gathered."""
 
     def __init__(self, inner: nn.Module, sizes: list[int]) -> None:
         super().__init__()
@@ -85,28 +85,29 @@ class GatheredLinear(nn.Module):
         if y.shape[-1] < widest:
             y = F.pad(y, (0, widest - y.shape[-1]))
         parts = [torch.empty_like(y) for _ in self._sizes]
-        if y.numel():  # no rows: no logits are wanted
+        if y.numel():  # no rows where no logits are needed
             dist.all_gather(parts, y)
         return torch.cat([part[..., :size] for part, size in zip(parts, self._sizes, strict=True)], -1)
 
 
 class SummedLinear(nn.Module):
-    """The sum of what `inner` makes of every rank's inputs, and a bias. Inputs that arrive whole are cut here."""
+    """A linear whose `inner` multiplies this rank's inputs; the products are summed over the ranks."""
 
-    def __init__(self, inner: nn.Module, bias: nn.Parameter | None, cut: slice | None) -> None:
+    def __init__(self, inner: nn.Module, bias: nn.Parameter | None, inputs: slice | None) -> None:
+        """`inputs`: this rank's inputs, where x arrives whole."""
         super().__init__()
         self.inner, self.bias = inner, bias
-        self._cut = cut
+        self._inputs = inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in / N], or [..., in] to be cut -> [..., out]."""
-        y: Tensor = self.inner(x if self._cut is None else x[..., self._cut].contiguous())
+        """x [..., in / N], or whole [..., in] -> [..., out]."""
+        y: Tensor = self.inner(x if self._inputs is None else x[..., self._inputs].contiguous())
         dist.all_reduce(y)
         return y if self.bias is None else y.add_(self.bias)
 
 
 class SummedEmbedding(nn.Module):
-    """Rows of a table of which `inner` has those of this rank's tokens."""
+    """An embedding of which `inner` has the rows of this rank's tokens; the rows are summed over the ranks."""
 
     def __init__(self, inner: nn.Module, tokens: slice) -> None:
         super().__init__()
@@ -123,9 +124,9 @@ class SummedEmbedding(nn.Module):
 
 
 def _linear(module: Any, name: str, style: str, whole: nn.Linear, ranks: Ranks) -> tuple[nn.Module, Part]:
-    """The module that takes the place of `module`, and this rank's part of it."""
+    """The module that replaces `module`, and this rank's shard."""
     bias = None if module.bias is None else _local(module.bias)
-    inner = nn.Linear(whole.in_features, whole.out_features, bias=False, device="meta")  # the sizes are not looked at
+    inner = nn.Linear(whole.in_features, whole.out_features, bias=False, device="meta")  # sizes follow below
     inner.weight = _shard(module, name)
     inner.out_features, inner.in_features = inner.weight.shape
     if style in COLUMN:
@@ -142,16 +143,16 @@ def _linear(module: Any, name: str, style: str, whole: nn.Linear, ranks: Ranks) 
 
 
 def _embedding(module: Any, name: str, vocabulary: int, ranks: Ranks) -> tuple[nn.Module, Part]:
-    """The same for an embedding, which stays of its own class: some scale what they look up."""
+    """The same for an embedding. It keeps its own class, because some classes scale their output."""
     tokens = ranks.chunk(vocabulary)
     module.weight = _shard(module, name)
     module.num_embeddings, module.padding_idx = tokens.stop - tokens.start, None
-    vars(module).pop("forward", None)  # transformers' wrapper, put there when it was loaded
+    vars(module).pop("forward", None)  # removes the wrapper that transformers has set while loading
     return SummedEmbedding(module, tokens), Part(f"{name}.inner", inputs=tokens)
 
 
 def _shard(module: nn.Module, name: str) -> nn.Parameter:
-    """The rows or columns of the weight that transformers has loaded here."""
+    """The rows or columns of the weight that transformers has loaded on this rank."""
     weight = module.weight
     if not hasattr(weight, "to_local"):
         raise CheckpointError(f"transformers has not divided {name} as its plan says", hint="use another version of it")

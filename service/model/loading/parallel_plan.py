@@ -1,7 +1,7 @@
-"""Which part of a base each rank of a tensor-parallel group computes: transformers' own plan for the family, checked.
+"""The tensor-parallel plan of a base: transformers' own plan for the family, read and checked.
 
-Knows the plan's styles and what they ask of the model's sizes. Reads names and shapes (the meta device will do), splits
-nothing: parallel.py does. There is no list of families: one that transformers has no plan for is refused.
+Knows the plan's styles, and the sizes that they need. Reads names and shapes (of the meta device, too), and splits
+nothing; parallel.py does. Has no list of families: one without a plan in transformers is refused.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from torch import nn
 from service.contract.errors import CheckpointError, SettingsError
 from service.model.targets import is_plain_linear
 
-COLUMN = {"colwise"}  # W split by outputs; what comes out stays split
-GATHERED = {"colwise_gather_output", "colwise_rep"}  # the same, and every rank gets all outputs
+COLUMN = {"colwise"}  # W split by outputs, which stay split
+GATHERED = {"colwise_gather_output", "colwise_rep"}  # W split by outputs, which every rank gathers
 ROW = {"rowwise"}  # W split by inputs, which arrive split; the ranks' outputs are summed
-SPLITTING_ROW = {"rowwise_split_input", "rowwise_rep"}  # the same, and the inputs arrive whole
+SPLITTING_ROW = {"rowwise_split_input", "rowwise_rep"}  # W split by inputs, which arrive whole; outputs are summed
 VOCABULARY = {"embedding_rowwise"}  # an embedding split by tokens
 LINEAR = COLUMN | GATHERED | ROW | SPLITTING_ROW
-# transformers' own forwards do these: a mixture's experts, and norms that every rank has whole.
+# Done by transformers' own forwards: a mixture's experts, and norms that are whole on every rank.
 _PARAMETERS = {"packed_colwise", "rowwise"}
 _LEFT_ALONE = {"moe_tp_experts", "replicated_with_grad_allreduce", "replicate"}
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those that compute one model together."""
+    """The rank of this process, and the number of ranks of its group."""
 
     rank: int
     size: int
 
     def chunk(self, length: int) -> slice:
-        """This rank's part of a dimension, as torch.chunk divides it: the last parts may be shorter."""
+        """This rank's slice of a dimension, as torch.chunk divides it: the last slices may be shorter."""
         width = -(-length // self.size)
         start = min(self.rank * width, length)
         return slice(start, min(start + width, length))
 
 
 def planned(model: Any) -> dict[str, str]:
-    """The style of every module and parameter that the model's plan names."""
+    """The styles of the modules and parameters that the model's plan names."""
     rules: dict[str, str] = model.tp_plan or {}
     names = chain((name for name, _ in model.named_modules()), (name for name, _ in model.named_parameters()))
     return {name: rules[rule] for name in names if (rule := re.sub(r"\.\d+(?=\.|$)", ".*", name)) in rules}
 
 
 def check_plan(skeleton: Any, size: int, base: Path) -> None:
-    """Raises CheckpointError where the base cannot be divided among ranks, SettingsError where not among `size`."""
+    """Raises CheckpointError for a base that cannot be divided among ranks, SettingsError if not among `size`."""
     styles = planned(skeleton)
     modules = dict(skeleton.named_modules())
     decoder = {
@@ -80,7 +80,7 @@ def check_plan(skeleton: Any, size: int, base: Path) -> None:
 
 
 def splits_heads(skeleton: Any) -> bool:
-    """Whether each rank attends with its own heads only, and so keeps their keys and values only."""
+    """Whether each rank computes attention for its own heads only, and so stores only their keys and values."""
     styles = planned(skeleton)
     return any(
         styles.get(f"{name}.{child}") in COLUMN
@@ -95,7 +95,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _sizes(skeleton: Any, styles: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """What the number of ranks must divide, the plainest first."""
+    """Names and sizes that the number of ranks must divide, the best known first."""
     config = skeleton.config.get_text_config()
     if splits_heads(skeleton):
         yield "attention heads", config.num_attention_heads

@@ -1,4 +1,4 @@
-"""From a checkpoint to its model: the passes over the base, in the order in which they must run, and why so."""
+"""Builds a model from a checkpoint: the list of passes over the base, in their order, with the reasons for it."""
 
 from __future__ import annotations
 
@@ -16,91 +16,93 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from service.checkpoint import Checkpoint
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import ATTENTION
+from service.model.dtypes import bfloat16_if_lossless
 from service.model.loading.parallel import Shards, split
 from service.model.loading.parallel_plan import Ranks
 from service.model.loading.quantised import Quantization, quantise
-from service.model.loading.rope import settle_longrope
+from service.model.loading.rope import fix_longrope
 from service.model.loading.skeleton import build_skeleton, read_config, skeleton_of
 from service.model.loading.weights import place_weights
 from service.model.targets import resolve_sites
-from service.model.transfer import narrowed
 from service.model.xlora_model import XLoraModel
 
-Keeps = Callable[[Checkpoint], Collection[str]]
+FindCandidates = Callable[[Checkpoint], Collection[str]]
 
 
 def _quiet(_: str) -> None:
-    """Progress that nobody follows."""
+    """Discards progress."""
 
 
 @dataclass
 class Loading:
-    """A base on its way to a model, and what was asked of it."""
+    """The arguments of a load, and its state between the passes."""
 
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     quantization: Quantization | None = None
-    max_model_len: int | None = None  # None: as many tokens as the base takes
+    max_model_len: int | None = None  # None: the base's own
     is_for_cpu: bool = False  # of an outline on the meta device
     ranks: Ranks | None = None  # every rank must load at the same time
-    names_kept_bfloat16: Keeps | None = None  # which linears of a base may stay as they are stored
+    find_candidates: FindCandidates | None = None  # see `bfloat16_candidates`
     on_progress: Callable[[str], None] = _quiet
-    skeleton: Any = None  # the base's modules without weights, whole
-    causal_lm: Any = None  # the base with weights, or this rank's part of it
-    shards: Shards | None = None  # which part that is; None: all
+    skeleton: Any = None  # the whole base's modules, without weights
+    causal_lm: Any = None  # the base with weights, or this rank's shard of it
+    shards: Shards | None = None  # None: the whole base
     model: XLoraModel | None = None
 
     @cached_property
-    def kept(self) -> Collection[str]:
-        """Linears whose weights and experts may be kept in bfloat16, if they lose nothing by it."""
-        return () if self.names_kept_bfloat16 is None else self.names_kept_bfloat16(self.checkpoint)
+    def bfloat16_candidates(self) -> Collection[str]:
+        """Linears whose weights and experts are to be stored in bfloat16 where that is lossless."""
+        return () if self.find_candidates is None else self.find_candidates(self.checkpoint)
 
 
-def judge(loading: Loading) -> None:
+def check_servable(loading: Loading) -> None:
     """Raises CheckpointError for a base that cannot be served exactly and for experts that cannot adapt it."""
     loading.skeleton = skeleton_of(loading.checkpoint)
     resolve_sites(loading.checkpoint, loading.skeleton)
 
 
 def read_weights(loading: Loading) -> None:
-    """Raises CheckpointError where a tensor is missing, which transformers would fill with random numbers."""
+    """Loads the base's weights to the device, layer by layer, and quantises each layer, or stores it in bfloat16, as it
+    arrives. Raises CheckpointError for a missing tensor, which transformers would fill with random numbers.
+    """
     checkpoint = loading.checkpoint
     loading.on_progress(f"loading base model from {checkpoint.base_path}")
     if loading.ranks is not None:
-        loading.causal_lm = _divided(loading)
+        loading.causal_lm = _read_shard(loading)
         return
     causal_lm = loading.causal_lm = build_skeleton(checkpoint.base_path, loading.dtype)
     tensors = checkpoint.base_tensors
     is_bfloat16 = checkpoint.base_dtypes == {torch.bfloat16}
-    unseen = set() if is_bfloat16 else set(loading.kept)
+    unconverted = set() if is_bfloat16 else set(loading.bfloat16_candidates)
 
     def after_layer() -> None:
         if loading.quantization is not None:
             quantise(causal_lm, loading.quantization, loading.device, for_cpu=loading.device.type == "cpu")
-        _narrow(causal_lm, unseen)
+        _store_in_bfloat16(causal_lm, unconverted)
 
     place_weights(
         causal_lm,
         tensors,
         loading.device,
-        stays_bfloat16=loading.kept if is_bfloat16 else (),
+        in_bfloat16=loading.bfloat16_candidates if is_bfloat16 else (),
         after_layer=after_layer,
         on_progress=loading.on_progress,
     )
 
 
-def _narrow(causal_lm: Any, names: set[str]) -> None:
-    """Keeps weights that have come in bfloat16 if they lose nothing by it; they leave `names`."""
+def _store_in_bfloat16(causal_lm: Any, names: set[str]) -> None:
+    """Converts loaded weights to bfloat16 where that is lossless, and removes the names of loaded ones from `names`."""
     for name in sorted(names):
         linear = causal_lm.get_submodule(name)
         if not linear.weight.is_meta:
-            linear.weight = nn.Parameter(narrowed(linear.weight.detach()), requires_grad=False)
+            linear.weight = nn.Parameter(bfloat16_if_lossless(linear.weight.detach()), requires_grad=False)
             names.remove(name)
 
 
-def _divided(loading: Loading) -> Any:
-    """This rank's part of the base, which transformers cuts out as it reads."""
+def _read_shard(loading: Loading) -> Any:
+    """This rank's shard of the base, which transformers divides while it reads."""
     base, ranks = loading.checkpoint.base_path, loading.ranks
     assert ranks is not None
     plan = DistributedConfig(tp_plan="auto", tp_size=ranks.size)
@@ -108,7 +110,7 @@ def _divided(loading: Loading) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base, config=read_config(base), dtype=loading.dtype, distributed_config=plan, **_quietly()
         )
-    except ValueError as error:  # older versions want more to be divisible than check_plan does
+    except ValueError as error:  # older versions require more sizes to be divisible than check_plan does
         raise CheckpointError(
             f"{base}: transformers {transformers.__version__} does not divide it: {error}",
             hint="use a newer version, or another --tensor-parallel",
@@ -122,71 +124,77 @@ def _divided(loading: Loading) -> Any:
 
 
 def _quietly() -> dict[str, Any]:
-    """How transformers is called: nothing is downloaded or run, and what it misses is reported."""
+    """Arguments of from_pretrained: no download, no remote code, and a report on missing tensors."""
     return {
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
-        "generation_config": GenerationConfig(),  # type: ignore[no-untyped-call]  # nothing reads it, nor its file
+        "generation_config": GenerationConfig(),  # type: ignore[no-untyped-call]  # unused; so its file is not read
         "output_loading_info": True,
     }
 
 
-def outline(loading: Loading) -> None:
-    """In the place of read_weights: modules on the meta device, in the dtype that was asked for."""
+def build_on_meta(loading: Loading) -> None:
+    """Replaces read_weights in an outline: builds the modules on the meta device, in the load's dtype."""
     loading.causal_lm = build_skeleton(loading.checkpoint.base_path, loading.dtype)
 
 
-def attend(loading: Loading) -> None:
-    """Attention over the paged KV cache."""
+def use_paged_attention(loading: Loading) -> None:
+    """Sets attention over the paged KV cache."""
     loading.causal_lm.set_attn_implementation(ATTENTION)
 
 
-def settle_rope(loading: Loading) -> None:
-    """One set of frequencies for texts of every length."""
-    settle_longrope(loading.causal_lm, loading.max_model_len, loading.on_progress)
+def fix_rope(loading: Loading) -> None:
+    """Fixes one set of RoPE frequencies for texts of every length."""
+    fix_longrope(loading.causal_lm, loading.max_model_len, loading.on_progress)
 
 
-def quantise_linears(loading: Loading) -> None:
-    """Linears in 8 or 4 bit, of modules without weights."""
+def quantise_on_meta(loading: Loading) -> None:
+    """Quantises an outline's linears. With weights, read_weights does it layer by layer."""
     if loading.quantization is not None:
         quantise(loading.causal_lm, loading.quantization, loading.device, for_cpu=loading.is_for_cpu)
 
 
-def move(loading: Loading) -> None:
-    """Tensors that are not there yet go to the device; all is for inference."""
+def move_to_device(loading: Loading) -> None:
+    """Moves the remaining tensors (buffers) to the device, and sets the model to inference."""
     loading.causal_lm.to(loading.device).eval().requires_grad_(False)
 
 
-def divide(loading: Loading) -> None:
-    """Plain local modules in the place of transformers' divided ones."""
+def localise_shards(loading: Loading) -> None:
+    """Replaces the modules that transformers has divided among ranks by plain local ones."""
     if loading.ranks is not None:
         loading.shards = split(loading.causal_lm, loading.skeleton, loading.ranks)
 
 
-def assemble(loading: Loading) -> None:
-    """Experts on their modules, and a tap around the decoder."""
+def add_experts(loading: Loading) -> None:
+    """Builds the XLoraModel: experts on their modules, gate, classifier, and a tap around the decoder."""
     checkpoint, device, dtype = loading.checkpoint, loading.device, loading.dtype
     loading.on_progress(f"stacking experts: {', '.join(expert.name for expert in checkpoint.experts)}")
     loading.model = XLoraModel(
-        checkpoint, loading.causal_lm, device=device, dtype=dtype, shards=loading.shards, kept_bfloat16=loading.kept
+        checkpoint,
+        loading.causal_lm,
+        device=device,
+        dtype=dtype,
+        shards=loading.shards,
+        bfloat16_candidates=loading.bfloat16_candidates,
     )
 
 
 Passes = Sequence[Callable[[Loading], None]]
 BASE_PASSES: Passes = (
-    judge,  # first: this takes milliseconds, and reading weights minutes
-    read_weights,  # to the device, quantised layer by layer: neither holds the whole base in a wider dtype
-    attend,  # while all modules are still transformers' own, which it walks through
-    settle_rope,  # before the move: computed on the CPU, frequencies are the same for every device
-    move,
+    check_servable,  # first: it takes milliseconds, and reading weights takes minutes
+    read_weights,  # quantises layer by layer, so that no memory holds the whole base in a larger dtype
+    use_paged_attention,  # while all modules are still transformers' own, because the setter walks through them
+    fix_rope,  # before the move: computed on the CPU, frequencies are equal on every device
+    move_to_device,
 )
 MODEL_PASSES: Passes = (
     *BASE_PASSES,
-    divide,  # before experts come: each rank's part of them is cut as the module is that they adapt
-    assemble,  # last: stacks are made on the device, and the tap changes every module's name
+    localise_shards,  # before experts are added: they are sliced like the modules that they adapt
+    add_experts,  # last: stacks are built on the device, and the tap changes every module's name
 )
-OUTLINE_PASSES: Passes = (judge, outline, quantise_linears, assemble)  # nothing attends, and nothing is moved from meta
+# An outline does not run, so it needs no attention and no RoPE, and it stays on the meta device.
+OUTLINE_PASSES: Passes = (check_servable, build_on_meta, quantise_on_meta, add_experts)
 
 
 def load_model(
@@ -197,11 +205,12 @@ def load_model(
     quantization: Quantization | None = None,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
-    names_kept_bfloat16: Keeps | None = None,
+    bfloat16_candidates: FindCandidates | None = None,
     on_progress: Callable[[str], None] = _quiet,
 ) -> XLoraModel:
-    """Builds the model, or this rank's part of it, on `device`. The checkpoint's expert tensors can be dropped
-    afterwards: stacks are copies. Raises CheckpointError as the passes do.
+    """Builds the model, or this rank's shard of it, on `device`. `bfloat16_candidates` finds the linears that are to be
+    stored in bfloat16 where that is lossless. The checkpoint's expert tensors can be dropped afterwards, because stacks
+    are copies. Raises CheckpointError as the passes do.
     """
     loading = Loading(
         checkpoint,
@@ -210,7 +219,7 @@ def load_model(
         quantization,
         max_model_len,
         ranks=ranks,
-        names_kept_bfloat16=names_kept_bfloat16,
+        find_candidates=bfloat16_candidates,
         on_progress=on_progress,
     )
     run(loading, MODEL_PASSES)
@@ -221,8 +230,8 @@ def load_model(
 def outline_model(
     checkpoint: Checkpoint, *, dtype: torch.dtype, is_for_cpu: bool, quantization: Quantization | None = None
 ) -> XLoraModel:
-    """Build the model of load_model on the meta device: every module and its size, and no weight is read.
-    Raises CheckpointError as load_model does for what the weights' values do not decide.
+    """Builds the model of load_model on the meta device: all modules with their sizes, without reading weights. Raises
+    CheckpointError as load_model does, except for defects of the weights' values.
     """
     loading = run(Loading(checkpoint, torch.device("meta"), dtype, quantization, is_for_cpu=is_for_cpu), OUTLINE_PASSES)
     assert loading.model is not None
@@ -230,7 +239,7 @@ def outline_model(
 
 
 def run(loading: Loading, passes: Passes) -> Loading:
-    """Runs the passes one after the other."""
+    """Runs the passes in their order."""
     for each in passes:
         each(loading)
     return loading

@@ -1,7 +1,7 @@
-"""The probe: one run of a decoder with an attention that writes down how it was called.
+"""The probe: runs a decoder once with an attention function that records its calls.
 
-family.py reads it of the base's modules on the meta device, where nothing is computed; native/decoder.py of the model
-with its weights, whose logits it compares with its own formula. Knows transformers' attention interface only.
+family.py probes a base on the meta device, where nothing is computed. native/decoder.py probes a base with or without
+weights, and compares the logits with its own formula. Knows transformers' attention interface only.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ MASK = "a mask of its own"
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """How a layer called attention; None: not given."""
+    """The arguments with which a layer called attention; None: not given."""
 
     layer: int | None
     shape: tuple[int, int, int]  # KV heads, their keys' dimension, their values'
     scaling: float | None
     window: int | None  # in tokens
     softcap: float | None
-    arguments: frozenset[str]  # names of all that was given, and MASK
+    arguments: frozenset[str]  # names of all given arguments, and MASK
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The outcome of one run."""
+    """The record of one run."""
 
     calls: list[AttentionCall]
-    decoder_called: bool  # as a whole, so that its last hidden state can be kept
+    decoder_called: bool  # as a module, so that its last hidden state can be tapped
     logits: Tensor  # [1, T, V]
 
 
 @torch.inference_mode()
 def probe(causal_lm: Any, ids: Tensor, positions: Tensor, **arguments: Any) -> Probe:
-    """Runs ids [T] at positions [T]; `arguments` are the forward's own. The model's attention is then as before."""
+    """Runs ids [T] at positions [T]; `arguments` are the forward's own. Restores the model's attention afterwards."""
     calls: list[AttentionCall] = []
-    decoders: list[nn.Module] = []  # each time that one was called
+    decoders: list[nn.Module] = []  # one entry per call
 
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
@@ -70,6 +70,6 @@ def probe(causal_lm: Any, ids: Tensor, positions: Tensor, **arguments: Any) -> P
 
 
 def mixed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The probe's attention: a row's own query, key and value, [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
+    """The probe's attention, of a row to itself only: [1, heads, T, head_dim] -> [1, T, heads, head_dim]."""
     each = query.shape[1] // key.shape[1]
     return (query * key.repeat_interleave(each, 1) + value.repeat_interleave(each, 1)).transpose(1, 2)

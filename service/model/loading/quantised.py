@@ -1,13 +1,14 @@
-"""A base in 8 or 4 bit, weight-only. Experts, classifier, embeddings and head stay as they are.
+"""Weight-only quantisation of a base to 8 or 4 bit. Experts, classifier, embeddings and head are not quantised.
 
     on a GPU, by bitsandbytes     int8: blocks of 64 weights on a linear scale, 8.5 bits a weight
                                   int4: NF4 in blocks of 64, scales quantised again, about 4.1 bits
     on a CPU, by torch itself     int8: a scale per output, 8 bits
                                   int4: scale and zero per group of 64 weights, 4.5 bits in bfloat16
 
-Weights are upcast for each product, activations are never quantised: a row's result does not depend on its neighbours,
-as it would with LLM.int8's outlier columns. torch's operators for a CPU read the packed weights for a few rows, where
-bitsandbytes upcasts all of them first: 3 instead of 79 ms for a row and a linear of 14,336 x 4,096 (DECISIONS.md).
+Weights are upcast for each product, and activations are never quantised, so a row's result does not depend on the rest
+of the batch, as it would with LLM.int8's outlier columns. For few rows, torch's CPU operators read the packed weights
+directly, where bitsandbytes upcasts all of them first: 3 instead of 79 ms for a row and a linear of 14,336 x 4,096
+(DECISIONS.md).
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from service.contract.errors import SettingsError
 from service.model.targets import as_linear, is_plain_linear
 
 Quantization = Literal["int8", "int4"]
-BLOCK = 64  # weights that share a scale
-BITS = {"int8": 8.5, "int4": 5.0}  # at most of a weight, with its share of the scales
-_OUTPUTS = 64  # that the packed layout of int4 is made of
-_FEW_ROWS = 64  # from here on int8 is upcast once for all of them
+BLOCK = 64  # weights per scale
+BITS = {"int8": 8.5, "int4": 5.0}  # upper bounds of the bits per weight, scales included
+_OUTPUTS = 64  # the packed layout of int4 needs a multiple of them
+_MIN_UPCAST_ROWS = 64  # from this many rows on, int8 weights are upcast once for all rows
 
 
 class QuantisedLinear(nn.Module):
@@ -52,12 +53,12 @@ class QuantisedLinear(nn.Module):
 
     @property
     def bytes(self) -> int:
-        """What the weight takes: its codes and their scales."""
+        """Bytes of the weight: its codes and their scales."""
         scales = [self._state.absmax, *([self._state.state2.absmax] if self._kind == "int4" else [])]
         return sum(tensor.nbytes for tensor in (self.get_buffer("packed"), *scales))
 
     def dequantised(self) -> Tensor:
-        """W [out, in] in the dtype that it had."""
+        """W [out, in], upcast to its original dtype."""
         functional = self._library.functional
         upcast = functional.dequantize_4bit if self._kind == "int4" else functional.dequantize_blockwise
         weight: Tensor = upcast(self.get_buffer("packed"), self._state)
@@ -73,7 +74,7 @@ class QuantisedLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """The same on a CPU: `packed` and `scales` as torch's operators want them, W padded with zeros to their sizes."""
+    """y = W x + b with W in 8 or 4 bit, by torch's CPU operators. W is padded with zeros to the sizes they need."""
 
     packed: Tensor  # int8 [out, in]; int4: uint8 [out, in / 2], in a multiple of BLOCK
     scales: Tensor  # int8: [out]; int4: scale and zero [in / BLOCK, out, 2]
@@ -89,7 +90,7 @@ class PackedLinear(nn.Module):
         self.bias = _bias_on(linear, weight.device)
 
     def dequantised(self) -> Tensor:
-        """W [out, in] in the dtype that it had."""
+        """W [out, in], upcast to its original dtype."""
         if self._kind == "int8":
             return self.packed[:, : self.in_features].to(self.scales.dtype) * self.scales[:, None]
         identity = torch.eye(self.in_features, dtype=self.scales.dtype)
@@ -104,7 +105,7 @@ class PackedLinear(nn.Module):
     def _product(self, rows: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         rows = F.pad(rows, (0, -self.in_features % BLOCK)).contiguous()
-        if self._kind == "int8" and len(rows) >= _FEW_ROWS:
+        if self._kind == "int8" and len(rows) >= _MIN_UPCAST_ROWS:
             return F.linear(rows, self.packed.to(rows.dtype)) * self.scales
         if self._kind == "int8":
             y: Tensor = torch._weight_int8pack_mm(rows, self.packed, self.scales)
@@ -114,14 +115,14 @@ class PackedLinear(nn.Module):
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded: torch's operator reads beyond rows that are no multiple of 16."""
+    """int8 codes and scales. Rows are padded because torch's operator reads beyond those that are no multiple of 16."""
     wide = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK))
     scales = (wide.abs().amax(1) / 127).clamp(min=torch.finfo(torch.bfloat16).tiny).to(weight.dtype)
     return (wide / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scales
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w = scale * (code - 8) + zero, with codes 0 to 15."""
+    """int4 codes from 0 to 15, and scales and zeros: w = scale * (code - 8) + zero."""
     out, width = -weight.shape[0] % _OUTPUTS, -weight.shape[1] % BLOCK
     padded = F.pad(weight.float(), (0, width, 0, out))
     groups = padded.view(len(padded), -1, BLOCK)
@@ -140,8 +141,8 @@ def _bias_on(linear: Any, device: torch.device) -> nn.Parameter | None:
 
 
 def quantise(causal_lm: nn.Module, kind: Quantization, device: torch.device, *, for_cpu: bool) -> None:
-    """Replaces every plain linear of the decoder but the head that has its weights on `device`, one at a time. On the
-    meta device `for_cpu` tells what the outline is of.
+    """Replaces every plain linear of the decoder, except the head, whose weights are on `device`, one at a time. On the
+    meta device, `for_cpu` says which kind is planned.
     """
     head = causal_lm.get_output_embeddings()  # type: ignore[operator]
     for name, module in list(causal_lm.named_modules()):
@@ -152,12 +153,12 @@ def quantise(causal_lm: nn.Module, kind: Quantization, device: torch.device, *, 
                 name, PackedLinear(linear, kind) if for_cpu else QuantisedLinear(linear, kind, device)
             )
     if device.type == "meta" and not for_cpu:
-        # the library has kept a table of its own there, and would use it for real weights
+        # bitsandbytes has cached a table on the meta device, and would use it for real weights
         load_bitsandbytes().functional.name2qmap.pop("dynamic", None)
 
 
 def load_bitsandbytes() -> Any:
-    """The library. Raises SettingsError where it is not installed."""
+    """Imports bitsandbytes. Raises SettingsError if it is not installed."""
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError:

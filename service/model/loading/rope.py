@@ -1,8 +1,8 @@
-"""RoPE whose angles depend on how long a text is, made independent of the batch, or refused.
+"""RoPE whose frequencies depend on the length of the text: fixes them once for all texts, or refuses the base.
 
-transformers picks such angles from the longest row of each forward, so that a stranger's long prompt would change
-everybody's tokens, and keys already in the cache would be of other angles than new ones. Knows transformers' rotary
-modules; nothing of attention.
+transformers chooses such frequencies by the longest row of each forward. So one request's long prompt would change the
+tokens of all others, and cached keys would have other rotations than new ones. Knows transformers' rotary modules, and
+nothing of attention.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from service.contract.errors import CheckpointError
 from service.model.loading.context import read_context
 
-_SETTLED = "default"  # the type of a rotary module whose frequencies stay as they are
+_FIXED = "default"  # the type of a rotary module that never changes its frequencies
 
 
 def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
-    """Raises CheckpointError for RoPE that has other angles at every length ("dynamic")."""
+    """Raises CheckpointError for RoPE that has other frequencies at every length ("dynamic")."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     per_layer_type = [value for value in rope.values() if isinstance(value, dict)]  # as Gemma 3 has it
     if "dynamic" in {one.get("rope_type", "default") for one in (rope, *per_layer_type)}:
@@ -34,7 +34,7 @@ def refuse_length_dependent_rope(config: PretrainedConfig, source: str) -> None:
 
 def refuse_broken_rope(skeleton: PreTrainedModel, base: Path) -> None:
     """Raises CheckpointError for RoPE whose frequencies are not finite. `skeleton` is on the meta device; its rotary
-    modules are built once more, with values.
+    modules are built again on the CPU.
     """
     for module in skeleton.modules():
         if hasattr(module, "rope_type"):
@@ -46,31 +46,31 @@ def refuse_broken_rope(skeleton: PreTrainedModel, base: Path) -> None:
                 )
 
 
-def settle_longrope(
+def fix_longrope(
     causal_lm: PreTrainedModel, max_model_len: int | None, on_progress: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Fixes the frequencies of "longrope" modules for all texts: the short factors where no text can be longer than
-    the base was first trained on, else the long ones.
+    """Fixes the frequencies of "longrope" modules for all texts: the short factors if no text can be longer than the
+    original training length, else the long factors.
 
-    transformers changes from one to the other within a text, once it outgrows that length; a KV cache cannot.
+    transformers switches within a text, once it exceeds that length; cached keys cannot follow.
     """
-    length = max_model_len or read_context(causal_lm.config).usual
+    length = max_model_len or read_context(causal_lm.config).default_tokens
     for module in causal_lm.modules():
         kinds = getattr(module, "rope_type", None)
         if kinds == "longrope":
-            on_progress(_settle(module, None, length))
-            module.rope_type = _SETTLED  # type: ignore[assignment]
+            on_progress(_fix(module, None, length))
+            module.rope_type = _FIXED  # type: ignore[assignment]
         elif isinstance(kinds, dict) and "longrope" in kinds.values():
             for layer_type in [name for name, kind in kinds.items() if kind == "longrope"]:
-                on_progress(_settle(module, layer_type, length))
+                on_progress(_fix(module, layer_type, length))
             module.rope_type = {  # type: ignore[assignment]
-                name: _SETTLED if kind == "longrope" else kind for name, kind in kinds.items()
+                name: _FIXED if kind == "longrope" else kind for name, kind in kinds.items()
             }
 
 
-def _settle(module: nn.Module, layer_type: str | None, length: int) -> str:
-    """Puts the frequencies for `length` tokens into one rotary module, or into those of one of its layer types. Returns
-    what it chose.
+def _fix(module: nn.Module, layer_type: str | None, length: int) -> str:
+    """Sets the frequencies for `length` tokens in a rotary module, or in one of its layer types. Returns a line of
+    progress about the choice.
     """
     parameters = module.config.rope_parameters  # type: ignore[union-attr]
     parameters = parameters if layer_type is None else parameters[layer_type]  # type: ignore[index]

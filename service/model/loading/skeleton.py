@@ -1,8 +1,8 @@
-"""The skeleton: a base's modules on the meta device, without weights, built once per load.
+"""The skeleton: a base model on the meta device, without weights, for checks before weights are read.
 
-It answers what can be said of a base before its weights are read: whether it can be served, the order of its sites, its
-division among ranks. `check`, `serve` and `convert` judge a base by it as `inspect_base` of the checkpoint, which keeps
-it for whoever loads.
+It shows whether the base can be served, the order of its sites, and its division among ranks. `check`, `serve` and
+`convert` pass `inspect_base` to `load_checkpoint`, which stores the skeleton on the Checkpoint for the loader to reuse.
+Loading weights changes a model, so passes.py builds another one with `build_skeleton`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from service.model.targets import resolve_sites
 
 
 def inspect_base(base: BaseModel) -> Any:
-    """The skeleton. Raises CheckpointError for a base that would not load, whatever its weights are."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # of a load that takes milliseconds
+    """Builds and checks the skeleton. Raises CheckpointError for a base that would not load with any weights."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # building takes milliseconds
     skeleton = build_skeleton(base.path)
     with naming(base.path / "config.json", "its weights cannot be matched with it"):
-        refuse_misfit(skeleton, base)  # first: what fits the weights is of no unbounded size
+        refuse_misfit(skeleton, base)  # first: afterwards, the model's size is bounded by that of the files
     refuse_unservable(skeleton, base.path)
     return skeleton
 
 
 def skeleton_of(checkpoint: Checkpoint) -> Any:
-    """The skeleton of a checkpoint's base, made now where nobody has inspected it. Raises CheckpointError for a family
+    """The skeleton of a checkpoint's base, built now unless the checkpoint has one. Raises CheckpointError for a family
     that cannot be served.
     """
     if checkpoint.skeleton is not None:
@@ -46,7 +46,7 @@ def skeleton_of(checkpoint: Checkpoint) -> Any:
 
 def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
     """The base's modules without weights, in `dtype` (None: the base's own). Raises CheckpointError for an architecture
-    that is no causal LM here, and for fields of config.json that transformers cannot build it with.
+    without a causal LM in transformers, and for fields of config.json that it cannot be built with.
     """
     with naming(base / "config.json", "transformers knows no causal language model for it", SUPPORTED):
         config = read_config(base)
@@ -57,8 +57,8 @@ def build_skeleton(base: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def read_config(base: Path) -> PretrainedConfig:
-    """config.json as transformers reads it, whatever attention it names: ours takes its place, and one of the hub would
-    be downloaded and run.
+    """config.json as transformers reads it, without the attention that it names: ours replaces it, and one from the hub
+    would be downloaded and run.
     """
     config: PretrainedConfig = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     config._attn_implementation = "eager"
@@ -71,8 +71,8 @@ def traversal_sites(checkpoint: Checkpoint) -> list[str]:
 
 
 def check_divisible(checkpoint: Checkpoint, ranks: int) -> None:
-    """Raises CheckpointError where the base cannot be divided among ranks, or not served at all; SettingsError where it
-    cannot be divided among so many.
+    """Raises CheckpointError for a base that cannot be served, or not divided among ranks; SettingsError if it cannot
+    be divided among this many.
     """
     check_plan(skeleton_of(checkpoint), ranks, checkpoint.base_path)
     traversal_sites(checkpoint)

@@ -1,8 +1,8 @@
-"""A base's weights from its files into its modules, a layer at a time: what stays is placed where it stays, and beside
-it there is one layer at most, whatever the dtype, the device and the quantisation.
+"""Loads a base's weights layer by layer, straight to their final device and dtype, so that peak memory is the model
+plus one layer.
 
-The converting is transformers' own, as in fit.py: renamings, merged experts, tied weights. Knows how transformers loads
-and how tensors are called; which of them are kept in which dtype it is told.
+The conversion is transformers' own, as in fit.py: renamings, merged experts, tied weights. Knows how transformers
+loads, and the names of tensors; the caller decides which weights stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.checkpoint.weights.tensors import StoredTensor
 from service.contract.errors import CheckpointError
 from service.model.freed_memory import return_freed_memory
 
-REPORT_SECONDS = 2.0  # between two lines of progress
+REPORT_SECONDS = 2.0  # between lines of progress
 
 
 def place_weights(
@@ -29,19 +29,19 @@ def place_weights(
     tensors: Mapping[str, StoredTensor],
     device: torch.device,
     *,
-    stays_bfloat16: Collection[str] = (),
+    in_bfloat16: Collection[str] = (),
     after_layer: Callable[[], None] = lambda: None,
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Fills the modules of a base on the meta device with the files' tensors, on `device` and in the dtypes that the
-    modules have; the weights of the linears named in `stays_bfloat16` stay as they are stored where float32 would only
-    widen them. `after_layer` is called when a layer is complete. Buffers are computed, and stay on the CPU.
+    """Fills the modules of a base on the meta device with the files' tensors, on `device` and in the modules' dtypes,
+    except that the weights of the linears `in_bfloat16` are stored in bfloat16. `after_layer` is called when a layer is
+    complete. Buffers are computed, and stay on the CPU.
 
-    Raises CheckpointError where a tensor is missing, of another shape, damaged or not finite.
+    Raises CheckpointError for a tensor that is missing, of another shape, damaged or not finite.
     """
     mapping: Any = get_model_conversion_mapping(causal_lm)
     config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping, **_dtypes(causal_lm))
-    for name in stays_bfloat16:
+    for name in in_bfloat16:
         weight = causal_lm.get_submodule(name).weight
         weight.data = weight.data.to(torch.bfloat16)
     compute_buffers(causal_lm)
@@ -65,7 +65,7 @@ def place_weights(
 
 
 def _by_layer(tensors: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
-    """Tensors that come together, those of no layer first."""
+    """The tensors grouped by layer, those outside of layers first."""
     groups: dict[int, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         found = LAYER_NUMBER.match(name)
@@ -74,7 +74,7 @@ def _by_layer(tensors: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
 
 
 class _Progress:
-    """Tells how many bytes have come, and how long the others will take."""
+    """Reports loaded bytes, and the expected time for the rest."""
 
     def __init__(self, total: int, on_progress: Callable[[str], None]) -> None:
         self._total, self._on_progress = total, on_progress
@@ -82,7 +82,7 @@ class _Progress:
         self._reported = self._started
 
     def add(self, count: int) -> None:
-        """So many bytes more."""
+        """Counts bytes that have been loaded."""
         self._done += count
         now = time.monotonic()
         if now - self._reported >= REPORT_SECONDS and self._done < self._total:
@@ -93,13 +93,13 @@ class _Progress:
 
 
 def compute_buffers(causal_lm: Any) -> None:
-    """Constants that are in no file, as RoPE's frequencies."""
+    """Computes constants that are in no file, such as RoPE's frequencies."""
     causal_lm._move_missing_keys_from_meta_to_device(set(), {"": torch.device("cpu")}, None, None)
     causal_lm._initialize_missing_keys(False)
 
 
 def _dtypes(causal_lm: Any) -> dict[str, Any]:
-    """The dtype of the base, and of the modules that it keeps in float32 whatever that is."""
+    """The base's dtype, and those of modules that it always keeps in float32."""
     return {"dtype": causal_lm.dtype, "dtype_plan": causal_lm._get_dtype_plan(causal_lm.dtype)}
 
 

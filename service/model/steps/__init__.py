@@ -1,1 +1,1 @@
-"""Steps: the interface of all that runs a batch, and CUDA graphs."""
+"""Step, the interface of everything that runs a batch, and its implementation with CUDA graphs."""

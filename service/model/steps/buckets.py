@@ -1,4 +1,4 @@
-"""Sizes for which a graph is captured."""
+"""Buckets: the sizes that CUDA graphs are captured for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def buckets(smallest: int, growth: int, largest: int) -> list[int]:
-    """smallest, smallest * growth, ... up to `largest`, which is always one of them."""
+    """The sizes smallest, smallest * growth, ... and, as the last, `largest`."""
     sizes = []
     while smallest < largest:
         sizes.append(smallest)
@@ -16,5 +16,5 @@ def buckets(smallest: int, growth: int, largest: int) -> list[int]:
 
 
 def bucket(sizes: Sequence[int], needed: int) -> int:
-    """The smallest size that is enough."""
+    """The smallest size that is at least `needed`."""
     return sizes[bisect.bisect_left(sizes, needed)]

@@ -1,9 +1,9 @@
-"""The draft layer captured in CUDA graphs: one launch in place of some forty for every token that is drafted.
+"""The draft layer in CUDA graphs: one launch instead of some forty for every drafted token.
 
-    start  ->  static buffers, over what an earlier call has left there  ->  replay  ->  the first rows and columns
+    start  ->  static buffers (stale rows beyond n are ignored)  ->  replay  ->  first n rows, first depth - 1 columns
 
-A graph always drafts as deep as the layer goes. It holds how tokens are chosen as well, where that depends on nothing
-but tensors (PureChoice); what wants more runs eagerly.
+A graph always drafts to the layer's full depth. It includes the choice of tokens, if that depends on tensors alone
+(PureChoice); with any other choice the layer runs eagerly.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from service.model.steps.step import Step
 
 logger = logging.getLogger(__name__)
 
-_MAX_SEQUENCES = 32  # beyond, the layer is a small part of a step
+_MAX_SEQUENCES = 32  # with more, the layer is a small part of a step
 
-Chain = Callable[[], Tensor]  # over static inputs, int64 [sequences, depth - 1]
+Replay = Callable[[], Tensor]  # over static inputs, int64 [sequences, depth - 1]
 
 
 class CapturedDrafts:
-    """The draft layer of `eager` over one KV cache. Where capturing fails, the reason is logged, it runs eagerly."""
+    """The draft layer of `eager` over one KV cache, captured. When capturing fails, it is logged, and runs eagerly."""
 
     def __init__(
         self,
         eager: Step,
         kv_cache: KVCache,
-        capture: Callable[[Chain], Chain],
+        capture: Callable[[Replay], Replay],
         *,
         hidden: Tensor,
         depth: int,
         max_sequences: int,
         width_buckets: Sequence[int],
     ) -> None:
-        """`hidden` [.., H] tells what states look like; `depth` is the layer's, `width_buckets` are of block tables."""
+        """`hidden` [.., H] is any hidden state, for its size and dtype; `depth` is the layer's; `width_buckets` are the
+        widths of block tables.
+        """
         self._eager, self._kv_cache, self._capture, self._depth = eager, kv_cache, capture, depth
         self.sizes = buckets(1, 2, min(max_sequences, _MAX_SEQUENCES))
         self._widths = width_buckets
@@ -50,33 +52,33 @@ class CapturedDrafts:
         self._tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self._positions = torch.zeros(count, 1, dtype=torch.int64, device=device)
         self._tables = torch.full((count, width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=device)
-        self._inputs: dict[object, tuple[Tensor, ...]] = {}  # of choices, by function
-        self._captured: dict[tuple[object, int, int], Chain] = {}
+        self._inputs: dict[object, tuple[Tensor, ...]] = {}  # static inputs of choices, by function
+        self._captured: dict[tuple[object, int, int], Replay] = {}
         self._failed = False
 
     @torch.inference_mode()
     def draft(self, start: DraftStart, choose: Choose) -> Tensor:
-        """Step.draft. What it returns is good until the next call."""
+        """Step.draft. The result is valid until the next call."""
         count, width = start.group.block_table.shape
         if not isinstance(choose, PureChoice) or count > self.sizes[-1] or self._failed:
             return self._eager.draft(start, choose, self._kv_cache)
         size, wide = bucket(self.sizes, count), bucket(self._widths, width)
         self._fill(start, choose, size)
-        chain = self._chain(choose, size, wide)
-        if chain is None:
+        replay = self._replay(choose, size, wide)
+        if replay is None:
             return self._eager.draft(start, choose, self._kv_cache)
-        return chain()[:count, : start.depth - 1]
+        return replay()[:count, : start.depth - 1]
 
     @torch.inference_mode()
     def warm_up(self, start: DraftStart, choice: PureChoice) -> None:
-        """Captures every number of sequences for short contexts, with a choice of this kind."""
+        """Captures the graphs of all bucket sizes for short contexts, with a choice of this kind."""
         self._fill(start, choice, self.sizes[-1])
         for size in reversed(self.sizes):
-            self._chain(choice, size, self._widths[0])
+            self._replay(choice, size, self._widths[0])
 
     def _fill(self, start: DraftStart, choice: PureChoice, size: int) -> None:
-        """Writes into the first rows of `size`. Behind them is what an earlier call has left, at position 0: another
-        could lie behind the blocks that a table of this width has, where kernels read what is not theirs.
+        """Writes the inputs to the first of `size` rows. Later rows keep stale values, but at position 0: a stale
+        position could be beyond this width's block table, where kernels would read out of bounds.
         """
         count, width = start.group.block_table.shape
         self._state[:count].copy_(start.state)
@@ -92,17 +94,17 @@ class CapturedDrafts:
             own = static[:count]
             (own if given.ndim == 1 else own[:, : given.shape[1]]).copy_(given)
 
-    def _chain(self, choice: PureChoice, size: int, width: int) -> Chain | None:
-        """The graph of a bucket, captured where there is none yet; None where that has failed."""
+    def _replay(self, choice: PureChoice, size: int, width: int) -> Replay | None:
+        """The replay of a bucket, which is captured if needed; None when that fails."""
         key = (choice.function, size, width)
         if key not in self._captured:
             own = PureChoice(choice.function, tuple(static[:size] for static in self._inputs[choice.function]))
 
-            def chain() -> Tensor:
+            def draft() -> Tensor:
                 return self._eager.draft(self._static_start(size, width), own, self._kv_cache)
 
             try:
-                self._captured[key] = self._capture(chain)
+                self._captured[key] = self._capture(draft)
             except RuntimeError:
                 logger.exception("the draft layer cannot be captured in a CUDA graph, it runs eagerly")
                 self._failed = True
@@ -110,7 +112,7 @@ class CapturedDrafts:
         return self._captured[key]
 
     def _static_start(self, size: int, width: int) -> DraftStart:
-        """The buffers' first rows. A new one for every run: a group keeps the masks that it has made."""
+        """A start over the buffers' first rows; a new one for each run, because an AttentionGroup caches its masks."""
         keys = width * self._kv_cache.block_size
         positions, tables = self._positions[:size], self._tables[:size, :width]
         group = AttentionGroup(0, size, 1, positions, tables, keys, needs_mask=True)

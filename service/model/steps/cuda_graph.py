@@ -1,11 +1,11 @@
-"""The decode step captured in CUDA graphs: one launch in place of some two thousand.
+"""The decode step in CUDA graphs: one launch instead of some two thousand.
 
     batch  ->  static input buffers, filled up with idle rows  ->  replay  ->  the first rows of the static outputs
 
-A graph has fixed shapes, so there is one per bucket of rows and of context. A row needs no neighbours: a segment of
-several rows (drafts to verify, the rest of a prompt) is run as that many rows with the same block table, which is exact
-because every row's key is written before any row attends. Larger batches are left to the eager model.
-Buckets, padding and buffers are the same on every device; what it means to capture is a parameter.
+A graph has fixed shapes, so there is one per bucket of rows and of context length. Every row is a segment of its own: a
+segment of several rows (drafts to verify, the rest of a prompt) becomes that many rows with the same block table, which
+is exact because every row's key is written before any row attends. Larger batches run on the eager step.
+Knows buckets, padding and buffers, which are the same on every device; capturing itself is a parameter.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ logger = logging.getLogger(__name__)
 
 Output = TypeVar("Output")
 
-_SMALLEST_CONTEXT = 512  # tokens
-_CONTEXT_GROWTH = 4  # the kernels read what a row needs, so a wide table costs next to nothing
+_MIN_CONTEXT = 512  # tokens, of the smallest bucket
+_CONTEXT_GROWTH = 4  # kernels read only the blocks that a row needs, so a wide table costs almost nothing
 
-Replay = Callable[[], ForwardOutput]  # over static inputs, of all their rows
+Replay = Callable[[], ForwardOutput]  # runs all rows of the static inputs
 
 
 class Capture(Protocol):
-    """Makes a replay of work over static inputs, which writes what it returns where it was the first time."""
+    """Captures work over static inputs. Returns a function that replays it into the same output tensors."""
 
     def __call__(self, work: Callable[[], Output], /) -> Callable[[], Output]:
         """Runs the work at least once."""
 
 
 class GraphCapture:
-    """Captures steps in CUDA graphs, all of them in one memory pool.
+    """Captures steps in CUDA graphs that share one memory pool.
 
-    A replay may overwrite what another graph computed: outputs are good until the next one.
+    A replay may overwrite the outputs of other graphs, so outputs are valid until the next replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class GraphCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Output], /) -> Callable[[], Output]:
-        """Runs the work twice (libraries allocate and kernels compile on first use), then captures it."""
+        """Runs the work twice first, because libraries allocate and kernels compile on first use; then captures it."""
         with torch.cuda.device(self._device):
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(current)
@@ -74,9 +74,9 @@ class GraphCapture:
 
 
 class CapturedSteps:
-    """The steps of `eager` over one KV cache, captured where they fit.
+    """A Step over one KV cache that replays captured graphs of `eager`, and runs `eager` for batches that fit none.
 
-    Where capturing fails, the reason is logged once and every batch is run eagerly.
+    When capturing fails, the reason is logged once, and every batch runs eagerly.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class CapturedSteps:
         max_num_seqs: int = 1,
         draft_depth: int = 1,
     ) -> None:
-        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `draft_depth`: tokens that the model's
-        draft layer drafts, 1 where there is none.
+        """Captures nothing yet. `max_rows`: rows of the largest step to capture. `draft_depth`: the depth of the
+        model's draft layer, 1 without one.
         """
         self._eager, self._kv_cache, self._capture = eager, kv_cache, capture
         device, experts = kv_cache.gate_rows.device, kv_cache.gate_rows.shape[2]
         size = kv_cache.block_size
         self.row_buckets = buckets(1, 2, max_rows)
-        self.width_buckets = buckets(-(-_SMALLEST_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
+        self.width_buckets = buckets(-(-_MIN_CONTEXT // size), _CONTEXT_GROWTH, -(-max_model_len // size))
         scratch = kv_cache.scratch_slot
-        # token, position, KV slot, gate slot, new gate slot, is scaling: a row whose outcome nobody reads
+        # An idle row: token, position, KV slot, gate slot, new gate slot, is scaling. Nobody reads its results.
         self._idle = torch.tensor([0, 0, scratch, kv_cache.dummy_slot, scratch, 0], device=device)[:, None]
-        self._rows = self._idle.repeat(1, max_rows)  # int64 [6, rows]
+        self._fields = self._idle.repeat(1, max_rows)  # int64 [6, rows]
         self._all_rows = torch.arange(max_rows, device=device)
-        # Where no table is written, any block will do: positions hide it.
+        # The rest of a table may name any block, because positions mask it.
         self._tables = torch.full(
             (max_rows, self.width_buckets[-1]), kv_cache.num_blocks, dtype=torch.int64, device=device
         )
@@ -117,14 +117,14 @@ class CapturedSteps:
 
     @property
     def captured(self) -> list[tuple[int, int]]:
-        """The buckets (rows, blocks) captured so far."""
+        """The buckets (rows, blocks) that have been captured."""
         return sorted(self._captured)
 
     def warm_up(self, choices: Iterable[PureChoice] = ()) -> None:
-        """Captures every number of rows for short contexts, and the draft layer with `choices` of one row, so that no
-        early request waits for it.
+        """Captures all row buckets for short contexts, and the draft layer with `choices` of one row, so that early
+        requests need not wait for it.
         """
-        for rows in reversed(self.row_buckets):  # the largest first: the others fit into its memory
+        for rows in reversed(self.row_buckets):  # the largest first: the others reuse its memory
             self._step_for(rows, self.width_buckets[0])
         if self._draft_depth > 1:
             hidden = self._eager.forward(idle_batch(self._kv_cache, 2), self._kv_cache).hidden
@@ -134,9 +134,9 @@ class CapturedSteps:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> ForwardOutput:
-        """Runs T rows once. What it returns is good until the next forward."""
+        """Step.forward. The output is valid until the next forward."""
         assert kv_cache is self._kv_cache, "graphs are captured over one KV cache"
-        count, scaling_rows = batch.rows.shape[1], batch.num_scaling_rows
+        count, scaling_rows = batch.fields.shape[1], batch.num_scaling_rows
         if count <= self.row_buckets[-1]:
             width = max(group.block_table.shape[1] for group in batch.groups)
             rows = bucket(self.row_buckets, count)
@@ -152,7 +152,7 @@ class CapturedSteps:
         return self._eager.forward(batch, kv_cache)
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
-        """Runs the draft layer, captured where that is possible. What it returns is good until the next call."""
+        """Step.draft, captured where possible. The result is valid until the next call."""
         assert kv_cache is self._kv_cache, "graphs are captured over one KV cache"
         return self._drafts_of(start.state).draft(start, choose)
 
@@ -168,10 +168,10 @@ class CapturedSteps:
         return self._drafts
 
     def _fill(self, batch: Batch, count: int, rows: int) -> None:
-        """Writes the batch into the static buffers: `count` rows and idle ones up to `rows`."""
-        self._rows[:, :count].copy_(batch.rows)
+        """Writes the batch to the static buffers: its `count` rows, and idle rows up to `rows`."""
+        self._fields[:, :count].copy_(batch.fields)
         if count < rows:
-            self._rows[:, count:rows] = self._idle
+            self._fields[:, count:rows] = self._idle
         for group in batch.groups:
             width = group.block_table.shape[1]
             own = self._tables[group.start : group.start + group.segments * group.queries, :width]
@@ -186,9 +186,9 @@ class CapturedSteps:
 
     @torch.inference_mode()
     def _step_for(self, rows: int, width: int) -> Replay | None:
-        """The step of a bucket, captured on idle rows where there is none yet; None where that has failed."""
+        """The replay of a bucket, which is captured on idle rows if needed; None when that fails."""
         if (rows, width) not in self._captured and not self._failed:
-            self._rows[:] = self._idle
+            self._fields[:] = self._idle
 
             def step() -> ForwardOutput:
                 return self._eager.forward(self._static_batch(rows, width), self._kv_cache)
@@ -201,12 +201,12 @@ class CapturedSteps:
         return self._captured.get((rows, width))
 
     def _static_batch(self, rows: int, width: int) -> Batch:
-        """The buffers' first rows as a batch whose rows all look alike: each is a segment of its own, has logits, and
-        brings scalings, which go to the scratch slot where nobody wants them.
+        """The buffers' first rows as a batch of uniform rows: each is a segment of its own, computes logits, and
+        computes scalings, which real rows write to the scratch slot.
         """
         parameters = GateParameters(*(tensor[:rows] for tensor in self._parameters.tensors()))
         batch = Batch(
-            self._rows[:, :rows], rows, self._all_rows[:rows], [], scaling_rows_are_gated=True, parameters=parameters
+            self._fields[:, :rows], rows, self._all_rows[:rows], [], scaling_rows_are_gated=True, parameters=parameters
         )
         keys = width * self._kv_cache.block_size
         positions, tables = batch.positions[:, None], self._tables[:rows, :width]

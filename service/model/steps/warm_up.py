@@ -1,4 +1,4 @@
-"""The first step on a device, before there is a request."""
+"""Idle batches, whose results nobody reads: for the warm-up at start, for capturing, and for timing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from service.model.steps.step import Step
 
 
 def warm_up(step: Step, kv_cache: KVCache, *, drafts: bool) -> None:
-    """Runs a scaling row and a real row whose outcome nobody reads, and the draft layer if it `drafts`: libraries
-    allocate, attention finds its backend.
+    """Runs an idle scaling row and real row, and the draft layer if `drafts`, so that libraries allocate and attention
+    selects its backend.
 
-    What cannot run on this device fails here, while the engine starts.
+    A model that cannot run on this device fails here, while the engine starts.
     """
     output = step.forward(idle_batch(kv_cache, 2), kv_cache)
     if drafts:
@@ -23,24 +23,24 @@ def warm_up(step: Step, kv_cache: KVCache, *, drafts: bool) -> None:
 
 
 def idle_batch(kv_cache: KVCache, count: int) -> Batch:
-    """So many rows, half of them scaling rows, of position 0 in the scratch block."""
+    """A batch of `count` rows, half of them scaling rows, at position 0 in the scratch block."""
     scratch, dummy = kv_cache.scratch_slot, kv_cache.dummy_slot
     device = kv_cache.gate_rows.device
     # token, position, KV slot, gate slot, new gate slot, is scaling
     rows = torch.tensor([[0, 0, scratch, dummy, scratch, 1], [0, 0, scratch, dummy, scratch, 0]], device=device)
-    rows = rows.repeat_interleave(count // 2, 0).T.contiguous()
+    fields = rows.repeat_interleave(count // 2, 0).T.contiguous()
     table = torch.full((count, 1), kv_cache.num_blocks, device=device)
-    group = AttentionGroup(0, count, 1, rows[1, :, None], table, 1, needs_mask=False)
-    return Batch(rows, count // 2, torch.arange(count, device=device), [group])
+    group = AttentionGroup(0, count, 1, fields[1, :, None], table, 1, needs_mask=False)
+    return Batch(fields, count // 2, torch.arange(count, device=device), [group])
 
 
 def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor) -> None:
-    """Runs the draft layer once, behind hidden [1, H] as if it were of position 0 in the scratch block."""
+    """Runs the draft layer once, from hidden [1, H] at position 0 in the scratch block."""
     step.draft(idle_start(kv_cache, hidden), PureChoice(take_largest, ()), kv_cache)
 
 
 def idle_start(kv_cache: KVCache, hidden: Tensor) -> DraftStart:
-    """One draft behind hidden [1, H]."""
+    """A start that drafts one token from hidden [1, H], at position 0 in the scratch block."""
     zeros = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
     group = AttentionGroup(0, 1, 1, zeros, zeros + kv_cache.num_blocks, 1, needs_mask=False)
     return DraftStart(hidden, zeros[0], group, depth=2)

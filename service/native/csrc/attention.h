@@ -1,4 +1,4 @@
-// Attention over keys and values that are read where they lie, through the block table.
+// Attention over the paged KV cache: keys and values are read in place, through the block table.
 
 #pragma once
 
@@ -13,20 +13,20 @@
 
 namespace {
 
-// The scores of `count` keys, logarithms to base 2, to weights: 2^(score - most), where `most` is the largest ever. Returns
-// their sum. Up to a multiple of kLanes there are more, of which each adds 1e-38.
-inline float to_weights(float* scores, int64_t count, float& most) {
-    const float least = -std::numeric_limits<float>::infinity();
+// Turns the scores of `count` keys, logarithms to base 2, into weights 2^(score - maximum), after raising `maximum` to the
+// largest of them. Returns their sum. Padding up to a multiple of kLanes adds 1e-38 each.
+inline float to_weights(float* scores, int64_t count, float& maximum) {
+    const float lowest = -std::numeric_limits<float>::infinity();
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    std::fill(scores + count, scores + padded, least);
-    Vec largest = Vec{} + most, total{};
+    std::fill(scores + count, scores + padded, lowest);
+    Vec largest = Vec{} + maximum, total{};
     for (int64_t i = 0; i < padded; i += kLanes) {
         const Vec some = load(scores + i);
         largest = some > largest ? some : largest;
     }
-    most = largest_of(largest);
+    maximum = largest_of(largest);
     for (int64_t i = 0; i < padded; i += kLanes) {
-        const Vec weight = power_of_two(load(scores + i) - most);
+        const Vec weight = power_of_two(load(scores + i) - maximum);
         std::memcpy(scores + i, &weight, sizeof weight);
         total += weight;
     }
@@ -39,13 +39,13 @@ struct Pool {  // [blocks, block_size, kv_heads, head_dim]
     int64_t block_size, kv_heads, head_dim;
 };
 
-constexpr int64_t kTokens = 256;  // looked at together: their scores stay in the nearest cache
-constexpr int64_t kFarBytes = 3 << 20;  // of one layer's keys and values: those of all are more than a cache holds
-constexpr int64_t kTokensAhead = 32;  // how far keys are fetched before they are wanted, where they come from memory
+constexpr int64_t kTokens = 256;  // per pass, so that their scores stay in the L1 cache
+constexpr int64_t kFarBytes = 3 << 20;  // from this size on, a layer's keys and values are taken to come from memory
+constexpr int64_t kTokensAhead = 32;  // prefetch distance of keys from memory
 
-// scores[h][i] = q[h] . key[i] for `count` keys, and for some more up to a multiple of kLanes. `far`: they come from memory,
-// and so will the values, of which each block is a page; nothing else fetches the next one in time. There are keys up to
-// count + kTokensAhead + kLanes, values up to count + kLanes.
+// scores[h][i] = q[h] . key[i] for `count` keys, and for padding up to a multiple of kLanes. `far`: keys and values come from
+// memory, and are prefetched here, because hardware prefetching ends at a page, which a block fills. There are pointers to
+// keys up to count + kTokensAhead + kLanes, to values up to count + kLanes.
 template <int HEADS>
 inline void score(
     const float* q, const float* const* keys, const float* const* values, int64_t offset, int64_t count, int64_t head_dim, bool far,
@@ -82,7 +82,7 @@ inline void score(
 // out[h][0 .. VECTORS * kLanes] += sum over i of weights[h][i] * value[i], for HEADS heads at once.
 template <int HEADS, int VECTORS>
 inline void mix(const float* weights, const float* const* values, int64_t offset, int64_t d, int64_t count, float* out, int64_t out_stride) {
-    constexpr int kAtOnce = HEADS * VECTORS > 6 ? 1 : 2;  // enough sums under way to hide how long one addition takes
+    constexpr int kAtOnce = HEADS * VECTORS > 6 ? 1 : 2;  // enough independent sums to hide the latency of additions
     Vec total[kAtOnce][HEADS][VECTORS];
     clear<kAtOnce * HEADS * VECTORS>(&total[0][0][0]);
     int64_t i = 0;
@@ -119,7 +119,7 @@ struct Scores {
     int64_t window;  // 0: none
 };
 
-// What some heads have seen so far of the keys and values: softmax as it goes (online).
+// The state of an online softmax: the keys and values that some heads have attended to so far.
 struct Seen {
     const float* query;  // [heads, head_dim], scaled
     float* out;          // [heads, head_dim]: the values times their weights, which are 2^(score - largest)
@@ -133,7 +133,7 @@ struct Seen {
     }
 };
 
-// HEADS heads see `count` more; keys and values are read once for all of them.
+// HEADS heads attend to `count` more keys; keys and values are read once for all heads.
 template <int HEADS>
 void see(
     const Seen& seen, const float* const* keys, const float* const* values, int64_t offset, int64_t count, int64_t head_dim,
@@ -150,19 +150,19 @@ void see(
     mix<HEADS>(seen.weights, values, offset, count, head_dim, seen.out);
 }
 
-// Consecutive positions of one stream, whose rows of the batch are consecutive too: they read the same keys.
+// Consecutive positions of one stream, whose rows of the batch are consecutive as well, so that they read the same keys.
 struct Span {
     const int64_t* table;  // its blocks
     int64_t row, rows, position;
 };
 
-// What the query heads of a span have seen of some KV heads, `group` query heads of each: [kv_heads][rows][group].
+// Attention of a span to some KV heads, with `group` query heads each. Its state is [kv_heads][rows][group].
 class Attention {
 public:
-    // Keys and values of the KV heads from `first` on.
+    // `kv_heads` KV heads, from `first` on.
     Attention(const Pool& pool, const Span& span, int64_t first, int64_t kv_heads, int64_t group, bool far)
         : pool_(pool), span_(span), first_(first), kv_heads_(kv_heads), group_(group), far_(far),
-          floats_(count() * (2 * pool.head_dim + 2) + kMostTogether * kTokens) {
+          floats_(count() * (2 * pool.head_dim + 2) + kMaxHeads * kTokens) {
         float* const out = floats_.data() + count() * pool.head_dim;
         float* const largest = out + count() * pool.head_dim;
         float* const total = largest + count();
@@ -172,8 +172,8 @@ public:
         std::fill_n(total, count(), 0.0f);
     }
 
-    // query and result: [rows, kv_heads * group, head_dim], rows `stride` numbers apart. Every row sees the keys up to its own
-    // position that are inside the window. What all rows see is read once for all of them.
+    // query and result: [rows, kv_heads * group, head_dim], rows `stride` floats apart. Every row attends to the keys up to its
+    // own position that are inside the window. Keys that all rows attend to are read once for all rows.
     void run(const float* query, int64_t query_stride, const Scores& how, float* result, int64_t result_stride) {
         const int64_t head_dim = pool_.head_dim, last = span_.position + span_.rows - 1;
         const auto begin = [&](int64_t position) { return how.window ? std::max<int64_t>(0, position + 1 - how.window) : 0; };
@@ -186,7 +186,7 @@ public:
             for (int64_t d = 0; d < head_dim; d++)
                 floats_[own * head_dim + d] = query[row * query_stride + at + d] * (how.scaling * kLog2E);
         });
-        // What fits one look is near, so there each row looks alone, and its sums are of one piece.
+        // Keys of a single pass stay in the cache, so there every row attends alone, and sums in the order of a single row.
         const int64_t from = begin(last), to = last < kTokens ? from : std::max(from, span_.position + 1);
         for (int64_t row = 0; row < span_.rows; row++) look(begin(span_.position + row), std::min(from, span_.position + row + 1), row, 1);
         look(from, to, 0, span_.rows);
@@ -198,12 +198,12 @@ public:
     }
 
 private:
-    static constexpr int64_t kMostTogether = 3;  // query heads: as many sums as there are registers for
+    static constexpr int64_t kMaxHeads = 3;  // query heads per pass: limited by the registers for their sums
 
     int64_t count() const { return kv_heads_ * span_.rows * group_; }
     int64_t number(int64_t kv_head, int64_t row) const { return (kv_head * span_.rows + row) * group_; }
 
-    // Some rows see the keys begin .. end - 1.
+    // `rows` rows from `row` on attend to the keys begin .. end - 1.
     void look(int64_t begin, int64_t end, int64_t row, int64_t rows) {
         const int64_t stride = pool_.kv_heads * pool_.head_dim;
         for (int64_t start = begin; start < end; start += kTokens) {
@@ -220,7 +220,7 @@ private:
         }
     }
 
-    // `heads` query heads from `first` on see `count` keys of a KV head.
+    // `heads` query heads from `first` on attend to `count` keys of a KV head.
     void look_at(int64_t kv_head, int64_t count, int64_t first, int64_t heads) {
         const int64_t head_dim = pool_.head_dim;
         const auto together = [&](auto heads_at_once, int64_t h) {

@@ -29,7 +29,7 @@ inline void norm(const float* x, const float* weight, double eps, int64_t rows, 
 
 // ---- rotation: RoPE of pairs half a head apart ----------------------------------------------------------------------
 
-// One head, in place: x, cos and sin [depth].
+// Rotates one head in place: x, cos and sin [depth].
 inline void rotate(float* x, const float* cos, const float* sin, int64_t depth) {
     const int64_t half = depth / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -42,11 +42,11 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t depth) 
 // ---- SwiGLU's product: y = g / (1 + e^-g) * u ------------------------------------------------------------------------
 
 inline Vec silu(Vec x) {
-    const Vec small = exponential(x < 0.0f ? x : -x);  // of -|x|: it cannot overflow
+    const Vec small = exponential(x < 0.0f ? x : -x);  // of -|x|, so that it cannot overflow
     return x * (x < 0.0f ? small : Vec{} + 1.0f) / (small + 1.0f);
 }
 
-// In place of g [count].
+// Computes it in place of g [count].
 inline void gated_product(float* g, const float* u, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
@@ -56,7 +56,7 @@ inline void gated_product(float* g, const float* u, int64_t count) {
     for (; i < count; i++) g[i] = silu(Vec{} + g[i])[0] * u[i];
 }
 
-// In place of x [count].
+// Computes it in place of x [count].
 inline void silu(float* x, int64_t count) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {

@@ -1,4 +1,4 @@
-// Memory to work in, which a thread keeps for the next time.
+// Work memory that a thread keeps and reuses.
 
 #pragma once
 
@@ -16,15 +16,15 @@ struct Room {
     int64_t size = 0;
 };
 
-// That this thread has had and wants again, by the dozen in every layer.
+// The free memory of a thread, which needs dozens of pieces in every layer.
 struct Rooms : std::vector<Room> {
     ~Rooms() {
-        for (Room& room : *this) Helpers::the().bury(std::move(room.floats));
+        for (Room& room : *this) Helpers::the().retire(std::move(room.floats));
     }
 };
 thread_local Rooms rooms;
 
-// Room for so many floats, of any value.
+// Uninitialised memory for `count` floats.
 class Floats {
 public:
     explicit Floats(int64_t count) {
@@ -35,9 +35,9 @@ public:
             room_ = std::move(rooms.back());
             rooms.pop_back();
         }
-        if (room_.size < count) {  // in the place of a smaller one, or there would be more and more
+        if (room_.size < count) {  // replaces a smaller one, or their number would grow without end
             room_.size = std::max<int64_t>(count, 1 << 12);
-            if (room_.floats) Helpers::the().bury(std::move(room_.floats));
+            if (room_.floats) Helpers::the().retire(std::move(room_.floats));
             room_.floats = memory_for(room_.size);
         }
     }

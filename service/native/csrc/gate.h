@@ -1,4 +1,4 @@
-// The gate, from stored scalings to the weights of ranks and from hidden states to stored scalings, and the draft head.
+// The gate (stored scalings to weights of ranks, hidden states to stored scalings), and the draft head.
 
 #pragma once
 
@@ -15,10 +15,10 @@
 
 namespace {
 
-// Rows of scalings, wherever they are stored: [slots, sites, experts]
+// Whether it is a tensor of stored gate rows, [slots, sites, experts].
 bool is_store(const Tensor& gate_rows) { return is_dense_floats(gate_rows, 3); }
 
-// What is stored for the slots from first_row on, times `weight`, at every rank: [slots - first_row, ranks]
+// The stored scalings of the slots from first_row on, expanded to ranks and times `weight`: [slots - first_row, ranks]
 void spread(
     const Tensor& gate_rows, const Tensor& slots, const Tensor& rank_index, int64_t first_row, float weight, float* weights
 ) {
@@ -30,15 +30,15 @@ void spread(
     }
 }
 
-// Softmax of `sites` times `experts` logits at this temperature.
+// Softmax over `experts` logits at each of `sites` sites, with a temperature.
 void softmax(const float* logits, int64_t sites, int64_t experts, float temperature, float* result) {
     const int64_t count = sites * experts;
     const Floats floats(count + kLanes);
     float* const powers = floats.data();
     for (int64_t site = 0; site < sites; site++) {
         const float* const own = logits + site * experts;
-        const float most = *std::max_element(own, own + experts);
-        for (int64_t e = 0; e < experts; e++) powers[site * experts + e] = (own[e] - most) / temperature;
+        const float maximum = *std::max_element(own, own + experts);
+        for (int64_t e = 0; e < experts; e++) powers[site * experts + e] = (own[e] - maximum) / temperature;
     }
     std::fill_n(powers + count, kLanes, 0.0f);
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -52,12 +52,12 @@ void softmax(const float* logits, int64_t sites, int64_t experts, float temperat
     }
 }
 
-// A classifier: linears, with ReLU between them or without.
+// A classifier: linears, optionally with ReLU between them.
 struct Classifier {
     std::vector<Linear> linears;
     bool relu;
 
-    // Whether it turns rows of `depth` numbers into rows of `width`.
+    // Whether its tensors fit together and map rows of `depth` floats to rows of `width`.
     bool is_sound(int64_t depth, int64_t width) const {
         for (const Linear& own : linears) {
             if (!own.is_sound() || own.depth() != depth) return false;
@@ -81,7 +81,7 @@ struct Classifier {
     }
 };
 
-// Logits [rows, sites, experts] as scalings, and those into `slots` of gate_rows; without a temperature there is no softmax.
+// Turns logits [rows, sites, experts] into scalings and stores them in `slots` of gate_rows; no temperature: no softmax.
 void store_scalings(
     const float* logits, int64_t rows, std::optional<double> temperature, float* scalings, const Tensor& gate_rows,
     const int64_t* slots
@@ -97,7 +97,7 @@ void store_scalings(
     }
 }
 
-// In place: h + D silu(U h + b) of h [rows, width].
+// Computes h + D silu(U h + b) in place of h [rows, width].
 void draft(const Linear& up, const Linear& down, int64_t rows, float* h) {
     const int64_t width = down.width();
     const Floats floats(rows * (width + up.width()));

@@ -1,9 +1,9 @@
-// Threads that help another one with its jobs, chunk by chunk, and are never waited for long.
+// A thread pool whose helpers compute chunks of another thread's job, and are never waited for long.
 //
-// Whoever is free takes the next chunk from a counter. A helper that loses its core while it holds one (to the API process,
-// to another machine on the same processor) does not hold up the job: after a while its chunk is computed once more where
-// the result is wanted. So helpers write to memory of their own, from which that thread takes what they have done; and as a
-// late one still reads what its job read, arguments are copied, and tensors are kept until it is back.
+// Every free thread takes the next chunk from a counter. A helper that loses its core while it has a chunk (to the API
+// process, or to another virtual machine) does not delay the job: after a while, the job's thread computes that chunk again
+// itself. So helpers write to memory of their own, and the job's thread collects their results from there. A late helper
+// may still read its job's inputs, so arguments are copied, and tensors are kept alive until it has returned.
 
 #pragma once
 
@@ -28,7 +28,7 @@
 
 namespace {
 
-constexpr std::align_val_t kLine{64};  // a cache line: vectors should not lie across two
+constexpr std::align_val_t kLine{64};  // a cache line, so that no vector crosses two
 
 struct Free {
     void operator()(float* floats) const { ::operator delete(floats, kLine); }
@@ -50,53 +50,53 @@ inline void pause() {
 
 class Helpers {
 public:
-    // From now on `hosts` threads help, and `guests` more, which run where nothing else wants to.
-    void set(int hosts, int guests) {
+    // Sets the number of helpers: `normal` threads, and `idle_priority` ones, which run only on idle cores.
+    void set(int normal, int idle_priority) {
         if (is_child_) return;
         const std::lock_guard<std::mutex> lock(sharing_);
-        forget_those_back();
-        int left[] = {hosts, guests};
-        for (const auto& helper : helpers_) helper->is_on = left[helper->is_guest]-- > 0;
-        for (const bool is_guest : {false, true})
-            for (; left[is_guest] > 0; left[is_guest]--) {
-                helpers_.push_back(std::make_unique<Helper>(is_guest));
+        forget_returned();
+        int left[] = {normal, idle_priority};
+        for (const auto& helper : helpers_) helper->is_on = left[helper->has_idle_priority]-- > 0;
+        for (const bool has_idle_priority : {false, true})
+            for (; left[has_idle_priority] > 0; left[has_idle_priority]--) {
+                helpers_.push_back(std::make_unique<Helper>(has_idle_priority));
                 std::thread([this, own = helpers_.back().get()] { help(*own); }).detach();
             }
-        asleep_ = true;  // or one that is on its way to sleep would not see that it has been switched on
+        asleep_ = true;  // else a helper about to sleep would miss that it has been switched on
         wake();
-        static const int at_fork = pthread_atfork(nullptr, nullptr, [] {  // no thread but one is in the child
+        static const int at_fork = pthread_atfork(nullptr, nullptr, [] {  // a child process has no helpers
             the().is_child_ = true;
             the().count_ = 0;
         });
-        count_ = at_fork == 0 ? hosts + guests : 0;
+        count_ = at_fork == 0 ? normal + idle_priority : 0;
     }
 
     int count() const { return count_.load(std::memory_order_relaxed); }
 
-    // How many chunks were computed here because a helper was late.
+    // The number of chunks that were computed again because a helper was late.
     int64_t repeated() const { return repeated_.load(std::memory_order_relaxed); }
 
-    // compute(chunk, block) for every chunk below `count`, here or by a helper, into a block of `floats` numbers; then, here,
-    // place(chunk, block). Helpers get a copy of `compute` and of the pointers in it; `keep` returns owners of what these
-    // point to, other than Floats, for the case that one is late. `block` is for what is computed here. Where another
-    // thread shares a job already, this one computes alone.
+    // Runs a job of `count` chunks: compute(chunk, block), on this thread or a helper, into a block of `floats` floats; then
+    // place(chunk, block), on this thread. Helpers get a copy of `compute` with the pointers in it. `keep` returns owners of
+    // the memory that these point to, other than Floats, in case a helper is late. `block` is this thread's own. While
+    // another thread has a job, this one computes alone.
     template <typename Compute, typename Place, typename Keep>
     void share(int64_t count, int64_t floats, const Compute& compute, const Place& place, const Keep& keep, float* block) {
         const std::unique_lock<std::mutex> lock(sharing_, std::try_to_lock);
-        if (lock) forget_those_back();
+        if (lock) forget_returned();
         if (!lock || count_ == 0 || count < 2) return alone(count, compute, place, block);
         left_.assign(count, true);
-        publish(uint32_t(count), floats, compute);
+        post(uint32_t(count), floats, compute);
         try {
             work(count, floats, compute, place, keep, block);
-        } catch (...) {  // no memory; helpers are still inside
+        } catch (...) {  // out of memory, while helpers are still at work
             next_.store(tagged(job_, UINT32_MAX));
-            be_late(keep);
+            mark_late(keep);
             throw;
         }
     }
 
-    // The same without helpers.
+    // Runs a job without helpers.
     template <typename Compute, typename Place>
     static void alone(int64_t count, const Compute& compute, const Place& place, float* block) {
         for (int64_t chunk = 0; chunk < count; chunk++) {
@@ -105,43 +105,43 @@ public:
         }
     }
 
-    // Frees this, once no helper can still read it.
-    void bury(Memory memory) {
-        const std::lock_guard<std::mutex> lock(burying_);
-        if (is_late_) buried_.push_back(std::move(memory));
+    // Frees memory once no helper can still read it.
+    void retire(Memory memory) {
+        const std::lock_guard<std::mutex> lock(retiring_);
+        if (is_late_) retired_.push_back(std::move(memory));
     }
 
     static Helpers& the() {
-        static Helpers& helpers = *new Helpers;  // for good: threads use it until the process ends
+        static Helpers& helpers = *new Helpers;  // never destroyed: threads use it until the process ends
         return helpers;
     }
 
 private:
     using Clock = std::chrono::steady_clock;
 
-    static constexpr int kWords = 64;                             // of a job's arguments
-    static constexpr uint32_t kHeld = 8;                          // blocks that a helper has computed and nobody taken
-    static constexpr auto kAwake = std::chrono::milliseconds(2);  // how long one looks out for the next job
+    static constexpr int kWords = 64;                             // of a job's arguments, at most
+    static constexpr uint32_t kHeld = 8;                          // computed blocks that a helper may hold uncollected
+    static constexpr auto kAwake = std::chrono::milliseconds(2);  // how long an idle helper polls before it sleeps
     static constexpr auto kPatience = std::chrono::microseconds(5);
     static constexpr int kChunksOfPatience = 3;
-    static constexpr int kPauses = 16;  // between two looks at the clock
+    static constexpr int kPauses = 16;  // between two readings of the clock
 
-    // A job in the upper half, a number in the lower one: what belongs to one job is not taken for another's.
+    // A job's number in the upper half, another number in the lower one, so that jobs are never confused.
     static uint64_t tagged(uint32_t job, uint32_t number) { return uint64_t(job) << 32 | number; }
     static uint32_t number_of(uint64_t tagged, uint32_t job) { return tagged >> 32 == job ? uint32_t(tagged) : 0; }
 
     struct alignas(64) Helper {
-        std::atomic<uint64_t> done{0};         // how many chunks it has computed
-        std::atomic<uint64_t> taken{0};        // how many of those have been taken from it
-        std::atomic<uint32_t> chunks[kHeld]{};  // which they are, each at its number % kHeld, like their blocks
+        std::atomic<uint64_t> done{0};         // chunks that it has computed
+        std::atomic<uint64_t> taken{0};        // chunks that have been collected from it
+        std::atomic<uint32_t> chunks[kHeld]{};  // their numbers, the n-th at n % kHeld, like its block
         std::atomic<const float*> blocks{nullptr};
-        std::atomic<uint32_t> inside{0};  // the job that it reads the arguments of; 0: none
+        std::atomic<uint32_t> inside{0};  // the job whose inputs it may be reading; 0: none
         std::atomic<bool> is_on{true};
-        const bool is_guest;
+        const bool has_idle_priority;
         Memory memory;
         int64_t size = 0;
 
-        explicit Helper(bool is_guest) : is_guest(is_guest) {}
+        explicit Helper(bool has_idle_priority) : has_idle_priority(has_idle_priority) {}
     };
 
     struct Late {
@@ -159,7 +159,7 @@ private:
         };
         const Clock::time_point started = Clock::now();
         uint32_t chunk;
-        bool is_mine = claim(job_, uint32_t(count), chunk);  // before others are awake, who could take them all
+        bool is_mine = claim(job_, uint32_t(count), chunk);  // before helpers wake up, who could take all chunks
         if (asleep_.exchange(false)) wake();
         for (; is_mine; is_mine = claim(job_, uint32_t(count), chunk), own++) {
             compute(chunk, block);
@@ -171,7 +171,7 @@ private:
         for (collect(floats, finish); left && Clock::now() < end; collect(floats, finish))
             for (int i = 0; i < kPauses; i++) pause();
         if (!left) return;
-        be_late(keep);
+        mark_late(keep);
         for (int64_t number = 0; number < count; number++) {
             if (!left_[number]) continue;
             compute(number, block);
@@ -180,18 +180,18 @@ private:
         }
     }
 
-    // Helpers may read what the present job reads, from now until they are back.
+    // Keeps the present job's inputs alive until all helpers have returned from it.
     template <typename Keep>
-    void be_late(const Keep& keep) {
+    void mark_late(const Keep& keep) {
         is_late_ = true;
         late_.push_back({job_, keep()});
     }
 
     template <typename Compute>
-    void publish(uint32_t count, int64_t floats, const Compute& compute) {
+    void post(uint32_t count, int64_t floats, const Compute& compute) {
         static_assert(std::is_trivially_copyable_v<Compute> && sizeof(Compute) <= kWords * sizeof(uint64_t));
         const uint32_t job = std::max<uint32_t>(job_ + 1, 1);
-        next_.store(tagged(job, UINT32_MAX), std::memory_order_relaxed);  // nobody takes chunks while the rest changes
+        next_.store(tagged(job, UINT32_MAX), std::memory_order_relaxed);  // no chunk can be claimed while the rest changes
         std::atomic_thread_fence(std::memory_order_release);
         uint64_t words[kWords];
         std::memcpy(words, &compute, sizeof compute);
@@ -218,7 +218,7 @@ private:
         return false;
     }
 
-    // Finishes the chunks of the present job that helpers have computed since the last time.
+    // Collects the chunks of the present job that helpers have computed since the last call.
     template <typename Finish>
     void collect(int64_t floats, const Finish& finish) {
         for (const auto& helper : helpers_) {
@@ -232,21 +232,21 @@ private:
         }
     }
 
-    void forget_those_back() {
+    void forget_returned() {
         const auto is_back = [&](const Late& late) {
             return std::none_of(helpers_.begin(), helpers_.end(), [&](const auto& own) { return own->inside == late.job; });
         };
         if (late_.empty()) return;
         late_.erase(std::remove_if(late_.begin(), late_.end(), is_back), late_.end());
         if (!late_.empty()) return;
-        const std::lock_guard<std::mutex> lock(burying_);
+        const std::lock_guard<std::mutex> lock(retiring_);
         is_late_ = false;
-        buried_.clear();
+        retired_.clear();
     }
 
     void help(Helper& own) {
         const sched_param none{};
-        if (own.is_guest) sched_setscheduler(0, SCHED_IDLE, &none);  // there is no way back without privileges
+        if (own.has_idle_priority) sched_setscheduler(0, SCHED_IDLE, &none);  // cannot be undone without privileges
         for (uint32_t seen = 0;;) {
             seen = wait_for_another(own, seen);
             own.inside = seen;
@@ -267,13 +267,13 @@ private:
                     if (job_.load(std::memory_order_acquire) != seen) return job_;
                     pause();
                 }
-            asleep_ = true;  // from here on, whoever publishes a job wakes us
+            asleep_ = true;  // from here on, the thread that posts a job wakes this one
             sleep_unless_after(seen);
             if (job_ != seen) return job_;
         }
     }
 
-    // With nothing that a sleeper could hold while it waits for its core, as it may with a condition variable.
+    // A futex, because a thread that leaves a condition variable holds its mutex, even while it waits for its core.
     void sleep_unless_after(uint32_t job) { syscall(SYS_futex, &job_, FUTEX_WAIT_PRIVATE, job, nullptr, nullptr, 0); }
     void wake() { syscall(SYS_futex, &job_, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 
@@ -284,12 +284,12 @@ private:
         const auto run = run_.load(std::memory_order_relaxed);
         const uint32_t count = chunks_.load(std::memory_order_relaxed);
         const int64_t floats = floats_.load(std::memory_order_relaxed);
-        std::atomic_thread_fence(std::memory_order_acquire);  // where these are of another job, no chunk can be claimed
+        std::atomic_thread_fence(std::memory_order_acquire);  // if these are of another job, no chunk can be claimed
         uint32_t chunk;
         for (uint32_t done = 0;; done++) {
             while (done - number_of(own.taken.load(std::memory_order_acquire), job) >= kHeld) {
                 const uint64_t next = next_.load(std::memory_order_relaxed);
-                if (next >> 32 != job || uint32_t(next) == UINT32_MAX) return;  // that one is over
+                if (next >> 32 != job || uint32_t(next) == UINT32_MAX) return;  // the job is over
                 pause();
             }
             if (!claim(job, count, chunk)) return;
@@ -304,27 +304,27 @@ private:
         }
     }
 
-    std::mutex sharing_;  // guards what only the thread with a job changes
+    std::mutex sharing_;  // held by the thread that has a job
     std::vector<std::unique_ptr<Helper>> helpers_;
     std::vector<bool> left_;
     std::vector<Late> late_;
     std::atomic<int> count_{0};
-    std::atomic<bool> is_child_{false};  // of a process that had helpers
+    std::atomic<bool> is_child_{false};  // this process was forked from one with helpers
     std::atomic<int64_t> repeated_{0};
 
-    std::mutex burying_;
-    std::vector<Memory> buried_;
+    std::mutex retiring_;
+    std::vector<Memory> retired_;
     std::atomic<bool> is_late_{false};
 
-    std::atomic<bool> asleep_{false};  // some helper, perhaps
+    std::atomic<bool> asleep_{false};  // some helper may be asleep
 
-    alignas(64) std::atomic<uint32_t> job_{0};  // the latest
+    alignas(64) std::atomic<uint32_t> job_{0};  // the number of the latest job
     std::atomic<uint64_t> words_[kWords]{};      // its arguments
     std::atomic<int> used_words_{0};
     std::atomic<void (*)(const uint64_t*, int64_t, float*)> run_{nullptr};
     std::atomic<uint32_t> chunks_{0};
     std::atomic<int64_t> floats_{0};
-    alignas(64) std::atomic<uint64_t> next_{0};  // chunk to be claimed
+    alignas(64) std::atomic<uint64_t> next_{0};  // the next chunk to be claimed
 };
 
 }  // namespace

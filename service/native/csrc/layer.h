@@ -1,4 +1,4 @@
-// A decoder layer of Llama's kind, with the experts of its linears:
+// A decoder layer with Llama's architecture, and the experts of its linears:
 //
 //     h = x + O attention(rotated Q n, rotated K n, V n)    n = norm(x)     Q n and K n may have norms of their own
 //     y = h + D (silu(G m) * U m)                           m = norm(h)
@@ -19,9 +19,9 @@
 
 namespace {
 
-constexpr int64_t kSpanRows = 16;  // rows of one stream that attend together
+constexpr int64_t kSpanRows = 16;  // rows of one stream that attend together, at most
 
-// The rows of a step: where they are in their streams, and where what they bring is written.
+// The rows of a step: their rotations, the slots that their keys and values are written to, and their spans.
 struct Step {
     int64_t count;
     const float *cos, *sin;  // [count, head_dim]
@@ -29,7 +29,7 @@ struct Step {
     std::shared_ptr<std::vector<Span>> spans;
 };
 
-// The rows of attention groups: of group i, `segments` streams with so many rows each.
+// An attention group: `segments` streams with `rows_each` rows each.
 struct Group {
     Tensor table;  // [segments, blocks]
     int64_t rows_each;
@@ -49,7 +49,7 @@ std::vector<Span> spans_of(const std::vector<Group>& groups, const int64_t* posi
     return spans;
 }
 
-// query [rows, heads, head_dim] -> result, as query. `keys` and `values` are the pool; `keep` returns the owners of the tables.
+// query [rows, heads, head_dim] -> result, like query. `keys` and `values` are the pool; `keep` returns the tables' owners.
 template <typename Keep>
 void attend(
     const float* query, int64_t heads, const Step& step, const Tensor& keys, const Tensor& values, const Scores& how,
@@ -65,10 +65,10 @@ void attend(
         products += 2 * own * span.rows * across;
     }
     const bool far = 2 * seen * pool.kv_heads * head_dim * int64_t(sizeof(float)) > kFarBytes;
-    // All KV heads of a token lie side by side, so they are one chunk, unless these were too few.
+    // The KV heads of a token are neighbours in memory, so they are one chunk, unless that made too few chunks.
     const int64_t count = int64_t(spans.size()), kv_heads = count <= Helpers::the().count() ? 1 : pool.kv_heads;
     const int64_t chunks_of_span = pool.kv_heads / kv_heads, chunk_across = kv_heads * group * head_dim;
-    // Helpers that are late still read the query, which is in Floats, and the spans.
+    // Late helpers still read the query, which is in Floats, and the spans.
     const auto compute = [=, span = spans.data()](int64_t chunk, float* block) {
         const Span& own = span[chunk / chunks_of_span];
         const int64_t part = chunk % chunks_of_span;
@@ -89,14 +89,14 @@ void attend(
     in_chunks(is_worth_sharing(products), count * chunks_of_span, floats, compute, place, keep_all);
 }
 
-// [count, heads, head_dim] into the slots of a pool [blocks, block_size, heads, head_dim]
+// Writes [count, heads, head_dim] to the slots of a pool [blocks, block_size, heads, head_dim].
 void write(const float* from, const Step& step, const Tensor& pool) {
     const int64_t across = pool.size(2) * pool.size(3);
     for (int64_t row = 0; row < step.count; row++) std::copy_n(from + row * across, across, pool.data<float>() + step.slots[row] * across);
 }
 
 struct Layer {
-    // In the order in which operators.cpp gets them; norms of queries and keys may be missing.
+    // In the order of the arguments of operators.cpp; norms of queries and keys may be missing.
     enum { kInputNorm, kInnerNorm, kQueryNorm, kKeyNorm, kNorms };
     enum { kQuery, kKey, kValue, kOutput, kGate, kUp, kDown, kLinears };
 
@@ -104,7 +104,7 @@ struct Layer {
     std::vector<Linear> linears;
     double eps;
 
-    // Whether its tensors fit together, `rows` rows of `hidden` numbers, and a pool of keys.
+    // Whether its tensors fit together, and fit `rows` rows of `hidden` floats and the pool of keys.
     bool is_sound(int64_t rows, int64_t hidden, const Tensor& keys) const {
         for (const Linear& own : linears)
             if (!own.is_sound() || !own.takes(rows)) return false;
@@ -120,7 +120,7 @@ struct Layer {
         return is_norm_of(norms[kInputNorm], hidden) && is_norm_of(norms[kInnerNorm], hidden);
     }
 
-    // In place of x [rows, hidden].
+    // Computes the layer in place of x [rows, hidden].
     template <typename Keep>
     void run(
         float* x, int64_t hidden, const Step& step, const Tensor& keys, const Tensor& values, const Scores& how, const Keep& keep
@@ -128,7 +128,7 @@ struct Layer {
         const int64_t count = step.count, head_dim = keys.size(3), across = linears[kQuery].width();
         const int64_t kv_across = linears[kKey].width(), inner = linears[kGate].width();
         const Floats floats(count * (hidden + 2 * across + 2 * kv_across + 2 * inner));
-        float* const normed = floats.data();  // and what a linear gives back to the stream
+        float* const normed = floats.data();  // and the outputs that are added to x
         float* const query = normed + count * hidden;
         float* const attended = query + count * across;
         float* const key = attended + count * across;
@@ -161,7 +161,7 @@ struct Layer {
 private:
     static bool is_norm_of(const Tensor& weight, int64_t depth) { return is_dense_floats(weight, 1) && weight.numel() == depth; }
 
-    // Norm, if there is one, and rotation of every head, in place of [count, heads, head_dim].
+    // Norm, if there is one, and rotation of every head, in place, of [count, heads, head_dim].
     void turn(float* all, int64_t heads, int64_t head_dim, const Tensor& weight, const Step& step) const {
         if (weight) norm(all, weight.data<float>(), eps, step.count * heads, head_dim, all);
         for (int64_t row = 0; row < step.count; row++)

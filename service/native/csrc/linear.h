@@ -1,6 +1,6 @@
 // Adapted linears: y = W x + b, and for rows from first_row on + B ((A x) * g).
 //
-// Weights are read where they lie, and may be narrower than what they are multiplied with; sums are of floats.
+// Weights are read in place, and may be bfloat16; x and all sums are float.
 
 #pragma once
 
@@ -16,12 +16,12 @@
 
 namespace {
 
-constexpr int64_t kChunk = 48;  // outputs computed together: their weights stay in the nearest cache for all rows
+constexpr int64_t kChunk = 48;  // outputs per chunk, so that their weights stay in the L1 cache for all rows
 constexpr int64_t kPairs = 2 * kLanes;
-constexpr int64_t kFarAhead = 2048;  // numbers: how early those of large weights are fetched
+constexpr int64_t kFarAhead = 2048;  // floats: the prefetch distance of large weights
 
-// x as weights W want it, in `copy` if not as it is. bfloat16 is widened two at a time, for which a word is shifted or
-// masked: so of every kPairs numbers of a row those at even places come first, then those at odd ones.
+// x in the order that weights W need, in `copy` unless it is x itself. bfloat16 is upcast two at a time, by shifting or masking
+// a word. So of every kPairs elements of a row, those at even indices come first, then those at odd ones.
 template <typename W>
 const float* operand(const float* x, int64_t rows, int64_t depth, float* copy) {
     if constexpr (std::is_same_v<W, float>) {
@@ -43,7 +43,7 @@ const float* operand(const float* x, int64_t rows, int64_t depth, float* copy) {
     }
 }
 
-// Numbers side by side, of rows that lie `stride` apart.
+// A matrix whose rows are `stride` elements apart.
 template <typename W>
 struct Rows {
     const W* data;
@@ -52,8 +52,8 @@ struct Rows {
     const W* at(int64_t row, int64_t k) const { return data + row * stride + k; }
 };
 
-// Whether weights are fetched before they are multiplied, and from where. From memory they come to the second cache: in the
-// nearest one they would be overwritten before they are used.
+// Whether weights are prefetched, and from where. From memory they are fetched to the L2 cache: in L1 they would be evicted
+// before they are used.
 enum Ahead { kNothing, kFromCache, kFromMemory, kNextTile };
 
 template <Ahead AHEAD>
@@ -62,14 +62,13 @@ inline void fetch_ahead(const void* numbers) {
     if constexpr (AHEAD == kFromMemory) __builtin_prefetch(numbers, 0, 2);
 }
 
-// The same numbers of the next tile, `next` numbers on. All rows pass meanwhile, so that there is time.
+// Prefetches the same elements of the next tile, `next` elements on, while all rows of this one are multiplied.
 template <Ahead AHEAD, typename W>
 inline void fetch_tile(const W* numbers, int64_t next) {
     if constexpr (AHEAD == kNextTile) __builtin_prefetch(numbers + next, 0, 2);
 }
 
-// out[m][n] = the sum of total[m * COLUMNS + n], and x[m] . w[n] from k on; what is in `out` stays in it where there is
-// `more` than this.
+// out[m][n] = the sum of total[m * COLUMNS + n], plus x[m] . w[n] from k on; with `more`, it is added to `out`.
 template <int ROWS, int COLUMNS, typename W>
 inline void sum_up(
     const Vec (&total)[ROWS * COLUMNS], const Rows<float>& x, const Rows<W>& w, int64_t k, int64_t depth, bool more, float* out
@@ -88,15 +87,15 @@ inline void sum_up(
     }
 }
 
-// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, as many accumulators as there are registers for. AHEAD: the
-// weights of as many outputs more are fetched meanwhile, in the order in which they lie.
+// out[m][n] = x[m] . w[n] for ROWS rows and COLUMNS outputs, with an accumulator in a register for each. AHEAD: prefetches the
+// weights of the next COLUMNS outputs, in memory order.
 template <int ROWS, int COLUMNS, Ahead AHEAD>
 inline void dots(const Rows<float>& x, const Rows<float>& w, int64_t depth, int64_t next, bool more, float* out) {
     Vec total[ROWS * COLUMNS];
     clear<ROWS * COLUMNS>(total);
     int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes) {
-        if constexpr (ROWS <= COLUMNS) {  // the fewer ones are held in registers
+        if constexpr (ROWS <= COLUMNS) {  // the smaller operand is held in registers
             Vec rows[ROWS];
             for (int m = 0; m < ROWS; m++) rows[m] = load(x.at(m, k));
             for (int n = 0; n < COLUMNS; n++) {
@@ -154,8 +153,8 @@ inline void dots_of_chunk(
     for (; n < count; n++) dots<ROWS, 1, AHEAD>(x, from(n), depth, next, more, out + n);
 }
 
-// How many outputs are computed together for `rows` of x: as many sums as are taken at once, or what registers there are,
-// less those for x and weights. Widening takes some, too.
+// The number of outputs that are computed together for `rows` of x: limited by the sums that one reduction takes, and by the
+// registers, of which x, weights and upcasting need some.
 template <typename W>
 constexpr int columns_for(int rows) {
     constexpr bool kPaired = !std::is_same_v<W, float>;
@@ -163,20 +162,20 @@ constexpr int columns_for(int rows) {
     return (kManyRegisters ? kMany : kPaired ? kFewPaired : kFew)[rows - 1];
 }
 
-// Outputs whose weights stay in the nearest cache while all rows pass: a multiple of what four of them take together.
+// Outputs whose weights stay in the L1 cache while all rows are multiplied: a multiple of columns_for(4).
 template <typename W>
 constexpr int kTile = kManyRegisters && !std::is_same_v<W, float> ? 16 : 12;
 
-// Whether a weight of so many numbers comes from memory.
+// Whether a weight of this many elements is taken to come from memory.
 template <typename W>
 bool is_far(int64_t numbers) {
     return numbers * int64_t(sizeof(W)) > 2 << 20;
 }
 
-// What dots_of_chunk computes, for one from memory: as it lies, one output after the other. bfloat16 is as fast either way.
+// Like dots_of_chunk, for weights from memory: reads them in memory order, output by output. For bfloat16 it is no faster.
 template <int ROWS>
 void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth, int64_t count, float* out) {
-    constexpr int kSteps = 4;  // enough sums under way to hide how long one addition takes
+    constexpr int kSteps = 4;  // enough independent sums to hide the latency of additions
     for (int64_t n = 0; n < count; n++, w += depth, out++) {
         Vec total[ROWS * kSteps];
         for (Vec& own : total) own = Vec{};
@@ -201,7 +200,7 @@ void dots_in_line(const float* x, int64_t stride, const float* w, int64_t depth,
     }
 }
 
-// `count` outputs of ROWS rows. `next`: how far on the next tile lies.
+// Computes `count` outputs of ROWS rows. `next`: the distance of the next tile.
 template <int ROWS, Ahead AHEAD, typename W>
 void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, bool more, float* out, int64_t next = 0) {
     constexpr int kColumns = columns_for<W>(ROWS);
@@ -212,26 +211,26 @@ void tile(const Rows<float>& x, const Rows<W>& w, int64_t depth, int64_t count, 
     }
 }
 
-constexpr int64_t kRowsToWiden = 16;  // from so many on, weights are widened once for all rows
-constexpr int64_t kDepth = 1024;      // numbers of each that many rows are multiplied with at once: a tile stays in cache
+constexpr int64_t kMinUpcastRows = 16;  // from this many rows on, weights are upcast once for all rows
+constexpr int64_t kDepth = 1024;        // inputs per pass over many rows, so that a tile stays in the cache
 
-// `depth` numbers of `count` rows of w as floats, in the order of `operand`. `far`: the next ones are fetched meanwhile.
-inline void widen_weights(const Rows<bfloat16>& w, int64_t count, int64_t depth, bool far, float* wide) {
+// `depth` elements of `count` rows of w as floats, in the order of `operand`. `far`: prefetches the next rows.
+inline void upcast_weights(const Rows<bfloat16>& w, int64_t count, int64_t depth, bool far, float* floats_of_tile) {
     const int64_t paired = depth / kPairs * kPairs;
-    for (int64_t n = 0; n < count; n++, wide += depth) {
+    for (int64_t n = 0; n < count; n++, floats_of_tile += depth) {
         for (int64_t k = 0; k < paired; k += kPairs) {
             IntVec words;
             std::memcpy(&words, w.at(n, k), sizeof words);
             if (far) __builtin_prefetch(w.at(n + count, k));
             const IntVec low = words << 16, high = words & int32_t(0xffff0000);
-            std::memcpy(wide + k, &low, sizeof low);
-            std::memcpy(wide + k + kLanes, &high, sizeof high);
+            std::memcpy(floats_of_tile + k, &low, sizeof low);
+            std::memcpy(floats_of_tile + k + kLanes, &high, sizeof high);
         }
-        for (int64_t k = paired; k < depth; k++) wide[k] = to_float(*w.at(n, k));
+        for (int64_t k = paired; k < depth; k++) floats_of_tile[k] = to_float(*w.at(n, k));
     }
 }
 
-// out [rows][kChunk] = x [rows, depth] times some rows of w, four rows of x at a time. `far`: the first four fetch the next tile.
+// out [rows][kChunk] = x [rows, depth] times `count` rows of w, four rows of x at a time. `far`: the first four prefetch the next tile.
 template <typename W>
 void multiply_tile(
     const Rows<float>& x, int64_t rows, const Rows<W>& w, int64_t depth, int64_t count, bool far, bool more, float* out
@@ -249,8 +248,7 @@ void multiply_tile(
     if (rows - m == 1) tile<1, kNothing>(rest(), w, depth, count, more, last);
 }
 
-// out [rows][kChunk] = x [rows, depth], as `operand` gives it, times `count` rows of w. What comes from memory is fetched
-// ahead.
+// out [rows][kChunk] = x [rows, depth], in the order of `operand`, times `count` rows of w. Weights from memory are prefetched.
 template <typename W>
 void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t count, bool far, float* out) {
     if constexpr (std::is_same_v<W, float>) {
@@ -268,21 +266,21 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
     };
     if (rows <= 4 && far) return few(std::integral_constant<Ahead, kFromMemory>());
     if (rows <= 4) return few(std::integral_constant<Ahead, kFromCache>());
-    // beyond four rows, the weights are read again and again
-    constexpr bool kWidens = !std::is_same_v<W, float>;
-    const bool widens = kWidens && rows >= kRowsToWiden;
-    const int64_t most = (widens ? kTile<float> : kTile<W>) / (depth > kDepth / 2 ? 2 : 1);
-    const Floats wide(widens ? most * kDepth : 0);
+    // with more than four rows, the weights are read several times
+    constexpr bool kUpcasts = !std::is_same_v<W, float>;
+    const bool upcasts = kUpcasts && rows >= kMinUpcastRows;
+    const int64_t tile_outputs = (upcasts ? kTile<float> : kTile<W>) / (depth > kDepth / 2 ? 2 : 1);
+    const Floats floats_of_tile(upcasts ? tile_outputs * kDepth : 0);
     for (int64_t start = 0; start < depth; start += kDepth) {
         const int64_t part = std::min(kDepth, depth - start);
         const Rows<float> numbers{x + start, depth};
-        for (int64_t first = 0; first < count; first += most) {
-            const int64_t some = std::min(most, count - first);
+        for (int64_t first = 0; first < count; first += tile_outputs) {
+            const int64_t some = std::min(tile_outputs, count - first);
             const Rows<W> weights{w + first * depth + start, depth};
-            if constexpr (kWidens) {
-                if (widens) {
-                    widen_weights(weights, some, part, far, wide.data());
-                    multiply_tile(numbers, rows, Rows<float>{wide.data(), part}, part, some, false, start > 0, out + first);
+            if constexpr (kUpcasts) {
+                if (upcasts) {
+                    upcast_weights(weights, some, part, far, floats_of_tile.data());
+                    multiply_tile(numbers, rows, Rows<float>{floats_of_tile.data(), part}, part, some, false, start > 0, out + first);
                     continue;
                 }
             }
@@ -291,33 +289,33 @@ void multiply(const float* x, int64_t rows, int64_t depth, const W* w, int64_t c
     }
 }
 
-// Some ranks of the rows that experts act on: rows `stride` apart.
-struct Narrow {
+// (A x) * g of the rows that experts act on, [rows, rank], rows `stride` apart.
+struct LowRank {
     const float* data;
     int64_t stride, rank;
 };
 
-constexpr int64_t kRanksAhead = 8;  // of B: how early what comes from memory is fetched
+constexpr int64_t kRanksAhead = 8;  // the prefetch distance of B from memory
 
-// out [ROWS][VECTORS * kLanes], rows `out_stride` apart, += the rows of `narrow` times columns of b [rank, stride].
+// out [ROWS][VECTORS * kLanes], rows `out_stride` apart, += the rows of `low_rank` times columns of b [rank, stride].
 template <int ROWS, int VECTORS, bool FAR, typename W>
-inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out, int64_t out_stride) {
-    constexpr int kRanks = std::clamp(12 / (ROWS * VECTORS), 1, 4);  // at once: additions take longer than they are apart
+inline void add_experts(const LowRank& low_rank, const W* b, int64_t stride, float* out, int64_t out_stride) {
+    constexpr int kRanks = std::clamp(12 / (ROWS * VECTORS), 1, 4);  // at once, to hide the latency of additions
     Vec total[kRanks][ROWS][VECTORS];
     for (auto& own : total)
         for (int m = 0; m < ROWS; m++)
             for (int v = 0; v < VECTORS; v++) own[m][v] = Vec{};
     const auto add = [&](Vec (&own)[ROWS][VECTORS], int64_t r) {
-        if (FAR && r + kRanksAhead < narrow.rank) prefetch(b + (r + kRanksAhead) * stride, VECTORS * kLanes);
+        if (FAR && r + kRanksAhead < low_rank.rank) prefetch(b + (r + kRanksAhead) * stride, VECTORS * kLanes);
         for (int v = 0; v < VECTORS; v++) {
             const Vec weight = load(b + r * stride + v * kLanes);
-            for (int m = 0; m < ROWS; m++) own[m][v] += narrow.data[m * narrow.stride + r] * weight;
+            for (int m = 0; m < ROWS; m++) own[m][v] += low_rank.data[m * low_rank.stride + r] * weight;
         }
     };
     int64_t r = 0;
-    for (; r + kRanks <= narrow.rank; r += kRanks)
+    for (; r + kRanks <= low_rank.rank; r += kRanks)
         for (int i = 0; i < kRanks; i++) add(total[i], r + i);
-    for (; r < narrow.rank; r++) add(total[0], r);
+    for (; r < low_rank.rank; r++) add(total[0], r);
     for (int m = 0; m < ROWS; m++)
         for (int v = 0; v < VECTORS; v++) {
             float* const to = out + m * out_stride + v * kLanes;
@@ -327,28 +325,28 @@ inline void widen(const Narrow& narrow, const W* b, int64_t stride, float* out, 
         }
 }
 
-// The same of `count` columns, VECTORS at a time.
+// The same for `count` columns, VECTORS at a time.
 template <int ROWS, int VECTORS, bool FAR, typename W>
-void widen_all(const Narrow& narrow, const W* b, int64_t stride, int64_t count, float* out, int64_t out_stride) {
+void add_experts_to(const LowRank& low_rank, const W* b, int64_t stride, int64_t count, float* out, int64_t out_stride) {
     int64_t n = 0;
     const auto some = [&](auto vectors) {
         constexpr int kVectors = decltype(vectors)::value;
         for (; n + kVectors * kLanes <= count; n += kVectors * kLanes)
-            widen<ROWS, kVectors, FAR>(narrow, b + n, stride, out + n, out_stride);
+            add_experts<ROWS, kVectors, FAR>(low_rank, b + n, stride, out + n, out_stride);
     };
     some(std::integral_constant<int, VECTORS>());
     some(std::integral_constant<int, 1>());
     for (; n < count; n++)
         for (int m = 0; m < ROWS; m++)
-            for (int64_t r = 0; r < narrow.rank; r++)
+            for (int64_t r = 0; r < low_rank.rank; r++)
                 out[m * out_stride + n] =
-                    std::fma(narrow.data[m * narrow.stride + r], to_float(b[r * stride + n]), out[m * out_stride + n]);
+                    std::fma(low_rank.data[m * low_rank.stride + r], to_float(b[r * stride + n]), out[m * out_stride + n]);
 }
 
-// B comes from memory in pieces of its rows: of as many columns as there are registers for, so that pieces are long.
-constexpr int kWideVectors = kManyRegisters ? 24 : 12;
-constexpr int64_t kChunksOfPiece = kWideVectors * kLanes / kChunk, kPiece = kChunksOfPiece * kChunk;
-constexpr int64_t kFewGated = 2;  // rows that experts act on, for which that pays
+// B from memory is read in panels of columns, as wide as the registers allow, so that reads are long.
+constexpr int kPanelVectors = kManyRegisters ? 24 : 12;
+constexpr int64_t kChunksOfPanel = kPanelVectors * kLanes / kChunk, kPanel = kChunksOfPanel * kChunk;
+constexpr int64_t kFewGated = 2;  // panels pay for up to this many rows that experts act on
 
 template <typename E>
 struct Experts {
@@ -358,11 +356,11 @@ struct Experts {
     int64_t rank, gate_stride, first_row;
 };
 
-constexpr int64_t kProductsPerFar = 32;  // as long as one number from memory takes
-constexpr int64_t kNarrowChunk = 16;     // ranks computed together: there are few
+constexpr int64_t kProductsPerFar = 32;  // products in the time that one element takes to come from memory
+constexpr int64_t kRankChunk = 16;       // ranks per chunk, few because there are few ranks
 
-// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width]. `keep` as Helpers want it, for weights and
-// experts.
+// x [rows, depth], weight [width, depth], bias [width] or null -> y [rows, width]. `keep` returns the owners of weights and
+// experts (see Helpers::share).
 template <typename W, typename E, typename Keep>
 void linear(
     const float* x, const W* weight, const float* bias, const Experts<E>& experts, int64_t rows, int64_t depth, int64_t width,
@@ -370,10 +368,10 @@ void linear(
 ) {
     constexpr bool kCopies = !std::is_same_v<W, float>, kCopiesForExperts = !std::is_same_v<E, float> && !kCopies;
     const bool far = is_far<W>(depth * width);
-    const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, of each weight
-    const bool shares = is_worth_sharing(effort * depth * width);
-    const bool shares_narrow = is_worth_sharing(effort * depth * experts.rank);
-    const bool keeps_x = !kCopies && (shares || shares_narrow);  // x may be gone before a late helper is
+    const int64_t effort = far ? std::max(rows, kProductsPerFar) : rows;  // in products, per element of a weight
+    const bool is_shared = is_worth_sharing(effort * depth * width);
+    const bool is_low_rank_shared = is_worth_sharing(effort * depth * experts.rank);
+    const bool keeps_x = !kCopies && (is_shared || is_low_rank_shared);  // a late helper may read x after this call
     const Floats copies(kCopies || kCopiesForExperts ? rows * depth : 0), kept(keeps_x ? rows * depth : 0);
     const float* floats = operand<W>(x, rows, depth, copies.data());
     if (keeps_x) {
@@ -382,48 +380,48 @@ void linear(
     }
     const float* const for_experts = std::is_same_v<W, E> ? floats : operand<E>(x, rows, depth, copies.data());
     const int64_t rank = experts.rank, first_row = experts.first_row, gated = rank ? rows - first_row : 0;
-    const Floats narrowed(gated * rank);
-    float* const narrow = narrowed.data();
+    const Floats products(gated * rank);
+    float* const low_rank = products.data();
     if (gated) {
         const auto compute = [=, a = experts.a](int64_t chunk, float* block) {
-            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
+            const int64_t first = chunk * kRankChunk, count = std::min(kRankChunk, rank - first);
             multiply(for_experts + first_row * depth, gated, depth, a + first * depth, count, far, block);
         };
         const auto place = [&](int64_t chunk, const float* block) {
-            const int64_t first = chunk * kNarrowChunk, count = std::min(kNarrowChunk, rank - first);
+            const int64_t first = chunk * kRankChunk, count = std::min(kRankChunk, rank - first);
             for (int64_t m = 0; m < gated; m++)
                 for (int64_t r = 0; r < count; r++)
-                    narrow[m * rank + first + r] = block[m * kChunk + r] * experts.gate[m * experts.gate_stride + first + r];
+                    low_rank[m * rank + first + r] = block[m * kChunk + r] * experts.gate[m * experts.gate_stride + first + r];
         };
-        in_chunks(shares_narrow, (rank + kNarrowChunk - 1) / kNarrowChunk, gated * kChunk, compute, place, keep);
+        in_chunks(is_low_rank_shared, (rank + kRankChunk - 1) / kRankChunk, gated * kChunk, compute, place, keep);
     }
-    const bool in_pieces = far && gated > 0 && gated <= kFewGated;
-    const int64_t together = in_pieces ? kChunksOfPiece : 1, outputs = together * kChunk;  // chunks and outputs of a task
+    const bool in_panels = far && gated > 0 && gated <= kFewGated;
+    const int64_t together = in_panels ? kChunksOfPanel : 1, outputs = together * kChunk;  // chunks and outputs of a task
     const auto compute = [=, all_b_t = experts.b_t](int64_t task, float* blocks) {
         const int64_t start = task * outputs, end = std::min(start + outputs, width);
-        float pieces[kFewGated][kPiece];
-        for (int64_t m = 0; in_pieces && m < gated; m++) {
-            std::fill_n(pieces[m], kPiece, 0.0f);
-            const Narrow own{narrow + m * rank, rank, rank};
-            widen_all<1, kWideVectors, true>(own, all_b_t + start, width, end - start, pieces[m], kPiece);
+        float panels[kFewGated][kPanel];
+        for (int64_t m = 0; in_panels && m < gated; m++) {
+            std::fill_n(panels[m], kPanel, 0.0f);
+            const LowRank own{low_rank + m * rank, rank, rank};
+            add_experts_to<1, kPanelVectors, true>(own, all_b_t + start, width, end - start, panels[m], kPanel);
         }
         for (int64_t first = start; first < end; first += kChunk) {
             const int64_t count = std::min(kChunk, end - first), offset = first - start;
             const E* const b_t = all_b_t + first;
             float* const block = blocks + offset * rows;
-            if (gated && !in_pieces)  // little of each row of B, so nothing else fetches it in time
+            if (gated && !in_panels)  // too little of each row of B for hardware prefetching
                 for (int64_t r = 0; r < rank; r++) prefetch(b_t + r * width, count);
             multiply(floats, rows, depth, weight + first * depth, count, far, block);
             float* const own = block + first_row * kChunk;
-            for (int64_t m = 0; in_pieces && m < gated; m++)
-                for (int64_t n = 0; n < count; n++) own[m * kChunk + n] += pieces[m][offset + n];
-            if (in_pieces) continue;
+            for (int64_t m = 0; in_panels && m < gated; m++)
+                for (int64_t n = 0; n < count; n++) own[m * kChunk + n] += panels[m][offset + n];
+            if (in_panels) continue;
             constexpr int kVectors = kChunk / kLanes;
-            Narrow some{narrow, rank, rank};
+            LowRank some{low_rank, rank, rank};
             int64_t m = 0;
             for (; m + 2 <= gated; m += 2, some.data += 2 * rank)
-                widen_all<2, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
-            if (m < gated) widen_all<1, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
+                add_experts_to<2, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
+            if (m < gated) add_experts_to<1, kVectors, false>(some, b_t, width, count, own + m * kChunk, kChunk);
         }
     };
     const auto place = [&](int64_t task, const float* blocks) {
@@ -436,7 +434,7 @@ void linear(
                     y[row * width + first + n] = block[row * kChunk + n] + (bias ? bias[first + n] : 0.0f);
         }
     };
-    in_chunks(shares, (width + outputs - 1) / outputs, rows * outputs, compute, place, keep);
+    in_chunks(is_shared, (width + outputs - 1) / outputs, rows * outputs, compute, place, keep);
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-// What the native step is made of: whole decoder layers with the experts of their linears, single linears and norms, the gate
-// and the draft head.
+// The operators of the native step: whole decoder layers with the experts of their linears, single linears and norms, the
+// gate, the draft head and the draft layer.
 //
-// Everything is read where it lies: weights as the model stores them, keys and values through the block table. Arithmetic is
-// float; weights may be bfloat16.
+// Tensors are read in place: weights as the model stores them, keys and values through the block table. Arithmetic is float;
+// weights may be bfloat16.
 //
-// torch calls these through its dispatcher. ../operators.py declares them and says what they compute. They check what they
-// are given: what does not fit is an error, not a read of foreign memory.
+// torch calls them through its dispatcher; ../operators.py declares and documents them. They check their arguments: tensors
+// that do not fit raise an error, and are never read out of bounds.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -36,7 +36,7 @@ void require(bool fits) {
 Tensor tensor_of(const Given& given) { return Tensor(given.get()); }
 Tensor tensor_of(const Maybe& given) { return Tensor(given ? given->get() : nullptr); }
 
-// In a list, what is missing is empty.
+// In a list, an empty tensor stands for a missing one.
 Tensor or_none(const Given& given) { return Tensor(tensor_of(given).numel() ? given.get() : nullptr); }
 
 Given new_floats(const std::vector<int64_t>& sizes) {
@@ -68,7 +68,7 @@ Given op_norm(Given x_, Given weight_, double eps) {
 constexpr size_t kPerLinear = 4;  // weight, bias, a, b_t
 constexpr size_t kPerLayer = Layer::kNorms + kPerLinear * Layer::kLinears;
 
-// `own` are kPerLayer tensors: the norms, then every linear's. Without a gate there are no experts.
+// `own` are kPerLayer tensors: the norms, then those of every linear. Without a gate there are no experts.
 Layer layer_of(const Given* own, const Tensor& gate, const int64_t* gate_offsets, int64_t first_row, double eps) {
     Layer layer{{}, {}, eps};
     for (; layer.norms.size() < Layer::kNorms; own++) layer.norms.push_back(or_none(*own));
@@ -86,7 +86,7 @@ bool is_pool(const Tensor& pool, const Tensor& like) {
     return true;
 }
 
-// Whether the groups are of `rows` rows in all.
+// Whether the groups' tables are valid, and the groups have `rows` rows in all.
 bool are_groups_of(const std::vector<Group>& groups, int64_t rows) {
     for (const Group& group : groups) {
         if (!group.table.is_int64() || group.table.dims() != 2 || !group.table.is_dense(2) || group.rows_each < 1) return false;
@@ -95,7 +95,7 @@ bool are_groups_of(const std::vector<Group>& groups, int64_t rows) {
     return rows == 0;
 }
 
-// x [rows, hidden] through all layers.
+// Runs x [rows, hidden] through all layers.
 Given op_layers(
     Given x_, std::vector<Given> tensors, Maybe gate, std::vector<int64_t> gate_offsets, int64_t first_row, Given cos_, Given sin_,
     std::vector<Given> keys, std::vector<Given> values, Given slots_, Given positions_, std::vector<Given> tables,
@@ -144,8 +144,8 @@ Given op_spread(Given gate_rows_, Given slots_, Given rank_index_, int64_t first
     return weights;
 }
 
-// The first `rows` of hidden [.., H] -> their logits and scalings [rows, sites, experts]; these go to `slots` of gate_rows. `layers`
-// are weight and bias of each linear.
+// The first `rows` of hidden [.., H] -> logits and scalings [rows, sites, experts]; scalings are stored in `slots` of gate_rows.
+// `layers` are weight and bias of each linear.
 std::tuple<Given, Given> op_scalings(
     Given hidden_, std::vector<Given> layers, bool relu, std::optional<double> temperature, Given gate_rows_, Given slots_,
     int64_t rows
@@ -164,7 +164,7 @@ std::tuple<Given, Given> op_scalings(
     return {logits, scalings};
 }
 
-// rows [L] of hidden [T, H], those below `scaling_rows` as the draft head makes them; tensors U [R, H], b [R], D [H, R] -> [L, H]
+// rows [L] of hidden [T, H] -> [L, H]; rows below `scaling_rows` pass the draft head, whose tensors are U [R, H], b [R], D [H, R]
 Given op_drafting(Given hidden_, Given rows_, int64_t scaling_rows, std::vector<Given> tensors) {
     const Tensor hidden = tensor_of(hidden_), rows = tensor_of(rows_), none(nullptr);
     require(is_dense_floats(hidden, 2) && is_index(rows) && tensors.size() == 3);
@@ -217,7 +217,7 @@ Given op_draft_state(
     const Given next_ = new_floats({rows, hidden});
     float* const next = floats_of(next_);
     const Floats floats(rows * (2 * hidden + 2 * across));
-    float* const both = floats.data();  // then what is normed, and what attention gives back
+    float* const both = floats.data();  // [state ; embedded], then the normed rows, then attention's output
     float* const asked = both + rows * 2 * hidden;
     float* const attended = asked + rows * across;
     for (int64_t row = 0; row < rows; row++) {
@@ -254,7 +254,7 @@ STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
 
 extern "C" {
 
-void xlora_set_helpers(int count, int guests) { Helpers::the().set(count, guests); }
+void xlora_set_helpers(int count, int idle_priority) { Helpers::the().set(count, idle_priority); }
 
 int64_t xlora_repeated_chunks() { return Helpers::the().repeated(); }
 

@@ -1,5 +1,4 @@
-// Tensors of torch, and adapted linears made of them: whether shapes, strides and dtypes fit, and which of the templates
-// compute.
+// torch's tensors, and adapted linears made of them: checks of shapes, strides and dtypes, and the choice of templates.
 
 #pragma once
 
@@ -13,7 +12,7 @@
 
 namespace {
 
-// A tensor that somebody else owns; none where there is no handle.
+// A reference to a tensor; without a handle, none.
 class Tensor {
 public:
     explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
@@ -55,7 +54,7 @@ public:
     bool is_bfloat16() const { return has(aoti_torch_dtype_bfloat16()); }
     bool is_int64() const { return has(aoti_torch_dtype_int64()); }
 
-    // Whether the dimensions from `first` on lie without gaps, last one fastest.
+    // Whether the dimensions from `first` on are contiguous, in row-major order.
     bool is_dense(int64_t dims, int64_t first = 0) const {
         int64_t expected = 1;
         for (int64_t dim = dims - 1; dim >= first; dim--) {
@@ -83,23 +82,23 @@ private:
 
 using Owners = std::vector<std::shared_ptr<void>>;
 
-// Whether it is a vector, matrix, ... of floats without gaps.
+// Whether it is a contiguous tensor of floats with `dims` dimensions.
 bool is_dense_floats(const Tensor& tensor, int64_t dims) {
     return tensor && tensor.is_float() && tensor.dims() == dims && tensor.is_dense(dims);
 }
 
 bool is_index(const Tensor& tensor) { return tensor.is_int64() && tensor.dims() == 1 && tensor.is_dense(1); }
 
-// What an adapted linear is made of; without experts a, b_t and gate are missing. Weights and experts may be bfloat16.
+// The tensors of an adapted linear; without experts a, b_t and gate are missing. Weights and experts may be bfloat16.
 struct Linear {
     Tensor weight, bias, a, b_t, gate;
     int64_t first_row = 0;    // experts act on the rows from here on
-    int64_t gate_offset = 0;  // where its ranks begin in the rows of the gate
+    int64_t gate_offset = 0;  // the index of its first rank in the rows of the gate
 
     int64_t depth() const { return weight.size(1); }
     int64_t width() const { return weight.size(0); }
 
-    // Whether its tensors are of one piece and fit together.
+    // Whether its tensors are contiguous and fit together.
     bool is_sound() const {
         if (!is_weight(weight) || (bias && !(is_dense_floats(bias, 1) && bias.numel() == width()))) return false;
         if (!a) return true;
@@ -108,7 +107,7 @@ struct Linear {
             gate.is_dense(2, 1) && gate_offset >= 0 && gate_offset + a.size(0) <= gate.size(1);
     }
 
-    // Whether it can be computed for that many rows.
+    // Whether its gate fits this many rows.
     bool takes(int64_t rows) const { return !a || (first_row >= 0 && gate.size(0) == rows - first_row); }
 
     // x [rows, depth] -> y [rows, width]

@@ -1,7 +1,7 @@
-// Vectors of floats as wide as the CPU has them, bfloat16, and what is done with a few of both.
+// SIMD vectors of floats in the CPU's width, bfloat16, and functions of both.
 //
-// Written for g++ and clang++ with their vector extensions, so for any instruction set that the compiler knows; intrinsics
-// stand where g++ does badly.
+// Uses the vector extensions of g++ and clang++, which work for every instruction set that the compiler knows, and intrinsics
+// where g++ generates bad code.
 
 #pragma once
 
@@ -58,7 +58,7 @@ inline Vec load(const bfloat16* from) {
     return (Vec)bits;
 }
 
-// The same, in a register: g++ would read it again for every product.
+// Keeps a value in a register: g++ would load it again for every product.
 inline Vec held(Vec value) {
 #if defined(__AVX512F__)
     asm("" : "+v"(value));
@@ -72,8 +72,8 @@ inline Vec held(Vec value) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IntVec){__VA_ARGS__})
 #endif
 
-// Of a and b, one after the other: the sums of neighbouring numbers within every four, and of neighbouring fours.
-// `evens` and `odds` take the numbers at even and at odd places.
+// Of the lanes of a, then b: `add_neighbours` sums neighbouring lanes within every four, `add_neighbouring_fours` sums
+// neighbouring fours; `evens` and `odds` select lanes at even and at odd indices.
 #if defined(__AVX512F__)
 inline Vec add_neighbours(Vec a, Vec b) {
     return SHUFFLE(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
@@ -118,12 +118,12 @@ inline float sum_of(Vec a) { return sums(a, Vec{}, Vec{}, Vec{})[0]; }
 inline float largest_of(Vec a) {
     Quad fours[kLanes / 4];
     std::memcpy(fours, &a, sizeof a);
-    Quad most = fours[0];
-    for (int i = 1; i < kLanes / 4; i++) most = fours[i] > most ? fours[i] : most;
-    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+    Quad maximum = fours[0];
+    for (int i = 1; i < kLanes / 4; i++) maximum = fours[i] > maximum ? fours[i] : maximum;
+    return std::max(std::max(maximum[0], maximum[1]), std::max(maximum[2], maximum[3]));
 }
 
-// The sums of as many vectors as one has lanes.
+// The sums of kLanes vectors.
 inline Vec sums_of_lanes(const Vec* all) {
     Vec fours[kLanes / 4];
     for (int i = 0; i < kLanes / 4; i++) fours[i] = sums_of_fours(all[4 * i], all[4 * i + 1], all[4 * i + 2], all[4 * i + 3]);
@@ -132,7 +132,7 @@ inline Vec sums_of_lanes(const Vec* all) {
     return fours[0];
 }
 
-// out[i] = the sum of the i-th of COUNT vectors; there is room for kLanes more.
+// out[i] = the sum of the i-th of COUNT vectors; `out` must have room for kLanes more.
 template <int COUNT>
 inline void sums(const Vec* vectors, float* out) {
     const auto at = [&](int number) { return vectors[std::min(number, COUNT - 1)]; };
@@ -152,19 +152,19 @@ inline void sums(const Vec* vectors, float* out) {
     if constexpr (COUNT > kSome) sums<COUNT - kSome>(vectors + kSome, out + kSome);
 }
 
-// Zeros, one by one: as a loop it would become a memset, and what that has touched lives in memory and not in registers.
+// Zeros, unrolled: g++ would turn a loop into memset, which forces the vectors out of registers.
 template <int COUNT>
 inline void clear(Vec* vectors) {
 #pragma GCC unroll 32
     for (int i = 0; i < COUNT; i++) vectors[i] = Vec{};
 }
 
-// To the nearest integers, of numbers below 2^22.
+// Rounds to the nearest integers; for numbers below 2^22.
 inline Vec rounded(Vec x) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it drops the digits behind the point
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds the fraction away
     return (x + round) - round;
 #endif
 }
@@ -181,7 +181,7 @@ inline Vec scaled(Vec x, Vec exponent) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x for x <= 0, to about 1e-7 (minimax polynomial); 2^-126 where it would be less. The cheapest of powers.
+// 2^x for x <= 0, to about 1e-7 (minimax polynomial), at least 2^-126. Cheaper than e^x.
 inline Vec power_of_two(Vec x) {
     x = x < -126.0f ? Vec{} - 126.0f : x;
     const Vec whole = rounded(x), r = x - whole;

@@ -125,7 +125,7 @@ def test_the_first_step_leaves_no_trace(tmp_path: Any) -> None:
 
     class Recorded:
         def forward(self, batch: Any, kv_cache: Any) -> Any:
-            asked.append(batch.rows.shape[1])
+            asked.append(batch.fields.shape[1])
             return step.forward(batch, kv_cache)
 
     warm_up(Recorded(), cache)

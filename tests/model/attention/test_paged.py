@@ -11,7 +11,7 @@ from torch import Tensor
 
 from service.contract.errors import CheckpointError
 from service.model.attention.paged import paged_attention
-from service.model.batch import LINES, AttentionGroup, Batch
+from service.model.batch import FIELDS, AttentionGroup, Batch
 from service.model.kv_cache import KVCache, KVLayout
 
 HEADS, HEAD_DIM, BLOCK = 4, 8, 4
@@ -67,7 +67,7 @@ def case(
     group = AttentionGroup(
         0, len(lengths), queries, torch.tensor(positions), torch.tensor(tables), max(lengths), needs_mask
     )
-    batch = Batch(torch.tensor([slots] * LINES), 0, torch.empty(0, dtype=torch.int64), [group])
+    batch = Batch(torch.tensor([slots] * FIELDS), 0, torch.empty(0, dtype=torch.int64), [group])
     query = torch.randn(1, HEADS, len(slots), HEAD_DIM, generator=generator) * 3
     key, value = (torch.cat(new).transpose(0, 1)[None] for new in (new_keys, new_values))
     return cache, batch, query, key, value, dense

@@ -14,19 +14,19 @@ pytest.importorskip("triton", reason="triton is not installed")
 if shutil.which("cc") is None:
     pytest.skip("needs a C compiler to build what is then used without", allow_module_level=True)
 
-from service.model.attention.triton_stub import ShippedCache, stand_in
+from service.model.attention.triton_launcher import ShippedCache, stand_in
 
 ROOT = Path(__file__).parents[3]
 MANAGER = f"{ShippedCache.__module__}:{ShippedCache.__qualname__}"
 BUILD = """
 import pathlib, sys
-from service.model.attention import triton_stub
-triton_stub.build(pathlib.Path(sys.argv[1]))
+from service.model.attention import triton_launcher
+triton_launcher.build(pathlib.Path(sys.argv[1]))
 """
 USE = """
 import pathlib, sys
-from service.model.attention import triton_stub
-triton_stub.SHIPPED = pathlib.Path(sys.argv[1])
+from service.model.attention import triton_launcher
+triton_launcher.SHIPPED = pathlib.Path(sys.argv[1])
 from triton.backends.nvidia.driver import CudaUtils
 print(CudaUtils().load_binary)
 """

@@ -1,11 +1,11 @@
-"""Drafts beyond the scaling pass's own: where the draft layer starts for each sequence, and how its tokens are chosen.
+"""Runs the draft layer behind a step: finds the row it starts from in each sequence, and how its tokens are chosen.
 
-The scaling pass has just predicted tokens that are on the device. For each sequence the first prediction that differs
-from what was expected is a draft, and the draft layer goes on from its row. Which row that is, is found on the device,
-so the host waits for nothing; Sequence.predict finds the same again.
+The scaling pass's predictions of the step are still on the device. In each sequence, the first prediction that differs
+from the expected token becomes a draft, and the draft layer continues from its row. That row is found on the device, so
+the host does not wait; Sequence.predict finds the same one again later.
 
-A draft is chosen as its token will be, with the noise of its position, under the processors of the text that is known:
-tokens that were drafted a moment ago count for no penalty, and a grammar cuts off what it does not allow later.
+A draft is chosen like a sampled token, with the noise of its position and the processors of the known text: drafts do
+not count for penalties yet, and those that a grammar does not allow are dropped when they arrive.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from service.model.transfer import pack_to_device, to_device
 
 @dataclass(slots=True)
 class Frontier:
-    """Where each of n sequences drafts on. C: the most predictions that one of them has."""
+    """The starting points of the draft layer in n sequences. C: the largest number of predictions of one of them."""
 
     scheduled: list[ScheduledSequence]
-    depth: int  # tokens drafted in all by the one that drafts most
+    depth: int  # the largest draft depth of one of them
     width: int  # C
-    first: Tensor  # int64 [n], the number of the first prediction that differs
+    first: Tensor  # int64 [n], the index of the first prediction that differs
     tokens: Tensor  # int64 [n], that prediction
     rows: Tensor  # int64 [n], its scaling row in the flat batch
     group: AttentionGroup
 
 
 def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cache: KVCache) -> Frontier | None:
-    """The frontier of the sequences that want more drafts than one, None where nobody does. `ids` int64 [R] are the
-    step's sampled rows: each sequence's samples, then its predictions.
+    """The frontier of the sequences with a draft depth over 1; None without any. `ids`, int64 [R], are the step's
+    sampled ids: of each sequence its samples, then its predictions.
     """
     drafting: list[ScheduledSequence] = []
     first_ids: list[int] = []
@@ -85,7 +85,9 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
 
 
 def _first_difference(ids: Tensor, first_id: Tensor, last: Tensor, expected: Tensor) -> Tensor:
-    """int64 [n]: of each sequence's predictions the first that is not expected [n, C], at most number `last` [n]."""
+    """The index, int64 [n], of each sequence's first prediction that differs from `expected` [n, C]; `last` [n] if none
+    before it does.
+    """
     numbers = torch.arange(expected.shape[1], device=ids.device)
     predicted = ids.take(first_id[:, None] + torch.minimum(numbers, last[:, None]))
     is_expected = (predicted == expected) | (expected == ANY_TOKEN)
@@ -93,7 +95,7 @@ def _first_difference(ids: Tensor, first_id: Tensor, last: Tensor, expected: Ten
 
 
 def _tables(drafting: list[ScheduledSequence], kv_cache: KVCache) -> npt.NDArray[np.int64]:
-    """The block tables [n, blocks] of the scaling streams, padded with any block."""
+    """The block tables [n, blocks] of the scaling streams, padded with block 0."""
     width = max(-(-one.scaling_end // kv_cache.block_size) for one in drafting)
     tables = np.zeros((len(drafting), width), np.int64)
     for number, one in enumerate(drafting):
@@ -103,7 +105,7 @@ def _tables(drafting: list[ScheduledSequence], kv_cache: KVCache) -> npt.NDArray
 
 
 def choice_of(frontier: Frontier, vocabulary: int) -> Choose:
-    """How the drafts of a frontier are chosen, depth by depth."""
+    """The function that chooses the drafts of a frontier from logits, depth by depth."""
     rows = [
         SampleRow(one.sequence, one.sequence.drafts[: one.predict_start - len(one.sequence.tokens)], drafted=True)
         for one in frontier.scheduled
@@ -121,7 +123,7 @@ def choice_of(frontier: Frontier, vocabulary: int) -> Choose:
 
 
 def _drawn(logits: Tensor, depth: int, inputs: tuple[Tensor, ...]) -> Tensor:
-    """With the noise of each place; greedily, where the temperature is 0."""
+    """Chooses with temperature and noise keys as `inputs`; greedily where the temperature is 0."""
     temperature, keys = inputs[0][:, None], inputs[1][:, depth - 2]
     logits = logits.float()
     noisy = logits / temperature + gumbel_noise(keys, logits.shape[1])
@@ -129,13 +131,13 @@ def _drawn(logits: Tensor, depth: int, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def idle_choices(depth: int, device: torch.device) -> list[PureChoice]:
-    """The kinds of choices that a graph can hold, of one row."""
+    """The choices that a CUDA graph can contain, for one idle row, to capture them with."""
     keys = torch.zeros(1, depth - 1, dtype=torch.int64, device=device)
     return [PureChoice(take_largest, ()), PureChoice(_drawn, (keys[:, 0].float(), keys))]
 
 
 class _Processed:
-    """Choices under the processors of each text, as far as it is known."""
+    """Chooses with the logits processors of each sequence's known text."""
 
     def __init__(self, processors: Processors, keys: Tensor) -> None:
         self._processors = processors
@@ -146,7 +148,7 @@ class _Processed:
 
 
 def _keys(rows: list[SampleRow], count: int) -> npt.NDArray[np.int64]:
-    """The keys [n * count] of the noise of `count` tokens after the first prediction of each row."""
+    """The noise keys [n * count] of the `count` tokens after the first prediction of each row."""
     own = [row for row in rows for _ in range(count)]
     return mixed_keys(
         [row.sequence.sampling.seed for row in own],
@@ -158,8 +160,8 @@ def _keys(rows: list[SampleRow], count: int) -> npt.NDArray[np.int64]:
 def draft_ahead(
     step: Step, scheduled: SequenceOf[ScheduledSequence], ids: Tensor, output: ForwardOutput, kv_cache: KVCache
 ) -> tuple[list[ScheduledSequence], Tensor] | None:
-    """Runs the draft layer behind a step for the sequences that want it, if any: who they are, and the drafts behind
-    their frontiers, int64 [n, depth - 1].
+    """Runs the draft layer behind a step for the sequences with a draft depth over 1. Returns them, and their drafts,
+    int64 [n, depth - 1]; None without any.
     """
     frontier = find_frontier(scheduled, ids, kv_cache)
     if frontier is None:

@@ -1,9 +1,9 @@
-"""Triton's link to the driver, compiled when an image is built, so that nothing is compiled in C where it runs.
+"""Builds Triton's launcher when an image is built, so that the container needs no C compiler.
 
-Triton launches kernels through a small C module that it compiles at first use: that takes a C compiler, and a cache in
-a folder from which programs may be loaded (a container's /tmp is often mounted noexec). An image has neither. So the
-module is built with the image, and TRITON_CACHE_MANAGER=service.model.attention.triton_stub:ShippedCache has Triton
-find it there; kernels, which are no programs of this machine, stay in Triton's own cache. Importing this needs Triton.
+Triton launches kernels through a small C module that it compiles at first use. That needs a C compiler, and a cache
+folder from which libraries may be loaded (a container's /tmp is often mounted noexec); an image has neither. So the
+module is built with the image, and TRITON_CACHE_MANAGER=service.model.attention.triton_launcher:ShippedCache makes
+Triton find it. Compiled GPU kernels stay in Triton's own cache. Importing this file needs Triton.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SHIPPED = Path(sys.prefix) / "share" / "triton"
 
 
 class ShippedCache(FileCacheManager):
-    """Triton's cache of files, behind those that came with the image."""
+    """Triton's file cache, which looks first for files that were shipped with the image."""
 
     def get_file(self, filename: str) -> str | None:
-        """Returns the path of a file; None where there is none. Triton's key of a module depends on which programs are
-        on the PATH, so a shipped one is known by its name and by its source.
+        """Returns the path of a file, or None. Triton's key of the module depends on programs on the PATH, so a shipped
+        module is found by its file name and the hash of its source.
         """
         shipped = next((SHIPPED / _source_hash()).glob(f"*/{filename}"), None)
         if shipped is not None:
@@ -39,9 +39,9 @@ class ShippedCache(FileCacheManager):
 
 
 def build(folder: Path = SHIPPED) -> None:
-    """Compiles the module into `folder`. Needs a C compiler, but no driver: a library with its names stands in.
+    """Compiles the module into `folder`. Needs a C compiler, but no driver: it is linked with a stand-in.
 
-    Raises RuntimeError or CalledProcessError where it cannot be compiled.
+    Raises RuntimeError or CalledProcessError when compiling fails.
     """
     with tempfile.TemporaryDirectory() as work:
         library = stand_in(Path(work))
@@ -52,7 +52,7 @@ def build(folder: Path = SHIPPED) -> None:
 
 
 def stand_in(folder: Path) -> Path:
-    """Makes a libcuda.so.1 in `folder` that has the driver's names and does nothing. Returns its path."""
+    """Compiles a libcuda.so.1 in `folder` that has the driver's symbols and does nothing. Returns its path."""
     names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", _source().decode())))
     source, library = folder / "libcuda.c", folder / "libcuda.so.1"
     source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in names))
