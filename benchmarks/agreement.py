@@ -196,7 +196,7 @@ def costs_of(engine: Engine) -> Costs:
         head: Any = model.causal_lm.get_submodule("lm_head")
         layer = sum(tensor.nbytes for tensor in model.draft_chain.layer.parameters()) + head.weight.nbytes
     scaling = (base + classifier) / base
-    return Costs(scaling, scaling + experts / base, engine._scheduler.step_cost, layer / base)
+    return Costs(scaling, scaling + experts / base, engine._scheduler.drafts.cost, layer / base)
 
 
 def read_bytes(model: XLoraModel) -> tuple[int, int, int]:

@@ -150,7 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     use_threads(1)
     engine = make_engine(DEMO, max_num_seqs=128, native_kernels=False, prefix_cache=True, speculative_tokens=8)
-    engine._scheduler.step_cost = StepCost.linear(0.007, 0.02)  # as on a GPU
+    engine._scheduler.drafts.cost = StepCost.linear(0.007, 0.02)  # as on a GPU
     engine.runner = DelayedRunner(engine.runner, NoStep(engine.runner.kv_cache), args.device_ms / 1000)
     gc.collect()
     gc.freeze()  # as the engine's process does

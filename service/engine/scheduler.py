@@ -23,13 +23,13 @@ from itertools import islice
 from service.engine.block_keys import BlockKeys
 from service.engine.block_manager import BlockManager
 from service.engine.plan import Plan, ScheduledSequence
-from service.engine.sequence import LOOKAHEAD_RATE, LOOKUP_RATE, Sequence, Stream
+from service.engine.sequence import LOOKAHEAD_RATE, Sequence, Stream
 from service.engine.speculation.costs import BreakEven, StepCost
-from service.engine.speculation.drafters import ANY_TOKEN, Record
+from service.engine.speculation.drafters import ANY_TOKEN
+from service.engine.speculation.policy import DraftPolicy
 from service.engine.speculation.proposals import expected_prediction, look_up, lookahead_depth
 
 _PRIORITY_STEP = 4  # requests that may arrive later and still come before a request's next choice
-_BREAK_EVEN_STEPS = 64  # how long break-even probabilities are reused
 _MAX_OVERTAKING = 16  # smaller sequences admitted before one that does not fit yet
 _MAX_SLOT_FRACTION = 0.75  # of max_num_seqs, for the choices of one request
 
@@ -62,34 +62,19 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.lookahead = lookahead
-        self.draft_rates = draft_rates  # expected acceptance rates of the scaling pass's drafts at depth 1, 2, ...
-        self.speculative_tokens = speculative_tokens  # prompt-lookup drafts of a sequence in a step, at most
+        self.drafts = DraftPolicy(
+            lookahead=lookahead, rates=draft_rates, speculative_tokens=speculative_tokens, cost=step_cost
+        )
         self.prefix_cache = prefix_cache  # False: only choices of one request reuse each other's blocks
-        self._step_cost = StepCost() if step_cost is None else step_cost
         self.max_scored_rows = max_scored_rows  # of a step: rows whose logits are kept for prompt_logprobs
         self.dummy_row_key = dummy_row_key  # identifies the checkpoint's dummy row in block keys
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self._keys = BlockKeys(blocks.block_size)
         self._needed = BreakEven([], [], [])  # in this step
-        self._break_even: dict[int, BreakEven] = {}  # by the number of sequences, for _BREAK_EVEN_STEPS
-        self._steps = 0
         self._scorable = max_scored_rows  # rows of max_scored_rows that this step has left
         self._max_choices = max(1, math.ceil(_MAX_SLOT_FRACTION * max_num_seqs))  # of one request at once
         self._requests = 0  # arrived so far
-        self._lookahead = [Record(rate) for rate in draft_rates]  # over all sequences, by depth
-        self._lookup = Record(LOOKUP_RATE)
-
-    @property
-    def step_cost(self) -> StepCost:
-        """The cost of a step, by which the number of drafts is decided."""
-        return self._step_cost
-
-    @step_cost.setter
-    def step_cost(self, cost: StepCost) -> None:
-        self._step_cost = cost
-        self._break_even.clear()
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. The caller has checked that it fits an otherwise empty pool."""
@@ -101,9 +86,7 @@ class Scheduler:
         sequence.real.root = self._keys.root("real", scope, dummy_row, gate.weight, request.gate_key)
         self._requests += sequence.index == 0
         sequence.priority = self._requests + _PRIORITY_STEP * sequence.index
-        sequence.set_records(
-            [record.begin(sequence.prompt_len) for record in self._lookahead], self._lookup.begin(sequence.prompt_len)
-        )
+        self.drafts.begin(sequence)
         insort(self.waiting, sequence, key=lambda other: other.priority)
 
     def remove(self, sequence: Sequence) -> None:
@@ -131,12 +114,12 @@ class Scheduler:
         for sequence in self.running:
             (decoding if sequence.prefilled else prefilling).append(sequence)
         self._scorable = self.max_scored_rows
-        self._needed = self._break_even_of(max(1, len(self.running)))
+        self._needed = self.drafts.break_even(max(1, len(self.running)))
         others = 2 * len(decoding)  # rows reserved: every sequence gets a row of each stream before any gets drafts
         others += self._kept_for_prompts(prefilling, budget - others)
         for sequence in decoding:
             others -= 2
-            if self.speculative_tokens and budget > 0 and sequence.prefilled:  # False once it has been preempted
+            if self.drafts.speculative_tokens and budget > 0 and sequence.prefilled:  # False once it has been preempted
                 self._look_up_drafts(sequence)
             budget -= self._schedule_running(sequence, min(max(1, budget - others), budget), plan)
         max_rows = self._max_prompt_rows(prefilling, budget)
@@ -145,16 +128,6 @@ class Scheduler:
         if not plan.preemptions:
             self._admit(budget, max_rows, plan)
         return plan
-
-    def _break_even_of(self, sequences: int) -> BreakEven:
-        """The break-even probabilities of drafts in a step of `sequences` sequences, by current acceptance rates."""
-        self._steps += 1
-        if self._steps % _BREAK_EVEN_STEPS == 0:
-            self._break_even.clear()
-        if sequences not in self._break_even:
-            rates = [record.rate for record in self._lookahead]
-            self._break_even[sequences] = BreakEven.of(self._step_cost, sequences, rates, self.speculative_tokens)
-        return self._break_even[sequences]
 
     def commit(self, sequence: Sequence) -> None:
         """Caches full blocks of accepted positions; releases the scaling stream once the gate is frozen."""
@@ -217,7 +190,7 @@ class Scheduler:
     def _look_up_drafts(self, sequence: Sequence) -> None:
         """Adds prompt-lookup drafts where the text repeats itself, they pay, and they need no preemption."""
         needed = self._needed.one_stream if sequence.scaling_ended else self._needed.two_streams
-        place, tokens = look_up(sequence, needed, self.speculative_tokens)
+        place, tokens = look_up(sequence, needed, self.drafts.speculative_tokens)
         if tokens:
             end = min(len(sequence.tokens) + place + len(tokens), sequence.draft_end)
             if self._missing(sequence, end, end) <= self.blocks.free:
@@ -240,7 +213,7 @@ class Scheduler:
             one.samples = max(0, real_start + real_count - (known - 1))
             if scoring:
                 one.scores = range(max(real_start, sequence.scored), min(one.real_end, sequence.score_end))
-            if self.lookahead and scaling_start + scaling_count >= known:
+            if self.drafts.lookahead and scaling_start + scaling_count >= known:
                 self._plan_predictions(one, known, end)
         return one
 

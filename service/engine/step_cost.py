@@ -36,7 +36,7 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """Measures an idle engine's steps, with a request of its own, and sets the scheduler's step cost. The forward is
     measured again when the runner gets another Step.
     """
-    runner, drafts = engine.runner, len(scheduler.draft_rates) > 1
+    runner, drafts = engine.runner, len(scheduler.drafts.rates) > 1
     while True:  # until no other step has been handed over meanwhile
         step = runner.step
         forward = time_forward(step, runner.kv_cache, drafts=drafts)
@@ -46,7 +46,7 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
 
     def measured(cost: StepCost) -> None:
         points = tuple((rows, seconds + host) for rows, seconds in cost.points)
-        scheduler.step_cost = StepCost(points, cost.layer)
+        scheduler.drafts.cost = StepCost(points, cost.layer)
         table = ", ".join(f"{rows}: {1e3 * seconds:.2f}" for rows, seconds in points)
         logger.info("milliseconds of a step by its rows: %s; of the draft layer: %.2f", table, 1e3 * cost.layer)
 
@@ -58,8 +58,8 @@ def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
     """Seconds of the engine's fastest step with at most _ROWS[0] rows. Drafting is off meanwhile, so that this made-up
     text does not count in acceptance rates, and no step waits for the draft layer.
     """
-    drafting = scheduler.lookahead, scheduler.speculative_tokens
-    scheduler.lookahead, scheduler.speculative_tokens = False, 0
+    drafting = scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens
+    scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens = False, 0
     max_tokens = min(_MAX_STEPS, engine.info.max_model_len - 1)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     engine.add(Request("first steps", [0], sampling, cache_salt="first steps"))
@@ -73,7 +73,7 @@ def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
         if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")
     engine.report()  # discards the statistics of the aborted request
-    scheduler.lookahead, scheduler.speculative_tokens = drafting
+    scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens = drafting
     return best
 
 

@@ -143,7 +143,7 @@ def test_plain_base_writes_what_the_base_writes(bundle):
 def test_script_forces_drafts(bundle, agree, steps):
     """Two forwards to the first token, then one per token where drafts agree and two where they miss."""
     engine = make_engine(bundle)
-    engine._scheduler.step_cost = StepCost()  # drafts always
+    engine._scheduler.drafts.cost = StepCost()  # drafts always
     script(engine, [agree])
     run = run_engine(engine, [PROMPT], 16)
     assert run.steps == steps
@@ -157,7 +157,7 @@ def test_script_forces_drafts(bundle, agree, steps):
 def test_forced_rates_are_those_that_are_found_and_predict_the_forwards(deep_bundle, a):
     """The draft layer runs, but what it says is written over; tokens are those of the script, whatever the rates."""
     engine = make_engine(deep_bundle, draft_depth=3)
-    engine._scheduler.step_cost = StepCost()
+    engine._scheduler.drafts.cost = StepCost()
     script(engine, a)
     watched = watch(engine)
     run = run_engine(engine, [PROMPT], 640)
@@ -199,7 +199,7 @@ def test_agreement_predicts_the_forwards(bundle, tmp_path):
         if draft_head is not None:
             add_drafts(path, draft_head, None)
         engine = make_engine(path)
-        engine._scheduler.step_cost = StepCost()
+        engine._scheduler.drafts.cost = StepCost()
         watched = watch(engine)
         run = run_engine(engine, [PROMPT], 32)
         own, alone, guessed = Agreement(path).of(PROMPT, run.tokens["0"])

@@ -55,7 +55,7 @@ class CallAgain:
 
 
 def with_captured_steps(engine: Engine, capture: Capture, max_rows: int = 16) -> CapturedSteps:
-    runner, depth = engine.runner, len(engine._scheduler.draft_rates)
+    runner, depth = engine.runner, len(engine._scheduler.drafts.rates)
     steps = CapturedSteps(
         runner.model, runner.kv_cache, capture, max_rows=max_rows, max_model_len=256, max_num_seqs=8, draft_depth=depth
     )

@@ -50,9 +50,9 @@ def test_leaves_nothing_behind(
     monkeypatch.setattr(step_cost, "_MAX_ROUNDS", 2)
     engine = build(engines, **options)
     scheduler = engine._scheduler
-    assert scheduler.step_cost != StepCost()
-    assert [record.rate for record in scheduler._lookahead] == scheduler.draft_rates
-    assert (scheduler.lookahead, scheduler.speculative_tokens) == (options.get("lookahead", True), 8)
+    assert scheduler.drafts.cost != StepCost()
+    assert [record.rate for record in scheduler.drafts.records] == scheduler.drafts.rates
+    assert (scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens) == (options.get("lookahead", True), 8)
     assert engine.report().stats.gate == GateStats()
     assert not engine.has_work()
     assert engine.blocks.used == 0
