@@ -46,7 +46,7 @@ def test_leaves_nothing_behind(
     """No block, no number for the metrics, and the bundle's word on its drafts: none of a text that nobody sent."""
     clock = itertools.count()
     monkeypatch.setattr(step_cost, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 10))
-    monkeypatch.setattr(step_cost, "_SECONDS", seconds)
+    monkeypatch.setattr(step_cost, "_MAX_SECONDS", seconds)
     monkeypatch.setattr(step_cost, "_MAX_ROUNDS", 2)
     engine = build(engines, **options)
     scheduler = engine._scheduler
@@ -83,7 +83,7 @@ def test_a_step_that_is_handed_over_meanwhile_is_measured(engines: Engines, monk
         timed.append(step)
         return time_forward(step, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(step_cost, "_SECONDS", 0.0)
+    monkeypatch.setattr(step_cost, "_MAX_SECONDS", 0.0)
     monkeypatch.setattr(Engine, "add", add_and_hand_over)
     monkeypatch.setattr(step_cost, "time_forward", noted)
     engine = build(engines)
