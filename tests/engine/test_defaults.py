@@ -28,8 +28,8 @@ V1_NONE = "9223372036854771712"  # what cgroup v1 says where there is no limit
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """Some 11 MB of linears in bfloat16, half a megabyte of KV memory for 1,024 tokens, made for 8,192 tokens."""
     path = tmp_path_factory.mktemp("defaults") / "bundle"
-    wide = {"intermediate_size": 20_000, "max_position_embeddings": 8192}
-    return load_checkpoint(make_bundle(path, hidden=64, base_config=wide, dtype=torch.bfloat16), examine_weights=False)
+    full = {"intermediate_size": 20_000, "max_position_embeddings": 8192}
+    return load_checkpoint(make_bundle(path, hidden=64, base_config=full, dtype=torch.bfloat16), examine_weights=False)
 
 
 @pytest.fixture(autouse=True)
@@ -107,10 +107,10 @@ def test_float32_gives_way_to_the_stored_dtype(checkpoint: Checkpoint, monkeypat
     """Without kernels that read bfloat16, float32 takes twice the memory."""
     monkeypatch.setattr("shutil.which", lambda _: None)
     elsewhere = {"native_cache": "/nonexistent"}
-    wide = settled(checkpoint, 4096 * MIB, monkeypatch, **elsewhere)[1]
-    assert wide.dtype == "float32"
-    narrow = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1]
-    total = int((narrow.weights.total + 4 * MIB) / MEMORY_FRACTION)
+    full = settled(checkpoint, 4096 * MIB, monkeypatch, **elsewhere)[1]
+    assert full.dtype == "float32"
+    half = settled(checkpoint, 4096 * MIB, monkeypatch, dtype="bfloat16")[1]
+    total = int((half.weights.total + 4 * MIB) / MEMORY_FRACTION)
     options, plan = settled(checkpoint, total, monkeypatch, **elsewhere)
     assert (options.dtype, plan.dtype) == ("bfloat16", "bfloat16")
     with pytest.raises(StartupError, match="the weights need") as refused:

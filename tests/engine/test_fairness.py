@@ -56,7 +56,7 @@ def test_several_long_prompts_advance_evenly() -> None:
 
 def test_a_crowd_does_not_stall_the_long_prompt() -> None:
     """It has its even share in every step, however many short ones come."""
-    engine, runner, _ = build(budget=40, blocks=900, seats=8, length=1100)
+    engine, runner, _ = build(budget=40, blocks=900, slots=8, length=1100)
     engine.add(request("long", 400, 1))
     for number in range(60):
         engine.add(request(f"short {number}", 30, 1))
@@ -68,8 +68,8 @@ def test_a_crowd_does_not_stall_the_long_prompt() -> None:
 
 
 def test_who_cannot_be_admitted_holds_no_rows_back() -> None:
-    """A step is not left half empty for a request without blocks or seat."""
-    for options in ({"blocks": 24}, {"seats": 1}):
+    """A step is not left half empty for a request without blocks or slot."""
+    for options in ({"blocks": 24}, {"slots": 1}):
         engine, runner, scheduler = build(budget=8, length=1100, **options)
         engine.add(request("first", 40, 2))
         engine.step()
@@ -83,7 +83,7 @@ def test_who_cannot_be_admitted_holds_no_rows_back() -> None:
 
 def test_choices_that_wait_for_their_prompt_hold_no_rows_back() -> None:
     """16 choices compute their prompt once: they count as one prompt."""
-    engine, runner, _ = build(budget=40, blocks=900, seats=32)
+    engine, runner, _ = build(budget=40, blocks=900, slots=32)
     engine.add(request("n", 90, 2, n=16))
     engine.add(request("other", 90, 2))
     for _ in range(4):
@@ -92,9 +92,9 @@ def test_choices_that_wait_for_their_prompt_hold_no_rows_back() -> None:
     finish(engine)
 
 
-def test_many_choices_leave_seats() -> None:
-    """n = 16 on 8 seats: a short request finds one at once."""
-    engine, _, scheduler = build(budget=64, blocks=900, seats=8)
+def test_many_choices_leave_slots() -> None:
+    """n = 16 on 8 slots: a short request finds one at once."""
+    engine, _, scheduler = build(budget=64, blocks=900, slots=8)
     engine.add(request("n", 10, 30, n=16))
     for _ in range(6):
         engine.step()
@@ -107,8 +107,8 @@ def test_many_choices_leave_seats() -> None:
 
 
 def test_further_choices_let_later_requests_pass() -> None:
-    """One seat, n = 4 before 40 others: they go by priority, and the last choice comes before the last."""
-    engine, _, scheduler = build(budget=64, blocks=900, seats=1)
+    """One slot, n = 4 before 40 others: they go by priority, and the last choice comes before the last."""
+    engine, _, scheduler = build(budget=64, blocks=900, slots=1)
     engine.add(request("n", 10, 1, n=4))
     for number in range(40):
         engine.add(request(f"{number}", 5, 1))
@@ -120,7 +120,7 @@ def test_further_choices_let_later_requests_pass() -> None:
 
 def test_choices_come_to_an_end_under_endless_load() -> None:
     """Letting others pass is bounded."""
-    engine, _, _ = build(budget=64, blocks=900, seats=2)
+    engine, _, _ = build(budget=64, blocks=900, slots=2)
     engine.add(request("n", 10, 3, n=8))
     ended: set[int] = set()
     for number in range(400):

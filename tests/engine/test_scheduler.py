@@ -186,7 +186,7 @@ def build(
     blocks: int = 64,
     block_size: int = 4,
     budget: int = 32,
-    seats: int = 8,
+    slots: int = 8,
     lookahead: bool = True,
     depth: int = 1,
     speculative: int = 0,
@@ -200,7 +200,7 @@ def build(
     runner: Any = FakeRunner(block_size, budget, right, overlapped_rows)
     scheduler = Scheduler(
         BlockManager(blocks, block_size),
-        max_num_seqs=seats,
+        max_num_seqs=slots,
         max_num_batched_tokens=budget,
         lookahead=lookahead,
         draft_rates=[0.8] * depth,
@@ -263,7 +263,7 @@ def workloads(draw: st.DrawFn) -> dict[str, Any]:
         "block_size": block_size,
         "blocks": largest + draw(st.integers(0, 2 * largest)),
         "budget": draw(st.integers(1, 40)),
-        "seats": draw(st.integers(1, 8)),
+        "slots": draw(st.integers(1, 8)),
         "lookahead": draw(st.booleans()),
         "right": draw(st.integers(0, 4)),
         "depth": draw(st.sampled_from([1, 1, 2, 5])),
@@ -311,7 +311,7 @@ def test_any_workload(load: dict[str, Any]) -> None:
             if output.finish_reason:
                 finished.add(key)
         engine.check_integrity()
-        assert len(scheduler.running) <= load["seats"]
+        assert len(scheduler.running) <= load["slots"]
     else:
         raise AssertionError("the engine does not come to an end")
     assert engine.blocks.used == 0
@@ -480,7 +480,7 @@ def test_few_pass_a_large_one() -> None:
 
 def test_seats_are_bounded() -> None:
     """No more sequences at once than asked for; choices of one request count each."""
-    engine, _, scheduler = build(seats=3, blocks=200)
+    engine, _, scheduler = build(slots=3, blocks=200)
     for number in range(4):
         engine.add(request(str(number), 5, 6, n=2))
     most = 0
@@ -492,7 +492,7 @@ def test_seats_are_bounded() -> None:
 
 def test_nothing_is_reserved_for_an_answer_to_come() -> None:
     """Four that might each fill the whole pool begin at once; those that end early never disturb anybody."""
-    engine, _, scheduler = build(blocks=64, block_size=4, seats=4, budget=64)
+    engine, _, scheduler = build(blocks=64, block_size=4, slots=4, budget=64)
     made = [request(str(number), 5, 123, stop_token_ids=(expected(request(str(number), 5))[7],)) for number in range(4)]
     for one in made:
         engine.add(one)

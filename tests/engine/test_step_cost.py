@@ -91,7 +91,7 @@ def test_a_step_that_is_handed_over_meanwhile_is_measured(engines: Engines, monk
     assert timed[-1] is other
 
 
-@pytest.mark.parametrize(("seats", "depth"), [(1, 1), (1, 4), (4, 1), (64, 4), (512, 8)])
-def test_the_rows_that_are_timed_are_captured(seats: int, depth: int) -> None:
+@pytest.mark.parametrize(("slots", "depth"), [(1, 1), (1, 4), (4, 1), (64, 4), (512, 8)])
+def test_the_rows_that_are_timed_are_captured(slots: int, depth: int) -> None:
     """A graph for few rows against the eager model for many would make every draft seem too expensive."""
-    assert rows_to_capture(seats, depth) >= max(step_cost.MANY_ROWS, 2 * seats)
+    assert rows_to_capture(slots, depth) >= max(step_cost.MANY_ROWS, 2 * slots)

@@ -1,4 +1,4 @@
-"""What an engine knows of drafts over all its sequences: how often each kind has been right, and what a step costs."""
+"""DraftPolicy: an engine's acceptance rates of drafts over all sequences, and its cost of a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BREAK_EVEN_STEPS = 64  # after so many steps, the break-even probabilities are 
 
 
 class DraftPolicy:
-    """Decides how likely a draft must be to be worth its rows."""
+    """Decides the probability of being right from which on a draft pays. Knows no single sequence."""
 
     def __init__(
         self, *, lookahead: bool, rates: SequenceOf[float], speculative_tokens: int, cost: StepCost | None
@@ -38,16 +38,16 @@ class DraftPolicy:
 
     @property
     def records(self) -> list[Record]:
-        """Of the scaling pass's drafts, by depth."""
+        """The records of the scaling pass's drafts, by depth."""
         return self._by_depth
 
     def begin(self, sequence: Sequence) -> None:
-        """Gives a new sequence its records, which start where those of all sequences stand."""
+        """Gives a new sequence its records, which begin with the rates over all sequences."""
         used_at = sequence.prompt_len
         sequence.set_records([record.begin(used_at) for record in self._by_depth], self._lookup.begin(used_at))
 
     def break_even(self, sequences: int) -> BreakEven:
-        """Break-even probabilities of drafts in the next step, which has so many sequences."""
+        """The break-even probabilities of drafts in the next step, of `sequences` sequences."""
         self._steps += 1
         if self._steps % _BREAK_EVEN_STEPS == 0:
             self._break_even.clear()
