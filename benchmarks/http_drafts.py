@@ -4,7 +4,7 @@ and the base of the same server; with --against, also a server of another checko
     python -m benchmarks.http_drafts [--questions 4] [--repeats 3] [--against CHECKOUT]
 
 Every question is put to each side in turn, greedily, and the tokens of all answers are divided by the seconds that
-they took. The base is the model `NAME/base`: a fixed gate of zeros, whose rows visit the experts in vain; vs_base.py has
+they took. The base is `NAME/base`: a fixed gate of zeros, whose rows visit the experts in vain. vs_base.py has
 the plain base.
 """
 
