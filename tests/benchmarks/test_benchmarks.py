@@ -182,11 +182,11 @@ def test_forwards_per_token_by_hand():
 
 def test_costs_over_the_base_by_hand():
     """Nothing but bytes: a tenth more for the experts, drafts that never or always come true, and their layer."""
-    costs = Costs(scaling=1.0, real=1.1, row=0.0, layer=0.2)
+    costs = Costs(scaling=1.0, real=1.1, step=StepCost(), layer=0.2)
     assert costs.over_base([1.0]) == pytest.approx(1 / 1.1)
     assert costs.over_base([0.0]) == pytest.approx(1 / 2.1)
     assert costs.over_base([1.0, 1.0]) == pytest.approx(2 / (1.1 + 0.2))
-    assert Costs(1.0, 1.1, row=0.5, layer=0.0).over_base([1.0]) == pytest.approx(1.5 / (2 * 1.1))
+    assert Costs(1.0, 1.1, step=StepCost.linear(0.5), layer=0.0).over_base([1.0]) == pytest.approx(1.5 / (2 * 1.1))
 
 
 def test_agreement_predicts_the_forwards(bundle, tmp_path):

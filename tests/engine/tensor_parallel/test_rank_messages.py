@@ -37,7 +37,7 @@ def test_a_step_arrives_as_it_was(rows: int, given: int, steered: bool) -> None:
     frame = pack_batch(sent)
     assert unpack(frame) is None
     found = unpack_batch(frame, torch.Size([SITES, EXPERTS]), CPU)
-    assert torch.equal(found.rows, sent.rows)
+    assert torch.equal(found.fields, sent.fields)
     assert torch.equal(found.logit_rows, sent.logit_rows)
     assert (found.num_scaling_rows, found.scaling_rows_are_gated) == (rows // 2, bool(given))
     for ours, theirs in zip(found.groups, sent.groups, strict=True):

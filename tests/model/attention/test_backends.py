@@ -63,10 +63,10 @@ FAILURES: dict[str, Callable[..., Tensor]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_known() -> Iterator[None]:
-    for cached in (cuda_backend, backends._tell):
+    for cached in (cuda_backend, backends._warn):
         cached.cache_clear()
     yield
-    for cached in (cuda_backend, backends._tell):
+    for cached in (cuda_backend, backends._warn):
         cached.cache_clear()
 
 
@@ -128,7 +128,7 @@ def test_the_first_step_leaves_no_trace(tmp_path: Any) -> None:
             asked.append(batch.fields.shape[1])
             return step.forward(batch, kv_cache)
 
-    warm_up(Recorded(), cache)
+    warm_up(Recorded(), cache, drafts=False)
     assert asked == [2]
     *pools, gate_rows = before
     for old, new in zip(pools, (*cache.keys, *cache.values), strict=True):
