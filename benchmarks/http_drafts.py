@@ -30,7 +30,8 @@ def ask(running: Server, body: dict[str, Any]) -> tuple[int, float]:
     answer = run(post(running.port, "/generate", json.dumps(body).encode()))
     seconds = time.perf_counter() - started
     assert answer.status == 200, answer.data[:500]
-    return json.loads(answer.data)["usage"]["completion_tokens"], seconds
+    content = answer.data.partition(b"\r\n\r\n")[2]
+    return json.loads(content)["usage"]["completion_tokens"], seconds
 
 
 def main() -> None:

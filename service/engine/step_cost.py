@@ -36,10 +36,10 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     """Measures an idle engine's steps, with a request of its own, and sets the scheduler's step cost. The forward is
     measured again when the runner gets another Step.
     """
-    runner, drafts = engine.runner, len(scheduler.drafts.rates) > 1
+    runner, depth = engine.runner, len(scheduler.drafts.rates)
     while True:  # until no other step has been handed over meanwhile
         step = runner.step
-        forward = time_forward(step, runner.kv_cache, drafts=drafts)
+        forward = time_forward(step, runner.kv_cache, depth=depth)
         host = max(0.0, _time_steps(engine, scheduler) - forward.seconds(_ROWS[0]))
         if runner.step is step:
             break
@@ -51,7 +51,7 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
         logger.info("milliseconds of a step by its rows: %s; of the draft layer: %.2f", table, 1e3 * cost.layer)
 
     measured(forward)
-    runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, drafts=drafts))
+    runner.on_other_step = lambda: measured(time_forward(runner.step, runner.kv_cache, depth=depth))
 
 
 def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
@@ -77,16 +77,16 @@ def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
     return best
 
 
-def time_forward(step: Step, kv_cache: KVCache, *, drafts: bool) -> StepCost:
-    """Times forwards, and the draft layer if `drafts`. Writes to the scratch block only; nothing else may use the model
-    at the same time.
+def time_forward(step: Step, kv_cache: KVCache, *, depth: int) -> StepCost:
+    """Times forwards, and the draft layer if `depth` is over 1. Writes to the scratch block only; nothing else may use
+    the model at the same time.
     """
     hidden = step.forward(idle_batch(kv_cache, 2), kv_cache).hidden[:1].clone()
     works: list[Callable[[], object]] = [partial(step.forward, idle_batch(kv_cache, rows), kv_cache) for rows in _ROWS]
-    if drafts:
-        works.insert(0, partial(draft_idly, step, kv_cache, hidden))
-    best = _fastest(works, hidden.device, min_works=_MIN_SIZES + drafts)
-    layer = best.pop(0) if drafts else 0.0
+    if depth > 1:
+        works.insert(0, partial(draft_idly, step, kv_cache, hidden, depth))
+    best = _fastest(works, hidden.device, min_works=_MIN_SIZES + (depth > 1))
+    layer = best.pop(0) / (depth - 1) if depth > 1 else 0.0
     seconds = accumulate((seconds for _, seconds in sorted(zip(_ROWS, best, strict=False))), max)
     return StepCost(tuple(zip(sorted(_ROWS[: len(best)]), seconds, strict=True)), layer)
 

@@ -146,7 +146,8 @@ class DraftChain:
 
     def __init__(self, layer: DraftLayer, embedding: Tensor, rotation: Rotation | None, dtype: torch.dtype) -> None:
         self.layer = layer
-        self._embedding, self._rotation, self._dtype = embedding, rotation, dtype
+        self.embedding = embedding  # [V, H]
+        self._rotation, self._dtype = rotation, dtype
 
     @classmethod
     def of(cls, weights: DraftLayerWeights, causal_lm: Any, *, device: torch.device, dtype: torch.dtype) -> DraftChain:
@@ -157,7 +158,7 @@ class DraftChain:
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """The base's embeddings [n, H] of tokens [n], without experts and without a family's embedding scale."""
-        return F.embedding(tokens, self._embedding).to(self._dtype)
+        return F.embedding(tokens, self.embedding).to(self._dtype)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """cos and sin [n, rotated] at positions [n]; None without a known RoPE."""

@@ -8,7 +8,8 @@ Tensors are contiguous float32; weights of linears may be bfloat16.
     spread      stored scalings, expanded to the ranks of all experts
     scalings    the classifier; stores its scalings
     drafting    input rows of the language model's head; scaling rows pass the draft head
-    draft_state the draft layer's next state
+    draft_state     the draft layer's next state
+    greedy_drafts   all drafts of the draft layer, each the argmax of its logits
 
 They can be called once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit.
 """
@@ -42,6 +43,11 @@ _library.define(
     "draft_state(Tensor state, Tensor embedded, Tensor[] tensors, Tensor? cos, Tensor? sin, Tensor keys, Tensor values,"
     " Tensor positions, Tensor table, float eps) -> Tensor"
 )
+_library.define(
+    "greedy_drafts(Tensor state, Tensor tokens, Tensor embedding, Tensor[] tensors, Tensor depths, Tensor cos,"
+    " Tensor sin, Tensor keys, Tensor values, Tensor positions, Tensor table, Tensor head, Tensor? head_bias,"
+    " float eps, int depth) -> Tensor"
+)
 _linear = torch.ops.xlora.linear.default
 _norm = torch.ops.xlora.norm.default
 _layers = torch.ops.xlora.layers.default
@@ -49,6 +55,7 @@ _spread = torch.ops.xlora.spread.default
 _scalings = torch.ops.xlora.scalings.default
 _drafting = torch.ops.xlora.drafting.default
 _draft_state = torch.ops.xlora.draft_state.default
+_greedy_drafts = torch.ops.xlora.greedy_drafts.default
 
 
 def linear(
@@ -142,3 +149,28 @@ def draft_state(
     cos, sin = rotation or (None, None)
     y: Tensor = _draft_state(state, embedded, tensors, cos, sin, keys, values, positions, table, eps)
     return y
+
+
+def greedy_drafts(
+    state: Tensor,  # [n, H]
+    tokens: Tensor,  # int64 [n], the first drafts
+    embedding: Tensor,  # [V, H]
+    tensors: Sequence[Tensor],  # as of draft_state; the bias is replaced
+    depths: Tensor,  # [depth - 1 or more, H], the bias at each depth
+    cos: Tensor,  # [positions, head_dim]
+    sin: Tensor,  # [positions, head_dim]
+    keys: Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    values: Tensor,
+    positions: Tensor,  # int64 [n]: the last position that is attended to
+    table: Tensor,  # int64 [n, blocks]
+    head: Tensor,  # [V, H]
+    head_bias: Tensor | None,  # [V]
+    eps: float,
+    depth: int,
+) -> Tensor:
+    """draft_tokens with take_largest: int64 [n, depth - 1]."""
+    ids: Tensor = _greedy_drafts(
+        *(state, tokens, embedding, tensors, depths, cos, sin, keys, values, positions, table, head, head_bias),
+        *(eps, depth),
+    )
+    return ids.T.long()

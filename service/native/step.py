@@ -12,7 +12,7 @@ from torch import Tensor
 from service.model import gate_rows
 from service.model.adapted import AdaptedModule
 from service.model.batch import Batch, DraftStart
-from service.model.draft_layer import EPS, Choose, draft_tokens
+from service.model.draft_layer import EPS, Choose, PureChoice, draft_tokens, take_largest
 from service.model.dtypes import bfloat16_if_lossless
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
@@ -110,12 +110,30 @@ class NativeStep:
         assert chain is not None, "a model without a draft layer was asked for its drafts"
         self._gate.clear()
         positions = group.positions[:, 0].contiguous()
+        keys, values = kv_cache.keys[-1], kv_cache.values[-1]
+        is_greedy = isinstance(choose, PureChoice) and choose.function is take_largest
+        if is_greedy and chain.embedding.dtype == torch.float32:  # one call in place of half a dozen for every draft
+            self._extend_rotations(group.keys + start.depth)
+            mix, *others = self._draft_tensors
+            return operators.greedy_drafts(
+                *(
+                    start.state,
+                    start.tokens,
+                    chain.embedding,
+                    [mix, mix, *others],
+                    chain.layer.depths,
+                    self._cos,
+                    self._sin,
+                ),
+                *(keys, values, positions, group.block_table, head.weight, head.bias),
+                eps=EPS,
+                depth=start.depth,
+            )
 
         def next_state(state: Tensor, tokens: Tensor, depth: int) -> Tensor:
             mix, *others = self._draft_tensors
             tensors = [mix, chain.layer.depths[depth - 1], *others]
             rotation = self._rotation(positions + depth, group.keys + start.depth)
-            keys, values = kv_cache.keys[-1], kv_cache.values[-1]
             return operators.draft_state(
                 *(state, chain.embedded(tokens), tensors, rotation),
                 *(keys, values, positions, group.block_table),
@@ -129,8 +147,12 @@ class NativeStep:
 
     def _rotation(self, positions: Tensor, keys: int) -> tuple[Tensor, Tensor]:
         """cos and sin [n, head_dim] of positions below `keys`."""
+        self._extend_rotations(keys)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def _extend_rotations(self, keys: int) -> None:
+        """Computes cos and sin of positions below `keys`, where they are missing."""
         if keys > len(self._cos):
             known = torch.arange(1 << (keys - 1).bit_length())
             cos, sin = self._decoder.rotary(torch.empty(0), known[None])
             self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)

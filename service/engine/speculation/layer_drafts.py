@@ -56,41 +56,56 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
         row += one.samples + one.predict_count
     if not drafting:
         return None
-    count, width = len(drafting), max(one.predict_count for one in drafting)
+    width = max(one.predict_count for one in drafting)
+    tables = _tables(drafting, kv_cache)
+    [table] = pack_to_device([tables.ravel()], ids.device)
+    if ids.device.type == "cpu":
+        first = _known_differences(drafting, first_ids, ids)
+    elif width == 1:
+        first = to_device([0] * len(drafting), ids.device)
+    else:
+        first = _first_differences(drafting, first_ids, width, ids)
     positions = [one.predict_start - 1 for one in drafting]
     rows = [one.scaling_row + at - one.scaling_start for one, at in zip(drafting, positions, strict=True)]
-    last = [one.predict_count - 1 for one in drafting]
-    expected = np.full((count, width), NO_DRAFT, np.int64)
-    for number, one in enumerate(drafting):
-        expected[number, : one.predict_count] = one.expected
-    tables = _tables(drafting, kv_cache)
-    columns = [np.array(column, np.int64) for column in (first_ids, positions, rows, last)]
-    first_id, position, first_row, limit, wanted, table = pack_to_device(
-        [*columns, expected.ravel(), tables.ravel()], ids.device
-    )
-    first = (
-        torch.zeros_like(limit) if width == 1 else _first_difference(ids, first_id, limit, wanted.view(count, width))
-    )
+    columns = [np.array(column, np.int64) for column in (first_ids, positions, rows)]
+    first_id, position, first_row = pack_to_device(columns, ids.device)
     group = AttentionGroup(
         start=0,
-        segments=count,
+        segments=len(drafting),
         queries=1,
         positions=(position + first)[:, None],
-        block_table=table.view(count, -1),
-        keys=max(at + rest for at, rest in zip(positions, last, strict=True)) + 1,
-        needs_mask=count > 1 or width > 1,
+        block_table=table.view(len(drafting), -1),
+        keys=max(one.predict_start - 1 + one.predict_count for one in drafting),
+        needs_mask=len(drafting) > 1 or width > 1,
     )
     depth = max(one.draft_depth for one in drafting)
     return Frontier(drafting, depth, width, first, ids.index_select(0, first_id + first), first_row + first, group)
 
 
-def _first_difference(ids: Tensor, first_id: Tensor, last: Tensor, expected: Tensor) -> Tensor:
-    """The index, int64 [n], of each sequence's first prediction that differs from `expected` [n, C]; `last` [n] if none
-    before it does.
+def _known_differences(drafting: list[ScheduledSequence], first_ids: list[int], ids: Tensor) -> Tensor:
+    """_first_differences of ids that are on the host already."""
+    known = ids.tolist()
+    found: list[int] = []
+    for one, first_id in zip(drafting, first_ids, strict=True):
+        pairs = enumerate(zip(known[first_id : first_id + one.predict_count], one.expected, strict=True))
+        differing = (number for number, (token, other) in pairs if other not in (token, ANY_TOKEN))
+        found.append(next(differing, one.predict_count - 1))
+    return to_device(found, ids.device)
+
+
+def _first_differences(drafting: list[ScheduledSequence], first_ids: list[int], width: int, ids: Tensor) -> Tensor:
+    """The index, int64 [n], of each sequence's first prediction that differs from what was expected; of its last
+    prediction if none before does. The most predictions of a sequence are `width`.
     """
-    numbers = torch.arange(expected.shape[1], device=ids.device)
+    expected = np.full((len(drafting), width), NO_DRAFT, np.int64)
+    for number, one in enumerate(drafting):
+        expected[number, : one.predict_count] = one.expected
+    columns = [np.array(column, np.int64) for column in (first_ids, [one.predict_count - 1 for one in drafting])]
+    first_id, last, wanted = pack_to_device([*columns, expected.ravel()], ids.device)
+    numbers = torch.arange(width, device=ids.device)
     predicted = ids.take(first_id[:, None] + torch.minimum(numbers, last[:, None]))
-    is_expected = (predicted == expected) | (expected == ANY_TOKEN)
+    wanted = wanted.view(-1, width)
+    is_expected = (predicted == wanted) | (wanted == ANY_TOKEN)
     return torch.minimum(is_expected.cumprod(1).sum(1), last)
 
 

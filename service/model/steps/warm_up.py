@@ -34,13 +34,13 @@ def idle_batch(kv_cache: KVCache, count: int) -> Batch:
     return Batch(fields, count // 2, torch.arange(count, device=device), [group])
 
 
-def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor) -> None:
-    """Runs the draft layer once, from hidden [1, H] at position 0 in the scratch block."""
-    step.draft(idle_start(kv_cache, hidden), PureChoice(take_largest, ()), kv_cache)
+def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor, depth: int = 2) -> None:
+    """Runs the draft layer, depth - 1 times, from hidden [1, H] at position 0 in the scratch block."""
+    step.draft(idle_start(kv_cache, hidden, depth), PureChoice(take_largest, ()), kv_cache)
 
 
-def idle_start(kv_cache: KVCache, hidden: Tensor) -> DraftStart:
-    """A start that drafts one token from hidden [1, H], at position 0 in the scratch block."""
+def idle_start(kv_cache: KVCache, hidden: Tensor, depth: int = 2) -> DraftStart:
+    """A start that drafts depth - 1 tokens from hidden [1, H], at position 0 in the scratch block."""
     zeros = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
     group = AttentionGroup(0, 1, 1, zeros, zeros + kv_cache.num_blocks, 1, needs_mask=False)
-    return DraftStart(hidden, zeros[0], group, depth=2)
+    return DraftStart(hidden, zeros[0], group, depth)

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -240,6 +241,48 @@ Given op_draft_state(
     return next_;
 }
 
+// The drafts behind `state` [n, H] and `tokens` [n], chosen greedily: [depth - 1, n]. `embedding` [V, H], `depths` [depth - 1 or
+// more, H], `cos` and `sin` of all positions; `tensors` as of op_draft_state, whose bias is that of each depth.
+Given op_greedy_drafts(
+    Given state, Given tokens_, Given embedding_, std::vector<Given> tensors, Given depths_, Given cos_, Given sin_, Given keys,
+    Given values, Given positions_, Given table, Given head_, Maybe head_bias, double eps, int64_t depth
+) {
+    const Tensor tokens = tensor_of(tokens_), embedding = tensor_of(embedding_), depths = tensor_of(depths_), none(nullptr);
+    const Tensor cos = tensor_of(cos_), sin = tensor_of(sin_), positions = tensor_of(positions_), given = tensor_of(state);
+    const Linear head{tensor_of(head_), tensor_of(head_bias), none, none, none};
+    require(
+        is_dense_floats(given, 2) && is_index(tokens) && is_index(positions) && is_dense_floats(embedding, 2) &&
+        is_dense_floats(depths, 2) && is_dense_floats(cos, 2) && is_dense_floats(sin, 2) && tensors.size() == 8 && head.is_sound());
+    const int64_t rows = given.size(0), hidden = given.size(1), head_dim = cos.size(1), vocabulary = head.width();
+    require(
+        tokens.numel() == rows && positions.numel() == rows && embedding.size(1) == hidden && depths.size(1) == hidden &&
+        depth >= 2 && depths.size(0) >= depth - 1 && sin.size(0) == cos.size(0) && sin.size(1) == head_dim && head.depth() == hidden);
+    const Given ids_ = new_floats({depth - 1, rows});
+    float* ids = floats_of(ids_);
+    std::vector<int64_t> drafted(tokens.data<int64_t>(), tokens.data<int64_t>() + rows);
+    const Floats logits(rows * vocabulary);
+    for (int64_t number = 1; number < depth; number++, ids += rows) {
+        const Given embedded = new_floats({rows, hidden}), cos_now = new_floats({rows, head_dim}), sin_now = new_floats({rows, head_dim});
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t token = drafted[row], at = positions.data<int64_t>()[row] + number;
+            require(token >= 0 && token < embedding.size(0) && at >= 0 && at < cos.size(0));
+            std::copy_n(embedding.data<float>() + token * hidden, hidden, floats_of(embedded) + row * hidden);
+            std::copy_n(cos.data<float>() + at * head_dim, head_dim, floats_of(cos_now) + row * head_dim);
+            std::copy_n(sin.data<float>() + at * head_dim, head_dim, floats_of(sin_now) + row * head_dim);
+        }
+        tensors[1] = new_floats({hidden});
+        std::copy_n(depths.data<float>() + (number - 1) * hidden, hidden, floats_of(tensors[1]));
+        state = op_draft_state(state, embedded, tensors, cos_now, sin_now, keys, values, positions_, table, eps);
+        head.run(floats_of(state), rows, logits.data());
+        for (int64_t row = 0; row < rows; row++) {
+            const float* const own = logits.data() + row * vocabulary;
+            drafted[row] = std::max_element(own, own + vocabulary) - own;
+            ids[row] = float(drafted[row]);
+        }
+    }
+    return ids_;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
@@ -250,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("scalings", TORCH_BOX(&op_scalings));
     library.impl("drafting", TORCH_BOX(&op_drafting));
     library.impl("draft_state", TORCH_BOX(&op_draft_state));
+    library.impl("greedy_drafts", TORCH_BOX(&op_greedy_drafts));
 }
 
 extern "C" {
