@@ -277,8 +277,8 @@ def test_greedy_drafts_of_what_does_not_fit_are_an_error(native_kernels: None) -
     assert ((drafts >= 0) & (drafts < 5)).all()
     for number, wrong in (
         (0, state[:1]), (1, torch.tensor([0, 5])), (1, torch.tensor([0, -1])), (2, embedding.double()),
-        (3, tensors[:7]), (4, layer.depths[:1]), (5, rotations[0][:2]), (6, rotations[1][:3]), (9, positions + 14), (10, table[:1]),
-        (11, embedding[:, 1:]), (12, torch.randn(3)),
+        (3, tensors[:7]), (4, layer.depths[:1]), (5, rotations[0][:2]), (6, rotations[1][:3]),
+        (9, positions + 14), (10, table[:1]), (11, embedding[:, 1:]), (12, torch.randn(3)),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fitting shapes"):
             operators.greedy_drafts(*good[:number], wrong, *good[number + 1 :], eps, DEPTH)
