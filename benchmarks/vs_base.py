@@ -200,7 +200,7 @@ def large(
         }
         print_row(row)
         rows.append(row)
-        for name, limit in (("agree", 0.85), ("miss", 0.45), *((("drafts", 1.0),) if len(a) > 1 else ())):
+        for name, limit in (("agree", 0.85), ("miss", 0.45), *((("drafts", 1.1),) if len(a) > 1 else ())):
             what = f"large, stored in {stored}, {count} thread{'s'[: count - 1]}: X-LoRA over base, {name}"
             bars.append(Bar(what, ">=", limit, row[f"{name}_over_base"]))
     return rows, bars
