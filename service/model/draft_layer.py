@@ -32,10 +32,13 @@ Choose = Callable[[Tensor, int], Tensor]  # logits [n, V] and the depth of their
 
 @dataclass(frozen=True, slots=True)
 class PureChoice:
-    """A choice of drafts that depends on logits, depth and tensors alone, so that a CUDA graph can contain it."""
+    """A choice of drafts that depends on logits, depth and tensors alone, so that a CUDA graph can contain it.
+
+    `inputs` are empty for greedy ones; else temperatures, fp32 [n] (0: greedy), and noise keys, int64 [n, depth - 1].
+    """
 
     function: Callable[[Tensor, int, tuple[Tensor, ...]], Tensor]  # the same object for all choices of a kind
-    inputs: tuple[Tensor, ...]  # [n], or [n, depth - 1]
+    inputs: tuple[Tensor, ...]
 
     def __call__(self, logits: Tensor, depth: int) -> Tensor:
         """logits [n, V] and the depth of their drafts -> int64 [n]."""

@@ -9,7 +9,7 @@ Tensors are contiguous float32; weights of linears may be bfloat16.
     scalings    the classifier; stores its scalings
     drafting    input rows of the language model's head; scaling rows pass the draft head
     draft_state     the draft layer's next state
-    greedy_drafts   all drafts of the draft layer, each the argmax of its logits
+    drafts          all drafts of the draft layer, chosen greedily or drawn
 
 They can be called once the library is loaded (library.py). Each raises RuntimeError for tensors that do not fit.
 """
@@ -44,9 +44,9 @@ _library.define(
     " Tensor positions, Tensor table, float eps) -> Tensor"
 )
 _library.define(
-    "greedy_drafts(Tensor state, Tensor tokens, Tensor embedding, Tensor[] tensors, Tensor depths, Tensor cos,"
+    "drafts(Tensor state, Tensor tokens, Tensor embedding, Tensor[] tensors, Tensor depths, Tensor cos,"
     " Tensor sin, Tensor keys, Tensor values, Tensor positions, Tensor table, Tensor head, Tensor? head_bias,"
-    " float eps, int depth) -> Tensor"
+    " Tensor? temperature, Tensor? noise_keys, float eps, int depth) -> Tensor"
 )
 _linear = torch.ops.xlora.linear.default
 _norm = torch.ops.xlora.norm.default
@@ -55,7 +55,7 @@ _spread = torch.ops.xlora.spread.default
 _scalings = torch.ops.xlora.scalings.default
 _drafting = torch.ops.xlora.drafting.default
 _draft_state = torch.ops.xlora.draft_state.default
-_greedy_drafts = torch.ops.xlora.greedy_drafts.default
+_drafts = torch.ops.xlora.drafts.default
 
 
 def linear(
@@ -151,7 +151,7 @@ def draft_state(
     return y
 
 
-def greedy_drafts(
+def drafts(
     state: Tensor,  # [n, H]
     tokens: Tensor,  # int64 [n], the first drafts
     embedding: Tensor,  # [V, H]
@@ -165,12 +165,14 @@ def greedy_drafts(
     table: Tensor,  # int64 [n, blocks]
     head: Tensor,  # [V, H]
     head_bias: Tensor | None,  # [V]
+    temperature: Tensor | None,  # [n]; None, or 0: the largest logit
+    noise_keys: Tensor | None,  # int64 [n, depth - 1]
     eps: float,
     depth: int,
 ) -> Tensor:
-    """draft_tokens with take_largest: int64 [n, depth - 1]."""
-    ids: Tensor = _greedy_drafts(
+    """draft_tokens with a PureChoice: int64 [n, depth - 1]."""
+    ids: Tensor = _drafts(
         *(state, tokens, embedding, tensors, depths, cos, sin, keys, values, positions, table, head, head_bias),
-        *(eps, depth),
+        *(temperature, noise_keys, eps, depth),
     )
     return ids.T.long()

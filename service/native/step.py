@@ -12,7 +12,7 @@ from torch import Tensor
 from service.model import gate_rows
 from service.model.adapted import AdaptedModule
 from service.model.batch import Batch, DraftStart
-from service.model.draft_layer import EPS, Choose, PureChoice, draft_tokens, take_largest
+from service.model.draft_layer import EPS, Choose, PureChoice, draft_tokens
 from service.model.dtypes import bfloat16_if_lossless
 from service.model.kv_cache import KVCache
 from service.model.steps.step import ForwardOutput
@@ -111,21 +111,15 @@ class NativeStep:
         self._gate.clear()
         positions = group.positions[:, 0].contiguous()
         keys, values = kv_cache.keys[-1], kv_cache.values[-1]
-        is_greedy = isinstance(choose, PureChoice) and choose.function is take_largest
-        if is_greedy and chain.embedding.dtype == torch.float32:  # one call in place of half a dozen for every draft
+        if isinstance(choose, PureChoice) and chain.embedding.dtype == torch.float32:
+            # One call, where each draft would take half a dozen.
             self._extend_rotations(group.keys + start.depth)
             mix, *others = self._draft_tensors
-            return operators.greedy_drafts(
-                *(
-                    start.state,
-                    start.tokens,
-                    chain.embedding,
-                    [mix, mix, *others],
-                    chain.layer.depths,
-                    self._cos,
-                    self._sin,
-                ),
-                *(keys, values, positions, group.block_table, head.weight, head.bias),
+            temperature, noise_keys = choose.inputs or (None, None)
+            return operators.drafts(
+                *(start.state, start.tokens, chain.embedding, [mix, mix, *others], chain.layer.depths),
+                *(self._cos, self._sin, keys, values, positions, group.block_table, head.weight, head.bias),
+                *(temperature, None if noise_keys is None else noise_keys.contiguous()),
                 eps=EPS,
                 depth=start.depth,
             )

@@ -265,20 +265,20 @@ def test_what_does_not_fit_is_an_error(threads: int) -> None:
     assert not stored.any()
 
 
-def test_greedy_drafts_of_what_does_not_fit_are_an_error(native_kernels: None) -> None:
+def test_drafts_of_what_does_not_fit_are_an_error(native_kernels: None) -> None:
     """Memory is not read as what it is not, nor behind the embeddings and the rotations."""
     layer, (state, _, tensors, _, keys, values, positions, table, eps) = draft_arguments(2, torch.float32)
     tokens, embedding = torch.tensor([0, 4]), torch.randn(5, HIDDEN)
     rotations = list(torch.randn(2, 16, HEAD_DIM))
     places = [keys, values, positions, table]
-    good = [state, tokens, embedding, tensors, layer.depths, *rotations, *places, embedding, None]
-    drafts = operators.greedy_drafts(*good, eps, DEPTH)
+    good = [state, tokens, embedding, tensors, layer.depths, *rotations, *places, embedding, None, None, None]
+    drafts = operators.drafts(*good, eps, DEPTH)
     assert drafts.shape == (2, DEPTH - 1)
     assert ((drafts >= 0) & (drafts < 5)).all()
     for number, wrong in (
         (0, state[:1]), (1, torch.tensor([0, 5])), (1, torch.tensor([0, -1])), (2, embedding.double()),
         (3, tensors[:7]), (4, layer.depths[:1]), (5, rotations[0][:2]), (6, rotations[1][:3]),
-        (9, positions + 14), (10, table[:1]), (11, embedding[:, 1:]), (12, torch.randn(3)),
+        (9, positions + 14), (10, table[:1]), (11, embedding[:, 1:]), (12, torch.randn(3)), (13, torch.ones(2)),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fitting shapes"):
-            operators.greedy_drafts(*good[:number], wrong, *good[number + 1 :], eps, DEPTH)
+            operators.drafts(*good[:number], wrong, *good[number + 1 :], eps, DEPTH)

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -241,12 +242,36 @@ Given op_draft_state(
     return next_;
 }
 
-// The drafts behind `state` [n, H] and `tokens` [n], chosen greedily: [depth - 1, n]. `embedding` [V, H], `depths` [depth - 1 or
-// more, H], `cos` and `sin` of all positions; `tensors` as of op_draft_state, whose bias is that of each depth.
-Given op_greedy_drafts(
+// Standard Gumbel noise of a key and a vocabulary id, as engine/noise.py has it.
+double gumbel(uint64_t key, int64_t id) {
+    uint64_t bits = key + uint64_t(id + 1) * 0x9E3779B97F4A7C15u;
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
+    bits ^= bits >> 31;
+    return -std::log(-std::log((double(bits >> 11) + 0.5) * 0x1p-53));
+}
+
+// The largest of `count` logits, with the noise of `key` where the temperature is more than 0.
+int64_t chosen(const float* logits, int64_t count, float temperature, uint64_t key) {
+    if (!(temperature > 0)) return std::max_element(logits, logits + count) - logits;
+    int64_t best = 0;
+    float most = -std::numeric_limits<float>::infinity();
+    for (int64_t id = 0; id < count; id++) {
+        const float own = logits[id] / temperature + float(gumbel(key, id));
+        if (own > most) most = own, best = id;
+    }
+    return best;
+}
+
+// The drafts behind `state` [n, H] and `tokens` [n]: [depth - 1, n]. `embedding` [V, H], `depths` [depth - 1 or more, H], `cos` and
+// `sin` of all positions; `tensors` as of op_draft_state, whose bias is that of each depth. With `temperature` [n] and `keys`
+// [n, depth - 1] drafts are drawn, else chosen greedily.
+Given op_drafts(
     Given state, Given tokens_, Given embedding_, std::vector<Given> tensors, Given depths_, Given cos_, Given sin_, Given keys,
-    Given values, Given positions_, Given table, Given head_, Maybe head_bias, double eps, int64_t depth
+    Given values, Given positions_, Given table, Given head_, Maybe head_bias, Maybe temperature_, Maybe keys_of_noise, double eps,
+    int64_t depth
 ) {
+    const Tensor temperature = tensor_of(temperature_), noise = tensor_of(keys_of_noise);
     const Tensor tokens = tensor_of(tokens_), embedding = tensor_of(embedding_), depths = tensor_of(depths_), none(nullptr);
     const Tensor cos = tensor_of(cos_), sin = tensor_of(sin_), positions = tensor_of(positions_), given = tensor_of(state);
     const Linear head{tensor_of(head_), tensor_of(head_bias), none, none, none};
@@ -256,6 +281,8 @@ Given op_greedy_drafts(
     const int64_t rows = given.size(0), hidden = given.size(1), head_dim = cos.size(1), vocabulary = head.width();
     require(
         tokens.numel() == rows && positions.numel() == rows && embedding.size(1) == hidden && depths.size(1) == hidden &&
+        (!temperature || (is_dense_floats(temperature, 1) && temperature.numel() == rows && noise && noise.is_int64() && noise.dims() == 2 &&
+                          noise.is_dense(2) && noise.size(0) == rows && noise.size(1) == depth - 1)) &&
         depth >= 2 && depths.size(0) >= depth - 1 && sin.size(0) == cos.size(0) && sin.size(1) == head_dim && head.depth() == hidden);
     const Given ids_ = new_floats({depth - 1, rows});
     float* ids = floats_of(ids_);
@@ -276,7 +303,8 @@ Given op_greedy_drafts(
         head.run(floats_of(state), rows, logits.data());
         for (int64_t row = 0; row < rows; row++) {
             const float* const own = logits.data() + row * vocabulary;
-            drafted[row] = std::max_element(own, own + vocabulary) - own;
+            const uint64_t key = temperature ? uint64_t(noise.data<int64_t>()[row * (depth - 1) + number - 1]) : 0;
+            drafted[row] = chosen(own, vocabulary, temperature ? temperature.data<float>()[row] : 0.0f, key);
             ids[row] = float(drafted[row]);
         }
     }
@@ -293,7 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(xlora, CPU, library) {
     library.impl("scalings", TORCH_BOX(&op_scalings));
     library.impl("drafting", TORCH_BOX(&op_drafting));
     library.impl("draft_state", TORCH_BOX(&op_draft_state));
-    library.impl("greedy_drafts", TORCH_BOX(&op_greedy_drafts));
+    library.impl("drafts", TORCH_BOX(&op_drafts));
 }
 
 extern "C" {
