@@ -118,8 +118,10 @@ class NativeStep:
             temperature, noise_keys = choose.inputs or (None, None)
             return operators.drafts(
                 *(start.state, start.tokens, chain.embedding, [mix, mix, *others], chain.layer.depths),
-                *(self._cos, self._sin, keys, values, positions, group.block_table, head.weight, head.bias),
-                *(temperature, None if noise_keys is None else noise_keys.contiguous()),
+                *(self._cos, self._sin, keys, values, positions, group.block_table, head.weight),
+                head_bias=head.bias,
+                temperature=temperature,
+                noise_keys=None if noise_keys is None else noise_keys.contiguous(),
                 eps=EPS,
                 depth=start.depth,
             )
