@@ -66,7 +66,9 @@ def test_break_even_of_one_draft(row: float, sequences: int) -> None:
     """A kept draft saves a step's fixed cost, shared by its sequences; a dropped one costs its row."""
     [p] = BreakEven.of(StepCost.linear(row), sequences, [0.9], 1).lookahead
     assert p * 1.0 / sequences == pytest.approx((1 - p) * row)
-    assert BreakEven.of(StepCost(), sequences, [0.9, 0.8], 2) == BreakEven([0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    assert BreakEven.of(StepCost(), sequences, [0.9, 0.8], 2) == BreakEven(
+        [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], sequences
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -46,6 +46,7 @@ class BreakEven:
     lookahead: list[float]  # drafts of the scaling pass and the draft layer
     two_streams: list[float]  # prompt-lookup drafts, which cost a row of both streams
     one_stream: list[float]  # prompt-lookup drafts under a frozen gate, which cost a row of the real stream
+    sequences: int = 1  # in the step
 
     @classmethod
     def of(cls, cost: StepCost, sequences: int, rates: Sequence[float], depth: int) -> BreakEven:
@@ -63,4 +64,5 @@ class BreakEven:
             [first, *(step + cost.layer / token for step in steps[: len(rates) - 1])],
             [first, *steps],
             [first, *((alone[k] - alone[k - 1]) / token for k in range(2, max_depth + 1))],
+            sequences,
         )

@@ -44,9 +44,11 @@ class Record:
         if self.of_all is not None:
             self.of_all.rate += _WEIGHT_OF_ALL * (right - self.of_all.rate)
 
-    def is_idle(self, tokens: int) -> bool:
-        """Whether it has not drafted for so long that it may be tried whatever its rate."""
-        return tokens - self.used_at >= _PROBE_TOKENS
+    def is_idle(self, tokens: int, sequences: int = 1) -> bool:
+        """Whether it has not drafted for so long that it may be tried whatever its rate. What a try costs the steps of
+        all `sequences`, each of them tries so much more seldom.
+        """
+        return tokens - self.used_at >= _PROBE_TOKENS * sequences
 
 
 @dataclass(frozen=True, slots=True, eq=False)

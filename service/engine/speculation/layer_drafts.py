@@ -57,8 +57,6 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
     if not drafting:
         return None
     width = max(one.predict_count for one in drafting)
-    tables = _tables(drafting, kv_cache)
-    [table] = pack_to_device([tables.ravel()], ids.device)
     if ids.device.type == "cpu":
         first = _known_differences(drafting, first_ids, ids)
     elif width == 1:
@@ -68,7 +66,8 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
     positions = [one.predict_start - 1 for one in drafting]
     rows = [one.scaling_row + at - one.scaling_start for one, at in zip(drafting, positions, strict=True)]
     columns = [np.array(column, np.int64) for column in (first_ids, positions, rows)]
-    first_id, position, first_row = pack_to_device(columns, ids.device)
+    tables = _tables(drafting, kv_cache)
+    first_id, position, first_row, table = pack_to_device([*columns, tables.ravel()], ids.device)
     group = AttentionGroup(
         start=0,
         segments=len(drafting),

@@ -16,7 +16,8 @@ def lookahead_depth(sequence: Sequence, likelihood: float, needed: BreakEven) ->
     for drafter, minimum in zip(sequence.lookahead, needed.lookahead, strict=True):
         likelihood *= drafter.record.rate
         if likelihood < minimum:
-            return count + drafter.record.is_idle(len(sequence.tokens))
+            # Beyond the first draft, a try is a run of the draft layer, which the whole step waits for.
+            return count + drafter.record.is_idle(len(sequence.tokens), needed.sequences if count else 1)
         count += 1
     return count
 
