@@ -57,17 +57,23 @@ def find_frontier(scheduled: SequenceOf[ScheduledSequence], ids: Tensor, kv_cach
     if not drafting:
         return None
     width = max(one.predict_count for one in drafting)
+    positions = [one.predict_start - 1 for one in drafting]
+    rows = [one.scaling_row + at - one.scaling_start for one, at in zip(drafting, positions, strict=True)]
+    last = [one.predict_count - 1 for one in drafting]
+    expected = np.full((len(drafting), width), NO_DRAFT, np.int64)
+    for number, one in enumerate(drafting):
+        expected[number, : one.predict_count] = one.expected
+    columns = [np.array(column, np.int64) for column in (first_ids, positions, rows, last)]
+    tables = _tables(drafting, kv_cache)
+    first_id, position, first_row, limit, wanted, table = pack_to_device(
+        [*columns, expected.ravel(), tables.ravel()], ids.device
+    )
     if ids.device.type == "cpu":
         first = _known_differences(drafting, first_ids, ids)
     elif width == 1:
-        first = to_device([0] * len(drafting), ids.device)
+        first = torch.zeros_like(limit)
     else:
-        first = _first_differences(drafting, first_ids, width, ids)
-    positions = [one.predict_start - 1 for one in drafting]
-    rows = [one.scaling_row + at - one.scaling_start for one, at in zip(drafting, positions, strict=True)]
-    columns = [np.array(column, np.int64) for column in (first_ids, positions, rows)]
-    tables = _tables(drafting, kv_cache)
-    first_id, position, first_row, table = pack_to_device([*columns, tables.ravel()], ids.device)
+        first = _first_differences(ids, first_id, limit, wanted.view(-1, width))
     group = AttentionGroup(
         start=0,
         segments=len(drafting),
@@ -92,19 +98,13 @@ def _known_differences(drafting: list[ScheduledSequence], first_ids: list[int], 
     return to_device(found, ids.device)
 
 
-def _first_differences(drafting: list[ScheduledSequence], first_ids: list[int], width: int, ids: Tensor) -> Tensor:
-    """The index, int64 [n], of each sequence's first prediction that differs from what was expected; of its last
-    prediction if none before does. The most predictions of a sequence are `width`.
+def _first_differences(ids: Tensor, first_id: Tensor, last: Tensor, expected: Tensor) -> Tensor:
+    """The index, int64 [n], of each sequence's first prediction that differs from `expected` [n, C]; `last` [n] if none
+    before it does.
     """
-    expected = np.full((len(drafting), width), NO_DRAFT, np.int64)
-    for number, one in enumerate(drafting):
-        expected[number, : one.predict_count] = one.expected
-    columns = [np.array(column, np.int64) for column in (first_ids, [one.predict_count - 1 for one in drafting])]
-    first_id, last, wanted = pack_to_device([*columns, expected.ravel()], ids.device)
-    numbers = torch.arange(width, device=ids.device)
+    numbers = torch.arange(expected.shape[1], device=ids.device)
     predicted = ids.take(first_id[:, None] + torch.minimum(numbers, last[:, None]))
-    wanted = wanted.view(-1, width)
-    is_expected = (predicted == wanted) | (wanted == ANY_TOKEN)
+    is_expected = (predicted == expected) | (expected == ANY_TOKEN)
     return torch.minimum(is_expected.cumprod(1).sum(1), last)
 
 
