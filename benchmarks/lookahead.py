@@ -133,6 +133,8 @@ def apart(agreement: Agreement, questions: list[list[int]], texts: list[list[int
 def bars_of(rows: list[dict[str, Any]], oracle: dict[str, Any]) -> list[Bar]:
     """What the rows must show."""
     bars = [Bar("forwards per token from expected, farthest", "<=", 0.05, max(abs(row["excess"]) for row in rows))]
+    plain = max(abs(row["excess"]) for row in rows if row["depth"] == 1)
+    bars.append(Bar("forwards per token over 2 - a, one token ahead", "<=", 0.02, plain))
     for temperature in dict.fromkeys(row["temperature"] for row in rows):
         own = {row["depth"]: row for row in rows if row["temperature"] == temperature}
         limit = 0.75 if temperature else 0.6

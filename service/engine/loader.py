@@ -188,14 +188,14 @@ def build_engine(
         warm_up(runner.step, kv_cache, drafts=model.draft_chain is not None)
         if group is None and options.cuda_graphs:
             runner.step = capture_steps(
-                runner, options.max_num_seqs, sizes.max_model_len, len(_draft_rates(model, options))
+                runner, options.max_num_seqs, sizes.max_model_len, len(_draft_rates(model, checkpoint, options))
             )
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,
         lookahead=options.lookahead,
-        draft_rates=_draft_rates(model, options),
+        draft_rates=_draft_rates(model, checkpoint, options),
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
         step_cost=step_cost,
@@ -214,14 +214,14 @@ def build_engine(
     return engine
 
 
-def _draft_rates(model: XLoraModel, options: EngineOptions) -> list[float]:
-    """Expected acceptance rates of the scaling pass's drafts at depth 1, 2, ..., up to the depth that the bundle and
-    the options allow.
+def _draft_rates(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[float]:
+    """Expected acceptance rates of the scaling pass's drafts at depth 1, 2, ..., up to the depth that the bundle, this
+    model (one token where it is divided) and the options allow.
     """
-    if model.draft_chain is None:
+    if checkpoint.draft_layer is None:
         return [LOOKAHEAD_RATE]
-    rates = model.draft_chain.layer.agreement
-    return rates[: options.draft_depth or len(rates)]
+    rates: list[float] = checkpoint.draft_layer.agreement.tolist()
+    return rates[: 1 if model.draft_chain is None else options.draft_depth]
 
 
 def rows_to_capture(max_num_seqs: int, depth: int) -> int:

@@ -49,9 +49,6 @@ SURPRISES = [
     Panic(SECRET),
     SystemExit(SECRET),
 ]
-# One of each kind that Python, asyncio and anyio treat in a way of their own.
-KINDS = [one for one in SURPRISES if not isinstance(one, ArithmeticError | MemoryError | LookupError | RecursionError)]
-KINDS.append(SURPRISES[0])
 
 
 def app_with(client: ThreadClient, endpoint: Any, path: str = "/fails", method: str = "POST") -> FastAPI:
@@ -73,17 +70,8 @@ def surprises(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [json.loads(JsonFormatter().format(record)) for record in records]
 
 
-@pytest.mark.parametrize(
-    ("where", "surprise"),
-    [
-        pytest.param(where, surprise, id=f"{where}-{type(surprise).__name__}")
-        for where, surprises in {
-            "handler": SURPRISES,
-            **dict.fromkeys(("validator", "middleware", "answer"), KINDS),
-        }.items()
-        for surprise in surprises
-    ],
-)
+@pytest.mark.parametrize("surprise", SURPRISES, ids=lambda surprise: type(surprise).__name__)
+@pytest.mark.parametrize("where", ["handler", "validator", "middleware", "answer"])
 def test_a_surprise_is_a_500_and_one_record(
     client: ThreadClient, caplog: pytest.LogCaptureFixture, surprise: BaseException, where: str
 ) -> None:
