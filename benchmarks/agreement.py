@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from operator import mul
 from typing import Any
 
@@ -28,7 +28,7 @@ from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.memory_plan import weight_bytes
 from service.engine.model_runner import ModelRunner
 from service.engine.sequence import Sequence
-from service.engine.speculation.costs import StepCost
+from service.engine.speculation.costs import BreakEven, StepCost
 from service.engine.speculation.drafters import ANY_TOKEN
 from service.model.adapted import AdaptedModule
 from service.model.xlora_model import XLoraModel
@@ -175,9 +175,18 @@ class Costs:
     step: StepCost  # of a step by its rows, as the engine has measured it
     layer: float  # a draft by the draft layer: its weights and the head's
 
+    def depth(self, rates: SequenceOf[float]) -> int:
+        """How deep the engine drafts for one sequence, by the break-even rule, where drafts agree with a_1, a_2, ..."""
+        needed = BreakEven.of(self.step, 1, rates, 0).lookahead
+        pays = (right >= least for right, least in zip(accumulate(rates, mul), needed, strict=True))
+        return sum(takewhile(bool, pays))
+
     def over_base(self, rates: SequenceOf[float]) -> float:
-        """Tokens per second over the base's, of drafts that agree with a_1, a_2, ...: without the host's work."""
-        own, depth = Forwards.of(rates), len(rates)
+        """Tokens per second over the base's, of drafts that agree with a_1, a_2, ..., as deep as pays: without the
+        host's work.
+        """
+        depth = self.depth(rates)
+        own = Forwards.of(rates[:depth])
         after_miss, full = self._mixed(1 + depth), self._mixed(own.length + depth)
         layer = max(0, depth - 1) * self.layer * (2 * own.misses + own.full)
         return 1 / (own.misses * (self.scaling + after_miss) + own.full * full + layer)

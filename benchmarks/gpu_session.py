@@ -60,7 +60,7 @@ def jobs(args: argparse.Namespace, results: Path) -> list[Job]:
     return [
         Job("first", first, 240, tuple(FIRST)),
         Job("tests", tests, 180),
-        Job("real_size", [*python, "benchmarks.real_size", *to, "--engine-only", *size], 150),
+        Job("real_size", [*python, "benchmarks.real_size", *to, "--engine-only", "--captured", *size], 150),
         Job("rest", gpu, 180, tuple(rest)),
     ]
 

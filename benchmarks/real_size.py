@@ -2,19 +2,21 @@
 
     python -m benchmarks.real_size [--layers 4] [--bundle DIR] [--threads 1] [--quantization int4] [-- FLAGS OF SERVE]
     python -m benchmarks.real_size --device cuda [--engine-only] [--results FILE] [--rates 0.97 0.93 0.88]
+    python -m benchmarks.real_size --engine-only --captured
 
     server         ready after so many seconds, peak memory of all its processes (sum of VmHWM), a streamed answer, exit
                    code of SIGTERM. Beside it what `check --plan` says, a read of all weights, a SHA-256 of the largest
                    file, and transformers' from_pretrained of the base alone in a process of its own
     engine         tokens/s of X-LoRA over the plain base in the same engine: with lookahead that agrees and that misses
                    (the limits are those of bytes: a forward reads the base's linears, a real one the experts as well),
-                   and with drafts that agree at --rates, by depth, the first alone and all of them; beside those two
-                   what follows from rates, bytes and the measured cost of a row (agreement.py)
+                   and with drafts that agree at --rates, by depth, the first alone and as deep as pays; beside those
+                   two what follows from rates, bytes and the measured cost of a row (agreement.py)
     scalings       the same with `return_scalings: full`
     transformers   generate with a static cache over the base in bfloat16, and a prompt of 512 tokens; same threads
 
 With --quantization there is no base of the same kind to compare with: the server's row and the engine's rates remain.
-With --engine-only the server is left out, whose packages may be missing beside a GPU; steps are captured then.
+With --engine-only the server is left out, whose packages may be missing beside a GPU. On a GPU steps are captured; with
+--captured they run in the same static buffers on a CPU.
 Bars are for a CPU: on a GPU there are none.
 """
 
@@ -204,13 +206,13 @@ def decoding(
 
     for side in sides.values():
         side()  # warms up
-    rates, _ = take_turns({**sides, "scalings": with_scalings}, repeats)
+    turns = take_turns({**sides, "scalings": with_scalings}, repeats)
     long = [100 + number % 300 for number in range(_PREFILL)]
     prefill = {name: run_engine(engines[name], [long], 1).first_token_seconds for name in ("agree", "base")}
     return {
-        **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
-        **{f"{name}_over_base": rates[name] / rates["base"] for name in rates_by_side},
-        "scalings_over_agree": rates["scalings"] / rates["agree"],
+        **{f"{name}_tokens_per_second": turns.rate(name) for name in turns.rates},
+        **{f"{name}_over_base": turns.over(name, "base") for name in rates_by_side},
+        "scalings_over_agree": turns.over("scalings", "agree"),
         "prefill_seconds": prefill["agree"],
         "base_prefill_seconds": prefill["base"],
     }
@@ -224,8 +226,9 @@ def predicted(engines: dict[str, Engine], rates: Mapping[str, Sequence[float]], 
     return {
         **{f"{name}_predicted": costs.over_base(rates[name]) for name in ("lookahead", "drafts")},
         "rates": list(deepest),
+        "depth": costs.depth(deepest),
         "forwards": steps / tokens,
-        "expected_forwards": forwards_per_token(deepest, tokens),
+        "expected_forwards": forwards_per_token(deepest[: costs.depth(deepest)], tokens),
         "costs": asdict(costs),
     }
 
@@ -298,6 +301,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rates", type=float, nargs="+", help="of right drafts, by depth; default: as the demo says")
     parser.add_argument("--engine-only", action="store_true", help="measure the engine alone")
+    parser.add_argument("--captured", action="store_true", help="run steps in static buffers, as on a GPU")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to which every row is added as it comes")
     parser.add_argument("flags", nargs="*", help="flags of serve, after --")
     args = parser.parse_args()
@@ -329,7 +333,7 @@ def measured(args: argparse.Namespace, path: Path, flags: list[str] | None) -> d
         add({"dtype": plan.dtype, "max_model_len": plan.max_model_len, "plan_bytes": stays})
     if flags is not None:
         add(loading(path, args.device, flags))
-    captured = args.engine_only or args.device == "cuda"
+    captured = args.captured or args.device == "cuda"
     rates = {**AGREE_AND_MISS, "lookahead": args.rates[:1], "drafts": args.rates}
     engines, model, seconds = engines_of(path, args.device, args.quantization, rates, captured=captured)
     add({"load_seconds": seconds})

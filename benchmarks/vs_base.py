@@ -3,7 +3,8 @@
     python -m benchmarks.vs_base [--model DIR] [--questions 4] [--repeats 3] [--no-large]
 
 The base is the same engine on the same weights without gate, experts and scaling stream: the floor. Every figure is the
-rate of decoding, tokens after the first per second after the first; medians count, and all sides take turns.
+rate of decoding, tokens after the first per second after the first; all sides take
+turns, and what counts is the median of all rounds, of ratios as well.
 
     demo    held-out questions one by one, to the end of each answer: X-LoRA with drafts as deep as the bundle has them
             (`xlora`) and one token deep (`lookahead`); the base on the same questions, as many tokens of each; and a
@@ -11,9 +12,8 @@ rate of decoding, tokens after the first per second after the first; medians cou
             X-LoRA's engine: no scaling stream, experts times zero. `a` is how often drafts agree, by depth
     large   a random model of 246 million parameters with 4 experts of rank 8 on every linear, made on the fly; tokens
             follow a script. Lookahead that always agrees or misses, lookahead at the demo's a_1, and drafts at all of
-            its a; beside those two what follows from a, bytes and the measured cost of a row (agreement.py), if all
-            depths are used: where rows cost much the engine drafts less deep, and `forwards` are above `expected`.
-            Stored in bf16 and in fp32, one thread and two
+            its a, as deep as pays; beside those two what follows from a, bytes and the measured cost of a row
+            (agreement.py). Stored in bf16 and in fp32, one thread and two
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,15 +44,31 @@ Side = Callable[[], tuple[float, list[int]]]  # one run: decoded tokens/s, and a
 _LARGE_PROMPT = 32
 
 
-def take_turns(sides: dict[str, Side], repeats: int) -> tuple[dict[str, float], dict[str, list[int]]]:
-    """Median tokens/s and the tokens of each side."""
+@dataclass(frozen=True)
+class Turns:
+    """What sides did that took turns, round by round."""
+
+    rates: dict[str, list[float]]  # tokens/s of each side, by round
+    tokens: dict[str, list[int]]  # of each side's last run
+
+    def rate(self, name: str) -> float:
+        """The median tokens/s of a side."""
+        return median(self.rates[name])
+
+    def over(self, name: str, other: str) -> float:
+        """The median over all rounds of one side's rate over another's in the same round."""
+        return median(ours / theirs for ours, theirs in zip(self.rates[name], self.rates[other], strict=True))
+
+
+def take_turns(sides: dict[str, Side], repeats: int) -> Turns:
+    """Runs every side `repeats` times, one after the other."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     tokens: dict[str, list[int]] = {}
     for _ in range(repeats):
         for name, side in sides.items():
             rate, tokens[name] = side()
             rates[name].append(rate)
-    return {name: median(own) for name, own in rates.items()}, tokens
+    return Turns(rates, tokens)
 
 
 def engine_side(engine: Engine, prompt: list[int], tokens: int, *, is_base: bool = False) -> Side:
@@ -128,14 +144,15 @@ def demo(args: argparse.Namespace) -> tuple[dict[str, Any], list[Bar]]:
         "transformers": static_cache_side(args.model, questions, lengths),
     }
     take_turns(sides, 1)  # warms up
-    rates, tokens = take_turns(sides, args.repeats)
+    turns = take_turns(sides, args.repeats)
     row = {
         "a": a,
         "forwards": sum(run.steps for run in runs) / sum(lengths),
-        **{f"{name}_tokens_per_second": rates[name] for name in ("xlora", "base", "transformers")},
-        **{f"{name}_over_base": rates[name] / rates["base"] for name in ("xlora", "lookahead", "steered")},
-        "base_over_transformers": rates["base"] / rates["transformers"],
+        **{f"{name}_tokens_per_second": turns.rate(name) for name in ("xlora", "base", "transformers")},
+        **{f"{name}_over_base": turns.over(name, "base") for name in ("xlora", "lookahead", "steered")},
+        "base_over_transformers": turns.over("base", "transformers"),
     }
+    tokens = turns.tokens
     print_row(row)
     equal = tokens["base"] == tokens["steered"] == tokens["transformers"]
     bars = [
@@ -185,17 +202,18 @@ def large(
         use_threads(count, engines.values())
         sides = {name: engine_side(engine, prompt, tokens, is_base=name == "base") for name, engine in engines.items()}
         forwards = {name: run_engine(engine, [prompt], tokens).steps for name, engine in engines.items()}  # warms up
-        rates, _ = take_turns(sides, args.repeats)
+        turns = take_turns(sides, args.repeats)
         costs = costs_of(engines["drafts"])
         row = {
             "stored": stored,
             "threads": count,
             "a": a,
-            "base_tokens_per_second": rates["base"],
-            **{f"{name}_over_base": rates[name] / rates["base"] for name in forced},
+            "base_tokens_per_second": turns.rate("base"),
+            **{f"{name}_over_base": turns.over(name, "base") for name in forced},
             **{f"{name}_predicted": costs.over_base(forced[name]) for name in ("lookahead", "drafts")},
+            "depth": costs.depth(a),
             "forwards": forwards["drafts"] / tokens,
-            "expected": forwards_per_token(a, tokens),
+            "expected": forwards_per_token(a[: costs.depth(a)], tokens),
             "costs": asdict(costs),
         }
         print_row(row)

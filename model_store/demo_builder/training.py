@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo_builder.documents import NO_DOMAIN, Batch, batches, house_document, street_document
 from demo_builder.mixture import XLora
-from demo_builder.optimizer import Muon
+from service.tools.distill.optimizer import Muon
 
 WORKERS = 2
 """Copies of the model that share a step; torch itself should be left one thread."""

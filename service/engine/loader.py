@@ -184,18 +184,17 @@ def build_engine(
     runner = ModelRunner(model, kv_cache)
     if group is not None:
         runner.step = Leader(model, group)
+    draft_rates = _draft_rates(model, checkpoint, options)
     if model.device.type == "cuda":
-        warm_up(runner.step, kv_cache, drafts=model.draft_chain is not None)
+        warm_up(runner.step, kv_cache, drafts=len(draft_rates) > 1)
         if group is None and options.cuda_graphs:
-            runner.step = capture_steps(
-                runner, options.max_num_seqs, sizes.max_model_len, len(_draft_rates(model, checkpoint, options))
-            )
+            runner.step = capture_steps(runner, options.max_num_seqs, sizes.max_model_len, len(draft_rates))
     scheduler = Scheduler(
         BlockManager(sizes.num_blocks, options.block_size),
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=sizes.max_rows,
         lookahead=options.lookahead,
-        draft_rates=_draft_rates(model, checkpoint, options),
+        draft_rates=draft_rates,
         speculative_tokens=options.speculative_tokens,
         prefix_cache=options.prefix_cache,
         step_cost=step_cost,
@@ -216,12 +215,13 @@ def build_engine(
 
 def _draft_rates(model: XLoraModel, checkpoint: Checkpoint, options: EngineOptions) -> list[float]:
     """Expected acceptance rates of the scaling pass's drafts at depth 1, 2, ..., up to the depth that the bundle, this
-    model (one token where it is divided) and the options allow.
+    model (one token where it is divided) and the options allow. Deeper ones cost a run of the draft layer.
     """
     if checkpoint.draft_layer is None:
         return [LOOKAHEAD_RATE]
     rates: list[float] = checkpoint.draft_layer.agreement.tolist()
-    return rates[: 1 if model.draft_chain is None else options.draft_depth]
+    uses_layer = model.draft_chain is not None and options.lookahead
+    return rates[: options.draft_depth if uses_layer else 1]
 
 
 def rows_to_capture(max_num_seqs: int, depth: int) -> int:

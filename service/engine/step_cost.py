@@ -24,9 +24,9 @@ from service.model.steps.warm_up import draft_idly, idle_batch
 
 logger = logging.getLogger(__name__)
 
-_ROWS = (2, 8, 4, 6, 16, 32)  # sizes to time, the most informative ones first
+_ROWS = (1, 2, 8, 4, 6, 16, 32)  # sizes to time, the most informative ones first
 MANY_ROWS = max(_ROWS)
-_MIN_SIZES = 2  # sizes that are timed however long a forward takes
+_MIN_SIZES = 5  # sizes that are timed however long a forward takes: what one sequence's drafts have rows for
 _MAX_ROUNDS = 40
 _MAX_SECONDS = 0.6  # after which no more is timed
 _MAX_STEPS = 24  # of the engine
@@ -40,7 +40,7 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
     while True:  # until no other step has been handed over meanwhile
         step = runner.step
         forward = time_forward(step, runner.kv_cache, depth=depth)
-        host = max(0.0, _time_steps(engine, scheduler) - forward.seconds(_ROWS[0]))
+        host = max(0.0, _time_steps(engine, scheduler) - forward.seconds(1))
         if runner.step is step:
             break
 
@@ -55,7 +55,7 @@ def measure_steps(engine: Engine, scheduler: Scheduler) -> None:
 
 
 def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
-    """Seconds of the engine's fastest step with at most _ROWS[0] rows. Drafting is off meanwhile, so that this made-up
+    """Seconds of the engine's fastest step with one row. Drafting is off meanwhile, so that this made-up
     text does not count in acceptance rates, and no step waits for the draft layer.
     """
     drafting = scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens
@@ -68,7 +68,7 @@ def _time_steps(engine: Engine, scheduler: Scheduler) -> float:
         started = time.perf_counter()
         stats = engine.step().stats
         now = time.perf_counter()
-        if 0 < stats.scaling_rows + stats.real_rows <= _ROWS[0]:
+        if stats.scaling_rows + stats.real_rows == 1:
             best = min(best, now - started)
         if now - begun > _MAX_SECONDS and best < float("inf"):
             engine.abort("first steps")

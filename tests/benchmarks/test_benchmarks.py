@@ -187,6 +187,9 @@ def test_costs_over_the_base_by_hand():
     assert costs.over_base([0.0]) == pytest.approx(1 / 2.1)
     assert costs.over_base([1.0, 1.0]) == pytest.approx(2 / (1.1 + 0.2))
     assert Costs(1.0, 1.1, step=StepCost.linear(0.5), layer=0.0).over_base([1.0]) == pytest.approx(1.5 / (2 * 1.1))
+    rows_cost_much = Costs(1.0, 1.1, step=StepCost.linear(0.5, layer=0.0), layer=0.2)
+    assert rows_cost_much.depth([0.9, 0.2]) == 1
+    assert rows_cost_much.over_base([0.9, 0.2]) == rows_cost_much.over_base([0.9]), "only what pays is drafted"
 
 
 def test_agreement_predicts_the_forwards(bundle, tmp_path):

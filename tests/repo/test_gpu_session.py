@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.gpu import SECTIONS
 from benchmarks.gpu_session import FIRST, Job, jobs, run_job, run_process
+from tests.support.waiting import wait_for
 
 SECTIONED = """
 import json, os, sys
@@ -53,8 +55,15 @@ def test_a_process_that_hangs_is_killed_with_its_children(tmp_path: Path) -> Non
     row = run_process([sys.executable, "-c", code], tmp_path / "log", 5.0)
     assert row["exit_code"] is None
     child = int((tmp_path / "log").read_text().splitlines()[-1])
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z", "the child goes on"
+    assert wait_for(lambda: not is_running(child)), "the child goes on"
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there, and no zombie. A process that was sent SIGKILL ends when the kernel comes to it."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_most_important_come_first(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Runs the draft layer behind a step: finds the row it starts from in each sequence, and how its tokens are chosen.
 
-The scaling pass's predictions of the step are still on the device. In each sequence, the first prediction that differs
-from the expected token becomes a draft, and the draft layer continues from its row. That row is found on the device, so
-the host does not wait; Sequence.predict finds the same one again later.
+In each sequence, the first prediction of the scaling pass that differs from the expected token becomes a draft, and the
+draft layer continues from its row. On a GPU that row is found on the device, where the predictions still are, so the
+host does not wait; Sequence.predict finds the same one again later.
 
 A draft is chosen like a sampled token, with the noise of its position and the processors of the known text: drafts do
 not count for penalties yet, and those that a grammar does not allow are dropped when they arrive.

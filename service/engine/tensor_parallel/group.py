@@ -173,7 +173,7 @@ class Leader:
 
     def draft(self, start: DraftStart, choose: Choose, kv_cache: KVCache) -> Tensor:
         """Not supported: a divided model has no draft layer, because its heads would have to be divided as well."""
-        raise NotImplementedError
+        raise NotImplementedError("a divided model has no draft layer")
 
 
 class _Rank:

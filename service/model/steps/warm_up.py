@@ -23,15 +23,16 @@ def warm_up(step: Step, kv_cache: KVCache, *, drafts: bool) -> None:
 
 
 def idle_batch(kv_cache: KVCache, count: int) -> Batch:
-    """A batch of `count` rows, half of them scaling rows, at position 0 in the scratch block."""
+    """A batch of `count` rows, half of them (rounded down) scaling rows, at position 0 in the scratch block."""
     scratch, dummy = kv_cache.scratch_slot, kv_cache.dummy_slot
     device = kv_cache.gate_rows.device
     # token, position, KV slot, gate slot, new gate slot, is scaling
-    rows = torch.tensor([[0, 0, scratch, dummy, scratch, 1], [0, 0, scratch, dummy, scratch, 0]], device=device)
-    fields = rows.repeat_interleave(count // 2, 0).T.contiguous()
+    scaling_rows = count // 2
+    fields = torch.tensor([[0, 0, scratch, dummy, scratch, 0]], device=device).repeat(count, 1).T.contiguous()
+    fields[5, :scaling_rows] = 1
     table = torch.full((count, 1), kv_cache.num_blocks, device=device)
     group = AttentionGroup(0, count, 1, fields[1, :, None], table, 1, needs_mask=False)
-    return Batch(fields, count // 2, torch.arange(count, device=device), [group])
+    return Batch(fields, scaling_rows, torch.arange(count, device=device), [group])
 
 
 def draft_idly(step: Step, kv_cache: KVCache, hidden: Tensor, depth: int = 2) -> None:
