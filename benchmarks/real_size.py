@@ -54,6 +54,7 @@ from service.engine.engine import Engine
 from service.engine.loader import build_engine, load_checkpoint_and_model, plan_for, read_checkpoint
 from service.engine.memory_plan import PROCESS_BYTES
 from service.engine.sequence import LOOKAHEAD_RATE
+from service.engine.speculation.costs import StepCost
 from service.model.xlora_model import XLoraModel
 
 _READY_SECONDS = 1800.0
@@ -219,12 +220,15 @@ def decoding(
 
 
 def predicted(engines: dict[str, Engine], rates: Mapping[str, Sequence[float]], tokens: int) -> dict[str, Any]:
-    """What follows from rates of agreement, beside what is measured."""
+    """What follows from rates of agreement, beside what is measured: of this step, and of one where further rows cost
+    nothing, as is nearly so on a GPU.
+    """
     deepest = rates["drafts"]
     costs = costs_of(engines["drafts"])
     steps = run_engine(engines["drafts"], [list(range(100, 100 + _PROMPT))], tokens).steps
     return {
         **{f"{name}_predicted": costs.over_base(rates[name]) for name in ("lookahead", "drafts")},
+        "free_rows_predicted": replace(costs, step=StepCost()).over_base(deepest),
         "rates": list(deepest),
         "depth": costs.depth(deepest),
         "forwards": steps / tokens,
