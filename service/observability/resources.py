@@ -18,7 +18,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import psutil
@@ -62,7 +62,7 @@ class Resources(Collector):
     def __init__(self, gpus: Callable[[], Gpus] = Gpus) -> None:
         self._make_gpus = gpus
         self._own = psutil.Process()
-        self._known: dict[int, tuple[psutil.Process, str]] = {}  # by pid: with its role
+        self._known: dict[int, psutil.Process] = {}  # by pid
         self._reading: Reading | None = None
         self._stop = threading.Event()
 
@@ -75,8 +75,7 @@ class Resources(Collector):
         self._stop.set()
 
     def read(self, gpus: Gpus) -> None:
-        processes = dict(self._read_processes())
-        self._reading = Reading(time.monotonic(), processes, gpus.read())
+        self._reading = Reading(time.monotonic(), self._read_processes(), gpus.read())
 
     def describe(self) -> Iterable[Metric]:
         return _families(Reading(0.0))
@@ -96,38 +95,34 @@ class Resources(Collector):
             if self._stop.wait(_READ_EVERY_SECONDS):
                 return
 
-    def _read_processes(self) -> Iterator[tuple[str, Usage]]:
-        yield "api", _usage(self._own)
-        helpers = Usage()
+    def _read_processes(self) -> dict[str, Usage]:
+        processes, helpers = {"api": _usage(self._own)}, Usage()
         ended = self._own.cpu_times()  # of children: without it the sum over helpers would fall when one ends
         helpers.cpu_seconds = getattr(ended, "children_user", 0.0) + getattr(ended, "children_system", 0.0)
-        for process, role in self._children():
+        for process in self._children():
             try:
-                usage = _usage(process)
+                role, usage = _role(process), _usage(process)
             except psutil.Error:  # it has ended
                 continue
             if role == HELPERS:
                 helpers.resident_bytes += usage.resident_bytes
                 helpers.cpu_seconds += usage.cpu_seconds
                 helpers.open_fds += usage.open_fds
-            else:
-                yield role, usage
-        yield HELPERS, helpers
+            else:  # the first one: a child of it that was just started has its command line for a moment
+                processes.setdefault(role, usage)
+        return processes | {HELPERS: helpers}
 
-    def _children(self) -> Iterable[tuple[psutil.Process, str]]:
+    def _children(self) -> Iterable[psutil.Process]:
         """Those that live, each as the object that was first seen of it: that one's start time never changes."""
-        found: dict[int, tuple[psutil.Process, str]] = {}
-        for child in self._own.children(recursive=True):
-            known = self._known.get(child.pid)
-            try:
-                found[child.pid] = known if known is not None and known[0] == child else (child, _role(child))
-            except psutil.Error:
-                continue
-        self._known = found
-        return found.values()
+        children = self._own.children(recursive=True)
+        self._known = {
+            child.pid: known if (known := self._known.get(child.pid)) == child else child for child in children
+        }
+        return self._known.values()
 
 
 def _role(process: psutil.Process) -> str:
+    """Found anew each time: a process that was just started has its parent's command line for a moment."""
     line = process.cmdline()
     if _ENGINE in line:
         return "engine"

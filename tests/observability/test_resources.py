@@ -59,7 +59,7 @@ def test_ranks_are_told_apart_and_what_helpers_took_is_kept() -> None:
         resources = Resources()
 
         def usages() -> dict[str, Usage]:
-            return dict(resources._read_processes())
+            return resources._read_processes()
 
         assert wait_for(lambda: usages()["helpers"].cpu_seconds > psutil.Process().cpu_times().children_user + 0.05)
         roles = usages()
@@ -71,6 +71,22 @@ def test_ranks_are_told_apart_and_what_helpers_took_is_kept() -> None:
         after = usages()["helpers"]
         assert after.cpu_seconds >= before
         assert after.resident_bytes < roles["helpers"].resident_bytes
+
+
+def test_a_process_that_is_seen_before_its_program_runs() -> None:
+    """Between fork and exec it looks like its parent."""
+    become = (
+        "import os, sys; input(); os.execv(sys.executable, [sys.executable, '-c', 'input()', 'service.engine.worker'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", become], stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        resources = Resources()
+        before = resources._read_processes()
+        assert (set(before), before["helpers"].open_fds > 0) == ({"api", "helpers"}, True)
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        assert wait_for(lambda: "engine" in resources._read_processes())
+        child.kill()
 
 
 class Nvml:

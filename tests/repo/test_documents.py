@@ -111,9 +111,11 @@ def test_examples_that_no_test_runs_have_a_reason() -> None:
 
 
 def test_an_output_is_compared_line_by_line() -> None:
-    """Negative controls: other words fail, ids and rates do not count, dots stand for lines."""
+    """Negative controls: other words and numbers fail, ids, rates and rounding do not count, dots stand for lines."""
     assert is_as_printed("a\nb\nc\n", "a\n...\n")
     assert is_as_printed("gen-0123456789abcdef0123456789abcdef 5 tokens/s\n", f"gen-{'f' * 32} 6.1 tokens/s\n")
+    assert is_as_printed("a,0.850536883\n", "a,0.850536829\n")
+    assert not is_as_printed("a,0.850636883\n", "a,0.850536883\n")
     assert not is_as_printed("a\nb\n", "a\n")
     assert not is_as_printed("Sum: 135\n", "Sum: 136\n")
 

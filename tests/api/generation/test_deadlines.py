@@ -128,7 +128,9 @@ def test_a_reader_that_never_reads_gives_all_back(
         warm = httpx.post(f"{url}{path}", json=CALLS[path] | {"max_tokens": 1}, timeout=PATIENCE_SECONDS, verify=False)
         assert warm.status_code == 200  # so that what a first request waits for is there: all readers come in time
         readers = [stack.enter_context(never_reads(address, path, body)) for _ in range(SEATS // n + 1)]
-        assert wait_for(lambda: admission.running == len(readers)), "another one that came earlier would be in their way"
+        assert wait_for(lambda: admission.running == len(readers)), (
+            "another one that came earlier would be in their way"
+        )
         assert admission.choices > SEATS
         assert wait_for(lambda: httpx.post(f"{url}/generate", json=another, verify=False).status_code == 200)
         assert wait_for(lambda: not client.engine.choices)
