@@ -28,9 +28,9 @@ def load_engine(options: EngineOptions, on_progress: Callable[[str], None], on_l
     reporter: Any = report.GateReporter
     read = reporter._read
 
-    def read_for_those_who_asked(self: Any, spans: Any) -> Any:
+    def read_for_those_who_asked(self: Any, spans: Any, copies: Any) -> Any:
         if any(span.sequence.request.return_scalings != "none" for span in spans):
-            return read(self, spans)
+            return read(self, spans, copies)
         for span in spans:
             span.sequence.reported = min(span.start + span.count, span.sequence.final)
         return []

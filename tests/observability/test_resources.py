@@ -75,18 +75,17 @@ def test_ranks_are_told_apart_and_what_helpers_took_is_kept() -> None:
 
 def test_a_process_that_is_seen_before_its_program_runs() -> None:
     """Between fork and exec it looks like its parent."""
-    become = (
-        "import os, sys; input(); os.execv(sys.executable, [sys.executable, '-c', 'input()', 'service.engine.worker'])"
-    )
-    with subprocess.Popen([sys.executable, "-c", become], stdin=subprocess.PIPE) as child:
-        assert child.stdin is not None
+    engine = "import os, sys; input(); os.execv(sys.executable, ['python', '-c', 'input()', 'service.engine.worker'])"
+    api = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", api, engine], stdin=subprocess.PIPE) as parent:
+        assert parent.stdin is not None
         resources = Resources()
-        before = resources._read_processes()
-        assert (set(before), before["helpers"].open_fds > 0) == ({"api", "helpers"}, True)
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-        assert wait_for(lambda: "engine" in resources._read_processes())
-        child.kill()
+        resources._own = psutil.Process(parent.pid)
+        assert wait_for(lambda: resources._read_processes()["helpers"].open_fds > 0)
+        assert set(resources._read_processes()) == {"api", "helpers"}
+        parent.stdin.write(b"\n")
+        parent.stdin.flush()
+        assert wait_for(lambda: set(resources._read_processes()) == {"api", "engine", "helpers"})
 
 
 class Nvml:

@@ -42,6 +42,12 @@ def partly_narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("plan") / "narrow", dtype=torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks here what steps cost; to time them takes most of an engine's start."""
+    monkeypatch.setattr(loader, "measure_steps", lambda *_: None)
+
+
 def test_the_plan_is_what_the_engine_allocates(tied: Path, partly_narrow: Path) -> None:
     cases = itertools.product((DEMO, tied, partly_narrow), (None, "int8", "int4"), ("float32", "bfloat16"))
     for (model, quantization, dtype), length in zip(cases, itertools.cycle((None, 100, 333)), strict=False):
