@@ -111,10 +111,14 @@ def serving(
         listener.close()
 
 
-LOOPS = pytest.mark.parametrize("loops", [uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+_EITHER = [
+    pytest.param(uvloop.new_event_loop, id="uvloop"),  # the server's
+    pytest.param(asyncio.new_event_loop, id="asyncio", marks=pytest.mark.slow),
+]
+LOOPS = pytest.mark.parametrize("loops", _EITHER)
 
 
-@pytest.fixture(scope="module", params=[uvloop.new_event_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+@pytest.fixture(scope="module", params=_EITHER)
 def short(request: pytest.FixtureRequest) -> Iterator[Running]:
     with serving(request.param, SHORT) as running:
         yield running
