@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ from service.model.loading.skeleton import inspect_base
 from service.settings import Settings, load_settings
 from service.tokenizer_files import open_tokenizer
 from service.tools.distill import Distilled, Plan, distill, forwards_per_token
+
+_LINE_SECONDS = 30.0  # between two lines of one kind of work
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,16 +108,18 @@ def _work_folder(given: str | None) -> Iterator[Path]:
 
 
 class _Bars:
-    """A bar for each kind of work, on stderr."""
+    """A bar for each kind of work, on stderr; where that is no terminal, a line now and then."""
 
     def __init__(self) -> None:
         counts = TextColumn("{task.completed:,} of {task.total:,}")
         columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(), counts)
         columns += (TimeElapsedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._is_terminal = console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=True, disable=not self._is_terminal)
         self._task: TaskID | None = None
         self._kind = ""
+        self._written_at = 0.0
 
     def __enter__(self) -> _Bars:
         self._progress.start()
@@ -126,11 +131,22 @@ class _Bars:
     def __call__(self, description: str, done: int, total: int) -> None:
         """Shows how far the work has come; `total` is 0 where nobody knows."""
         kind = description.partition(":")[0]
+        if not self._is_terminal:
+            self._write(kind, f"{description}, {done:,} of {total:,}" if total else description)
+            return
         if self._task is None or kind != self._kind:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task, self._kind = self._progress.add_task(description, total=total or 1), kind
         self._progress.update(self._task, description=description, completed=done, total=total or 1)
+
+    def _write(self, kind: str, line: str) -> None:
+        now = time.monotonic()
+        if kind == self._kind and now - self._written_at < _LINE_SECONDS:
+            return
+        self._kind, self._written_at = kind, now
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def table(made: Distilled) -> str:

@@ -300,7 +300,9 @@ def test_the_command_writes_it(
     command = ["distill", str(bundle), "--prompts", str(texts), "--max-tokens", "24", "--size", "16", "--device", "cpu"]
     command += ["--depth", "2", "--layer-size", "32", "--steps", "60"]
     assert main(command) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    work = ["writing texts", "reading texts", "training the head", "training the layer"]
+    assert re.findall(r"^([a-z ]+)(?:: \d.*)?, [\d,]+ of [\d,]+$", progress, re.MULTILINE) == work
     assert re.search(r"learned from [\d,]+ positions, judged on [\d,]+ others", said)
     assert re.search(r"agreement, before +0\.\d+ +\d\.\d+\n", said)
     assert re.search(r"agreement, after +0\.\d+ +0\.\d+ +0\.\d+\n", said)
