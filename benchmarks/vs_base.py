@@ -3,8 +3,8 @@
     python -m benchmarks.vs_base [--model DIR] [--questions 4] [--repeats 3] [--no-large]
 
 The base is the same engine on the same weights without gate, experts and scaling stream: the floor. Every figure is the
-rate of decoding, tokens after the first per second after the first; all sides take
-turns, and what counts is the median of all rounds, of ratios as well.
+rate of decoding, tokens after the first per second after the first. All sides take turns; the median of all rounds
+counts, of rates and of ratios.
 
     demo    held-out questions one by one, to the end of each answer: X-LoRA with drafts as deep as the bundle has them
             (`xlora`) and one token deep (`lookahead`); the base on the same questions, as many tokens of each; and a
