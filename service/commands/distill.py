@@ -119,7 +119,7 @@ class _Bars:
         self._progress = Progress(*columns, console=console, transient=True, disable=not self._is_terminal)
         self._task: TaskID | None = None
         self._kind = ""
-        self._written_at = 0.0
+        self._written_at = time.monotonic()
 
     def __enter__(self) -> _Bars:
         self._progress.start()
@@ -132,7 +132,9 @@ class _Bars:
         """Shows how far the work has come; `total` is 0 where nobody knows."""
         kind = description.partition(":")[0]
         if not self._is_terminal:
-            self._write(kind, f"{description}, {done:,} of {total:,}" if total else description)
+            self._write(
+                kind if total else self._kind, f"{description}, {done:,} of {total:,}" if total else description
+            )
             return
         if self._task is None or kind != self._kind:
             if self._task is not None:

@@ -7,7 +7,7 @@ scaling pass's logits gets the same noise as the real token, which makes the two
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ def gumbel_noise(keys: Tensor, vocabulary: int) -> Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
-@lru_cache(maxsize=2)
+@cache  # captured graphs hold its address
 def _counters(vocabulary: int, device: torch.device) -> Tensor:
     """The increment of splitmix64 for each vocabulary id, int64 [vocabulary]."""
     return torch.arange(1, vocabulary + 1, device=device) * _signed(_GOLDEN)

@@ -63,6 +63,7 @@ class Resources(Collector):
         self._make_gpus = gpus
         self._own = psutil.Process()
         self._known: dict[int, psutil.Process] = {}  # by pid
+        self._helper_seconds = 0.0  # CPU time of all helpers so far, which may not fall
         self._reading: Reading | None = None
         self._stop = threading.Event()
 
@@ -110,6 +111,8 @@ class Resources(Collector):
                 helpers.open_fds += usage.open_fds
             else:  # the first one: a child of it that was just started has its command line for a moment
                 processes.setdefault(role, usage)
+        # One that has ended is counted with this process' children only when somebody has waited for it.
+        self._helper_seconds = helpers.cpu_seconds = max(self._helper_seconds, helpers.cpu_seconds)
         return processes | {HELPERS: helpers}
 
     def _children(self) -> Iterable[psutil.Process]:

@@ -67,6 +67,8 @@ def test_ranks_are_told_apart_and_what_helpers_took_is_kept() -> None:
         assert roles["rank 2"].started_at == psutil.Process(started[2].pid).create_time()
         before = roles["helpers"].cpu_seconds
         started[3].kill()
+        assert wait_for(lambda: psutil.Process(started[3].pid).status() == psutil.STATUS_ZOMBIE)
+        assert usages()["helpers"].cpu_seconds >= before, "nobody has waited for it yet"
         started[3].wait()
         after = usages()["helpers"]
         assert after.cpu_seconds >= before

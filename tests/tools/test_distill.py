@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.checkpoint import Checkpoint, load_checkpoint
+from service.checkpoint.formats import writer
 from service.checkpoint.formats.writer import add_drafts
 from service.cli import main
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
 from service.tools.distill import Distilled, Plan, distill, training
 from service.tools.distill.plan import suitable_head_size, suitable_layer_size
-from service.tools.distill.work_folder import WorkFolder
+from service.tools.distill.work_folder import Text, WorkFolder
 from service.tools.distill.writing import write_texts
 from service.tools.two_pass import TwoPassModel
 from tests.model.loading.test_families import FAMILIES, build
-from tests.support.bundles import make_bundle, make_draft_head
+from tests.support.bundles import make_bundle, make_draft_head, make_draft_layer
 from tests.support.drafting import ScalingPass
 from tests.support.driver import Engines, greedy, run, sampled, words
 from tests.support.tiny import CPU, Tiny, Variant
@@ -238,11 +242,14 @@ def test_another_runs_folder_is_refused(path: Path, tmp_path: Path) -> None:
     options = EngineOptions(str(path), device="cpu", native_kernels=False)
     checkpoint = load_checkpoint(path, examine_weights=False)
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(_: str, done: int, __: int) -> None:
+        if done:
+            raise KeyboardInterrupt
 
+    with pytest.raises(StartupError, match="leaves no room for a prompt"):
+        tiny_run(path, work, stop, replace(TINY, max_tokens=100_000))
     with pytest.raises(KeyboardInterrupt):
-        tiny_run(path, work, stop)
+        tiny_run(path, work, stop)  # nothing was kept for the other options
     with pytest.raises(StartupError, match="made for other options"):
         tiny_run(path, work, stop, replace(TINY, depth=2))
     with pytest.raises(StartupError, match="made for other prompts"):
@@ -318,6 +325,47 @@ def test_the_command_writes_it(
     assert main([*command, "--steps", "2"]) == 0
     assert "nothing written" in capsys.readouterr().out
     assert (bundle / "bundle.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_wherever_writing_ends_the_bundle_can_be_loaded(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """With its old drafts or its new ones; the same again completes it."""
+    head = make_draft_head(32, 8, torch.Generator().manual_seed(1))
+    base = SimpleNamespace(config=AutoConfig.from_pretrained(bundle / "base"))
+    layer = make_draft_layer(base, 3, torch.Generator().manual_seed(1))
+    add_drafts(bundle, make_draft_head(32, 8, torch.Generator().manual_seed(2)), layer)
+    replace_file, calls = writer._replace, itertools.count()
+
+    def replace_or_fail(path: Path, content: bytes) -> None:
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace_file(path, content)
+
+    monkeypatch.setattr(writer, "_replace", replace_or_fail)
+    with pytest.raises(OSError, match="No space left"):
+        add_drafts(bundle, head, layer)
+    load_checkpoint(bundle)
+    add_drafts(bundle, head, layer)
+    assert all(file.verified for file in load_checkpoint(bundle).weight_files)
+
+
+def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
+    """What was kept before stays; the file that did not fit is gone."""
+    work = WorkFolder(tmp_path / "work", {})
+    work.add_text(0, Text([1, 2], 1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StartupError, match=r"--work .*File too large"):
+            work.add_text(1, Text(list(range(100)), 1))
+        with pytest.raises(StartupError, match=r"--work .*File too large"):
+            work.write("head.safetensors", {"weight": torch.zeros(100)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert work.texts() == {0: Text([1, 2], 1)}
+    assert {file.name for file in work.path.iterdir()} == {"run.json", "texts.jsonl"}
 
 
 def test_writing_changes_nothing_else(bundle: Path) -> None:

@@ -87,7 +87,8 @@ def write_bundle(
 
 def add_drafts(path: Path, head: DraftHeadWeights | None, layer: DraftLayerWeights | None) -> None:
     """Writes a draft head, a draft layer or both to the bundle at `path`, replacing those that it has; None keeps them.
-    Nothing else changes, and every file is replaced atomically. Raises OSError.
+    Nothing else changes, and every file is replaced atomically. Wherever that ends, the bundle can be loaded: it has no
+    hashes of the files that are being replaced. Raises OSError.
     """
     contents: dict[str, bytes] = {}
     if head is not None:
@@ -98,12 +99,16 @@ def add_drafts(path: Path, head: DraftHeadWeights | None, layer: DraftLayerWeigh
         return
     manifest = json.loads((path / FILE_NAME).read_text(encoding="utf-8"))
     (path / DRAFT_HEAD_FOLDER).mkdir(exist_ok=True)
+    known = manifest.get("sha256") or {}
+    others = {file: value for file, value in known.items() if file not in contents}
+    if len(others) < len(known):
+        _replace(path / FILE_NAME, _json_bytes({**manifest, "sha256": others}))
     for file, content in contents.items():
         _replace(path / file, content)
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-    manifest["draft_head"] = DRAFT_HEAD_FOLDER
-    manifest["sha256"] = {**(manifest.get("sha256") or {}), **hashes}
-    _replace(path / FILE_NAME, _json_bytes(manifest))
+    _replace(
+        path / FILE_NAME, _json_bytes({**manifest, "draft_head": DRAFT_HEAD_FOLDER, "sha256": {**known, **hashes}})
+    )
 
 
 def classifier_tensors(
@@ -129,9 +134,13 @@ def _weight_files(path: Path, folders: Sequence[str]) -> list[str]:
 def _replace(path: Path, content: bytes) -> None:
     """Replaces a file atomically by one that everybody may read."""
     new = path.with_name(f".{path.name}.new")
-    new.write_bytes(content)
-    new.chmod(0o644)
-    os.replace(new, path)
+    try:
+        new.write_bytes(content)
+        new.chmod(0o644)
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -44,9 +44,10 @@ class Capture(Protocol):
 
 
 class GraphCapture:
-    """Captures steps in CUDA graphs that share one memory pool.
+    """Captures steps in CUDA graphs that share one memory pool for their intermediate results; each keeps its outputs.
 
-    A replay may overwrite the outputs of other graphs, so outputs are valid until the next replay.
+    A replay may overwrite the intermediate results of other graphs: nothing but outputs may be read, until the next
+    replay of the same graph.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +64,10 @@ class GraphCapture:
                     work()
             current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(current),  # also where capturing fails: torch would stay on its own stream then
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 outputs = work()
 
         def replay() -> Output:
@@ -124,7 +128,7 @@ class CapturedSteps:
         """Captures all row buckets for short contexts, and the draft layer with `choices` of one row, so that early
         requests need not wait for it.
         """
-        for rows in reversed(self.row_buckets):  # the largest first: the others reuse its memory
+        for rows in reversed(self.row_buckets):  # the largest first: the others reuse what it needs in between
             self._step_for(rows, self.width_buckets[0])
         if self._draft_depth > 1:
             hidden = self._eager.forward(idle_batch(self._kv_cache, 2), self._kv_cache).hidden

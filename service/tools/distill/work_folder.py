@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,16 +42,16 @@ class WorkFolder:
     """One run's folder, for the run's purpose only."""
 
     def __init__(self, path: Path, purpose: Mapping[str, str]) -> None:
-        """`purpose` is everything that the results depend on, by name. Raises StartupError for a folder that was made
-        for another purpose, that is none of ours, or that cannot be written to.
+        """`purpose` is everything that the results depend on, by name. Raises StartupError for a folder that holds
+        results for another purpose, that is none of ours, or that cannot be written to.
         """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
-            if _RUN in names:
+            if _RUN in names and len(names) > 1:
                 self._check(json.loads((path / _RUN).read_text(encoding="utf-8")), purpose)
-            elif names:
+            elif names - {_RUN}:
                 raise StartupError(
                     f"--work {path}: expected a new or an empty folder, or one of a run like this",
                     hint="name another folder",
@@ -87,17 +88,20 @@ class WorkFolder:
         yield from whole.decode().splitlines()
 
     def add_text(self, number: int, text: Text) -> None:
-        """Keeps a text."""
-        with (self.path / _TEXTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"text": number, "prompt": text.prompt, "tokens": text.tokens}) + "\n")
+        """Keeps a text. Raises StartupError where it cannot be written."""
+        line = json.dumps({"text": number, "prompt": text.prompt, "tokens": text.tokens}) + "\n"
+        with self._writing(), (self.path / _TEXTS).open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def has(self, name: str) -> bool:
         """Whether there is a file of that name."""
         return (self.path / name).exists()
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps tensors in a file."""
-        self._replace(name, save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}))
+        """Keeps tensors in a file. Raises StartupError where it cannot be written."""
+        content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+        with self._writing():
+            self._replace(name, content)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a file, mapped into memory: only what is looked at is read."""
@@ -107,10 +111,23 @@ class WorkFolder:
         except (OSError, SafetensorError) as error:
             raise StartupError(f"{self.path / name}: {error}", hint="delete this file") from error
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StartupError(
+                f"--work {self.path}: {error}", hint="what is there stays: the same command goes on once there is room"
+            ) from error
+
     def _replace(self, name: str, content: bytes) -> None:
         new = self.path / f".{name}.new"
-        new.write_bytes(content)
-        os.replace(new, self.path / name)
+        try:
+            new.write_bytes(content)
+            os.replace(new, self.path / name)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:

@@ -42,6 +42,11 @@ def write_texts(
 
 def _check_lengths(engine: Engine, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
     longest = engine.info.max_model_len - max_tokens
+    if longest < 1:
+        raise StartupError(
+            f"--max-tokens {max_tokens} leaves no room for a prompt in a context of {engine.info.max_model_len} tokens",
+            hint="lower it",
+        )
     for number, prompt in enumerate(prompts, start=1):
         if len(prompt) > longest:
             raise StartupError(
