@@ -91,6 +91,8 @@ class Resources(Collector):
         while True:
             try:
                 self.read(gpus)
+            except OSError as error:  # as where descriptors have run out
+                logger.warning("the processes' resources could not be read: %s", error)
             except Exception:
                 logger.exception("the processes' resources could not be read")
             if self._stop.wait(_READ_EVERY_SECONDS):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 GARBAGE = [
     b"{",
     b"\xff\xfe\x00",
-    b'{"prompt": ""}',
+    b'{"prompt": []}',
     b'{"prompt": [999999]}',
     b'{"prompt": "x", "temperature": NaN}',
     b'{"prompt": "x", "max_tokens": 1e99}',
