@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -115,6 +116,7 @@ class CapturedSteps:
         self._of_checkpoint = GateParameters.of_checkpoint(max_rows, experts, device)
         self._steered = False  # whether `_parameters` differ from the checkpoint's
         self._captured: dict[tuple[int, int], Replay] = {}
+        self._logits: Tensor | None = None  # of all graphs: logits of each would take a gigabyte of all together
         self._failed = False
         self._max_num_seqs, self._draft_depth = max_num_seqs, draft_depth
         self._drafts: CapturedDrafts | None = None
@@ -195,7 +197,10 @@ class CapturedSteps:
             self._fields[:] = self._idle
 
             def step() -> ForwardOutput:
-                return self._eager.forward(self._static_batch(rows, width), self._kv_cache)
+                output = self._eager.forward(self._static_batch(rows, width), self._kv_cache)
+                if self._logits is None:
+                    self._logits = output.logits.new_empty(self.row_buckets[-1], output.logits.shape[1])
+                return replace(output, logits=self._logits[:rows].copy_(output.logits))
 
             try:
                 self._captured[rows, width] = self._capture(step)
