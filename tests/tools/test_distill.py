@@ -368,6 +368,19 @@ def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
     assert {file.name for file in work.path.iterdir()} == {"run.json", "texts.jsonl"}
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_text_that_does_not_fit_in_memory_is_one_error(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def real_pass(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TwoPassModel, "real_pass", real_pass)
+    with pytest.raises(StartupError, match=r"a text of \d+ tokens needs more memory than there is") as raised:
+        tiny_run(path, tmp_path / "work", lambda *_: None)
+    assert raised.value.hint is not None
+
+
 def test_writing_changes_nothing_else(bundle: Path) -> None:
     before = json.loads((bundle / "bundle.json").read_text())
     for size in (16, 8):
