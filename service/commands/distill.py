@@ -132,9 +132,7 @@ class _Bars:
         """Shows how far the work has come; `total` is 0 where nobody knows."""
         kind = description.partition(":")[0]
         if not self._is_terminal:
-            self._write(
-                kind if total else self._kind, f"{description}, {done:,} of {total:,}" if total else description
-            )
+            self._write(kind, f"{description}, {done:,} of {total:,}" if total else description, is_counted=total > 0)
             return
         if self._task is None or kind != self._kind:
             if self._task is not None:
@@ -142,13 +140,14 @@ class _Bars:
             self._task, self._kind = self._progress.add_task(description, total=total or 1), kind
         self._progress.update(self._task, description=description, completed=done, total=total or 1)
 
-    def _write(self, kind: str, line: str) -> None:
+    def _write(self, kind: str, line: str, *, is_counted: bool) -> None:
+        """Writes the line where it begins another kind of counted work, or nothing has been written for a while."""
         now = time.monotonic()
-        if kind == self._kind and now - self._written_at < _LINE_SECONDS:
-            return
-        self._kind, self._written_at = kind, now
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
+        begins = is_counted and kind != self._kind
+        if begins or now - self._written_at >= _LINE_SECONDS:
+            self._kind, self._written_at = kind, now
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 def table(made: Distilled) -> str:

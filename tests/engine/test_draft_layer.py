@@ -17,6 +17,7 @@ import torch
 
 from service.contract.request import Request, SamplingParams
 from service.contract.steering import Steering
+from service.engine import step_cost
 from service.engine.engine import Engine
 from service.engine.launched_step import LaunchedStep, SequenceResult
 from service.engine.noise import gumbel_noise
@@ -29,6 +30,7 @@ from tests.engine.test_engine import mixed_requests, same
 from tests.engine.test_grammar import formed_requests
 from tests.engine.test_sampler import chi_square
 from tests.engine.test_speculation import PLAIN
+from tests.engine.test_step_cost import build as build_measured
 from tests.support.driver import Choice, Engines, greedy, run, words
 from tests.support.tiny import OneRequest
 
@@ -161,6 +163,19 @@ def test_captured_steps(engines: Engines, plain: dict[Key, Choice]) -> None:
     force(engine, plain, PATTERNS["every 5th wrong"])
     equal(run(engine, workload()), plain)
     assert capture.draft_replays > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "is_timed"), [({}, True), ({"draft_depth": 1}, False), ({"lookahead": False}, False)]
+)
+def test_the_layer_is_timed_where_it_is_used(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_timed: bool
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(step_cost, "draft_idly", lambda *_: timed.append(1))
+    engine = build_measured(engines, **options)
+    assert bool(timed) == is_timed
+    assert (len(engine._scheduler.drafts.rates) > 1) == is_timed
 
 
 class OnePool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,8 @@ def test_leaves_nothing_behind(
     engine = build(engines, **options)
     scheduler = engine._scheduler
     assert scheduler.drafts.cost != StepCost()
+    assert [rows for rows, _ in scheduler.drafts.cost.points][:5] == [1, 2, 4, 6, 8], "however slow a forward is"
+    assert all(math.isfinite(cost) for _, cost in scheduler.drafts.cost.points)
     assert [record.rate for record in scheduler.drafts.records] == scheduler.drafts.rates
     assert (scheduler.drafts.lookahead, scheduler.drafts.speculative_tokens) == (options.get("lookahead", True), 8)
     assert engine.report().stats.gate == GateStats()

@@ -369,14 +369,17 @@ def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_text_that_does_not_fit_in_memory_is_one_error(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["__init__", "real_pass", "head"])
+def test_what_does_not_fit_in_memory_is_one_error(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    def real_pass(*_: object) -> None:
+    """While the model is loaded, a text is read, or the drafts are trained."""
+
+    def too_large(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TwoPassModel, "real_pass", real_pass)
-    with pytest.raises(StartupError, match=r"a text of \d+ tokens needs more memory than there is") as raised:
+    monkeypatch.setattr(TwoPassModel, where, too_large)
+    with pytest.raises(StartupError, match="memory ran out: CUDA out of memory") as raised:
         tiny_run(path, tmp_path / "work", lambda *_: None)
     assert raised.value.hint is not None
 

@@ -11,7 +11,8 @@ goes to a work folder on disk and is read from there (work_folder.py).
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 from service.checkpoint import Checkpoint, DraftHeadWeights, DraftLayerWeights
 from service.contract.errors import StartupError
 from service.contract.options import EngineOptions
+from service.engine import out_of_memory
+from service.engine.out_of_memory import OutOfMemory
 from service.engine.sizing import resolve_device, resolve_dtype
 from service.model.draft_head import DraftHead
 from service.model.draft_layer import DraftLayer
@@ -64,7 +67,8 @@ def distill(
 ) -> Distilled:
     """Trains drafts for `checkpoint` on what X-LoRA makes of `prompts`, or goes on with what is in `work`.
 
-    Raises StartupError where there are too few prompts to learn from and judge by, or `work` is another run's.
+    Raises StartupError where there are too few prompts to learn from and judge by, `work` is another run's, or
+    memory or disk run out.
     """
     if len(prompts) < LEAST_TEXTS:
         raise StartupError(
@@ -75,13 +79,26 @@ def distill(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     folder = WorkFolder(work, _purpose(checkpoint, prompts, plan, dtype))
-    write_texts(checkpoint, options, prompts, plan.max_tokens, folder, on_progress)
-    gc.collect()  # adapted linears know each other, and the weights of the engine would stay beside the next model's
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    texts = [text for _, text in sorted(folder.texts().items())]
-    on_progress("loading the model as transformers has it", 0, 0)
-    return _Distillation(TwoPassModel(checkpoint, device=device, dtype=dtype), plan, folder, on_progress).run(texts)
+    with _memory_errors():
+        write_texts(checkpoint, options, prompts, plan.max_tokens, folder, on_progress)
+        gc.collect()  # adapted linears know each other: the engine's weights would stay beside the next model's
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        texts = [text for _, text in sorted(folder.texts().items())]
+        on_progress("loading the model as transformers has it", 0, 0)
+        return _Distillation(TwoPassModel(checkpoint, device=device, dtype=dtype), plan, folder, on_progress).run(texts)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns a lack of memory into a StartupError."""
+    try:
+        with out_of_memory.recognised():
+            yield
+    except OutOfMemory as error:
+        raise StartupError(
+            f"memory ran out: {error}", hint="leave out the longest prompts, or lower --max-tokens or --layer-size"
+        ) from error
 
 
 def _purpose(

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.contract.errors import StartupError
-from service.engine import out_of_memory
-from service.engine.out_of_memory import OutOfMemory
 from service.tools.distill.plan import OnProgress
 from service.tools.distill.recorder import LastLayerRecorder
 from service.tools.distill.work_folder import Text, WorkFolder
@@ -101,32 +98,19 @@ def _write_shard(
     rows: dict[str, list[Tensor]] = {}
     for number, text in enumerate(texts, start=first):
         on_progress("reading texts", number, total)
-        try:
-            with out_of_memory.recognised():
-                found = _both_passes(plain, recorder, text.tokens)
-        except OutOfMemory as error:
-            raise StartupError(
-                f"a text of {len(text.tokens):,} tokens needs more memory than there is: {error}",
-                hint="leave out the longest prompts, or lower --max-tokens",
-            ) from error
+        hidden, keys, values = recorder.scaling_pass(text.tokens)
+        logits = plain.real_pass(text.tokens, plain.scalings(hidden))
+        best = logits.topk(min(_LIKELIEST, logits.shape[-1]))
+        found = {
+            "hidden": hidden,
+            "keys": keys,
+            "values": values,
+            "likeliest": best.indices.int(),
+            "shares": best.values.float().softmax(-1),
+        }
         for key, tensor in found.items():
-            rows.setdefault(key, []).append(tensor)
+            rows.setdefault(key, []).append(tensor.cpu())
     work.write(name, {key: torch.cat(tensors) for key, tensors in rows.items()})
-
-
-def _both_passes(plain: TwoPassModel, recorder: LastLayerRecorder, tokens: list[int]) -> dict[str, Tensor]:
-    """A lesson's tensors on the host."""
-    hidden, keys, values = recorder.scaling_pass(tokens)
-    logits = plain.real_pass(tokens, plain.scalings(hidden))
-    best = logits.topk(min(_LIKELIEST, logits.shape[-1]))
-    found = {
-        "hidden": hidden,
-        "keys": keys,
-        "values": values,
-        "likeliest": best.indices.int(),
-        "shares": best.values.float().softmax(-1),
-    }
-    return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 def _lessons(shard: dict[str, Tensor], texts: list[Text]) -> Iterator[Lesson]:

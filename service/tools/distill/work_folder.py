@@ -84,7 +84,8 @@ class WorkFolder:
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
-            self._replace(_TEXTS, whole)
+            with self._writing():
+                self._replace(_TEXTS, whole)
         yield from whole.decode().splitlines()
 
     def add_text(self, number: int, text: Text) -> None:
